@@ -1,0 +1,71 @@
+"""Takes a command in: checks it, stores it, and only then says that it is accepted."""
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+
+from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
+from kvmagent.model.command import Command
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.tasks.delivery import Delivery
+from kvmagent.tasks.journal import UNFINISHED, Journal, Task
+from kvmagent.tasks.lanes import Lanes
+
+log = logging.getLogger(__name__)
+
+
+class Accepted(msgspec.Struct, rename="camel"):
+    """The immediate answer: the task is on disk."""
+
+    task_uuid: str
+    state: str
+
+
+class Intake:
+    """Thread-safe."""
+
+    def __init__(self, journal: Journal, lanes: Lanes, delivery: Delivery) -> None:
+        self._journal = journal
+        self._lanes = lanes
+        self._delivery = delivery
+
+    def accept(self, command: Command, headers: Mapping[str, str], body: bytes, client: str) -> Accepted:
+        """Store a command and return its state; the same task sent again is answered, not done again.
+
+        Raises:
+            AgentError: everything that refuses a request at once; nothing was stored.
+        """
+        task_uuid = parse_task_uuid(headers.get("taskuuid"))
+        callback_url = parse_callback_url(headers.get("callbackurl"))
+        content_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if content_type != "application/json":
+            raise AgentError(Code.BAD_CONTENT_TYPE, f"Content-Type is {content_type!r}")
+        request = decode_request(body, command.request)
+        lane = _lane(request.vm_uuid)
+        self._lanes.check_room(lane)
+        task, is_new = self._journal.accept(
+            Task(
+                task_uuid=task_uuid,
+                command=command.name,
+                lane=lane,
+                request=msgspec.json.encode(request),
+                callback_url=callback_url,
+                client=client,
+            )
+        )
+        if is_new:
+            log.info("task accepted task=%s vm=%s command=%s client=%s", task_uuid, lane, command.name, client)
+            return Accepted(task_uuid=task_uuid, state="accepted")
+        log.info("task sent again task=%s vm=%s command=%s state=%s", task_uuid, lane, command.name, task.state)
+        if task.state not in UNFINISHED:
+            if task.state != "finished":
+                self._journal.owe_again(task_uuid)
+            self._delivery.put(task)
+        return Accepted(task_uuid=task_uuid, state=task.state)
+
+
+def _lane(vm: str) -> str:
+    """Return the lane of a VM: one for all ways to write a UUID."""
+    bare = vm.replace("-", "").lower()
+    return bare if len(bare) == 32 and all(digit in "0123456789abcdef" for digit in bare) else vm

@@ -1,0 +1,152 @@
+"""The GET paths: VMs, tasks, health and the OpenAPI document."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, get_args
+
+import msgspec
+
+from kvmagent import __version__
+from kvmagent.api.openapi import build_openapi
+from kvmagent.api.server import Answer, Call, Handler
+from kvmagent.api.wire import encode
+from kvmagent.hypervisor.node import Node
+from kvmagent.model.command import Command
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.tasks.delivery import Delivery
+from kvmagent.tasks.journal import Journal, State, Task
+from kvmagent.tasks.lanes import Lanes
+
+_PATHS = (
+    ("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug"),
+    ("/vms/{vmUuid}", "One VM: facts, headroom, blockers"),
+    ("/tasks", "Tasks, newest first; query: vm, state, limit"),
+    ("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery"),
+    ("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
+    ("/openapi.json", "This document"),
+)
+_DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
+
+
+class Reads:
+    """Thread-safe. `describe_vm` answers ReadyForHotplug for one VM, or nothing when no plugin offers it."""
+
+    def __init__(
+        self,
+        node: Node,
+        journal: Journal,
+        lanes: Lanes,
+        delivery: Delivery,
+        commands: Iterable[Command],
+        *,
+        describe_vm: Callable[[str], Any],
+    ) -> None:
+        self._node = node
+        self._journal = journal
+        self._lanes = lanes
+        self._delivery = delivery
+        self._describe_vm = describe_vm
+        self._openapi = encode(build_openapi(commands, _PATHS))
+
+    def routes(self) -> Mapping[tuple[str, str], Handler]:
+        """Return the GET paths and what answers them."""
+        return {
+            ("GET", "/vms"): self._vms,
+            ("GET", "/vms/*"): self._vm,
+            ("GET", "/tasks"): self._tasks,
+            ("GET", "/tasks/*"): self._task,
+            ("GET", "/healthz"): self._health,
+            ("GET", "/openapi.json"): lambda _call: Answer(self._openapi),
+        }
+
+    def _vms(self, call: Call) -> Answer:
+        _check_query(call, ())
+        vms = []
+        for uuid in self._node.list_vms():
+            try:
+                vms.append(self._describe_vm(uuid))
+            except AgentError as error:
+                if error.code is not Code.VM_NOT_FOUND:  # gone since it was listed
+                    raise
+        return Answer(encode({"vms": vms}))
+
+    def _vm(self, call: Call) -> Answer:
+        _check_query(call, ())
+        return Answer(encode(self._describe_vm(call.parts[0])))
+
+    def _tasks(self, call: Call) -> Answer:
+        _check_query(call, ("vm", "state", "limit"))
+        limit = call.query.get("limit", str(_DEFAULT_LIMIT))
+        if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LIMIT:
+            raise AgentError(Code.BAD_QUERY, f"limit is {limit!r}, needed is 1 to {_MAX_LIMIT}")
+        state = call.query.get("state")
+        if state is not None and state not in get_args(State):
+            raise AgentError(Code.BAD_QUERY, f"state is {state!r}, needed is one of {', '.join(get_args(State))}")
+        states = (state,) if state else ()
+        tasks = self._journal.select(states=states, lane=call.query.get("vm"), limit=int(limit))  # type: ignore[arg-type]
+        return Answer(encode({"tasks": [_summary(task) for task in tasks]}))
+
+    def _task(self, call: Call) -> Answer:
+        _check_query(call, ())
+        task = self._journal.find(call.parts[0])
+        if task is None:
+            raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {call.parts[0]!r}")
+        steps = [
+            msgspec.json.decode(step.step) | {"elapsedMs": step.elapsed_ms, "problem": step.problem}
+            for step in self._journal.steps(task.task_uuid)
+        ]
+        whole = _summary(task) | {
+            "request": msgspec.Raw(task.request),
+            "goal": msgspec.Raw(task.goal or b"null"),
+            "steps": steps,
+            "reply": msgspec.Raw(task.reply or b"null"),
+        }
+        return Answer(encode(whole))
+
+    def _health(self, call: Call) -> Answer:
+        down: dict[str, str] = {}
+        try:
+            self._node.check()
+        except AgentError as error:
+            down["libvirt"] = error.message
+        if failure := self._journal.check():
+            down["journal"] = failure
+        try:
+            self._lanes.check_room("")
+        except AgentError as error:
+            down["queue"] = error.message
+        now = time.monotonic()
+        running = [
+            {"vm": lane, "taskUuid": task.task_uuid, "command": task.command, "seconds": round(now - since, 1)}
+            for lane, (task, since) in self._lanes.running().items()
+        ]
+        body = {
+            "ready": not down,
+            "down": down,
+            "version": __version__,
+            "running": running,
+            "queued": self._lanes.depth(),
+            "owedCallbacks": self._delivery.owed(),
+        }
+        return Answer(encode(body), status=503 if down else 200)
+
+
+def _summary(task: Task) -> dict[str, Any]:
+    return {
+        "taskUuid": task.task_uuid,
+        "command": task.command,
+        "vm": task.lane,
+        "state": task.state,
+        "outcome": task.outcome,
+        "acceptedAt": task.accepted_at,
+        "startedAt": task.started_at,
+        "finishedAt": task.finished_at,
+        "client": task.client,
+        "delivery": {"url": task.callback_url, "attempts": task.attempts, "error": task.delivery_error},
+    }
+
+
+def _check_query(call: Call, known: tuple[str, ...]) -> None:
+    unknown = [name for name in call.query if name not in known]
+    if unknown:
+        raise AgentError(Code.BAD_QUERY, f"unknown query parameter {unknown[0]!r}")

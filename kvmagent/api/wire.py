@@ -1,0 +1,153 @@
+"""JSON in and out. Strict on the way in: what a request means must not depend on who parses it.
+
+Refused beside what is no JSON: NaN and Infinity, a key twice, unknown fields, numbers as strings.
+"""
+
+import re
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+import simplejson
+
+from kvmagent.model.errors import AgentError, Code
+
+_TASK_UUID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_MAX_URL = 2048
+# Deeper than any command; past it the parser would run out of stack.
+_MAX_DEPTH = 32
+
+RequestT = TypeVar("RequestT", bound=msgspec.Struct)
+
+
+def parse_task_uuid(value: str | None) -> str:
+    """Return the taskuuid header.
+
+    Raises:
+        AgentError: MISSING_TASK_UUID; BAD_TASK_UUID.
+    """
+    if not value:
+        raise AgentError(Code.MISSING_TASK_UUID, "the request has no taskuuid header")
+    if not _TASK_UUID.fullmatch(value):
+        raise AgentError(Code.BAD_TASK_UUID, f"taskuuid is {_shown(value)}")
+    return value
+
+
+def parse_callback_url(value: str | None) -> str:
+    """Return the callbackurl header.
+
+    Raises:
+        AgentError: MISSING_CALLBACK_URL; BAD_CALLBACK_URL.
+    """
+    if not value:
+        raise AgentError(Code.MISSING_CALLBACK_URL, "the request has no callbackurl header")
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(value)}: {error}") from error
+    plain = value.isascii() and value.isprintable() and " " not in value
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain or len(value) > _MAX_URL:
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(value)}")
+    if parts.username is not None or parts.password is not None or parts.fragment:
+        raise AgentError(Code.BAD_CALLBACK_URL, "callbackurl holds a user name, a password or a fragment")
+    return value
+
+
+def decode_request(body: bytes, shape: type[RequestT]) -> RequestT:
+    """Return a body as the command's request.
+
+    Raises:
+        AgentError: BAD_JSON, NOT_AN_OBJECT, NOT_A_JSON_NUMBER, DUPLICATE_KEY, MISSING_FIELD, UNKNOWN_FIELD,
+            WRONG_TYPE, OUT_OF_RANGE.
+    """
+    value = _parse(body)
+    if not isinstance(value, dict):
+        raise AgentError(Code.NOT_AN_OBJECT, f"the body is {_json_type(value)}")
+    try:
+        return msgspec.convert(value, shape)
+    except msgspec.ValidationError as error:
+        _refuse(str(error), value)
+
+
+def encode(value: Any) -> bytes:
+    """Return a Struct or plain value as JSON."""
+    return msgspec.json.encode(value)
+
+
+def encode_error(error: AgentError) -> bytes:
+    """Return the body of a request that was refused at once."""
+    body = {"success": False, "error": error.message, "errorCode": error.code, "remedy": error.remedy}
+    return encode(body | ({"details": error.details} if error.details else {}))
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise AgentError(Code.BAD_JSON, f"the body is not UTF-8: byte {error.start}") from error
+    if _depth(text) > _MAX_DEPTH:
+        raise AgentError(Code.BAD_JSON, f"the body is nested deeper than {_MAX_DEPTH}")
+    try:
+        return simplejson.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except simplejson.JSONDecodeError as error:
+        raise AgentError(Code.BAD_JSON, f"the body is not JSON: {error}") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise AgentError(Code.OUT_OF_RANGE, f"a number in the body is too long: {error}") from error
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets nest at most; brackets inside strings make it only stricter."""
+    deepest = depth = 0
+    for character in re.findall(r"[\[\]{}]", text):
+        depth += 1 if character in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise AgentError(Code.NOT_A_JSON_NUMBER, f"the body holds {name}")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise AgentError(Code.DUPLICATE_KEY, f"key {_shown(twice)} stands twice in one object")
+    return unique
+
+
+# msgspec tells in words what it found; the words' beginnings are its interface for this. Source: msgspec 0.19 docs,
+# "Usage: validation errors"; tests/unit/test_wire.py holds every case.
+_CAUSES = (
+    ("Object contains unknown field", Code.UNKNOWN_FIELD),
+    ("Object missing required field", Code.MISSING_FIELD),
+    ("Expected `int` <=", Code.OUT_OF_RANGE),
+    ("Expected `int` >=", Code.OUT_OF_RANGE),
+    ("Expected `str` of", Code.OUT_OF_RANGE),
+    ("Expected `str` matching", Code.OUT_OF_RANGE),
+    ("Invalid enum value", Code.OUT_OF_RANGE),
+    ("Integer value out of range", Code.OUT_OF_RANGE),
+)
+
+
+def _refuse(words: str, value: dict[str, Any]) -> NoReturn:
+    code = next((code for beginning, code in _CAUSES if words.startswith(beginning)), Code.WRONG_TYPE)
+    _, _, path = words.partition("at `$.")
+    field = path.rstrip("`")
+    message = words.replace(f" - at `$.{field}`", "").replace("`", "")
+    if field in value:
+        message = f"{field} is {_shown(value[field])}: {message}"
+    raise AgentError(code, message, details={"field": field} if field else {})
+
+
+def _shown(value: Any) -> str:
+    """Return a caller's value for a message: as JSON, and no longer than a line."""
+    text = simplejson.dumps(value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

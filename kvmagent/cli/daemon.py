@@ -1,0 +1,64 @@
+"""`kvmagent`: reads the configuration, starts the agent, runs until a signal stops it."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from kvmagent import __version__
+from kvmagent.agent import Agent, load_plugins
+from kvmagent.logs import start_logging
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the agent; return the exit status: 0 stopped, 1 could not start."""
+    options = _parse_arguments(arguments)
+    if options.sample:
+        print(sample_conf(), end="")
+        return 0
+    try:
+        settings = _read_settings(Path(options.config), options.set)
+        start_logging(settings.log)
+        agent = Agent(settings, load_plugins(settings.agent.plugins))
+        agent.start()
+    except AgentError as error:
+        print(f"kvmagent: {error.code}: {error.message}\nkvmagent: remedy: {error.remedy}", file=sys.stderr)
+        return 1
+    agent.run_until_signal()
+    agent.stop()
+    return 0
+
+
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kvmagent", description="Host agent for live CPU and memory hotplug of KVM guests."
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", default=DEFAULT_PATH, help="configuration file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one key; may be repeated"
+    )
+    parser.add_argument("--sample", action="store_true", help="print the configuration with every key and exit")
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser.parse_args(arguments)
+
+
+def _read_settings(path: Path, overrides: list[str]) -> Settings:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise AgentError(
+            Code.BAD_CONFIGURATION,
+            f"{path}: {error}",
+            remedy="Write the file (kvmagent --sample prints one), or name another with --config.",
+        ) from error
+    return parse_settings(text, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
+
+from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.domain import VmHandle, find_vm
+from kvmagent.hypervisor.host import read_host
+from kvmagent.hypervisor.libvirterrors import libvirt_errors
+from kvmagent.hypervisor.performers import perform
+from kvmagent.model.facts import Facts
+from kvmagent.model.steps import AnyStep
+
+
+class Node:
+    """Thread-safe. A VM is named by its domain name or UUID, with or without dashes."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def check(self) -> None:
+        """Prove that libvirt answers.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE.
+        """
+        connection = self._connection.get()
+        with libvirt_errors("asking libvirt for its version"):
+            connection.getLibVersion()
+
+    def list_vms(self) -> list[str]:
+        """Return the UUIDs of all VMs of this host, running or not."""
+        connection = self._connection.get()
+        with libvirt_errors("listing VMs"):
+            return [domain.UUIDString() for domain in connection.listAllDomains()]
+
+    def get_uuid(self, vm: str) -> str:
+        """Return the UUID of a VM, which is the same whatever form it was named in."""
+        return self._find(vm).uuid
+
+    def observe(self, vm: str, parts: frozenset[str]) -> Facts:
+        """Return what is so now; `parts` ("cpus", "memory") is what to ask the guest itself.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        handle = self._find(vm)
+        domain, connected = handle.read()
+        return Facts(domain=domain, guest=handle.ask_guest(domain, connected, parts), host=read_host())
+
+    def perform(self, vm: str, step: AnyStep) -> None:
+        """Perform one step.
+
+        Raises:
+            AgentError: what went wrong; what is so after it must be observed.
+        """
+        perform(self._find(vm), step)
+
+    def _find(self, vm: str) -> VmHandle:
+        return find_vm(self._connection.get(), vm)

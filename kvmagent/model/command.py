@@ -1,0 +1,113 @@
+"""What a plugin declares: commands, as three pure functions and two shapes each.
+
+    decide(request, facts, task_uuid)     -> goal      absolute, recorded before anything is touched; or AgentError
+    advance(goal, facts, spent)           -> steps     what is left to do towards the goal; none = done
+    conclude(Ending)                      -> reply     what the caller is told
+
+The executor observes before every call of `advance`, so that a step which needs to know the effect of an earlier one
+is simply planned in the next round, and a task that was cut off goes on from its recorded goal.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Facts
+from kvmagent.model.steps import AnyStep
+
+Affect = Literal["both", "live", "config"]
+Outcome = Literal["online", "plugged", "configured", "unchanged", "partial", "refused", "pending", "planned"]
+SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "unchanged", "planned"})
+
+VmName = Annotated[
+    str,
+    msgspec.Meta(
+        min_length=1,
+        max_length=255,
+        pattern=r"^[^/\x00-\x1f\x7f]+\Z",
+        description="The domain's name or UUID, with or without dashes",
+    ),
+]
+
+
+class VmRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """Fields that every command on a VM takes."""
+
+    vm_uuid: VmName
+    affect: Annotated[
+        Affect, msgspec.Meta(description="Which definition to change; a VM that is off has config only")
+    ] = "both"
+    guest_online: Annotated[bool, msgspec.Meta(description="Bring what was plugged online through the guest agent")] = (
+        True
+    )
+    timeout_sec: Annotated[int, msgspec.Meta(ge=1, le=3600, description="Seconds to wait for the guest, per wait")] = 60
+    dry_run: Annotated[bool, msgspec.Meta(description="Reply with the plan and change nothing")] = False
+
+
+class Problem(msgspec.Struct, frozen=True, rename="camel"):
+    """A warning, or something that stands in the way, with the one thing to do about it."""
+
+    code: Code
+    message: str
+    remedy: str
+
+
+class Goal(msgspec.Struct, frozen=True, rename="camel"):
+    """Where a task is going, in absolute terms. Commands extend it; it is journaled before the first step."""
+
+
+class StepReport(msgspec.Struct, frozen=True, rename="camel"):
+    """One performed step: how long it took, and what went wrong with it."""
+
+    step: AnyStep
+    elapsed_ms: float
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Everything that a reply can be made from.
+
+    `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
+    `after` when it could not be read again. `planned` holds the steps of a dry run.
+    """
+
+    request: Any
+    goal: Any
+    before: Facts | None
+    after: Facts | None
+    reports: tuple[StepReport, ...]
+    error: AgentError | None
+    planned: tuple[AnyStep, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
+
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory". `spent` (of advance) names the soft
+    step types that failed in this run and are not to be tried again.
+    """
+
+    name: str
+    path: str
+    summary: str
+    request: type[VmRequest]
+    reply: type[msgspec.Struct]
+    goal: type[Goal]
+    observe_guest: frozenset[str]
+    decide: Callable[[Any, Facts, str], Goal]
+    advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
+    conclude: Callable[[Ending], msgspec.Struct]
+    refusals: tuple[Code, ...]
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What an entry point of the group kvmagent.plugins resolves to."""
+
+    name: str
+    commands: tuple[Command, ...]

@@ -1,0 +1,385 @@
+"""Every error code of the agent, once.
+
+A code is a stable word: clients decide on it, so it is never renamed and never used again for another meaning.
+`CODES` gives each its HTTP status (for a request refused at once), what it means, and the remedy that is told where
+the place that raises it knows no better one.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Code(StrEnum):
+    """The stable words."""
+
+    # the request itself
+    MISSING_TASK_UUID = "MISSING_TASK_UUID"
+    BAD_TASK_UUID = "BAD_TASK_UUID"
+    MISSING_CALLBACK_URL = "MISSING_CALLBACK_URL"
+    BAD_CALLBACK_URL = "BAD_CALLBACK_URL"
+    BAD_HTTP = "BAD_HTTP"
+    BAD_CONTENT_TYPE = "BAD_CONTENT_TYPE"
+    BAD_JSON = "BAD_JSON"
+    NOT_AN_OBJECT = "NOT_AN_OBJECT"
+    NOT_A_JSON_NUMBER = "NOT_A_JSON_NUMBER"
+    DUPLICATE_KEY = "DUPLICATE_KEY"
+    MISSING_FIELD = "MISSING_FIELD"
+    UNKNOWN_FIELD = "UNKNOWN_FIELD"
+    WRONG_TYPE = "WRONG_TYPE"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    BODY_TOO_LARGE = "BODY_TOO_LARGE"
+    BAD_QUERY = "BAD_QUERY"
+    UNKNOWN_PATH = "UNKNOWN_PATH"
+    UNKNOWN_TASK = "UNKNOWN_TASK"
+    METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
+    TASK_CONFLICT = "TASK_CONFLICT"
+    CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
+    # the agent
+    STOPPING = "STOPPING"
+    QUEUE_FULL = "QUEUE_FULL"
+    JOURNAL_UNAVAILABLE = "JOURNAL_UNAVAILABLE"
+    INTERNAL_ERROR = "INTERNAL_ERROR"
+    BAD_CONFIGURATION = "BAD_CONFIGURATION"
+    # libvirt
+    LIBVIRT_UNAVAILABLE = "LIBVIRT_UNAVAILABLE"
+    LIBVIRT_REFUSED = "LIBVIRT_REFUSED"
+    LIBVIRT_BUSY = "LIBVIRT_BUSY"
+    NOT_SUPPORTED = "NOT_SUPPORTED"
+    NOT_VERIFIED = "NOT_VERIFIED"
+    # the VM
+    VM_NOT_FOUND = "VM_NOT_FOUND"
+    VM_NOT_RUNNING = "VM_NOT_RUNNING"
+    VM_PAUSED = "VM_PAUSED"
+    VM_TRANSIENT = "VM_TRANSIENT"
+    VM_CRASHED = "VM_CRASHED"
+    TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
+    NO_ACPI = "NO_ACPI"
+    # vCPUs
+    CPU_ABOVE_MAXIMUM = "CPU_ABOVE_MAXIMUM"
+    CPU_TOPOLOGY_MISMATCH = "CPU_TOPOLOGY_MISMATCH"
+    # memory
+    NO_MAX_MEMORY = "NO_MAX_MEMORY"
+    MEMORY_ABOVE_MAXIMUM = "MEMORY_ABOVE_MAXIMUM"
+    SLOTS_EXHAUSTED = "SLOTS_EXHAUSTED"
+    NO_NUMA_CELL = "NO_NUMA_CELL"
+    NUMA_CELLS_INCOMPLETE = "NUMA_CELLS_INCOMPLETE"
+    NUMA_NODE_NOT_FOUND = "NUMA_NODE_NOT_FOUND"
+    MEMORY_NOT_ALIGNED = "MEMORY_NOT_ALIGNED"
+    MEMORY_DEVICE_MISALIGNED = "MEMORY_DEVICE_MISALIGNED"
+    HOST_MEMORY_SHORT = "HOST_MEMORY_SHORT"
+    NO_BALLOON = "NO_BALLOON"
+    BALLOON_ABOVE_TOTAL = "BALLOON_ABOVE_TOTAL"
+    BALLOON_NOT_ANSWERING = "BALLOON_NOT_ANSWERING"
+    BALLOON_INFLATED = "BALLOON_INFLATED"
+    # the guest
+    GUEST_AGENT_ABSENT = "GUEST_AGENT_ABSENT"
+    GUEST_AGENT_DISCONNECTED = "GUEST_AGENT_DISCONNECTED"
+    GUEST_AGENT_UNRESPONSIVE = "GUEST_AGENT_UNRESPONSIVE"
+    GUEST_AGENT_REFUSED = "GUEST_AGENT_REFUSED"
+    GUEST_ONLINE_NOT_ASKED = "GUEST_ONLINE_NOT_ASKED"
+    GUEST_CPU_NOT_SEEN = "GUEST_CPU_NOT_SEEN"
+    GUEST_CPU_OFFLINE = "GUEST_CPU_OFFLINE"
+    GUEST_MEMORY_NOT_SEEN = "GUEST_MEMORY_NOT_SEEN"
+    GUEST_MEMORY_OFFLINE = "GUEST_MEMORY_OFFLINE"
+    GUEST_FREE_SHOWS_LESS = "GUEST_FREE_SHOWS_LESS"
+    DRIFT = "DRIFT"
+
+
+class CodeInfo(msgspec.Struct, frozen=True):
+    """What one code means: HTTP status where it refuses a request at once, meaning, and the usual remedy."""
+
+    status: int
+    meaning: str
+    remedy: str
+
+
+_PREPARE = "Correct the VM's persistent definition as the message says, then power the VM off and start it again."
+
+CPU_ONLINE_HINT = (
+    "Let the guest online new vCPUs by itself: udev rule "
+    'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0", ATTR{online}="1"; '
+    "or start the guest agent (qemu-ga) and run in the guest: echo 1 > /sys/devices/system/cpu/cpuN/online."
+)
+MEMORY_ONLINE_HINT = (
+    "Let the guest online new memory by itself: kernel parameter memhp_default_state=online (it also lasts over a "
+    'reboot), or udev rule SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", ATTR{state}="online"; '
+    "or start the guest agent (qemu-ga) and run in the guest: echo online > /sys/devices/system/memory/memoryN/state."
+)
+
+CODES: dict[Code, CodeInfo] = {
+    Code.MISSING_TASK_UUID: CodeInfo(
+        400, "An async command came without the taskuuid header.", "Send a taskuuid header: 1 to 64 of A-Za-z0-9-_."
+    ),
+    Code.BAD_TASK_UUID: CodeInfo(
+        400, "The taskuuid header is malformed.", "Send 1 to 64 characters of A-Za-z0-9-_ in the taskuuid header."
+    ),
+    Code.MISSING_CALLBACK_URL: CodeInfo(
+        400,
+        "An async command came without the callbackurl header.",
+        "Send a callbackurl header: an absolute http or https URL that takes the outcome.",
+    ),
+    Code.BAD_CALLBACK_URL: CodeInfo(
+        400,
+        "The callbackurl header is not an absolute http or https URL.",
+        "Send an absolute URL such as http://server:8080/callback.",
+    ),
+    Code.BAD_HTTP: CodeInfo(400, "The request breaks HTTP.", "Send a well-formed HTTP/1.1 request."),
+    Code.BAD_CONTENT_TYPE: CodeInfo(
+        400, "The body is declared as something other than JSON.", "Send Content-Type: application/json."
+    ),
+    Code.BAD_JSON: CodeInfo(400, "The body is not JSON in UTF-8.", "Send one JSON object, encoded in UTF-8."),
+    Code.NOT_AN_OBJECT: CodeInfo(
+        400, "The body is JSON, but not an object.", "Send a JSON object: the command's fields by name."
+    ),
+    Code.NOT_A_JSON_NUMBER: CodeInfo(
+        400, "The body holds NaN or Infinity, which JSON does not have.", "Send finite numbers only."
+    ),
+    Code.DUPLICATE_KEY: CodeInfo(
+        400, "An object in the body has the same key twice.", "Send each field once, so that one value is meant."
+    ),
+    Code.MISSING_FIELD: CodeInfo(400, "A required field is missing.", "Send the field that the message names."),
+    Code.UNKNOWN_FIELD: CodeInfo(
+        400, "The command has no such field.", "Leave the field out; GET /openapi.json lists the command's fields."
+    ),
+    Code.WRONG_TYPE: CodeInfo(
+        400, "A field has another JSON type than the command takes.", "Send the type that the message names."
+    ),
+    Code.OUT_OF_RANGE: CodeInfo(
+        400, "A field's value is outside its range.", "Send a value in the range that the message names."
+    ),
+    Code.BODY_TOO_LARGE: CodeInfo(
+        413, "The body is over the limit.", "Send a smaller body, or raise http.max_body_bytes in kvmagent.conf."
+    ),
+    Code.BAD_QUERY: CodeInfo(
+        400, "The query string holds a parameter or value that the path does not take.", "Correct the query string."
+    ),
+    Code.UNKNOWN_PATH: CodeInfo(
+        404, "The agent serves nothing at this path.", "GET /openapi.json lists the paths that this agent serves."
+    ),
+    Code.UNKNOWN_TASK: CodeInfo(
+        404, "The agent knows no task of this id.", "Check the id; finished tasks are forgotten after a while."
+    ),
+    Code.METHOD_NOT_ALLOWED: CodeInfo(
+        405, "The path does not take this HTTP method.", "Use the method in the Allow header."
+    ),
+    Code.TASK_CONFLICT: CodeInfo(
+        409,
+        "The taskuuid belongs to a task with another command, body or callback URL.",
+        "Use a fresh taskuuid for each new request.",
+    ),
+    Code.CLIENT_NOT_ALLOWED: CodeInfo(
+        403, "The client's address is not in security.allowed_clients.", "Add the address to security.allowed_clients."
+    ),
+    Code.STOPPING: CodeInfo(503, "The agent is stopping and takes no new task.", "Send it again in a few seconds."),
+    Code.QUEUE_FULL: CodeInfo(
+        503, "Too many tasks are waiting.", "Send it again after the time in the Retry-After header."
+    ),
+    Code.JOURNAL_UNAVAILABLE: CodeInfo(
+        503,
+        "The task journal cannot be written, so no task can be accepted.",
+        "Check free space and permissions of agent.state_dir, then restart the agent.",
+    ),
+    Code.INTERNAL_ERROR: CodeInfo(
+        500, "The agent failed in a way that it should not.", "Report it with the agent's log lines of this task."
+    ),
+    Code.BAD_CONFIGURATION: CodeInfo(
+        500, "The configuration cannot be used.", "Correct the key that the message names and start the agent again."
+    ),
+    Code.LIBVIRT_UNAVAILABLE: CodeInfo(
+        503,
+        "libvirt cannot be reached or does not answer.",
+        "Check that libvirtd runs and that libvirt.uri is right, then send the command again.",
+    ),
+    Code.LIBVIRT_REFUSED: CodeInfo(
+        500, "libvirt or QEMU refused the call.", "Read libvirt's words in the message and QEMU's log of the VM."
+    ),
+    Code.LIBVIRT_BUSY: CodeInfo(
+        503,
+        "Another libvirt job holds the VM.",
+        "Wait for the job (virsh domjobinfo names it) to end, then send the command again.",
+    ),
+    Code.NOT_SUPPORTED: CodeInfo(
+        400, "The hypervisor driver has no such function.", "Use a hypervisor that supports it."
+    ),
+    Code.NOT_VERIFIED: CodeInfo(
+        500,
+        "libvirt said yes, but read again the VM does not have what was asked.",
+        "Look at the numbers in 'after' and at QEMU's log of the VM, then send the command again.",
+    ),
+    Code.VM_NOT_FOUND: CodeInfo(
+        404, "This host has no VM of that name or UUID.", "Check vmUuid against virsh list --all on this host."
+    ),
+    Code.VM_NOT_RUNNING: CodeInfo(
+        400,
+        "The VM is off, and the running VM was to be changed.",
+        'Start the VM, or send "affect": "config" to change its persistent definition alone.',
+    ),
+    Code.VM_PAUSED: CodeInfo(
+        400, "The VM is paused, so the guest cannot take part.", "Resume the VM (virsh resume), then ask again."
+    ),
+    Code.VM_TRANSIENT: CodeInfo(
+        400,
+        "The VM is transient: it has no persistent definition to change.",
+        'Send "affect": "live", or define the VM persistently (virsh define).',
+    ),
+    Code.VM_CRASHED: CodeInfo(
+        500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
+    ),
+    Code.TARGET_BELOW_CURRENT: CodeInfo(
+        400,
+        "A hot-plug was asked to come down to less than the VM has.",
+        "Ask for more than the VM has; to remove, use the hot-unplug path.",
+    ),
+    Code.NO_ACPI: CodeInfo(
+        400,
+        "The VM has no ACPI, by which hot-plugged devices are told to the guest.",
+        "Add <features><acpi/></features> to the persistent definition, then power the VM off and start it again.",
+    ),
+    Code.CPU_ABOVE_MAXIMUM: CodeInfo(
+        400,
+        "More vCPUs were asked for than the VM's maximum.",
+        "Ask for no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and "
+        "power the VM off and on.",
+    ),
+    Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(400, "sockets x dies x cores x threads is not the vCPU maximum.", _PREPARE),
+    Code.NO_MAX_MEMORY: CodeInfo(
+        400,
+        "The VM has no <maxMemory>, so no memory device can be attached.",
+        "Add <maxMemory slots='16'> and a NUMA cell to the persistent definition, then power the VM off and on.",
+    ),
+    Code.MEMORY_ABOVE_MAXIMUM: CodeInfo(
+        400,
+        "More memory was asked for than the VM's <maxMemory>.",
+        "Ask for no more than the maximum, or raise <maxMemory> in the persistent definition and power the VM off "
+        "and on.",
+    ),
+    Code.SLOTS_EXHAUSTED: CodeInfo(
+        400,
+        "All memory slots are taken.",
+        "Raise slots in <maxMemory> of the persistent definition and power the VM off and on; use larger dimms.",
+    ),
+    Code.NO_NUMA_CELL: CodeInfo(
+        400,
+        "The VM has no guest NUMA cell, which memory hotplug needs.",
+        "Add <numa><cell> with all vCPUs and all boot memory to <cpu> of the persistent definition, then power the "
+        "VM off and on.",
+    ),
+    Code.NUMA_CELLS_INCOMPLETE: CodeInfo(
+        400,
+        "The guest NUMA cells do not cover all possible vCPUs.",
+        "List every possible vCPU in a NUMA cell of the persistent definition, then power the VM off and on.",
+    ),
+    Code.NUMA_NODE_NOT_FOUND: CodeInfo(
+        400, "The guest has no such NUMA node.", "Ask for a node that the message lists, or leave node out."
+    ),
+    Code.MEMORY_NOT_ALIGNED: CodeInfo(
+        400,
+        "The amount to add is not a multiple of the guest's memory block, so the guest could never use it.",
+        "Ask for an amount that the message names, or leave strict out to have it rounded up.",
+    ),
+    Code.MEMORY_DEVICE_MISALIGNED: CodeInfo(
+        400,
+        "A memory device of the VM is not a multiple of the guest's memory block: the guest cannot use it, nor what "
+        "is plugged after it.",
+        "Detach that device (virsh detach-device) before more memory is plugged.",
+    ),
+    Code.HOST_MEMORY_SHORT: CodeInfo(
+        400,
+        "The host has too little free memory for the amount.",
+        "Free memory on the host, move a VM away, or ask for less.",
+    ),
+    Code.NO_BALLOON: CodeInfo(
+        400,
+        "The VM has no memory balloon device.",
+        "Use method dimm, or add <memballoon model='virtio'/> to the persistent definition and power the VM off "
+        "and on.",
+    ),
+    Code.BALLOON_ABOVE_TOTAL: CodeInfo(
+        400,
+        "The balloon can give back no more than the VM's boot memory and plugged devices.",
+        "Use method dimm to go above it.",
+    ),
+    Code.BALLOON_NOT_ANSWERING: CodeInfo(
+        500,
+        "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory.",
+        "Check in the guest that the virtio_balloon driver is loaded.",
+    ),
+    Code.BALLOON_INFLATED: CodeInfo(
+        400,
+        "The balloon holds back memory that the VM has.",
+        "Use method balloon to give it back to the guest.",
+    ),
+    Code.GUEST_AGENT_ABSENT: CodeInfo(
+        400,
+        "The VM has no guest-agent channel.",
+        "Add a virtio channel named org.qemu.guest_agent.0 to the VM and run qemu-ga in the guest.",
+    ),
+    Code.GUEST_AGENT_DISCONNECTED: CodeInfo(
+        400, "No guest agent is connected.", "Install and start qemu-ga in the guest."
+    ),
+    Code.GUEST_AGENT_UNRESPONSIVE: CodeInfo(
+        400, "The guest agent does not answer in time.", "Restart qemu-ga in the guest; look for what blocks it."
+    ),
+    Code.GUEST_AGENT_REFUSED: CodeInfo(
+        400,
+        "The guest agent refused a command.",
+        "Allow the command in qemu-ga's configuration (block-rpcs, allow-rpcs) in the guest.",
+    ),
+    Code.GUEST_ONLINE_NOT_ASKED: CodeInfo(
+        400, "guestOnline was false: nothing was brought online in the guest.", "Bring it online in the guest."
+    ),
+    Code.GUEST_CPU_NOT_SEEN: CodeInfo(
+        400,
+        "The guest does not list a vCPU that the hypervisor plugged.",
+        "Check the guest's kernel log for ACPI messages, and its limits (maxcpus, nr_cpus).",
+    ),
+    Code.GUEST_CPU_OFFLINE: CodeInfo(400, "The guest lists vCPUs that are offline in it.", CPU_ONLINE_HINT),
+    Code.GUEST_MEMORY_NOT_SEEN: CodeInfo(
+        400,
+        "The guest does not list memory that the hypervisor plugged.",
+        "Check the guest's kernel log for ACPI and hotplug messages.",
+    ),
+    Code.GUEST_MEMORY_OFFLINE: CodeInfo(
+        400, "The guest lists memory blocks that are offline in it.", MEMORY_ONLINE_HINT
+    ),
+    Code.GUEST_FREE_SHOWS_LESS: CodeInfo(
+        200,
+        "The guest's free shows less than the VM has: firmware, the kernel, its page map (about 1.6 %) and a crash "
+        "kernel take their part before MemTotal is counted.",
+        "Nothing to do: compare growth, not totals.",
+    ),
+    Code.DRIFT: CodeInfo(
+        200,
+        "The running VM and its persistent definition differ.",
+        "Send the command again with affect both, or correct the persistent definition, before the next start.",
+    ),
+}
+
+
+class AgentError(Exception):
+    """A failure that the caller is told of: `code`, `message` (observed against needed), `remedy`, `details`.
+
+    `expected` failures are the caller's or the VM's doing and log one line; others log a traceback once.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        message: str,
+        *,
+        remedy: str | None = None,
+        details: dict[str, object] | None = None,
+        expected: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.remedy = CODES[code].remedy if remedy is None else remedy
+        self.details = details or {}
+        self.expected = expected
+
+    @property
+    def status(self) -> int:
+        """The HTTP status of a request that this error refuses at once."""
+        return CODES[self.code].status

@@ -1,0 +1,187 @@
+"""What is known of a VM, its guest and its host at one moment.
+
+Facts are read by hypervisor/ and judged by planners. Sizes are bytes. `None` always means unknown, never zero.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from kvmagent.model.errors import AgentError, Code
+
+VmState = Literal["running", "paused", "shutoff", "crashed", "pmsuspended", "other"]
+
+
+class Vcpu(msgspec.Struct, frozen=True):
+    """One possible vCPU of a definition: libvirt's `<vcpus><vcpu>`."""
+
+    id: int
+    enabled: bool
+    hotpluggable: bool
+
+
+class NumaCell(msgspec.Struct, frozen=True):
+    """One guest NUMA cell with its boot memory, without devices plugged into it."""
+
+    id: int
+    cpus: frozenset[int]
+    memory_bytes: int
+
+
+class MemoryDevice(msgspec.Struct, frozen=True):
+    """One `<memory>` device. `base` (guest physical address) is known on a running VM alone.
+
+    A virtio-mem device has `size_bytes` at most, was asked for `requested_bytes` and has `current_bytes` plugged.
+    """
+
+    model: str
+    size_bytes: int
+    node: int | None
+    alias: str | None = None
+    slot: int | None = None
+    base: int | None = None
+    requested_bytes: int | None = None
+    current_bytes: int | None = None
+
+    @property
+    def plugged_bytes(self) -> int:
+        """What the device gives to the guest: a dimm all of it, a virtio-mem device its current part."""
+        if self.model == "dimm":
+            return self.size_bytes
+        if self.model == "virtio-mem":
+            current = self.current_bytes if self.current_bytes is not None else self.requested_bytes
+            return current or 0
+        return 0
+
+
+class Definition(msgspec.Struct, frozen=True):
+    """A VM's definition, live or persistent: the parts that hotplug depends on.
+
+    `total_bytes` is libvirt's `<memory>`: boot memory and the full size of every device.
+    `current_bytes` is `<currentMemory>`: what the balloon leaves.
+    """
+
+    vcpu_current: int
+    vcpu_maximum: int
+    vcpus: tuple[Vcpu, ...]
+    topology: tuple[int, int, int, int] | None
+    total_bytes: int
+    current_bytes: int
+    max_memory_bytes: int | None
+    slots: int
+    cells: tuple[NumaCell, ...]
+    devices: tuple[MemoryDevice, ...]
+    acpi: bool
+    balloon: bool
+    agent_channel: bool
+    machine: str
+    arch: str
+    hypervisor: str
+
+    @property
+    def boot_bytes(self) -> int:
+        """Memory that the VM starts with, without devices."""
+        return self.total_bytes - sum(device.size_bytes for device in self.devices)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Boot memory and what the devices give: the size that the VM is configured with."""
+        return self.boot_bytes + sum(device.plugged_bytes for device in self.devices)
+
+    @property
+    def balloon_total_bytes(self) -> int:
+        """What a fully deflated balloon leaves to the guest. Source: libvirt leaves virtio-mem out of it."""
+        return self.boot_bytes + sum(device.size_bytes for device in self.devices if device.model == "dimm")
+
+    @property
+    def slots_used(self) -> int:
+        """Slots that memory devices occupy. Source: libvirt 9.0 counts virtio-mem too (dropped in 9.5)."""
+        return len(self.devices)
+
+    def find_device(self, alias: str) -> MemoryDevice | None:
+        """Return the memory device of that alias."""
+        return next((device for device in self.devices if device.alias == alias), None)
+
+
+class Domain(msgspec.Struct, frozen=True):
+    """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient."""
+
+    name: str
+    uuid: str
+    state: VmState
+    live: Definition | None
+    config: Definition | None
+    balloon_bytes: int | None = None
+    job: str | None = None
+
+
+class GuestVcpu(msgspec.Struct, frozen=True):
+    """One CPU that the guest's kernel lists, by its logical id there."""
+
+    id: int
+    online: bool
+    can_offline: bool
+
+
+class GuestBlock(msgspec.Struct, frozen=True):
+    """One memory block that the guest's kernel lists: guest physical address = index x block size."""
+
+    index: int
+    online: bool
+    can_offline: bool
+
+
+class Guest(msgspec.Struct, frozen=True):
+    """What the guest says of itself through its agent.
+
+    `silence` is why it says nothing at all: one of the GUEST_AGENT codes. A single part that could not be had
+    (a blocked command, say) is None, and `refused` names the commands with the agent's words.
+    """
+
+    silence: Code | None = None
+    silence_words: str = ""
+    vcpus: tuple[GuestVcpu, ...] | None = None
+    blocks: tuple[GuestBlock, ...] | None = None
+    block_bytes: int | None = None
+    mem_total_bytes: int | None = None
+    refused: dict[str, str] = {}
+
+    @property
+    def cpus_online(self) -> int | None:
+        """How many CPUs run in the guest."""
+        return None if self.vcpus is None else sum(cpu.online for cpu in self.vcpus)
+
+
+class Host(msgspec.Struct, frozen=True):
+    """The compute node: memory that can be had without swapping, and the hypervisor's vCPU limit."""
+
+    memory_available_bytes: int | None = None
+    vcpu_limit: int | None = None
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """All that a planner may look at."""
+
+    domain: Domain
+    guest: Guest
+    host: Host
+
+    def get_live(self) -> Definition:
+        """Return the running VM's definition.
+
+        Raises:
+            AgentError: VM_NOT_RUNNING, when the VM is off, or went off on the way.
+        """
+        if self.domain.live is None:
+            raise AgentError(Code.VM_NOT_RUNNING, f"VM {self.domain.name} is {self.domain.state}")
+        return self.domain.live
+
+    def get_config(self) -> Definition:
+        """Return the persistent definition.
+
+        Raises:
+            AgentError: VM_TRANSIENT, when there is none.
+        """
+        if self.domain.config is None:
+            raise AgentError(Code.VM_TRANSIENT, f"VM {self.domain.name} is transient")
+        return self.domain.config

@@ -1,0 +1,35 @@
+"""Sizes: every size inside the agent is a count of bytes; libvirt's KiB exist in hypervisor/ alone."""
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+def align_up(size_bytes: int, quantum_bytes: int) -> int:
+    """Return the smallest multiple of `quantum_bytes` that is not below `size_bytes`."""
+    return -(-size_bytes // quantum_bytes) * quantum_bytes
+
+
+def format_size(size_bytes: int) -> str:
+    """Return a size for people: exact, in the largest unit that divides it, else one decimal.
+
+    `format_size(536870912)` is "512 MiB"; `format_size(1)` is "1 B".
+    """
+    for unit, name in ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes >= unit and size_bytes % unit == 0:
+            return f"{size_bytes // unit} {name}"
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.1f} {name}"
+    return f"{size_bytes} B"
+
+
+def format_ids(ids: "frozenset[int] | tuple[int, ...]") -> str:
+    """Return ids as the kernel writes them: `{0, 1, 2, 5}` is "0-2,5"."""
+    spans: list[list[int]] = []
+    for number in sorted(ids):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)

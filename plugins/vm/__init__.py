@@ -1,0 +1,1 @@
+"""Planning of live CPU and memory changes: pure functions over facts."""

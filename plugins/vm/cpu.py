@@ -1,0 +1,152 @@
+"""HotPlugCpu: more vCPUs for a running VM, its persistent definition, or both."""
+
+from dataclasses import replace
+
+from kvmagent.model.command import Command, Ending, Goal, Problem
+from kvmagent.model.errors import CPU_ONLINE_HINT, AgentError, Code
+from kvmagent.model.facts import Facts
+from kvmagent.model.steps import AnyStep, AwaitGuestVcpus, OnlineGuestVcpus, SetVcpus
+from kvmagent.model.units import format_ids
+
+from .checks import check_cpu, check_state, refuse_first
+from .reply import not_verified, refused_warning, settle, shared_fields, silence_warning, warning
+from .requests import HotPlugCpuRequest, VmReply
+
+
+class CpuGoal(Goal, frozen=True, rename="camel"):
+    """A total of vCPUs. `known` are the guest's CPUs before the change: only others are brought online."""
+
+    cpu_num: int
+    live: bool
+    config: bool
+    added: int
+    known: tuple[int, ...] | None
+    guest_online: bool
+    timeout_sec: float
+
+
+def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
+    """Return the goal of a request.
+
+    Raises:
+        AgentError: VM_NOT_RUNNING, VM_TRANSIENT, TARGET_BELOW_CURRENT, CPU_ABOVE_MAXIMUM, NO_ACPI, ...
+    """
+    refuse_first(check_state(facts.domain, request.affect))
+    live, config = request.affect != "config", request.affect != "live"
+    current = (facts.get_live() if live else facts.get_config()).vcpu_current
+    if request.cpu_num < current:
+        raise AgentError(
+            Code.TARGET_BELOW_CURRENT, f"{request.cpu_num} vCPUs were asked for, VM {facts.domain.name} has {current}"
+        )
+    goal = CpuGoal(
+        cpu_num=request.cpu_num,
+        live=live,
+        config=config,
+        added=request.cpu_num - current if live else 0,
+        known=tuple(sorted(cpu.id for cpu in facts.guest.vcpus)) if facts.guest.vcpus is not None else None,
+        guest_online=request.guest_online,
+        timeout_sec=request.timeout_sec,
+    )
+    if advance(goal, facts, frozenset()):
+        refuse_first(check_cpu(facts, request.affect, request.cpu_num))
+    return goal
+
+
+def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Return what is left to do: the hypervisor's part first, then the guest's."""
+    steps: list[AnyStep] = []
+    if goal.live and facts.get_live().vcpu_current < goal.cpu_num:
+        steps.append(SetVcpus(count=goal.cpu_num, target="live"))
+    if goal.config and facts.get_config().vcpu_current != goal.cpu_num:
+        steps.append(SetVcpus(count=goal.cpu_num, target="config"))
+    if steps and goal.added and goal.known is not None:
+        steps.append(_await_guest(goal, goal.known))
+    return tuple(steps) or _guest_steps(goal, facts, spent)
+
+
+def conclude(ending: Ending) -> VmReply:
+    """Return the reply: online only where the guest itself runs on all of them."""
+    ending = replace(ending, error=ending.error or _find_shortfall(ending))
+    warnings = _warnings(ending)
+    if (outcome := settle(ending)) is None:
+        outcome = "configured" if not ending.goal.added else "plugged" if warnings else "online"
+    return VmReply(**shared_fields(ending, outcome, warnings))
+
+
+def _guest_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    guest = facts.guest
+    if not goal.added or goal.known is None or guest.vcpus is None:
+        return ()
+    new = [cpu for cpu in guest.vcpus if cpu.id not in goal.known]
+    if len(new) < goal.added and AwaitGuestVcpus.__name__ not in spent:
+        return (_await_guest(goal, goal.known),)
+    offline = tuple(sorted(cpu.id for cpu in new if not cpu.online))
+    if offline and goal.guest_online and OnlineGuestVcpus.__name__ not in spent:
+        return (OnlineGuestVcpus(ids=offline),)
+    return ()
+
+
+def _await_guest(goal: CpuGoal, known: tuple[int, ...]) -> AwaitGuestVcpus:
+    return AwaitGuestVcpus(known=known, added=goal.added, timeout_sec=goal.timeout_sec)
+
+
+def _warnings(ending: Ending) -> list[Problem]:
+    """Return why the guest may not use all vCPUs of the running VM; nothing when it says that it does."""
+    facts, goal = ending.after, ending.goal
+    if facts is None or facts.domain.live is None or goal is None or not goal.live:
+        return []
+    guest, count = facts.guest, facts.domain.live.vcpu_current
+    if guest.silence is not None:
+        return [silence_warning(guest, CPU_ONLINE_HINT)]
+    if guest.vcpus is None:
+        return [refused_warning(guest, "guest-get-vcpus", CPU_ONLINE_HINT)]
+    found = []
+    if len(guest.vcpus) < count:
+        found.append(warning(Code.GUEST_CPU_NOT_SEEN, f"the VM has {count} vCPUs, the guest lists {len(guest.vcpus)}"))
+    offline = frozenset(cpu.id for cpu in guest.vcpus if not cpu.online)
+    if offline:
+        kept = offline & frozenset(goal.known or ())
+        whose = f"; {format_ids(kept)} were so before and are left to the guest's owner" if kept else ""
+        found.append(warning(Code.GUEST_CPU_OFFLINE, f"CPUs {format_ids(offline)} are offline in the guest{whose}"))
+        if not goal.guest_online:
+            found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
+    return found
+
+
+def _find_shortfall(ending: Ending) -> AgentError | None:
+    """Return the error of a definition that, read again, does not have the goal's vCPUs."""
+    goal, facts = ending.goal, ending.after
+    if goal is None or facts is None or ending.planned is not None:
+        return None
+    for name, asked, definition in (
+        ("running", goal.live, facts.domain.live),
+        ("persistent", goal.config, facts.domain.config),
+    ):
+        if asked and (definition is None or definition.vcpu_current != goal.cpu_num):
+            has = "gone" if definition is None else f"at {definition.vcpu_current}"
+            return not_verified(f"{goal.cpu_num} vCPUs were set, the {name} VM is {has}")
+    return None
+
+
+HOT_PLUG_CPU = Command(
+    name="HotPlugCpu",
+    path="/vm/hotplug/cpu",
+    summary="Bring a VM up to a total of vCPUs, online in the guest",
+    request=HotPlugCpuRequest,
+    reply=VmReply,
+    goal=CpuGoal,
+    observe_guest=frozenset({"cpus"}),
+    decide=decide,
+    advance=advance,
+    conclude=conclude,
+    refusals=(
+        Code.VM_NOT_FOUND,
+        Code.VM_NOT_RUNNING,
+        Code.VM_TRANSIENT,
+        Code.LIBVIRT_BUSY,
+        Code.TARGET_BELOW_CURRENT,
+        Code.NO_ACPI,
+        Code.CPU_ABOVE_MAXIMUM,
+        Code.CPU_TOPOLOGY_MISMATCH,
+    ),
+)

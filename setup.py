@@ -1,0 +1,47 @@
+"""Packaging: metadata, what is installed, and the entry points. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "kvmagent/__init__.py").read_text()).group(1)
+
+setup(
+    name="kvmagent",
+    version=VERSION,
+    description="Host agent for live CPU and memory hotplug of KVM guests",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["kvmagent", "kvmagent.*"]),
+        "kvmagent_plugins",
+        "kvmagent_plugins.vm",
+    ],
+    package_dir={"kvmagent_plugins": "plugins"},
+    install_requires=[
+        "cherrypy>=18.8",
+        "libvirt-python>=8.0",
+        "lxml>=4.9",
+        "msgspec>=0.18",
+        "simplejson>=3.17",
+        "urllib3>=2.0",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.100",
+            "lxml-stubs",
+            "mypy>=1.10",
+            "pytest>=8.0",
+            "ruff>=0.6",
+            "types-simplejson",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["kvmagent = kvmagent.cli.daemon:main"],
+        "kvmagent.plugins": ["vm = kvmagent_plugins.vm_plugin:PLUGIN"],
+    },
+    data_files=[("share/kvmagent/conf", ["conf/kvmagent.conf"])],
+)
