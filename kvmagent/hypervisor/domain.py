@@ -9,7 +9,7 @@ from typing import Any
 import libvirt
 
 from kvmagent.hypervisor.domainxml import format_dimm, is_agent_connected, parse_definition
-from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent
+from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Domain, Guest, VmState
@@ -41,10 +41,10 @@ _JOBS = {
 class VmHandle:
     """One VM on the current connection. `is_test_driver` is for libvirt's own test driver, which knows fewer flags."""
 
-    def __init__(self, domain: libvirt.virDomain, *, is_test_driver: bool) -> None:
+    def __init__(self, domain: libvirt.virDomain, *, is_test_driver: bool, send_to_agent: Send) -> None:
         self._domain = domain
         self._is_test_driver = is_test_driver
-        self.agent = GuestAgent(domain)
+        self.agent = GuestAgent(domain, send=send_to_agent)
 
     @property
     def uuid(self) -> str:
@@ -142,7 +142,7 @@ class VmHandle:
         return _JOBS.get(stats.get("operation"), "libvirt")
 
 
-def find_vm(connection: libvirt.virConnect, vm: str) -> VmHandle:
+def find_vm(connection: libvirt.virConnect, vm: str, send_to_agent: Send) -> VmHandle:
     """Look a VM up by name or UUID, each with or without dashes.
 
     Raises:
@@ -157,7 +157,7 @@ def find_vm(connection: libvirt.virConnect, vm: str) -> VmHandle:
         attempts += [(connection.lookupByUUIDString, bare), (connection.lookupByName, bare)]
     for lookup, key in attempts:
         try:
-            return VmHandle(lookup(key), is_test_driver=is_test_driver)
+            return VmHandle(lookup(key), is_test_driver=is_test_driver, send_to_agent=send_to_agent)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 with libvirt_errors(f"looking up {vm}"):

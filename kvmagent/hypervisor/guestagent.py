@@ -8,11 +8,10 @@ Source: QEMU docs/interop/qemu-ga-ref; Observed: qemu-ga 7.2.
 
 import base64
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import libvirt
-import libvirt_qemu
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import GuestBlock, GuestVcpu
@@ -46,11 +45,16 @@ class CommandRefused(AgentError):
         self.words = words
 
 
+# Sends one command: (domain, JSON, timeout in seconds, flags) -> JSON. libvirt_qemu.qemuAgentCommand is one.
+Send = Callable[[libvirt.virDomain, str, int, int], str]
+
+
 class GuestAgent:
     """The agent of one running VM. Thread-safe as far as libvirt's domain is; libvirt queues its commands."""
 
-    def __init__(self, domain: libvirt.virDomain) -> None:
+    def __init__(self, domain: libvirt.virDomain, *, send: Send) -> None:
         self._domain = domain
+        self._send = send
 
     def vcpus(self) -> tuple[GuestVcpu, ...]:
         """Return the CPUs that the guest's kernel lists, by id."""
@@ -112,7 +116,7 @@ class GuestAgent:
         if arguments is not None:
             request["arguments"] = arguments
         try:
-            answer = libvirt_qemu.qemuAgentCommand(self._domain, json.dumps(request), timeout_s, 0)
+            answer = self._send(self._domain, json.dumps(request), timeout_s, 0)
         except libvirt.libvirtError as error:
             words = error.get_error_message()
             if error.get_error_domain() == libvirt.VIR_FROM_RPC:

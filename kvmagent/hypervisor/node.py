@@ -1,7 +1,10 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
+import libvirt_qemu
+
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.domain import VmHandle, find_vm
+from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_host
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform
@@ -12,8 +15,9 @@ from kvmagent.model.steps import AnyStep
 class Node:
     """Thread-safe. A VM is named by its domain name or UUID, with or without dashes."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, send_to_agent: Send = libvirt_qemu.qemuAgentCommand) -> None:
         self._connection = connection
+        self._send_to_agent = send_to_agent
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -54,4 +58,4 @@ class Node:
         perform(self._find(vm), step)
 
     def _find(self, vm: str) -> VmHandle:
-        return find_vm(self._connection.get(), vm)
+        return find_vm(self._connection.get(), vm, self._send_to_agent)
