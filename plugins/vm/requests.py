@@ -82,6 +82,7 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     warnings: list[Problem] = []
     steps: list[dict[str, Any]] = []
     drift: list[Drift] = []
+    recovered: bool = False
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):
