@@ -205,7 +205,7 @@ def show_reply(screen: Screen, body: Body) -> None:
     screen.row("", format_fields(shown))
     formats: Mapping[str, Callable[[Any], str]] = {
         "headroom": format_fields,
-        "steps": lambda steps: ", ".join(f"{step['step']} {step.get('elapsedMs', '?')} ms" for step in steps),
+        "steps": lambda steps: ", ".join(f"{step['step']} {step['elapsedMs']:.0f} ms" for step in steps),
         "blockers": lambda blockers: "; ".join(f"{blocker['code']}: {blocker['message']}" for blocker in blockers),
         "warnings": lambda warnings: "; ".join(f"{warning['code']}: {warning['message']}" for warning in warnings),
         "remedy": str,

@@ -80,10 +80,19 @@ class Guest:
             TimeoutError: it did not come up; the text has the end of its console.
         """
         began = time.monotonic()
-        self.define_persistent(self._xml)
+        self.define()
         self.start()
         self.wait_booted(timeout_s=timeout_s)
         return time.monotonic() - began
+
+    def define(self) -> None:
+        """Define the domain as its specification says; it stays off."""
+        self.define_persistent(self._xml)
+
+    def start_paused(self) -> None:
+        """Start the domain without running the guest: for what libvirt and QEMU answer by themselves."""
+        with self.domain() as domain:
+            domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
 
     def start(self) -> None:
         """Start the domain as it is defined; returns when QEMU runs, long before the guest is up."""
