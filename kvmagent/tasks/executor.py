@@ -168,12 +168,25 @@ class Executor:
         for _ in range(_MAX_ROUNDS):
             if not steps:
                 return
+            self._refuse_repetition(run, steps)
             for step in steps:
                 if type(step).__name__ not in spent and self._perform(task, run, step) is not None:
                     spent.add(type(step).__name__)
             run.after = self._node.observe(vm, command.observe_guest)
             steps = command.advance(run.goal, run.after, frozenset(spent))
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
+
+    def _refuse_repetition(self, run: _Run, steps: tuple[AnyStep, ...]) -> None:
+        """A change that libvirt confirmed and that has to be made again was not made: doing it again helps nobody."""
+        done = {report.step for report in run.reports if not report.step.soft}
+        again = next((step for step in steps if step in done), None)
+        if again is not None:
+            raise AgentError(
+                Code.NOT_VERIFIED,
+                f"libvirt confirmed {type(again).__name__}, and the VM does not show it",
+                details={"step": msgspec.to_builtins(again)},
+                expected=False,
+            )
 
     def _perform(self, task: Task, run: _Run, step: AnyStep) -> Problem | None:
         """Perform and journal one step; return a soft step's problem.

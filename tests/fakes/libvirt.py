@@ -351,6 +351,9 @@ def _normalise(root: Any) -> Any:
     for cell in root.iterfind("./cpu/numa/cell"):
         cell.set("memory", str(int(cell.get("memory")) * _UNITS[cell.get("unit", "KiB")] // KIB))
         cell.set("unit", "KiB")
+    if cells := root.findall("./cpu/numa/cell"):  # libvirt overwrites <memory> with their sum and the devices'
+        devices = sum(_size(size) for size in root.iterfind("./devices/memory/target/size")) // KIB
+        root.find("memory").text = str(sum(int(cell.get("memory")) for cell in cells) + devices)
     if root.find("currentMemory") is None:
         current = etree.Element("currentMemory", unit="KiB")
         current.text = root.findtext("memory")

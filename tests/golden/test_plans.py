@@ -47,6 +47,9 @@ def pause(domain: FakeDomain) -> None:
     domain.paused = True
 
 
+ODD_DIMM = (
+    "<memory model='dimm'><target><size unit='MiB'>64</size><node>0</node></target><alias name='ua-odd'/></memory>"
+)
 CPU, MEMORY, READY = "HotPlugCpu", "HotPlugMemory", "ReadyForHotplug"
 CASES = {
     "cpu-online": Case(CPU, {"cpuNum": 3}),
@@ -106,6 +109,9 @@ CASES = {
     "memory-refused-no-acpi": Case(MEMORY, {"memorySize": 384 * MIB}, spec={"acpi": False}),
     "memory-refused-no-balloon": Case(MEMORY, {"memorySize": 256 * MIB, "method": "balloon"}, spec={"balloon": False}),
     "memory-refused-balloon-above": Case(MEMORY, {"memorySize": 512 * MIB, "method": "balloon"}),
+    "memory-refused-off": Case(MEMORY, {"memorySize": 384 * MIB}, domain={"running": False}),
+    "memory-refused-transient": Case(MEMORY, {"memorySize": 384 * MIB}, domain={"persistent": False}),
+    "memory-refused-misaligned-dimm": Case(MEMORY, {"memorySize": 512 * MIB}, spec={"devices_xml": ODD_DIMM}),
     "memory-refused-below": Case(MEMORY, {"memorySize": 128 * MIB}),
     "memory-refused-host": Case(
         MEMORY, {"memorySize": 1024 * 1024 * GIB}, spec={"max_memory_mib": 2 * 1024 * 1024 * 1024}
