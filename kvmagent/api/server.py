@@ -29,6 +29,9 @@ _THREADS = 16
 _BACKLOG = 1024
 _MAX_HEADER_BYTES = 16384
 _SOCKET_TIMEOUT_S = 10
+_READ_BYTES = 65536
+# A body that is too large by more than this is not read away: its connection is closed on it.
+_READ_AWAY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ class Server:
             server_name="kvmagent",
         )
         self._server.max_request_header_size = _MAX_HEADER_BYTES
-        self._server.max_request_body_size = http.max_body_bytes
+        self._server.max_request_body_size = http.max_body_bytes + _READ_AWAY_BYTES
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
-    def start(self) -> None:
-        """Listen and serve.
+    def bind(self) -> None:
+        """Listen: clients can connect, and wait for `start` to be answered.
 
         Raises:
             AgentError: BAD_CONFIGURATION, when the address cannot be bound.
@@ -87,13 +90,17 @@ class Server:
         except OSError as error:
             address = f"{self._http.host}:{self._http.port}"
             raise AgentError(Code.BAD_CONFIGURATION, f"cannot listen on {address}: {error}") from error
+
+    def start(self) -> None:
+        """Serve."""
         self._thread.start()
         log.info("listening on http://%s:%d", self._http.host, self._http.port)
 
     def stop(self) -> None:
         """Answer what came in, then close."""
         self._server.stop()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 class _Dispatcher:
@@ -149,11 +156,16 @@ class _Dispatcher:
         raise AgentError(Code.UNKNOWN_PATH, f"nothing is served at {path!r}")
 
     def _read_body(self, request: Any) -> bytes:
+        """Read the body, keeping no more than the limit; the rest is read away, so that the client sees the answer."""
         limit = self._http.max_body_bytes
-        body: bytes = request.rfile.read(limit + 1) if "Content-Length" not in request.headers else request.rfile.read()
-        if len(body) > limit:
-            raise AgentError(Code.BODY_TOO_LARGE, f"the body has more than {limit} bytes")
-        return body
+        kept, size = bytearray(), 0
+        while part := request.rfile.read(_READ_BYTES):
+            size += len(part)
+            if size <= limit:
+                kept += part
+        if size > limit:
+            raise AgentError(Code.BODY_TOO_LARGE, f"the body has {size} bytes, the limit is {limit}")
+        return bytes(kept)
 
     def _check_client(self, client: str) -> None:
         address = ipaddress.ip_address(client)

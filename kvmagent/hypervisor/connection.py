@@ -68,7 +68,6 @@ class Connection:
         # Wakes the loop, so that it sees the stop.
         self._timer = libvirt.virEventAddTimeout(500, lambda _timer, _opaque: None, None)
         self._loop.start()
-        self._opener.start()
         try:
             with self.lease():
                 pass
@@ -115,6 +114,8 @@ class Connection:
         with self._changed:
             self._wanted += 1
             self._changed.notify_all()
+            if self._opener.ident is None:
+                self._opener.start()
             try:
                 while (connection := self._find_alive(dead)) is None:
                     if self._stopping:

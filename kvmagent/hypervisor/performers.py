@@ -33,7 +33,7 @@ def perform(vm: VmHandle, step: AnyStep) -> None:
     Raises:
         AgentError: what went wrong; after it nothing is known of the effect: observe again.
     """
-    _PERFORMERS[type(step)](vm, step)
+    PERFORMERS[type(step)](vm, step)
 
 
 def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
@@ -112,7 +112,7 @@ def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-_PERFORMERS: dict[type, Callable[[VmHandle, Any], None]] = {
+PERFORMERS: dict[type, Callable[[VmHandle, Any], None]] = {
     SetVcpus: _set_vcpus,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,

@@ -73,7 +73,6 @@ class Code(StrEnum):
     NO_BALLOON = "NO_BALLOON"
     BALLOON_ABOVE_TOTAL = "BALLOON_ABOVE_TOTAL"
     BALLOON_NOT_ANSWERING = "BALLOON_NOT_ANSWERING"
-    BALLOON_INFLATED = "BALLOON_INFLATED"
     # the guest
     GUEST_AGENT_ABSENT = "GUEST_AGENT_ABSENT"
     GUEST_AGENT_DISCONNECTED = "GUEST_AGENT_DISCONNECTED"
@@ -317,11 +316,6 @@ CODES: dict[Code, CodeInfo] = {
         500,
         "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory.",
         "Check in the guest that the virtio_balloon driver is loaded.",
-    ),
-    Code.BALLOON_INFLATED: CodeInfo(
-        400,
-        "The balloon holds back memory that the VM has.",
-        "Use method balloon to give it back to the guest.",
     ),
     Code.GUEST_AGENT_ABSENT: CodeInfo(
         400,

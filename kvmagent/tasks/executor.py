@@ -262,6 +262,7 @@ class Executor:
             run.before = run.after
             run.goal = command.decide(run.request, run.after, task.task_uuid)
         spent: set[str] = set()
+        confirmed: set[AnyStep] = set()
         steps = command.advance(run.goal, run.after, frozenset())
         if run.request.dry_run:
             run.planned = steps
@@ -272,6 +273,7 @@ class Executor:
         for _ in range(_MAX_ROUNDS):
             if not steps:
                 return
+            _refuse_repetition(confirmed, steps)
             for step in steps:
                 if type(step).__name__ in spent:
                     continue
@@ -284,6 +286,8 @@ class Executor:
                     break
                 if problem is not None:
                     spent.add(type(step).__name__)
+                elif not step.soft:
+                    confirmed.add(step)
             run.after = self._node.observe(vm, command.observe_guest)
             steps = command.advance(run.goal, run.after, frozenset(spent))
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
@@ -364,6 +368,18 @@ class _VmLocks:
                 self._users[uuid] -= 1
                 if not self._users[uuid]:
                     del self._users[uuid], self._held[uuid]
+
+
+def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:
+    """A change that libvirt confirmed and that has to be made again was not made: doing it again helps nobody."""
+    again = next((step for step in steps if step in confirmed), None)
+    if again is not None:
+        raise AgentError(
+            Code.NOT_VERIFIED,
+            f"libvirt confirmed {type(again).__name__}, and the VM does not show it",
+            details={"step": msgspec.to_builtins(again)},
+            expected=False,
+        )
 
 
 def _read_report(record: StepRecord) -> StepReport:

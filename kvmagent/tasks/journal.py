@@ -9,7 +9,6 @@ is full: what was accepted may have to wait, and is never lost.
 """
 
 import contextlib
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import msgspec
 from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journalfile import JournalFile
+from kvmagent.tasks.journalfile import Database, JournalFile
 
 State = Literal["accepted", "running", "finished", "delivered", "gone", "given_up"]
 UNFINISHED: tuple[State, ...] = ("accepted", "running")
@@ -40,6 +39,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 _SETTLED = "state IN ('delivered', 'gone', 'given_up')"
 # Settled tasks are removed in batches, so that no accept waits long behind one, and not more often than this.
 _PRUNE_BATCH, _PRUNE_INTERVAL_S = 200, 10.0
+# A caller is not kept waiting longer by a disk that hangs.
+_ACCEPT_WAIT_S = 30.0
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +95,7 @@ class Journal:
     """Thread-safe. `on_accepted` is called on the writer's thread, in order of acceptance, after the commit.
 
     Every method may raise AgentError JOURNAL_UNAVAILABLE: reads when the file cannot be read, `accept` when it cannot
-    be written, the other writes only when the journal is stopped before they were on disk.
+    be written (`owe_again` likewise), the other writes only when the journal is stopped before they were on disk.
     """
 
     def __init__(
@@ -143,9 +144,13 @@ class Journal:
             if stored[1]:
                 self._on_accepted(stored[0])
 
-        stored: tuple[Task, bool] = self._file.write(
-            "accept", lambda db: self._accept(db, task), keep=False, then=tell
-        ).result()
+        writing = self._file.write("accept", lambda db: self._accept(db, task), keep=False, then=tell)
+        try:
+            stored: tuple[Task, bool] = writing.result(_ACCEPT_WAIT_S)
+        except TimeoutError as error:
+            # It may yet be stored and done; sent again it is the same task.
+            message = f"the disk has not taken the task in {_ACCEPT_WAIT_S:g} s"
+            raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error
         return stored
 
     def start_task(self, task_uuid: str) -> None:
@@ -158,7 +163,7 @@ class Journal:
         Whatever the agent dies of, a task that may have touched its VM has a goal and a step on disk.
         """
 
-        def change(db: sqlite3.Connection) -> None:
+        def change(db: Database) -> None:
             _move(db, task_uuid, "running", goal=goal, before=before)
             _start_step(db, task_uuid, 0, first_step, self._clock())
 
@@ -177,7 +182,7 @@ class Journal:
     def finish(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
         """-> finished: the result, and with it the callback that is owed."""
 
-        def change(db: sqlite3.Connection) -> Owed:
+        def change(db: Database) -> Owed:
             now = self._clock()
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
 
@@ -185,7 +190,7 @@ class Journal:
         return owed
 
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
-        """Store a delivery that failed and will be tried again; does not wait, and may be lost while the disk is full."""
+        """Store a delivery that failed and will be tried again; does not wait; lost while the disk is full."""
         self._file.write(
             "record_attempt",
             lambda db: _move(db, task_uuid, "finished", attempts=attempts, delivery_error=error),
@@ -200,10 +205,10 @@ class Journal:
     def owe_again(self, task_uuid: str) -> Owed:
         """delivered, gone or given_up -> finished: the caller asked for the callback again, from now on."""
 
-        def change(db: sqlite3.Connection) -> Owed:
+        def change(db: Database) -> Owed:
             return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, owed_at=self._clock())
 
-        owed: Owed = self._file.write("owe_again", change).result()
+        owed: Owed = self._file.write("owe_again", change, keep=False).result(_ACCEPT_WAIT_S)
         return owed
 
     def prune(self, *, keep_tasks: int, keep_s: float) -> None:
@@ -216,7 +221,7 @@ class Journal:
             return
         self._pruned_at = now
 
-        def change(db: sqlite3.Connection) -> int:
+        def change(db: Database) -> int:
             return _prune(db, keep_tasks, now - keep_s)
 
         def again(removed: int) -> None:
@@ -264,7 +269,7 @@ class Journal:
         rows = self._file.read(f"SELECT * FROM tasks WHERE {where} ORDER BY {order}", values)
         return [Task(**dict(row)) for row in rows]
 
-    def _accept(self, db: sqlite3.Connection, task: Task) -> tuple[Task, bool]:
+    def _accept(self, db: Database, task: Task) -> tuple[Task, bool]:
         row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
         if row is not None:
             known = Task(**dict(row))
@@ -282,7 +287,7 @@ class Journal:
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
 
 
-def _move(db: sqlite3.Connection, task_uuid: str, state: State, **values: Any) -> Owed:
+def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
     """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns."""
     sql = "SELECT state, lane, callback_url, owed_at FROM tasks WHERE task_uuid = ?"
     row = db.execute(sql, (task_uuid,)).fetchone()
@@ -294,12 +299,12 @@ def _move(db: sqlite3.Connection, task_uuid: str, state: State, **values: Any) -
     return Owed(task_uuid, row["lane"], row["callback_url"], values.get("owed_at", row["owed_at"]) or 0.0)
 
 
-def _start_step(db: sqlite3.Connection, task_uuid: str, n: int, step: bytes, now: float) -> None:
+def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float) -> None:
     sql = "INSERT OR REPLACE INTO steps (task_uuid, n, step, started_at) VALUES (?, ?, ?, ?)"
     db.execute(sql, (task_uuid, n, step, now))
 
 
-def _prune(db: sqlite3.Connection, keep_tasks: int, before: float) -> int:
+def _prune(db: Database, keep_tasks: int, before: float) -> int:
     sql = f"SELECT seq FROM tasks WHERE {_SETTLED} ORDER BY seq DESC LIMIT 1 OFFSET ?"
     surplus = db.execute(sql, (keep_tasks,)).fetchone()
     sql = f"SELECT seq, task_uuid FROM tasks WHERE {_SETTLED} AND (seq <= ? OR finished_at < ?) ORDER BY seq LIMIT ?"

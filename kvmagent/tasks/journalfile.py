@@ -1,4 +1,4 @@
-"""The journal's file: its schema, and the one thread that writes it.
+"""The journal's file: its schema, and the one thread that writes it. The only user of sqlite3.
 
     write(change) -> queue -> writer: BEGIN, all changes that have gathered, COMMIT (WAL, synchronous=FULL)
                                  on disk: `then` of each, in order, then whoever waits for it
@@ -27,7 +27,9 @@ from kvmagent.tasks.faults import Fault
 
 log = logging.getLogger(__name__)
 
-Change = Callable[[sqlite3.Connection], Any]
+Database = sqlite3.Connection
+Row = sqlite3.Row
+Change = Callable[[Database], Any]
 
 # MIGRATIONS[n] brings a file of version n to n + 1; a new file takes them all. Never edited, only added to.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
@@ -160,7 +162,7 @@ class JournalFile:
             self._writes.put(_Write(name, change, keep, done, then))
         return done
 
-    def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[sqlite3.Row]:
+    def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[Row]:
         """Return the rows of a query.
 
         Raises:
@@ -304,7 +306,7 @@ class JournalFile:
         return AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {error}", remedy=remedy, expected=False)
 
 
-def _attempt(write: _Write, db: sqlite3.Connection) -> tuple[Any, Exception | None]:
+def _attempt(write: _Write, db: Database) -> tuple[Any, Exception | None]:
     """Make one change; return its result, or the error that is its own and no other change's.
 
     Raises:
@@ -323,7 +325,7 @@ def _attempt(write: _Write, db: sqlite3.Connection) -> tuple[Any, Exception | No
         return None, AgentError(Code.INTERNAL_ERROR, f"journal: {write.name}: {error}", expected=False)
 
 
-def _migrate(db: sqlite3.Connection, path: Path) -> None:
+def _migrate(db: Database, path: Path) -> None:
     """Bring a file to the present schema, one version at a time, each in one transaction."""
     found: int = db.execute("PRAGMA user_version").fetchone()[0]
     if found > len(MIGRATIONS):
