@@ -190,8 +190,11 @@ class Agent:
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""
-        parts = {"lanes": self._lanes, "writer": self._journal, "delivery": self._delivery}
-        stalled = {name: part.stalled_s() for name, part in parts.items()}
+        stalled = {
+            "lanes": self._lanes.stalled_s(),
+            "writer": self._journal.stalled_s(),
+            "delivery": self._delivery.stalled_s(),
+        }
         return {name: f"no progress for {seconds:.0f} s" for name, seconds in stalled.items() if seconds > _STALLED_S}
 
     def _close(self) -> None:

@@ -183,7 +183,9 @@ class Connection:
             if self._failure is not None:
                 self._changed.wait_for(lambda: self._stopping, pause_s * random.uniform(0.75, 1.25))
             else:
-                self._changed.wait_for(lambda: self._stopping or self._lost or self._wanted > len(self._idle))
+                self._changed.wait_for(
+                    lambda: self._stopping or self._lost or (self._shared is None and self._wanted > len(self._idle))
+                )
             self._opening_since = time.monotonic()
             return not self._stopping
 

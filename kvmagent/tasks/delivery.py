@@ -264,7 +264,7 @@ class Delivery:
         """Give up everything that this destination has been owed for too long: it has just been tried once more."""
         oldest = self._clock() - self._give_up_s
         for lane, owed in list(destination.lanes.items()):
-            for task_uuid in list(itertools.takewhile(lambda uuid, owed=owed: owed[uuid] <= oldest, owed)):
+            for task_uuid in [task_uuid for task_uuid, owed_at in owed.items() if owed_at <= oldest]:
                 with log_context(task=task_uuid, vm=lane):
                     log.error("callback given up url=%s: no answer", destination.url)
                 self._journal.settle(task_uuid, "given_up", "no answer from the receiver")

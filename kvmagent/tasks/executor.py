@@ -400,6 +400,7 @@ def _bare_reply(task: Task, error: AgentError) -> tuple[bytes, str, AgentError]:
         "errorCode": error.code,
         "remedy": error.remedy,
         "outcome": outcome,
-        "recovered": task.recovered,
     }
+    if task.recovered:
+        fields["recovered"] = True
     return msgspec.json.encode(fields), outcome, error

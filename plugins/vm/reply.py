@@ -30,7 +30,7 @@ def shared_fields(ending: Ending, outcome: Outcome, warnings: list[Problem]) -> 
         "warnings": _warnings(ending, warnings) if outcome not in ("refused", "planned") else [],
         "steps": _steps(ending),
         "drift": drift(ending.after),
-        "recovered": ending.recovered,
+        "recovered": ending.recovered or msgspec.UNSET,
     }
 
 
