@@ -313,7 +313,8 @@ class Executor:
             AgentError: what a step that is not soft ended in; LIBVIRT_UNAVAILABLE from any.
         """
         n, started, problem = len(run.reports), self._clock(), None
-        self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step))
+        # Nothing is touched that a crash would leave without a trace; the first step came to disk with the goal.
+        self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
         self._fault("step:begun")
         try:
             self._node.perform(run.request.vm_uuid, step)

@@ -169,9 +169,11 @@ class Journal:
 
         self._file.write("record_goal", change).result()
 
-    def start_step(self, task_uuid: str, n: int, step: bytes) -> None:
-        """Store that a step begins; does not wait for the disk."""
-        self._file.write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
+    def start_step(self, task_uuid: str, n: int, step: bytes, *, wait: bool) -> None:
+        """Store that a step begins; waits for the disk only where told to."""
+        writing = self._file.write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
+        if wait:
+            writing.result()
 
     def finish_step(self, task_uuid: str, n: int, elapsed_ms: float, problem: Problem | None) -> None:
         """Store that a step ended; does not wait for the disk."""
