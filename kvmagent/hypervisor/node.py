@@ -1,5 +1,8 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import libvirt_qemu
 
 from kvmagent.hypervisor.connection import Connection
@@ -25,19 +28,22 @@ class Node:
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE.
         """
-        connection = self._connection.get()
-        with libvirt_errors("asking libvirt for its version"):
+        with self._connection.lease() as connection, libvirt_errors("asking libvirt for its version"):
             connection.getLibVersion()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until libvirt is not known to be away; return whether it is so."""
+        return self._connection.wait_connected(timeout_s)
 
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
-        connection = self._connection.get()
-        with libvirt_errors("listing VMs"):
+        with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
 
     def get_uuid(self, vm: str) -> str:
         """Return the UUID of a VM, which is the same whatever form it was named in."""
-        return self._find(vm).uuid
+        with self._find(vm) as handle:
+            return handle.uuid
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now; `parts` ("cpus", "memory") is what to ask the guest itself.
@@ -45,9 +51,9 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        handle = self._find(vm)
-        domain, connected = handle.read()
-        return Facts(domain=domain, guest=handle.ask_guest(domain, connected, parts), host=read_host())
+        with self._find(vm) as handle:
+            domain, connected = handle.read()
+            return Facts(domain=domain, guest=handle.ask_guest(domain, connected, parts), host=read_host())
 
     def perform(self, vm: str, step: AnyStep) -> None:
         """Perform one step.
@@ -55,7 +61,10 @@ class Node:
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
-        perform(self._find(vm), step)
+        with self._find(vm) as handle:
+            perform(handle, step)
 
-    def _find(self, vm: str) -> VmHandle:
-        return find_vm(self._connection.get(), vm, self._send_to_agent)
+    @contextmanager
+    def _find(self, vm: str) -> Iterator[VmHandle]:
+        with self._connection.lease() as connection:
+            yield find_vm(connection, vm, self._send_to_agent)

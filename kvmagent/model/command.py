@@ -60,10 +60,10 @@ class Goal(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class StepReport(msgspec.Struct, frozen=True, rename="camel"):
-    """One performed step: how long it took, and what went wrong with it."""
+    """One performed step: how long it took (None: it was cut off, and may have had its effect), what went wrong."""
 
     step: AnyStep
-    elapsed_ms: float
+    elapsed_ms: float | None
     problem: Problem | None = None
 
 
@@ -72,7 +72,8 @@ class Ending:
     """Everything that a reply can be made from.
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
-    `after` when it could not be read again. `planned` holds the steps of a dry run.
+    `after` when it could not be read again. `planned` holds the steps of a dry run. `recovered`: an earlier agent left
+    the task unfinished; `reports` then begin with that agent's.
     """
 
     request: Any
@@ -82,6 +83,7 @@ class Ending:
     reports: tuple[StepReport, ...]
     error: AgentError | None
     planned: tuple[AnyStep, ...] | None = None
+    recovered: bool = False
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class FakeAgent:
             make_node(*domains),
             self.journal,
             COMMANDS,
-            on_finished=lambda task: self.finished.append(task.task_uuid),
+            on_finished=lambda owed: self.finished.append(owed.task_uuid),
+            libvirt_wait_s=0.0,
         )
 
     def stop(self) -> None:

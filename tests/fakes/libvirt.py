@@ -258,6 +258,12 @@ class FakeConnection:
     def setKeepAlive(self, interval: int, count: int) -> None:
         pass
 
+    def registerCloseCallback(self, callback: Any, opaque: Any) -> None:
+        pass
+
+    def unregisterCloseCallback(self) -> None:
+        pass
+
     def close(self) -> int:
         self.alive = False
         return 0
