@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvmagent import __version__
 from kvmagent.agent import Agent, load_plugins
+from kvmagent.api.security import new_token
 from kvmagent.logs import start_logging
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
@@ -23,7 +24,13 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     if options.sample:
         print(sample_conf(), end="")
         return 0
+    # The journal, its companions and a log file are made by libraries that ask for no mode.
+    os.umask(0o077)
     try:
+        if options.new_token is not None:
+            token, line = new_token(options.new_token)
+            print(f"{line}\n{token}")
+            return 0
         settings = _read_settings(Path(options.config), options.set)
         start_logging(settings.log)
         agent = Agent(settings, load_plugins(settings.agent.plugins), fault=fault)
@@ -50,6 +57,11 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one key; may be repeated"
     )
     parser.add_argument("--sample", action="store_true", help="print the configuration with every key and exit")
+    parser.add_argument(
+        "--new-token",
+        metavar="NAME",
+        help="print a line for security.tokens_file and, on a second line, the token that it lets in, and exit",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
 
