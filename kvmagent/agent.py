@@ -27,7 +27,8 @@ from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import make_private_directory
-from kvmagent.settings import Settings
+from kvmagent.settings import Settings, parse_callback_rule
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
@@ -88,8 +89,11 @@ class Agent:
         self._connection = Connection(settings.libvirt.uri)
         node = Node(self._connection)
         self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
+        rules = map(parse_callback_rule, settings.security.allowed_callbacks)
+        self._callbacks = Callbacks(rules, settings.callback)
         self._delivery = Delivery(
             self._journal,
+            self._callbacks,
             timeout_s=settings.callback.timeout_sec,
             give_up_s=settings.callback.give_up_sec,
             fault=fault,
@@ -108,7 +112,7 @@ class Agent:
             max_queued=settings.agent.max_queued,
             max_queued_per_lane=settings.agent.max_queued_per_vm,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery)
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks)
         reads = Reads(
             node,
             self._journal,
@@ -136,6 +140,7 @@ class Agent:
 
     def _start(self) -> None:
         self._security.load()
+        self._callbacks.load()
         make_private_directory(self._state_dir, "agent.state_dir")
         self._lock_fd = _lock(self._state_dir / "lock")
         # A port that is taken is found out before any VM is touched.
@@ -182,7 +187,7 @@ class Agent:
         while not self._wake.wait(_TICK_S):
             if reload.is_set():
                 reload.clear()
-                self._security.reload()
+                self._reload()
             if self.look_after():
                 feed_watchdog()
 
@@ -196,6 +201,16 @@ class Agent:
             log.log(logging.ERROR if stalls else logging.INFO, "stalled parts=%s", stalls or "none")
         self._stalls = stalls
         return not stalls
+
+    def _reload(self) -> None:
+        """Read certificates and tokens anew; where one cannot be used, what was in force stays."""
+        for load in (self._security.load, self._callbacks.load):
+            try:
+                load()
+            except AgentError as error:
+                log.error("certificates and tokens stay as they were error=%r", error.message)
+            else:
+                log.info("certificates and tokens read")
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""

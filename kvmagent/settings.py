@@ -16,10 +16,6 @@ from kvmagent.model.errors import AgentError, Code
 
 DEFAULT_PATH = "/etc/kvmagent/kvmagent.conf"
 
-# IPv6 stands in brackets where a port follows it.
-_CALLBACK_RULE = re.compile(
-    r"(?:\[(?P<v6>[0-9A-Fa-f:.]+(?:/\d+)?)\]|(?P<host>[^:\[\]]+|[0-9A-Fa-f:.]+:[0-9A-Fa-f:.]*(?:/\d+)?))(?::(?P<port>\d{1,5}))?"
-)
 # A name ends in a label that is not all digits: else it is an address, and was no valid one.
 _HOST_NAME = re.compile(
     r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?\.)*(?!\d+$)[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -274,17 +270,23 @@ def parse_callback_rule(text: str) -> CallbackRule:
     Raises:
         AgentError: BAD_CONFIGURATION.
     """
-    match = _CALLBACK_RULE.fullmatch(text)
-    port = int(match["port"]) if match and match["port"] else None
-    if match is None or port == 0 or (port or 0) > 65535:
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        is_address, colon, digits = True, rest[:1] if bracket else "?", rest[1:]
+    elif text.count(":") > 1:
+        host, is_address, colon, digits = text, True, "", ""
+    else:
+        (host, colon, digits), is_address = text.partition(":"), False
+    known_port = re.fullmatch(r"[0-9]{1,5}", digits) and 0 < int(digits) <= 65535
+    if not host or colon not in ("", ":") or bool(colon) != bool(known_port):
         raise _bad(f"security.allowed_callbacks: {text!r} is no address, network or host name, with or without :PORT")
-    host = match["v6"] or match["host"]
+    port = int(digits) if digits else None
     if host == "caller":
         return CallbackRule(port)
     try:
         return CallbackRule(port, network=ipaddress.ip_network(host))
     except ValueError as error:
-        if not _HOST_NAME.fullmatch(host):
+        if is_address or not _HOST_NAME.fullmatch(host):
             raise _bad(f"security.allowed_callbacks: {error}") from error
         return CallbackRule(port, name=host.lower())
 

@@ -36,7 +36,7 @@ OWNERS = {
     "libvirt_qemu": "kvmagent.hypervisor",
     "lxml": "kvmagent.hypervisor.domainxml",
     "sqlite3": "kvmagent.tasks.journalfile",
-    "urllib3": "kvmagent.tasks.delivery",
+    "urllib3": "kvmagent.tasks.callbacks",
     "cherrypy": "kvmagent.api.server",
     "cheroot": "kvmagent.api.listener",
     "simplejson": "kvmagent.api.wire",

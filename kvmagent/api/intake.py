@@ -11,6 +11,7 @@ from kvmagent.audit import audit
 from kvmagent.logs import format_fields
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task
 from kvmagent.tasks.lanes import Lanes
@@ -28,10 +29,11 @@ class Accepted(msgspec.Struct, rename="camel"):
 class Intake:
     """Thread-safe."""
 
-    def __init__(self, journal: Journal, lanes: Lanes, delivery: Delivery) -> None:
+    def __init__(self, journal: Journal, lanes: Lanes, delivery: Delivery, callbacks: Callbacks) -> None:
         self._journal = journal
         self._lanes = lanes
         self._delivery = delivery
+        self._callbacks = callbacks
 
     def accept(
         self, command: Command, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
@@ -54,6 +56,7 @@ class Intake:
             _check_content_type(headers.get("content-type", "application/json"))
             request = decode_request(body, command.request)
             lane = _lane(request.vm_uuid)
+            self._callbacks.check(callback_url, client)
             task, is_new = self._store(
                 Task(
                     task_uuid=task_uuid,

@@ -10,7 +10,6 @@ think up, would only make each request slow. Source: NIST SP 800-63B 5.1.2.2 (lo
 import hashlib
 import hmac
 import ipaddress
-import logging
 import re
 import secrets
 import ssl
@@ -20,8 +19,6 @@ from typing import Any
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
 from kvmagent.settings import SecuritySection
-
-log = logging.getLogger(__name__)
 
 # A caller that nobody asked who it is.
 ANONYMOUS = "anonymous"
@@ -52,15 +49,6 @@ class Security:
         tokens = parse_tokens(read_private(section.tokens_file, "security.tokens_file")) if section.tokens_file else ()
         context = make_server_context(section) if section.tls_cert else None
         self._tokens, self.context = tokens, context
-
-    def reload(self) -> None:
-        """Read certificates and tokens anew; what cannot be read is logged, and what was in force stays."""
-        try:
-            self.load()
-        except AgentError as error:
-            log.error("certificates and tokens stay as they were error=%r", error.message)
-        else:
-            log.info("certificates and tokens read tokens=%d tls=%s", len(self._tokens), self.context is not None)
 
     def is_allowed_address(self, client: str) -> bool:
         """Whether an address may connect at all."""

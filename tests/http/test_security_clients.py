@@ -313,7 +313,7 @@ def hang_up(agent: AgentProcess) -> None:
 
 
 def reloads(agent: AgentProcess) -> int:
-    return agent.log().count("certificates and tokens ")
+    return agent.log().count("certificates and tokens ") // 2
 
 
 def assert_status(agent: AgentProcess, token: str, status: int) -> None:

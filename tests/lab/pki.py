@@ -35,3 +35,10 @@ class Authority:
         if certificate is not None:
             context.load_cert_chain(certificate)
         return context
+
+    def server(self, certificate: Path, *, clients: bool = False) -> ssl.SSLContext:
+        """How a server speaks that has this certificate; it may ask clients for one of this CA."""
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=self.ca_file)
+        context.load_cert_chain(certificate)
+        context.verify_mode = ssl.CERT_REQUIRED if clients else ssl.CERT_NONE
+        return context
