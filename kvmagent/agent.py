@@ -111,6 +111,7 @@ class Agent:
             workers=settings.agent.workers,
             max_queued=settings.agent.max_queued,
             max_queued_per_lane=settings.agent.max_queued_per_vm,
+            max_queued_per_client=settings.agent.max_queued_per_client,
         )
         intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks)
         reads = Reads(

@@ -85,7 +85,7 @@ class Intake:
         """Store a task for which there is room; one that is known already needs none."""
         if self._journal.find(task.task_uuid) is not None:
             return self._journal.accept(task)
-        with self._lanes.hold_place(task.lane):
+        with self._lanes.hold_place(task):
             return self._journal.accept(task)
 
 
