@@ -1,8 +1,10 @@
 """`kvmagent`: reads the configuration, starts the agent, runs until a signal stops it."""
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from kvmagent.tasks.faults import Fault, no_fault
 
 log = logging.getLogger(__name__)
 
+_MAX_FILES = 65536
+
 
 def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     """Run the agent; return the exit status: 0 stopped, 1 could not start. `fault`: see tasks.faults."""
@@ -26,6 +30,7 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
         return 0
     # The journal, its companions and a log file are made by libraries that ask for no mode.
     os.umask(0o077)
+    _raise_file_limit()
     try:
         if options.new_token is not None:
             token, line = new_token(options.new_token)
@@ -44,6 +49,15 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     manager.stopping(agent.stop_within_s)
     agent.stop()
     return 0
+
+
+def _raise_file_limit() -> None:
+    """Take as many descriptors as may be had: each connection needs one, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft < wanted:
+        with contextlib.suppress(OSError):  # confined: what the service manager gave is what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
