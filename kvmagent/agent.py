@@ -19,6 +19,7 @@ from kvmagent.api.reads import Reads
 from kvmagent.api.server import Answer, Call, Handler, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
@@ -68,9 +69,11 @@ class Agent:
         self._settings = settings
         self._commands = _by_name(plugins)
         self._wake = threading.Event()
-        self._connection = Connection(settings.libvirt.uri)
-        node = Node(self._connection)
-        self._journal = Journal(Path(settings.agent.state_dir) / "journal.sqlite", on_accepted=self._put)
+        state_dir = Path(settings.agent.state_dir)
+        events = DeviceEvents()
+        self._connection = Connection(settings.libvirt.uri, register=events.register)
+        node = Node(self._connection, events=events, former_xml_dir=state_dir / "former-xml")
+        self._journal = Journal(state_dir / "journal.sqlite", on_accepted=self._put)
         self._delivery = Delivery(
             self._journal, timeout_s=settings.callback.timeout_sec, give_up_s=settings.callback.give_up_sec
         )

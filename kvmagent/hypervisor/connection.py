@@ -24,11 +24,23 @@ _RETRY_AFTER_S = 0.5
 
 
 class Connection:
-    """The agent's libvirt connection. Thread-safe."""
+    """The agent's libvirt connection. Thread-safe.
 
-    def __init__(self, uri: str, *, open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open) -> None:
+    `register` has each new connection report its events, and returns the callback ids: without their removal a
+    closed connection would live on.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open,
+        register: Callable[[libvirt.virConnect], list[int]] = lambda _connection: [],
+    ) -> None:
         self._uri = uri
         self._open_libvirt = open_libvirt
+        self._register = register
+        self._callback_ids: list[int] = []
         self._lock = threading.Lock()
         self._connection: libvirt.virConnect | None = None
         self._failure: AgentError | None = None
@@ -93,12 +105,19 @@ class Connection:
         except libvirt.libvirtError as error:
             # A driver inside this process (test:) has no wire to keep alive.
             log.debug("no keep-alive on this driver uri=%s error=%s", self._uri, error)
+        try:
+            self._callback_ids = self._register(connection)
+        except libvirt.libvirtError as error:
+            self._callback_ids = []
+            log.warning("no device events from this driver uri=%s error=%s", self._uri, error)
         self._failure = None
         log.info("libvirt connected uri=%s", self._uri)
         return connection
 
     def _close(self, connection: libvirt.virConnect) -> None:
         try:
+            for callback_id in self._callback_ids:
+                connection.domainEventDeregisterAny(callback_id)
             connection.close()
         except libvirt.libvirtError as error:
             log.debug("closing a dead libvirt connection error=%s", error)

@@ -1,23 +1,39 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
+from pathlib import Path
+
+import libvirt
 import libvirt_qemu
 
 from kvmagent.hypervisor.connection import Connection
-from kvmagent.hypervisor.domain import VmHandle, find_vm
+from kvmagent.hypervisor.deviceevents import DeviceEvents
+from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
+from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_host
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
-from kvmagent.hypervisor.performers import perform
-from kvmagent.model.facts import Facts
+from kvmagent.hypervisor.performers import perform, preview
+from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import AnyStep
 
 
 class Node:
-    """Thread-safe. A VM is named by its domain name or UUID, with or without dashes."""
+    """Thread-safe. A VM is named by its domain name or UUID, with or without dashes.
 
-    def __init__(self, connection: Connection, *, send_to_agent: Send = libvirt_qemu.qemuAgentCommand) -> None:
+    `events` has to be registered on the connection. `former_xml_dir` is where definitions that are replaced are kept.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        events: DeviceEvents,
+        former_xml_dir: Path,
+        send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
+    ) -> None:
         self._connection = connection
-        self._send_to_agent = send_to_agent
+        self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
+        self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -47,15 +63,41 @@ class Node:
         """
         handle = self._find(vm)
         domain, connected = handle.read()
-        return Facts(domain=domain, guest=handle.ask_guest(domain, connected, parts), host=read_host())
+        guest = handle.ask_guest(domain, connected, parts)
+        definition = domain.live or domain.config
+        return Facts(domain=domain, guest=guest, host=read_host(self._vcpu_limit(definition)))
 
-    def perform(self, vm: str, step: AnyStep) -> None:
-        """Perform one step.
+    def perform(self, vm: str, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing.
 
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
-        perform(self._find(vm), step)
+        return perform(self._find(vm), step)
+
+    def preview(self, vm: str, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        return preview(self._find(vm), step)
 
     def _find(self, vm: str) -> VmHandle:
-        return find_vm(self._connection.get(), vm, self._send_to_agent)
+        return find_vm(self._connection.get(), vm, self._means)
+
+    def _vcpu_limit(self, definition: Definition | None) -> int | None:
+        """Return the most vCPUs of a machine type, asked once; None where it is not told."""
+        if definition is None:
+            return None
+        key = (definition.arch, definition.machine, definition.hypervisor)
+        if key not in self._vcpu_limits:
+            connection = self._connection.get()
+            try:
+                limits = [parse_vcpu_limit(connection.getDomainCapabilities(None, *key, 0))]
+                if definition.hypervisor == "kvm":
+                    limits.append(connection.getMaxVcpus("kvm"))
+                self._vcpu_limits[key] = min((limit for limit in limits if limit), default=None)
+            except libvirt.libvirtError:
+                return None
+        return self._vcpu_limits[key]

@@ -2,6 +2,7 @@
 
     decide(request, facts, task_uuid)     -> goal      absolute, recorded before anything is touched; or AgentError
     advance(goal, facts, spent)           -> steps     what is left to do towards the goal; none = done
+    retreat(goal, facts, error)           -> goal      after a failure on the way, where to go instead; None = stop
     conclude(Ending)                      -> reply     what the caller is told
 
 The executor observes before every call of `advance`, so that a step which needs to know the effect of an earlier one
@@ -60,11 +61,16 @@ class Goal(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class StepReport(msgspec.Struct, frozen=True, rename="camel"):
-    """One performed step: how long it took, and what went wrong with it."""
+    """One performed step: how long it took, when it ended, what went wrong with it, and what it has to tell.
+
+    `ended_ms` counts from the start of the run; `told` is the text of a step that has one: DefineShape's diff.
+    """
 
     step: AnyStep
     elapsed_ms: float
     problem: Problem | None = None
+    ended_ms: float = 0.0
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Ending:
     """Everything that a reply can be made from.
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
-    `after` when it could not be read again. `planned` holds the steps of a dry run.
+    `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
     """
 
     request: Any
@@ -82,14 +88,19 @@ class Ending:
     reports: tuple[StepReport, ...]
     error: AgentError | None
     planned: tuple[AnyStep, ...] | None = None
+    preview: str = ""
+
+
+def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
+    """What most commands do after a failure on the way: stop, and tell how far it came."""
 
 
 @dataclass(frozen=True)
 class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
-    `observe_guest` names what has to be asked of the guest: "cpus", "memory". `spent` (of advance) names the soft
-    step types that failed in this run and are not to be tried again.
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the keys of
+    the soft steps that failed in this run and are not to be tried again.
     """
 
     name: str
@@ -103,6 +114,7 @@ class Command:
     advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
     conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
+    retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
 
 
 @dataclass(frozen=True)

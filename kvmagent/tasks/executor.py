@@ -8,6 +8,7 @@
       command.advance     -> steps       none: done
         node.perform each                a soft step's failure is a warning, any other ends the task
         node.observe, advance again
+      command.retreat     -> goal        after a failure: where to go instead, by the same loop
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
       on_finished(task)                  delivery
@@ -49,8 +50,11 @@ class VmNode(Protocol):
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now."""
 
-    def perform(self, vm: str, step: AnyStep) -> None:
-        """Perform one step."""
+    def perform(self, vm: str, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing."""
+
+    def preview(self, vm: str, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it."""
 
 
 @dataclass
@@ -65,6 +69,8 @@ class _Run:
     reports: list[StepReport] = field(default_factory=list)
     error: AgentError | None = None
     planned: tuple[AnyStep, ...] | None = None
+    preview: str = ""
+    started: float = 0.0
 
     def end(self) -> Ending:
         return Ending(
@@ -75,6 +81,7 @@ class _Run:
             reports=tuple(self.reports),
             error=self.error,
             planned=self.planned,
+            preview=self.preview,
         )
 
 
@@ -128,7 +135,7 @@ class Executor:
         command = self._commands.get(task.command)
         if command is None:
             return _bare_reply(AgentError(Code.INTERNAL_ERROR, f"no plugin declares {task.command}", expected=False))
-        run = _Run(command, msgspec.json.decode(task.request, type=command.request))
+        run = _Run(command, msgspec.json.decode(task.request, type=command.request), started=self._clock())
         try:
             with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
                 self._pursue(task, run)
@@ -159,21 +166,57 @@ class Executor:
             run.goal = command.decide(run.request, run.after, task.task_uuid)
         steps = command.advance(run.goal, run.after, frozenset())
         if run.request.dry_run:
-            run.planned = steps
+            run.planned, run.preview = steps, "".join(self._node.preview(vm, step) for step in steps)
             return
         if steps and task.goal is None:
-            goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
-            self._journal.record_goal(task.task_uuid, goal, before)
+            self._record_goal(task, run)
+        try:
+            self._reach_goal(task, run)
+        except AgentError as error:
+            self._retreat(task, run, error)
+            raise
+
+    def _reach_goal(self, task: Task, run: _Run) -> None:
+        """Plan, perform and look again until nothing is left to do.
+
+        Raises:
+            AgentError: what a step ended in; NOT_VERIFIED, when steps were done and the VM is as before them.
+        """
         spent: set[str] = set()
+        steps: tuple[AnyStep, ...] = ()
         for _ in range(_MAX_ROUNDS):
+            assert run.after is not None
+            last, steps = steps, run.command.advance(run.goal, run.after, frozenset(spent))
+            if steps and steps == last:
+                if not all(step.soft for step in steps):
+                    names = ", ".join(type(step).__name__ for step in steps)
+                    raise AgentError(Code.NOT_VERIFIED, f"{names} was done and has no effect", expected=False)
+                spent |= {step.key for step in steps}
+                steps = run.command.advance(run.goal, run.after, frozenset(spent))
             if not steps:
                 return
             for step in steps:
-                if type(step).__name__ not in spent and self._perform(task, run, step) is not None:
-                    spent.add(type(step).__name__)
-            run.after = self._node.observe(vm, command.observe_guest)
-            steps = command.advance(run.goal, run.after, frozenset(spent))
+                if step.key not in spent and self._perform(task, run, step) is not None:
+                    spent.add(step.key)
+            run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
+
+    def _retreat(self, task: Task, run: _Run, error: AgentError) -> None:
+        """Go where the command wants to be after this failure, as far as it can be reached."""
+        try:
+            run.after = facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            goal = run.command.retreat(run.goal, facts, error)
+            if goal is None:
+                return
+            log.info("task retreats error_code=%s error=%r", error.code, error.message)
+            run.goal = goal
+            self._record_goal(task, run)
+            self._reach_goal(task, run)
+        except AgentError as failure:
+            log.warning("task cannot retreat error_code=%s error=%r", failure.code, failure.message)
+
+    def _record_goal(self, task: Task, run: _Run) -> None:
+        self._journal.record_goal(task.task_uuid, msgspec.json.encode(run.goal), msgspec.json.encode(run.before))
 
     def _perform(self, task: Task, run: _Run, step: AnyStep) -> Problem | None:
         """Perform and journal one step; return a soft step's problem.
@@ -181,17 +224,18 @@ class Executor:
         Raises:
             AgentError: what a step that is not soft ended in.
         """
-        n, started, problem = len(run.reports), self._clock(), None
+        n, started, problem, told = len(run.reports), self._clock(), None, ""
         self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step))
         try:
-            self._node.perform(run.request.vm_uuid, step)
+            told = self._node.perform(run.request.vm_uuid, step)
         except AgentError as error:
             problem = Problem(code=error.code, message=error.message, remedy=error.remedy)
             if not step.soft:
                 raise
         finally:
-            elapsed_ms = (self._clock() - started) * 1000
-            run.reports.append(StepReport(step, elapsed_ms, problem))
+            ended = self._clock()
+            elapsed_ms = (ended - started) * 1000
+            run.reports.append(StepReport(step, elapsed_ms, problem, (ended - run.started) * 1000, told))
             self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem.code if problem else None)
             log.info(
                 "step step=%s ms=%.1f%s",
