@@ -99,8 +99,8 @@ def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
 class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
-    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the keys of
-    the soft steps that failed in this run and are not to be tried again.
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the
+    keys of the soft steps that failed in this run and are not to be tried again.
     """
 
     name: str

@@ -305,9 +305,7 @@ CODES: dict[Code, CodeInfo] = {
         "The guest has neither given up the vCPUs nor can it be told to have refused.",
         "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
     ),
-    Code.NO_MAX_MEMORY: CodeInfo(
-        400, "The VM has no <maxMemory>, so no memory device can be attached.", _USE_PREPARE
-    ),
+    Code.NO_MAX_MEMORY: CodeInfo(400, "The VM has no <maxMemory>, so no memory device can be attached.", _USE_PREPARE),
     Code.MEMORY_ABOVE_MAXIMUM: CodeInfo(
         400,
         "More memory was asked for than the VM's <maxMemory>.",
@@ -319,12 +317,8 @@ CODES: dict[Code, CodeInfo] = {
         "All memory slots are taken.",
         "Raise slots in <maxMemory> of the persistent definition and power the VM off and on; use larger dimms.",
     ),
-    Code.NO_NUMA_CELL: CodeInfo(
-        400, "The VM has no guest NUMA cell, which memory hotplug needs.", _USE_PREPARE
-    ),
-    Code.NUMA_CELLS_INCOMPLETE: CodeInfo(
-        400, "The guest NUMA cells do not cover all possible vCPUs.", _USE_PREPARE
-    ),
+    Code.NO_NUMA_CELL: CodeInfo(400, "The VM has no guest NUMA cell, which memory hotplug needs.", _USE_PREPARE),
+    Code.NUMA_CELLS_INCOMPLETE: CodeInfo(400, "The guest NUMA cells do not cover all possible vCPUs.", _USE_PREPARE),
     Code.NUMA_NODE_NOT_FOUND: CodeInfo(
         400, "The guest has no such NUMA node.", "Ask for a node that the message lists, or leave node out."
     ),

@@ -90,8 +90,20 @@ def _headroom(facts: Facts) -> Headroom | None:
         return None
     slots = definition.slots - definition.slots_used if definition.max_memory_bytes is not None else 0
     room = (definition.max_memory_bytes or 0) - definition.total_bytes if slots > 0 else 0
+    removable = sum(vcpu.enabled and vcpu.hotpluggable for vcpu in definition.vcpus)
+    methods = {
+        "balloon": definition.balloon and (facts.domain.balloon_bytes or 0) < definition.balloon_total_bytes,
+        "virtio-mem": any(device.room_bytes for device in definition.virtio_mems) or room > 0,
+        "dimm": room > 0,
+    }
     return Headroom(
-        cpu_num=definition.vcpu_maximum - definition.vcpu_current, memory_size=max(0, room), slots=max(0, slots)
+        cpu_num=definition.vcpu_maximum - definition.vcpu_current,
+        memory_size=max(0, room),
+        slots=max(0, slots),
+        removable_cpu_num=0 if definition.hypervisor == "qemu" else removable,
+        removable_memory_size=definition.memory_bytes - definition.boot_bytes,
+        memory_granularity=block_bytes(facts),
+        memory_methods=[name for name, can in methods.items() if can],
     )
 
 

@@ -62,8 +62,9 @@ def find_stages(
 
     A stage without a step of its own was seen together with the one before it; an amount of None was not told.
     """
+    names: tuple[Literal["plugged", "visible", "online"], ...] = ("plugged", "visible", "online")
     stages, ended_ms = [], 0.0
-    for stage, amount, types in zip(("plugged", "visible", "online"), amounts, step_types, strict=True):
+    for stage, amount, types in zip(names, amounts, step_types, strict=True):
         ended = [report.ended_ms for report in ending.reports if isinstance(report.step, types)]
         ended_ms = max([ended_ms, *ended])
         if amount is not None:

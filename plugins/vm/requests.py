@@ -59,7 +59,7 @@ class HotUnplugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel
 
 
 class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Ask what stands in the way of hotplug, up to the given totals; with `prepare` make the next start ready for it."""
+    """Ask what stands in the way of hotplug, up to the given totals; with `prepare` make the next start ready."""
 
     cpu_num: CpuNum | None = None
     memory_size: MemorySize | None = None
