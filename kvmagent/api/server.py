@@ -29,6 +29,9 @@ _THREADS = 16
 _BACKLOG = 1024
 _MAX_HEADER_BYTES = 16384
 _SOCKET_TIMEOUT_S = 10
+_READ_BYTES = 65536
+# A body that is too large by more than this is not read away: its connection is closed on it.
+_READ_AWAY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Server:
             server_name="kvmagent",
         )
         self._server.max_request_header_size = _MAX_HEADER_BYTES
-        self._server.max_request_body_size = http.max_body_bytes
+        self._server.max_request_body_size = http.max_body_bytes + _READ_AWAY_BYTES
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
     def start(self) -> None:
@@ -149,11 +152,16 @@ class _Dispatcher:
         raise AgentError(Code.UNKNOWN_PATH, f"nothing is served at {path!r}")
 
     def _read_body(self, request: Any) -> bytes:
+        """Read the body, keeping no more than the limit; the rest is read away, so that the client sees the answer."""
         limit = self._http.max_body_bytes
-        body: bytes = request.rfile.read(limit + 1) if "Content-Length" not in request.headers else request.rfile.read()
-        if len(body) > limit:
-            raise AgentError(Code.BODY_TOO_LARGE, f"the body has more than {limit} bytes")
-        return body
+        kept, size = bytearray(), 0
+        while part := request.rfile.read(_READ_BYTES):
+            size += len(part)
+            if size <= limit:
+                kept += part
+        if size > limit:
+            raise AgentError(Code.BODY_TOO_LARGE, f"the body has {size} bytes, the limit is {limit}")
+        return bytes(kept)
 
     def _check_client(self, client: str) -> None:
         address = ipaddress.ip_address(client)

@@ -48,7 +48,7 @@ def perform(vm: VmHandle, step: AnyStep) -> str:
     Raises:
         AgentError: what went wrong; after it nothing is known of the effect: observe again.
     """
-    return _PERFORMERS[type(step)](vm, step) or ""
+    return PERFORMERS[type(step)](vm, step) or ""
 
 
 def preview(vm: VmHandle, step: AnyStep) -> str:
@@ -237,7 +237,7 @@ def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-_PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
+PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     SetVcpus: _set_vcpus,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,

@@ -89,7 +89,6 @@ class Code(StrEnum):
     BALLOON_ABOVE_TOTAL = "BALLOON_ABOVE_TOTAL"
     BALLOON_NOT_ANSWERING = "BALLOON_NOT_ANSWERING"
     BALLOON_BELOW_FLOOR = "BALLOON_BELOW_FLOOR"
-    BALLOON_INFLATED = "BALLOON_INFLATED"
     # the guest
     GUEST_AGENT_ABSENT = "GUEST_AGENT_ABSENT"
     GUEST_AGENT_DISCONNECTED = "GUEST_AGENT_DISCONNECTED"
@@ -400,11 +399,6 @@ CODES: dict[Code, CodeInfo] = {
         500,
         "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory.",
         "Check in the guest that the virtio_balloon driver is loaded.",
-    ),
-    Code.BALLOON_INFLATED: CodeInfo(
-        400,
-        "The balloon holds back memory that the VM has.",
-        "Use method balloon to give it back to the guest.",
     ),
     Code.BALLOON_BELOW_FLOOR: CodeInfo(
         400,

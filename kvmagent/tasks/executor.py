@@ -177,10 +177,10 @@ class Executor:
             raise
 
     def _reach_goal(self, task: Task, run: _Run) -> None:
-        """Plan, perform and look again until nothing is left to do.
+        """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
-            AgentError: what a step ended in; NOT_VERIFIED, when steps were done and the VM is as before them.
+            AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there.
         """
         spent: set[str] = set()
         steps: tuple[AnyStep, ...] = ()
@@ -188,18 +188,28 @@ class Executor:
             assert run.after is not None
             last, steps = steps, run.command.advance(run.goal, run.after, frozenset(spent))
             if steps and steps == last:
-                if not all(step.soft for step in steps):
-                    names = ", ".join(type(step).__name__ for step in steps)
-                    raise AgentError(Code.NOT_VERIFIED, f"{names} was done and has no effect", expected=False)
                 spent |= {step.key for step in steps}
                 steps = run.command.advance(run.goal, run.after, frozenset(spent))
             if not steps:
                 return
+            self._refuse_repetition(run, steps)
             for step in steps:
                 if step.key not in spent and self._perform(task, run, step) is not None:
                     spent.add(step.key)
             run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
+
+    def _refuse_repetition(self, run: _Run, steps: tuple[AnyStep, ...]) -> None:
+        """A change that libvirt confirmed and that has to be made again was not made: doing it again helps nobody."""
+        done = {report.step for report in run.reports if not report.step.soft}
+        again = next((step for step in steps if step in done), None)
+        if again is not None:
+            raise AgentError(
+                Code.NOT_VERIFIED,
+                f"libvirt confirmed {type(again).__name__}, and the VM does not show it",
+                details={"step": msgspec.to_builtins(again)},
+                expected=False,
+            )
 
     def _retreat(self, task: Task, run: _Run, error: AgentError) -> None:
         """Go where the command wants to be after this failure, as far as it can be reached."""

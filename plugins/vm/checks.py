@@ -129,8 +129,6 @@ def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
             )
         if not definition.acpi:
             yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
-        if definition.max_memory_bytes is None:
-            yield blocker(Code.NO_MAX_MEMORY, f"the {name} definition has no <maxMemory>", needs_restart=True)
         if not definition.cells:
             yield blocker(Code.NO_NUMA_CELL, f"the {name} definition has no guest NUMA cell", needs_restart=True)
         else:
@@ -143,6 +141,8 @@ def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
                     f"of the {name} definition",
                     needs_restart=True,
                 )
+        if definition.max_memory_bytes is None:
+            yield blocker(Code.NO_MAX_MEMORY, f"the {name} definition has no <maxMemory>", needs_restart=True)
         for device in definition.devices:
             if device.model == "dimm" and device.size_bytes % quantum:
                 yield blocker(

@@ -148,7 +148,9 @@ def plug_warnings(facts: Facts, blocks: frozenset[int], *, online: bool) -> list
 def explain_free(ending: Ending) -> list[Problem]:
     """Say why `free` in the guest shows less than the VM has: told on success too, never hidden."""
     facts = ending.after
-    if facts is None or facts.domain.live is None or facts.guest.mem_total_bytes is None:
+    if facts is None or ending.goal is None or ending.request.affect == "config":
+        return []
+    if facts.domain.live is None or facts.guest.mem_total_bytes is None:
         return []
     has, total, actual = facts.domain.live.memory_bytes, facts.guest.mem_total_bytes, facts.domain.balloon_bytes
     if total >= has:

@@ -1,0 +1,45 @@
+# make setup: all that is needed, on Debian 12+ or Ubuntu 22.04+.  make demo: see it work.  make test: prove it.
+
+# The interpreter for .venv: python3 if it is new enough, else a newer one beside it. Choose one with PYTHON=...
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup packages image demo test lint
+
+help:
+	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
+	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
+	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
+	@echo "make lint    ruff and mypy"
+
+setup: packages $(STAMP) image
+
+packages:
+	@PYTHON="$(PYTHON)" sh tests/lab/packages.sh
+
+$(STAMP): setup.py pyproject.toml | packages
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: Python 3.11 or newer is needed; name one: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "==> installing kvmagent and its Python packages (libvirt-python is compiled: a minute or so)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+image: $(STAMP)
+	@$(BIN)/python -m tests.lab.image
+
+demo: setup
+	@$(BIN)/python -m tests.lab.demo
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict kvmagent plugins

@@ -1,0 +1,78 @@
+"""Real guests for tests: one private libvirtd for the whole run, guests by specification.
+
+Where the lab cannot run, tests that need it fail with the reason; they never pass in silence.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.lab.domainxml import GuestSpec
+from tests.lab.guest import Guest
+from tests.lab.image import Image, build_image
+from tests.lab.libvirtd import PrivateLibvirtd
+
+Boot = Callable[[GuestSpec], Guest]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of the golden tests."""
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew; read the diff")
+
+
+@pytest.fixture(scope="session")
+def image() -> Image:
+    """The guest image, built if need be."""
+    return build_image()
+
+
+@pytest.fixture(scope="session")
+def lab() -> Iterator[PrivateLibvirtd]:
+    """A private libvirtd. A test that kills or pauses it starts or resumes it again."""
+    with PrivateLibvirtd() as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def boot(lab: PrivateLibvirtd, image: Image) -> Iterator[Boot]:
+    """Boots a guest that lives until the end of the test."""
+    with booting(lab, image) as boot_guest:
+        yield boot_guest
+
+
+@pytest.fixture(scope="module")
+def boot_module(lab: PrivateLibvirtd, image: Image) -> Iterator[Boot]:
+    """Boots a guest that lives until the end of the module, for a module's own fixtures."""
+    with booting(lab, image) as boot_guest:
+        yield boot_guest
+
+
+@pytest.fixture
+def define(lab: PrivateLibvirtd, image: Image) -> Iterator[Callable[..., Guest]]:
+    """Defines a guest that never runs: QEMU is started paused, or not at all."""
+    with ExitStack() as guests:
+
+        def define_guest(spec: GuestSpec, *, running: bool = True) -> Guest:
+            guest = Guest(lab, image, spec)
+            guests.callback(guest.destroy)
+            guest.define()
+            if running:
+                guest.start_paused()
+            return guest
+
+        yield define_guest
+
+
+@contextmanager
+def booting(lab: PrivateLibvirtd, image: Image) -> Iterator[Boot]:
+    """A function that boots guests, all of which are destroyed in the end, whether they came up or not."""
+    with ExitStack() as guests:
+
+        def boot_guest(spec: GuestSpec) -> Guest:
+            guest = Guest(lab, image, spec)
+            guests.callback(guest.destroy)
+            guest.boot()
+            return guest
+
+        yield boot_guest

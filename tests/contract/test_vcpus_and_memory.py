@@ -1,0 +1,271 @@
+"""What the agent relies on of libvirt, held to by the tests' fake, libvirt's own test driver and the lab's libvirt.
+
+Where the fake and the real thing part, these tests fail: the fake is mended, never the expectation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.node import Node
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Facts
+from kvmagent.model.steps import AnyStep, AttachMemory, OnlineGuestMemory, OnlineGuestVcpus, SetBalloon, SetVcpus
+from tests.fakes.agent import MIB, format_spec, make_domain, make_node
+from tests.lab.domainxml import GuestSpec
+
+NOTHING: frozenset[str] = frozenset()
+BOTH = frozenset({"cpus", "memory"})
+
+MakeNode = Callable[..., Node]
+
+
+@pytest.fixture
+def fake() -> MakeNode:
+    return lambda spec, **options: make_node(make_domain(spec, **options))
+
+
+@pytest.fixture
+def test_driver(tmp_path: Path) -> Iterator[MakeNode]:
+    connections: list[Connection] = []
+
+    def make(spec: GuestSpec, *, running: bool = True) -> Node:
+        state = "" if running else " xmlns:test='http://libvirt.org/schemas/domain/test/1.0'"
+        xml = format_spec(spec, "test").replace("<domain ", f"<domain{state} ", 1)
+        if not running:
+            xml = xml.replace("</domain>", "<test:runstate>5</test:runstate></domain>")
+        file = tmp_path / "node.xml"
+        file.write_text(f"<node>{xml}</node>")
+        connections.append(Connection(f"test://{file}"))
+        connections[-1].start()
+        return Node(connections[-1])
+
+    yield make
+    for connection in connections:
+        connection.stop()
+
+
+@pytest.fixture
+def lab_libvirt(lab: Any, define: Any) -> Iterator[MakeNode]:
+    """The lab's QEMU, its guest started but never run: what only libvirt and QEMU answer needs no guest."""
+    connections: list[Connection] = []
+
+    def make(spec: GuestSpec, *, running: bool = True) -> Node:
+        define(spec, running=running)
+        connections.append(Connection(lab.uri))
+        connections[-1].start()
+        return Node(connections[-1])
+
+    yield make
+    for connection in connections:
+        connection.stop()
+
+
+ALL = ["fake", "test_driver", pytest.param("lab_libvirt", marks=pytest.mark.guest)]
+QEMU = ["fake", pytest.param("lab_libvirt", marks=pytest.mark.guest)]
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest) -> MakeNode:
+    maker: MakeNode = request.getfixturevalue(request.param)
+    return maker
+
+
+def observe(node: Node) -> Facts:
+    return node.observe("vm1", NOTHING)
+
+
+def failure_of(node: Node, step: AnyStep) -> AgentError:
+    before = observe(node).domain
+    with pytest.raises(AgentError) as caught:
+        node.perform("vm1", step)
+    assert observe(node).domain == before
+    return caught.value
+
+
+def dimm(**changes: Any) -> AttachMemory:
+    values = {"alias": "ua-kvmagent-a-0", "size_bytes": 128 * MIB, "node": 0, "live": True, "config": True}
+    return AttachMemory(**(values | changes))
+
+
+@pytest.mark.parametrize("make", ALL, indirect=True)
+class TestVcpus:
+    def test_reads_what_the_vm_has(self, make: MakeNode) -> None:
+        facts = observe(make(GuestSpec(name="vm1", vcpus=2, memory_mib=300, numa_cells=2)))
+        assert facts.domain.state in ("running", "paused")
+        for definition in (facts.get_live(), facts.get_config()):
+            assert (definition.vcpu_current, definition.vcpu_maximum) == (2, 4)
+            assert definition.topology == (4, 1, 1, 1)
+            assert definition.memory_bytes == definition.boot_bytes == 300 * MIB
+            assert (definition.max_memory_bytes, definition.slots) == (4096 * MIB, 16)
+            assert [sorted(cell.cpus) for cell in definition.cells] == [[0, 1], [2, 3]]
+            assert definition.acpi
+            assert definition.balloon
+            assert definition.agent_channel
+
+    def test_a_vm_is_found_by_name_and_by_uuid_with_or_without_dashes(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        uuid = node.get_uuid("vm1")
+        assert node.list_vms() == [uuid]
+        assert node.get_uuid(uuid) == node.get_uuid(uuid.replace("-", "").upper()) == uuid
+        for unknown in ("vm2", "0" * 32, "vm1 "):
+            with pytest.raises(AgentError) as caught:
+                node.get_uuid(unknown)
+            assert caught.value.code is Code.VM_NOT_FOUND
+
+    def test_live_and_persistent_counts_are_set_apart(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", SetVcpus(count=3, target="live"))
+        assert (observe(node).get_live().vcpu_current, observe(node).get_config().vcpu_current) == (3, 1)
+        node.perform("vm1", SetVcpus(count=2, target="config"))
+        assert (observe(node).get_live().vcpu_current, observe(node).get_config().vcpu_current) == (3, 2)
+
+    @pytest.mark.parametrize("target", ["live", "config"])
+    def test_more_than_the_maximum_is_refused(self, make: MakeNode, target: Any) -> None:
+        error = failure_of(make(GuestSpec(name="vm1")), SetVcpus(count=5, target=target))
+        assert (error.code, error.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 8)
+
+    def test_a_vm_that_is_off_takes_persistent_changes_alone(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"), running=False)
+        assert observe(node).domain.state == "shutoff"
+        assert observe(node).domain.live is None
+        error = failure_of(node, SetVcpus(count=2, target="live"))
+        assert (error.code, error.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 55)
+        node.perform("vm1", SetVcpus(count=2, target="config"))
+        assert observe(node).get_config().vcpu_current == 2
+
+
+@pytest.mark.parametrize("make", QEMU, indirect=True)
+class TestMemory:
+    def test_a_dimm_is_there_live_and_persistent_under_its_alias(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", dimm())
+        facts = observe(node)
+        for definition in (facts.get_live(), facts.get_config()):
+            device = definition.find_device("ua-kvmagent-a-0")
+            assert device is not None
+            assert (device.model, device.size_bytes, device.node, device.slot) == ("dimm", 128 * MIB, 0, 0)
+            assert (definition.boot_bytes, definition.memory_bytes) == (256 * MIB, 384 * MIB)
+        assert facts.get_live().devices[0].base == 0x100000000
+        assert facts.domain.balloon_bytes == 384 * MIB
+
+    def test_an_alias_is_taken_once(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", dimm(config=False))
+        error = failure_of(node, dimm())
+        assert (error.code, error.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 67)
+        node.perform("vm1", dimm(live=False))
+        assert observe(node).get_config().find_device("ua-kvmagent-a-0") is not None
+
+    def test_an_alias_may_hold_a_whole_task_id(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        alias = f"ua-kvmagent-{'x' * 62}-_-255"
+        node.perform("vm1", dimm(alias=alias))
+        assert observe(node).get_live().find_device(alias) is not None
+
+    @pytest.mark.parametrize(
+        ("spec", "step", "code"),
+        [
+            ({"max_memory_mib": 512}, dimm(size_bytes=512 * MIB), 67),
+            ({"max_memory_mib": None}, dimm(), 67),
+            ({}, dimm(node=3), 35),
+            ({"acpi": False}, dimm(), 1),
+            ({}, dimm(size_bytes=127 * MIB), 1),
+        ],
+    )
+    def test_what_qemu_cannot_take_is_refused_and_changes_nothing(
+        self, make: MakeNode, spec: dict[str, Any], step: AttachMemory, code: int
+    ) -> None:
+        error = failure_of(make(GuestSpec(name="vm1", **spec)), step)
+        assert (error.code, error.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, code)
+
+    def test_no_more_devices_than_slots(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1", slots=1))
+        node.perform("vm1", dimm())
+        error = failure_of(node, dimm(alias="ua-kvmagent-a-1"))
+        assert error.details["libvirtCode"] == 67
+
+    def test_the_balloon_is_no_larger_than_the_vm(self, make: MakeNode) -> None:
+        error = failure_of(make(GuestSpec(name="vm1")), SetBalloon(size_bytes=512 * MIB, target="live"))
+        assert error.details["libvirtCode"] == 8
+
+    def test_without_a_balloon_there_is_no_size_to_set_or_to_read(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1", balloon=False))
+        assert observe(node).domain.balloon_bytes is None
+        assert failure_of(node, SetBalloon(size_bytes=128 * MIB, target="live")).details["libvirtCode"] == 55
+
+
+@pytest.fixture
+def fake_guest() -> tuple[Node, Any]:
+    domain = make_domain(GuestSpec(name="vm1"))
+
+    class Agent:
+        def stop_agent(self) -> None:
+            domain.guest.agent = "stopped"
+
+        def hang_agent(self) -> None:
+            domain.guest.agent = "hung"
+
+    return make_node(domain), Agent()
+
+
+@pytest.fixture
+def lab_guest(lab: Any, boot: Any) -> Iterator[tuple[Node, Any]]:
+    guest = boot(GuestSpec(name="vm1"))
+    connection = Connection(lab.uri)
+    connection.start()
+    yield Node(connection), guest
+    connection.stop()
+
+
+@pytest.mark.parametrize("pair", ["fake_guest", pytest.param("lab_guest", marks=pytest.mark.guest)])
+def test_what_is_plugged_is_offline_in_the_guest_until_its_agent_brings_it_online(
+    pair: str, request: pytest.FixtureRequest
+) -> None:
+    """One guest, one story: booting a real one costs too much for a test each."""
+    node, guest = request.getfixturevalue(pair)
+    first = node.observe("vm1", BOTH).guest
+    assert first.silence is None
+    assert [(cpu.id, cpu.online, cpu.can_offline) for cpu in first.vcpus] == [(0, True, False)]
+    assert [(block.index, block.online) for block in first.blocks] == [(0, True), (1, True)]
+    assert first.block_bytes == 128 * MIB
+
+    node.perform("vm1", SetVcpus(count=2, target="live"))
+    node.perform("vm1", dimm(config=False))
+    plugged = _wait_listed(node)
+    assert [(cpu.id, cpu.online) for cpu in plugged.vcpus] == [(0, True), (1, False)]
+    assert [(block.index, block.online) for block in plugged.blocks] == [(0, True), (1, True), (32, False)]
+    assert plugged.mem_total_bytes == first.mem_total_bytes
+
+    node.perform("vm1", OnlineGuestVcpus(ids=(1,)))
+    node.perform("vm1", OnlineGuestMemory(blocks=(32,)))
+    online = node.observe("vm1", BOTH).guest
+    assert all(item.online for item in (*online.vcpus, *online.blocks))
+    assert online.mem_total_bytes - first.mem_total_bytes == 128 * MIB
+    node.perform("vm1", OnlineGuestMemory(blocks=(32,)))  # a second time is no error
+    with pytest.raises(AgentError) as caught:
+        node.perform("vm1", OnlineGuestMemory(blocks=(999,)))
+    assert caught.value.code is Code.GUEST_MEMORY_OFFLINE
+    assert "not-found" in caught.value.message
+
+    guest.hang_agent()
+    assert node.observe("vm1", BOTH).guest.silence is Code.GUEST_AGENT_UNRESPONSIVE
+    if pair == "lab_guest":
+        guest.resume_agent()
+    guest.stop_agent()
+    assert node.observe("vm1", BOTH).guest.silence is Code.GUEST_AGENT_DISCONNECTED
+
+
+def _wait_listed(node: Node) -> Any:
+    from tests.lab.processes import wait_for
+
+    def listed() -> Any:
+        guest = node.observe("vm1", BOTH).guest
+        return guest if len(guest.vcpus) == 2 and len(guest.blocks) == 3 else None
+
+    return wait_for(listed, timeout_s=20, what="the guest to list what was plugged")

@@ -1,0 +1,375 @@
+"""A libvirt of the tests: connections, domains and guests with the errors of libvirt 9.0 with QEMU 7.2.
+
+It keeps domains as XML, live and persistent, as libvirt does, so that hypervisor/ runs on it unchanged. What it
+models is what tests/contract holds both it and the lab to; nothing else of libvirt is here.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import libvirt
+from lxml import etree
+
+LIVE, CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+KIB, MIB = 1024, 1024 * 1024
+#: Where QEMU's q35 puts the first dimm of a guest that has less than 2 GiB.
+FIRST_DIMM_BASE = 4 * 1024 * MIB
+_UNITS = {"KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
+
+
+def libvirt_error(code: int, domain: int, message: str) -> libvirt.libvirtError:
+    """The exception that libvirt-python raises for an error of this code and origin."""
+    error = libvirt.libvirtError(message)
+    error.err = (code, domain, message, 2, None, None, None, -1, -1)
+    return error
+
+
+def qemu_error(code: int, message: str) -> libvirt.libvirtError:
+    """An error of the QEMU driver."""
+    return libvirt_error(code, libvirt.VIR_FROM_QEMU, message)
+
+
+@dataclass
+class FakeGuest:
+    """What runs inside a domain: its kernel's CPUs and memory blocks, and its agent.
+
+    `agent` is running, stopped or hung. `refuses` holds agent commands that are blocked in the guest. A guest that
+    `sees_nothing` never lists what is plugged. `onlines` is how many CPUs one guest-set-vcpus brings online at most.
+    """
+
+    agent: str = "running"
+    online_cpus: dict[int, bool] = field(default_factory=lambda: {0: True})
+    blocks: dict[int, bool] = field(default_factory=lambda: {0: True, 1: True})
+    block_bytes: int = 128 * MIB
+    reserved_bytes: int = 100 * MIB
+    auto_online: bool = False
+    sees_nothing: bool = False
+    balloon_driver: bool = True
+    refuses: frozenset[str] = frozenset()
+    onlines: int = 64
+    asked: list[str] = field(default_factory=list)
+
+    def answer(self, request: dict[str, Any]) -> Any:
+        """The answer of the guest agent to one command."""
+        command, arguments = request["execute"], request.get("arguments", {})
+        self.asked.append(command)
+        if command in self.refuses:
+            raise qemu_error(
+                libvirt.VIR_ERR_INTERNAL_ERROR,
+                f"internal error: unable to execute QEMU agent command '{command}': "
+                f"Command {command} has been disabled",
+            )
+        return getattr(self, "_" + command.replace("-", "_"))(**{k.replace("-", "_"): v for k, v in arguments.items()})
+
+    def _guest_get_vcpus(self) -> Any:
+        listed = sorted(self.online_cpus, reverse=True)
+        return [{"online": self.online_cpus[n], "can-offline": n > 0, "logical-id": n} for n in listed]
+
+    def _guest_set_vcpus(self, vcpus: list[dict[str, Any]]) -> Any:
+        done = vcpus[: self.onlines]
+        for cpu in done:
+            self.online_cpus[cpu["logical-id"]] = cpu["online"]
+        return len(done)
+
+    def _guest_get_memory_blocks(self) -> Any:
+        return [{"online": online, "can-offline": True, "phys-index": n} for n, online in self.blocks.items()]
+
+    def _guest_get_memory_block_info(self) -> Any:
+        return {"size": self.block_bytes}
+
+    def _guest_set_memory_blocks(self, mem_blks: list[dict[str, Any]]) -> Any:
+        answers = []
+        for block in mem_blks:
+            index = block["phys-index"]
+            if index in self.blocks:
+                self.blocks[index] = block["online"]
+                answers.append({"phys-index": index, "response": "success"})
+            else:
+                answers.append({"phys-index": index, "response": "not-found", "error-code": 2})
+        return answers
+
+    def _guest_file_open(self, path: str, mode: str) -> Any:
+        assert (path, mode) == ("/proc/meminfo", "r")
+        return 1000
+
+    def _guest_file_read(self, handle: int, count: int) -> Any:
+        total = sum(self.blocks.values()) * self.block_bytes - self.reserved_bytes
+        return {"buf-b64": base64.b64encode(f"MemTotal:  {total // KIB} kB\n".encode()).decode(), "eof": True}
+
+    def _guest_file_close(self, handle: int) -> Any:
+        return {}
+
+
+class FakeDomain:
+    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}."""
+
+    def __init__(
+        self, xml: str, *, guest: FakeGuest | None = None, running: bool = True, persistent: bool = True
+    ) -> None:
+        self.config = _normalise(etree.fromstring(xml)) if persistent else None
+        self.live = _normalise(etree.fromstring(xml)) if running else None
+        self.guest = guest or FakeGuest()
+        self.paused = False
+        self.calls: list[str] = []
+        self.fail_next: dict[str, Exception] = {}
+        self._uuid = _root(self).findtext("uuid") or "11111111-2222-3333-4444-555555555555"
+
+    # reads
+
+    def name(self) -> str:
+        return str(_root(self).findtext("name"))
+
+    def UUIDString(self) -> str:
+        return self._uuid
+
+    def isPersistent(self) -> bool:
+        return self.config is not None
+
+    def state(self) -> tuple[int, int]:
+        if self.live is None:
+            return libvirt.VIR_DOMAIN_SHUTOFF, 0
+        return (libvirt.VIR_DOMAIN_PAUSED if self.paused else libvirt.VIR_DOMAIN_RUNNING), 0
+
+    def XMLDesc(self, flags: int) -> str:
+        inactive = flags & libvirt.VIR_DOMAIN_XML_INACTIVE or self.live is None
+        root = copy.deepcopy(self.config if inactive else self.live)
+        if not inactive:
+            for target in root.iterfind("./devices/channel/target"):
+                target.set("state", "disconnected" if self.guest.agent == "stopped" else "connected")
+        return etree.tostring(root, encoding="unicode")
+
+    def memoryStats(self) -> dict[str, int]:
+        return {"actual": int(self._running().findtext("currentMemory"))} if self._has_balloon() else {"rss": 1}
+
+    def jobStats(self, flags: int) -> dict[str, int]:
+        return {"type": libvirt.VIR_DOMAIN_JOB_NONE}
+
+    # changes
+
+    def setVcpusFlags(self, count: int, flags: int) -> None:
+        self._called("setVcpusFlags", f"setVcpusFlags({count}, {flags})")
+        for name, root in self._affected(flags):
+            maximum = int(root.findtext("vcpu"))
+            if count > maximum:
+                raise qemu_error(
+                    libvirt.VIR_ERR_INVALID_ARG,
+                    "invalid argument: requested vcpus is greater than max allowable vcpus for the "
+                    f"{name} domain: {count} > {maximum}",
+                )
+            root.find("vcpu").set("current", str(count))
+            if name == "live" and not self.guest.sees_nothing:
+                for number in range(count):
+                    self.guest.online_cpus.setdefault(number, False)
+
+    def attachDeviceFlags(self, xml: str, flags: int) -> None:
+        self._called("attachDeviceFlags", f"attachDeviceFlags({flags})")
+        device = etree.fromstring(xml)
+        affected = self._affected(flags)
+        for _, root in reversed(affected):
+            _check_memory_device(root, device)
+        for name, root in affected:
+            self._attach(root, copy.deepcopy(device), live=name == "live")
+
+    def setMemoryFlags(self, size_kib: int, flags: int) -> None:
+        self._called("setMemoryFlags", f"setMemoryFlags({size_kib}, {flags})")
+        for name, root in self._affected(flags):
+            if name == "live" and not self._has_balloon():
+                raise qemu_error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    "Requested operation is not valid: Unable to change memory of active domain without the balloon "
+                    "device and guest OS balloon driver",
+                )
+            if size_kib > int(root.findtext("memory")):
+                raise qemu_error(
+                    libvirt.VIR_ERR_INVALID_ARG, "invalid argument: cannot set memory higher than max memory"
+                )
+            if name == "persistent" or self.guest.balloon_driver:
+                root.find("currentMemory").text = str(size_kib)
+
+    # what the tests' libvirt does inside
+
+    def _attach(self, root: Any, device: Any, *, live: bool) -> None:
+        devices = root.findall("./devices/memory")
+        address = etree.SubElement(device, "address", type="dimm", slot=str(len(devices)))
+        size = _size(device.find("./target/size"))
+        if live:
+            base = FIRST_DIMM_BASE + sum(_size(other.find("./target/size")) for other in devices)
+            address.set("base", hex(base))
+            if not self.guest.sees_nothing:
+                first = base // self.guest.block_bytes
+                for n in range(size // self.guest.block_bytes):
+                    self.guest.blocks[first + n] = self.guest.auto_online
+        root.find("devices").append(device)
+        for name in ("memory", "currentMemory"):
+            root.find(name).text = str(int(root.findtext(name)) + size // KIB)
+
+    def _affected(self, flags: int) -> list[tuple[str, Any]]:
+        affected = []
+        if flags & LIVE:
+            affected.append(("live", self._running()))
+        if flags & CONFIG:
+            if self.config is None:
+                raise qemu_error(
+                    libvirt.VIR_ERR_OPERATION_INVALID,
+                    "Requested operation is not valid: transient domains do not have any persistent config",
+                )
+            affected.append(("persistent", self.config))
+        return affected
+
+    def _running(self) -> Any:
+        if self.live is None:
+            raise qemu_error(
+                libvirt.VIR_ERR_OPERATION_INVALID, "Requested operation is not valid: domain is not running"
+            )
+        return self.live
+
+    def _has_balloon(self) -> bool:
+        balloon = self._running().find("./devices/memballoon")
+        return balloon is not None and balloon.get("model") != "none"
+
+    def _called(self, name: str, call: str) -> None:
+        self.calls.append(call)
+        if name in self.fail_next:
+            raise self.fail_next.pop(name)
+
+
+class FakeConnection:
+    """A connection to the domains of a test."""
+
+    def __init__(self, *domains: FakeDomain) -> None:
+        self.domains = list(domains)
+        self.alive = True
+
+    def getType(self) -> str:
+        return "QEMU"
+
+    def getDomainCapabilities(self, emulator: None, arch: str, machine: str, virt_type: str, flags: int) -> str:
+        return f"<domainCapabilities><vcpu max='{288 if 'q35' in machine else 255}'/></domainCapabilities>"
+
+    def getMaxVcpus(self, virt_type: str) -> int:
+        return 1024
+
+    def getLibVersion(self) -> int:
+        return 9000000
+
+    def isAlive(self) -> bool:
+        return self.alive
+
+    def setKeepAlive(self, interval: int, count: int) -> None:
+        pass
+
+    def close(self) -> int:
+        self.alive = False
+        return 0
+
+    def listAllDomains(self) -> list[FakeDomain]:
+        return self.domains
+
+    def lookupByName(self, name: str) -> FakeDomain:
+        return self._find(lambda domain: domain.name() == name, f"no domain with matching name '{name}'")
+
+    def lookupByUUIDString(self, uuid: str) -> FakeDomain:
+        bare = uuid.replace("-", "")
+        return self._find(
+            lambda domain: domain.UUIDString().replace("-", "") == bare, f"no domain with matching uuid '{uuid}'"
+        )
+
+    def _find(self, is_it: Callable[[FakeDomain], bool], words: str) -> FakeDomain:
+        for domain in self.domains:
+            if is_it(domain):
+                return domain
+        raise qemu_error(libvirt.VIR_ERR_NO_DOMAIN, f"Domain not found: {words}")
+
+
+def send_to_agent(domain: FakeDomain, request: str, timeout_s: int, flags: int) -> str:
+    """Stand for libvirt_qemu.qemuAgentCommand; a hung agent's time is up at once."""
+    if domain.guest.agent == "stopped":
+        raise qemu_error(
+            libvirt.VIR_ERR_AGENT_UNRESPONSIVE, "Guest agent is not responding: QEMU guest agent is not connected"
+        )
+    if domain.guest.agent == "hung":
+        raise qemu_error(
+            libvirt.VIR_ERR_AGENT_UNRESPONSIVE, "Guest agent is not responding: Guest agent not available for now"
+        )
+    return json.dumps({"return": domain.guest.answer(json.loads(request))})
+
+
+def _check_memory_device(root: Any, device: Any) -> None:
+    """Refuse what libvirt 9.0 refuses, with its codes and words."""
+    unsupported = libvirt.VIR_ERR_CONFIG_UNSUPPORTED
+    maximum = root.find("maxMemory")
+    if maximum is None:
+        raise qemu_error(
+            unsupported,
+            "unsupported configuration: cannot use/hotplug a memory device when domain 'maxMemory' is not defined",
+        )
+    devices = root.findall("./devices/memory")
+    if len(devices) >= int(maximum.get("slots")):
+        raise qemu_error(
+            unsupported,
+            f"unsupported configuration: memory device count '{len(devices) + 1}' exceeds slots count "
+            f"'{maximum.get('slots')}'",
+        )
+    size_kib = _size(device.find("./target/size")) // KIB
+    if int(root.findtext("memory")) + size_kib > _size(maximum) // KIB:
+        raise qemu_error(
+            unsupported,
+            f"unsupported configuration: Attaching memory device with size '{size_kib}' would exceed domain's "
+            f"maxMemory config size '{_size(maximum) // KIB}'",
+        )
+    cells = root.findall("./cpu/numa/cell")
+    node = device.findtext("./target/node")
+    if int(node) >= len(cells):
+        raise qemu_error(
+            libvirt.VIR_ERR_XML_DETAIL,
+            f"can't add memory backend for guest node '{node}' as the guest has only '{len(cells)}' NUMA nodes "
+            "configured",
+        )
+    alias = device.find("alias").get("name")
+    if any(other.get("name") == alias for other in root.iterfind("./devices/memory/alias")):
+        raise qemu_error(unsupported, f"unsupported configuration: non unique alias detected: {alias}")
+    if root.find("./features/acpi") is None:
+        raise qemu_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            "internal error: unable to execute QEMU command 'device_add': memory hotplug is not enabled: missing acpi "
+            "device or acpi disabled",
+        )
+    if size_kib % 2048:
+        raise qemu_error(
+            libvirt.VIR_ERR_INTERNAL_ERROR,
+            "internal error: unable to execute QEMU command 'device_add': backend memory size must be multiple of "
+            "0x200000",
+        )
+
+
+def _normalise(root: Any) -> Any:
+    """Return the XML as libvirt hands it out: sizes in KiB, and a currentMemory."""
+    for path in ("./memory", "./maxMemory", "./currentMemory", "./devices/memory/target/size"):
+        for element in root.iterfind(path):
+            element.text = str(_size(element) // KIB)
+            element.set("unit", "KiB")
+    for cell in root.iterfind("./cpu/numa/cell"):
+        cell.set("memory", str(int(cell.get("memory")) * _UNITS[cell.get("unit", "KiB")] // KIB))
+        cell.set("unit", "KiB")
+    if cells := root.findall("./cpu/numa/cell"):  # libvirt overwrites <memory> with their sum and the devices'
+        devices = sum(_size(size) for size in root.iterfind("./devices/memory/target/size")) // KIB
+        root.find("memory").text = str(sum(int(cell.get("memory")) for cell in cells) + devices)
+    if root.find("currentMemory") is None:
+        current = etree.Element("currentMemory", unit="KiB")
+        current.text = root.findtext("memory")
+        root.find("memory").addnext(current)
+    return root
+
+
+def _size(element: Any) -> int:
+    return int(element.text) * _UNITS[element.get("unit", "KiB")]
+
+
+def _root(domain: FakeDomain) -> Any:
+    return domain.live if domain.live is not None else domain.config

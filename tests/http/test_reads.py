@@ -1,0 +1,50 @@
+"""The GET paths."""
+
+from tests.lab.agent import AgentProcess, new_task_uuid
+from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
+
+
+def test_health_says_ready(agent: AgentProcess) -> None:
+    reply = agent.get("/healthz/")
+    assert reply.status == 200
+    assert reply.body["ready"] is True
+    assert reply.body["down"] == {}
+
+
+def test_vms_lists_each_with_its_numbers_and_blockers(agent: AgentProcess) -> None:
+    vms = agent.get("/vms").body["vms"]
+    assert len(vms) == 2
+    for vm in vms:
+        assert vm["after"]["maxCpuNum"] == 4
+        assert vm["headroom"]["slots"] == 16
+        assert [blocker["code"] for blocker in vm["blockers"]] == ["GUEST_AGENT_DISCONNECTED"]
+    assert agent.get("/vms/vm1").body["vmUuid"] == "vm1"
+
+
+def test_a_task_can_be_read_whole(agent: AgentProcess, server: ManagementServer) -> None:
+    task = new_task_uuid()
+    agent.post("/vm/hotplug/cpu", {"vmUuid": "vm1", "cpuNum": 4}, task_uuid=task, callback_url=server.url)
+    reply = server.wait(task, 20)
+    whole = wait_for(
+        lambda: (body := agent.get(f"/tasks/{task}").body)["state"] == "delivered" and body,
+        timeout_s=10,
+        what="delivery",
+    )
+    assert whole["reply"] == reply
+    assert whole["goal"]["cpuNum"] == 4
+    assert [step["step"] for step in whole["steps"]] == ["SetVcpus", "SetVcpus"]
+    assert whole["delivery"] == {"url": server.url, "attempts": 1, "error": None}
+    newest = agent.get("/tasks?vm=vm1&limit=1&state=delivered").body["tasks"]
+    assert [entry["taskUuid"] for entry in newest] == [task]
+
+
+def test_openapi_describes_every_command_and_error(agent: AgentProcess) -> None:
+    document = agent.get("/openapi.json").body
+    assert document["openapi"] == "3.1.0"
+    commands = {path for path, item in document["paths"].items() if "post" in item}
+    assert {"/vm/hotplug/cpu", "/vm/hotplug/memory", "/vm/hotplug/ready"} <= commands
+    request = document["components"]["schemas"]["HotPlugCpuRequest"]
+    assert request["required"] == ["vmUuid", "cpuNum"]
+    assert request["additionalProperties"] is False
+    assert document["x-error-codes"]["SLOTS_EXHAUSTED"]["remedy"]

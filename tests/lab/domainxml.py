@@ -1,0 +1,109 @@
+"""Owns what a guest of the lab looks like to libvirt. Conversion only: from a specification to domain XML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
+
+from tests.lab.image import Image
+
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+AGENT_PORT = "org.qemu.guest_agent.0"
+AGENT_CHANNEL = f"<channel type='unix'><target type='virtio' name='{AGENT_PORT}'/></channel>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestSpec:
+    """A guest as a test wants it; the defaults are a guest that can be given CPUs and memory.
+
+    `max_memory_mib` None leaves out maxMemory. `numa_cells` shares memory and CPUs among so many cells, 0 leaves
+    them out. `topology` is sockets, cores, threads; None makes each CPU a socket. The `_xml` fields and `qemu_args`
+    go into the domain, its devices, its metadata and QEMU's command line as they are.
+    """
+
+    name: str
+    vcpus: int = 1
+    max_vcpus: int = 4
+    memory_mib: int = 256
+    max_memory_mib: int | None = 4096
+    slots: int = 16
+    numa_cells: int = 1
+    topology: tuple[int, int, int] | None = None
+    acpi: bool = True
+    balloon: bool = True
+    agent_channel: bool = True
+    machine: str = "q35"
+    kernel_args: str = ""
+    domain_xml: str = ""
+    devices_xml: str = ""
+    metadata_xml: str = ""
+    qemu_args: tuple[str, ...] = ()
+
+
+def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log: Path, harness: Path) -> str:
+    """The domain XML of a guest that boots `image`, logs its console and has the harness on a socket."""
+    sockets, cores, threads = spec.topology or (spec.max_vcpus, 1, 1)
+    parts = [
+        f"<domain type={quoteattr(virt_type)} xmlns:qemu={quoteattr(QEMU_NAMESPACE)}>",
+        f"<name>{escape(spec.name)}</name>",
+        f"<metadata>{spec.metadata_xml}</metadata>" if spec.metadata_xml else "",
+        f"<memory unit='MiB'>{spec.memory_mib}</memory>",
+        format_max_memory(spec),
+        f"<vcpu placement='static' current='{spec.vcpus}'>{spec.max_vcpus}</vcpu>",
+        f"<os><type arch='x86_64' machine={quoteattr(spec.machine)}>hvm</type>",
+        f"<kernel>{image.kernel}</kernel><initrd>{image.initramfs}</initrd>",
+        f"<cmdline>{escape(format_kernel_arguments(spec))}</cmdline></os>",
+        f"<features>{'<acpi/>' if spec.acpi else ''}</features>",
+        "<cpu mode='host-passthrough'>" if virt_type == "kvm" else "<cpu>",
+        f"<topology sockets='{sockets}' cores='{cores}' threads='{threads}'/>{format_numa(spec)}</cpu>",
+        "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>",
+        "<devices>",
+        f"<serial type='file'><source path={quoteattr(str(console_log))}/><target port='0'/></serial>",
+        f"<serial type='unix'><source mode='bind' path={quoteattr(str(harness))}/><target port='1'/></serial>",
+        AGENT_CHANNEL if spec.agent_channel else "",
+        f"<memballoon model='{'virtio' if spec.balloon else 'none'}'/>",
+        "<controller type='usb' model='none'/>",
+        f"{spec.devices_xml}</devices>",
+        spec.domain_xml,
+        format_qemu_arguments(spec.qemu_args),
+        "</domain>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def format_max_memory(spec: GuestSpec) -> str:
+    """The ceiling for hot-plugged memory, without which none can be plugged."""
+    if spec.max_memory_mib is None:
+        return ""
+    return f"<maxMemory slots='{spec.slots}' unit='MiB'>{spec.max_memory_mib}</maxMemory>"
+
+
+def format_kernel_arguments(spec: GuestSpec) -> str:
+    """The kernel command line. lab.agent tells the guest's start-up to wait for the agent's port."""
+    arguments = ["console=ttyS0,115200", "quiet", "panic=-1", "mitigations=off"]
+    return " ".join([*arguments, *(["lab.agent=1"] if spec.agent_channel else []), spec.kernel_args]).strip()
+
+
+def format_numa(spec: GuestSpec) -> str:
+    """The cells, each with its share; what does not divide goes to the first ones."""
+    cells = ""
+    first_cpu = 0
+    for cell in range(spec.numa_cells):
+        cpus = share(spec.max_vcpus, spec.numa_cells, cell)
+        memory_mib = share(spec.memory_mib, spec.numa_cells, cell)
+        last_cpu = first_cpu + cpus - 1
+        cells += f"<cell id='{cell}' cpus='{first_cpu}-{last_cpu}' memory='{memory_mib}' unit='MiB'/>"
+        first_cpu += cpus
+    return f"<numa>{cells}</numa>" if cells else ""
+
+
+def share(total: int, count: int, index: int) -> int:
+    """The part of `total` that falls to one of `count`."""
+    return total // count + (index < total % count)
+
+
+def format_qemu_arguments(arguments: tuple[str, ...]) -> str:
+    """Arguments passed on to QEMU, which libvirt allows and marks the guest as tainted for."""
+    items = "".join(f"<qemu:arg value={quoteattr(argument)}/>" for argument in arguments)
+    return f"<qemu:commandline>{items}</qemu:commandline>" if items else ""

@@ -1,0 +1,87 @@
+#!/bin/sh
+# Installs the distribution packages that `make setup`, `make demo` and `make test` need, and only those that are
+# missing: with nothing missing, apt is not called. Starts, enables and configures no service.
+#
+#   PYTHON=python3.12 tests/lab/packages.sh     the interpreter that the virtual environment will use; empty or
+#                                               unset where none is new enough: then a newer one is installed
+set -eu
+
+# To build libvirt-python, which comes as source only.
+BUILD="gcc libc6-dev libvirt-dev pkg-config"
+# To run a guest. The guest's own files come from packages that are downloaded, never installed (image.py);
+# xz and zstd unpack the kernel modules of newer distributions.
+LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 xz-utils zstd"
+# To look into the lab by hand.
+TOOLS="libvirt-clients"
+# What the lab and the build call, for a distribution without apt.
+COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd"
+
+say() { printf '==> %s\n' "$*"; }
+die() { printf 'packages.sh: %s\n' "$*" >&2; exit 1; }
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "root or sudo is needed to run: $*"
+    fi
+}
+
+is_installed() {
+    [ "$(dpkg-query --show --showformat '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
+}
+
+# The packages that the interpreter lacks: headers for libvirt-python, venv and pip for the virtual environment.
+python_packages() {
+    if [ -z "${PYTHON:-}" ]; then
+        # Ubuntu 22.04 has a python3.11 beside its python3, which is 3.10; the others have a python3 that is new enough.
+        # shellcheck disable=SC1091
+        case "$(. /etc/os-release && echo "${VERSION_CODENAME:-}")" in
+            jammy) echo "python3.11 python3.11-dev python3.11-venv" ;;
+            *) echo "python3 python3-dev python3-venv" ;;
+        esac
+        return
+    fi
+    "$PYTHON" - <<'PYTHON_END'
+import importlib.util
+import os
+import sys
+import sysconfig
+
+name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+headers = os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
+venv = importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")
+if sys.base_prefix == "/usr":
+    print("" if headers else f"{name}-dev", "" if venv else f"{name}-venv")
+elif not (headers and venv):
+    sys.exit(f"packages.sh: {sys.executable} has no headers or no venv module, and is not a distribution's: choose another, PYTHON=...")
+PYTHON_END
+}
+
+if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
+    missing=""
+    for command in $COMMANDS; do
+        command -v "$command" >/dev/null || missing="$missing $command"
+    done
+    pkg-config --exists libvirt 2>/dev/null || missing="$missing libvirt(development files)"
+    command -v libvirtd >/dev/null || command -v virtqemud >/dev/null || [ -x /usr/sbin/libvirtd ] ||
+        [ -x /usr/sbin/virtqemud ] || missing="$missing libvirtd"
+    [ -z "$missing" ] || die "this is no Debian or Ubuntu; please install what is missing by hand:$missing
+(on Debian these are the packages: $BUILD $LAB $TOOLS)"
+    exit 0
+fi
+
+python=$(python_packages)
+missing=""
+for package in $BUILD $LAB $TOOLS $python; do
+    is_installed "$package" || missing="$missing $package"
+done
+[ -n "$missing" ] || exit 0
+
+say "installing distribution packages:$missing"
+as_root apt-get update -qq
+# shellcheck disable=SC2086  # a list of words
+as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends \
+    -o Dpkg::Use-Pty=0 $missing >/dev/null

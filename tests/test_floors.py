@@ -1,0 +1,139 @@
+"""The rule of floors, as a table: who may import whom, and who owns which library.
+
+A new module needs a row; a row that no module matches is stale and fails too.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Module or package -> its floor; tens are the design's floors, and what stands between two tens is a step between.
+# The longest match counts; "plugins" is installed as kvmagent_plugins.
+FLOORS = {
+    "kvmagent.model": 10,
+    "kvmagent.settings": 11,
+    "kvmagent.logs": 12,
+    "kvmagent.hypervisor": 20,
+    "kvmagent.tasks.journal": 20,
+    "kvmagent.api.wire": 20,
+    "kvmagent.tasks": 30,
+    "kvmagent.api": 40,
+    "kvmagent.agent": 50,
+    "kvmagent.cli": 51,
+}
+
+# Third-party library -> who alone may import it.
+OWNERS = {
+    "libvirt": "kvmagent.hypervisor",
+    "libvirt_qemu": "kvmagent.hypervisor",
+    "lxml": "kvmagent.hypervisor",
+    "sqlite3": "kvmagent.tasks.journal",
+    "urllib3": "kvmagent.tasks.delivery",
+    "cherrypy": "kvmagent.api.server",
+    "cheroot": "kvmagent.api.server",
+    "simplejson": "kvmagent.api.wire",
+}
+
+# What nothing pure may touch: time, chance, environment, files, sockets, threads, logs, processes.
+IMPURE = {
+    "time", "datetime", "random", "secrets", "os", "pathlib", "io", "tempfile", "socket", "select", "selectors",
+    "threading", "queue", "logging", "subprocess", "signal", "asyncio", "urllib", "http",
+}  # fmt: skip
+PURE = ("kvmagent.model", "plugins")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for top in ("kvmagent", "plugins") for path in sorted((ROOT / top).rglob("*.py"))}
+
+
+def imports(module: str) -> set[str]:
+    """The absolute names that a module imports, at any depth of its code."""
+    path, found = MODULES[module], set()
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {name if (name := f"{source}.{alias.name}") in MODULES else source for alias in node.names}
+    return found
+
+
+def row(module: str, table: dict[str, int]) -> str | None:
+    matches = [prefix for prefix in table if module == prefix or module.startswith(prefix + ".")]
+    return max(matches, key=len, default=None)
+
+
+def is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("kvmagent.")])
+def test_imports_only_from_lower_floors_or_its_own_package(module: str) -> None:
+    own = row(module, FLOORS)
+    assert own is not None, f"{module} has no floor: add a row"
+    for imported in imports(module):
+        if not imported.startswith("kvmagent."):
+            continue
+        other = row(imported, FLOORS)
+        assert other is not None, f"{module} imports {imported}, which has no floor"
+        same_package = module.split(".")[:2] == imported.split(".")[:2]
+        assert same_package or FLOORS[other] < FLOORS[own], f"{module} imports {imported} from floor {FLOORS[other]}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_library_has_one_owner(module: str) -> None:
+    for imported in imports(module):
+        owner = OWNERS.get(imported.partition(".")[0])
+        assert owner is None or is_inside(module, owner), f"{module} imports {imported}, which belongs to {owner}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(PURE)])
+def test_model_and_planners_are_pure(module: str) -> None:
+    touched = {imported.partition(".")[0] for imported in imports(module)} & IMPURE
+    assert not touched, f"{module} imports {sorted(touched)}"
+    calls = {
+        node.func.id
+        for node in ast.walk(ast.parse(MODULES[module].read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    assert not calls & {"open", "print", "input", "exec", "eval"}, module
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("plugins")])
+def test_plugins_import_the_model_alone(module: str) -> None:
+    allowed = ("kvmagent.model", "plugins", "msgspec", "kvmagent.model.")
+    foreign = {
+        name
+        for name in imports(module)
+        if not name.startswith(allowed) and name.partition(".")[0] in ("kvmagent", *OWNERS)
+    }
+    assert not foreign, f"{module} imports {sorted(foreign)}"
+
+
+def test_every_row_is_used() -> None:
+    for prefix in FLOORS:
+        assert any(is_inside(module, prefix) for module in MODULES), f"no module is {prefix}"
+    for library, owner in OWNERS.items():
+        users = [module for module in MODULES if library in {name.partition(".")[0] for name in imports(module)}]
+        assert users, f"nothing imports {library}: is {owner} still its owner?"
+
+
+def test_only_agent_constructs_what_has_threads() -> None:
+    """No singletons: the long-lived objects are made in agent.py and handed on."""
+    made = {"Connection", "Node", "Journal", "Lanes", "Executor", "Delivery", "Server", "Intake", "Reads"}
+    for module, path in MODULES.items():
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert module == "kvmagent.agent" or not calls & made, f"{module} constructs {sorted(calls & made)}"

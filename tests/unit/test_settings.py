@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.settings import Settings, parse_settings, sample_conf
+
+CONF = Path(__file__).parents[2] / "conf/kvmagent.conf"
+
+
+def test_the_shipped_conf_is_what_the_table_makes() -> None:
+    assert CONF.read_text() == sample_conf()
+
+
+def test_the_shipped_conf_holds_the_defaults() -> None:
+    assert parse_settings(CONF.read_text()) == Settings() == parse_settings("")
+
+
+def test_keys_are_typed_and_overrides_win() -> None:
+    settings = parse_settings(
+        "[http]\nport = 8080\n[agent]\nplugins = vm, other\n", ["http.port=9090", "log.format = json"]
+    )
+    assert settings.http.port == 9090
+    assert settings.agent.plugins == ("vm", "other")
+    assert settings.log.format == "json"
+
+
+def test_percent_signs_are_plain_text() -> None:
+    assert parse_settings("[libvirt]\nuri = qemu+unix:///session?socket=/a%20b\n").libvirt.uri.endswith("/a%20b")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "named"),
+    [
+        ("[htpp]\nport = 1", [], "[htpp]"),
+        ("[http]\nprot = 1", [], "prot"),
+        ("[http]\nport = none", [], "http.port"),
+        ("[http]\nport = 0", [], "http.port"),
+        ("[http]\nport = 70000", [], "http.port"),
+        ("[log]\nlevel = loud", [], "log.level"),
+        ("[agent]\nworkers = 1.5", [], "agent.workers"),
+        ("no section", [], "no section"),
+        ("[http]\nport = 1\nport = 2", [], "port"),
+        ("", ["http.port"], "http.port"),
+        ("", ["port=1"], "port=1"),
+        ("[security]\nallowed_clients = 10.0.0.0/33", [], "security.allowed_clients"),
+    ],
+)
+def test_what_cannot_be_used_stops_the_start_by_name(text: str, overrides: list[str], named: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        parse_settings(text, overrides)
+    assert caught.value.code is Code.BAD_CONFIGURATION
+    assert named in caught.value.message
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "compute-1"])
+def test_refuses_to_listen_beyond_loopback_without_authentication(host: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        parse_settings(f"[http]\nhost = {host}")
+    assert "allow_unauthenticated" in caught.value.remedy
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_listens_on_loopback_as_it_is(host: str) -> None:
+    assert parse_settings(f"[http]\nhost = {host}").http.host == host
+
+
+def test_listens_beyond_loopback_where_both_keys_say_so() -> None:
+    text = "[http]\nhost = 192.0.2.1\n[security]\nallow_unauthenticated = true\nallowed_clients = 192.0.2.0/24"
+    assert parse_settings(text).security.allowed_clients == ("192.0.2.0/24",)
