@@ -114,7 +114,7 @@ def _set_balloon(vm: VmHandle, step: SetBalloon) -> None:
 
 def _await_balloon(vm: VmHandle, step: AwaitBalloon) -> None:
     def is_reached() -> bool:
-        return (vm.balloon_bytes() or 0) >= step.size_bytes
+        return vm.balloon_bytes() == step.size_bytes
 
     if not _wait(is_reached, step.timeout_sec):
         actual = vm.balloon_bytes()

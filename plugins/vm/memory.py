@@ -61,13 +61,13 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         balloon_bytes=balloon_bytes,
         balloon_live=balloon_bytes is not None and request.affect != "config",
         balloon_config=balloon_bytes is not None and request.affect != "live",
-        former_balloon_bytes=_balloon_actual(facts, request.affect),
+        former_balloon_bytes=balloon_actual(facts, request.affect),
         dimms=dimms,
         one_by_one=one_by_one,
         resizes=resizes,
         virtio_mem=virtio_mem,
-        known_blocks=frozenset(block.index for block in facts.guest.blocks or ()),
-        total_bytes=_current(facts, request.affect).memory_bytes + added,
+        known_blocks=frozenset(block.index for block in facts.guest.blocks or () if resizes or virtio_mem),
+        total_bytes=current_definition(facts, request.affect).memory_bytes + added,
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
     )
@@ -99,9 +99,9 @@ def _find_missing(request: HotPlugMemoryRequest, facts: Facts) -> dict[Target, i
     Raises:
         AgentError: TARGET_BELOW_CURRENT.
     """
-    current, target = _current(facts, request.affect), request.memory_size
+    current, target = current_definition(facts, request.affect), request.memory_size
     if target < current.memory_bytes:
-        actual = _balloon_actual(facts, request.affect)
+        actual = balloon_actual(facts, request.affect)
         if request.method == "auto" and actual < current.balloon_total_bytes:
             return {}
         held = f", of which the balloon leaves {format_size(actual)}" if actual < current.balloon_total_bytes else ""
@@ -131,12 +131,13 @@ def _decide_resizes(
                 continue
             if target == "live":
                 refuse_first(check_host(facts, added))
-            resizes.append(_resize(device, device.plugged_bytes + added, target))
+            resizes.append(plan_resize(device, device.plugged_bytes + added, target))
             _take(missing, target, added)
     return tuple(resizes)
 
 
-def _resize(device: MemoryDevice, requested_bytes: int, target: Target) -> PlannedResize:
+def plan_resize(device: MemoryDevice, requested_bytes: int, target: Target) -> PlannedResize:
+    """Return the resize of a virtio-mem device of one definition."""
     return PlannedResize(
         alias=device.alias,
         node=device.node or 0,
@@ -165,7 +166,7 @@ def _decide_virtio_mem(
     planned = PlannedVirtioMem(
         alias=f"ua-kvmagent-{task_uuid}-0",
         size_bytes=align_down(min(rooms), VIRTIO_MEM_BLOCK_BYTES),
-        node=request.node if request.node is not None else emptiest_node(_current(facts, request.affect)),
+        node=request.node if request.node is not None else emptiest_node(current_definition(facts, request.affect)),
         live="live" in missing,
         config="config" in missing,
         block_bytes=VIRTIO_MEM_BLOCK_BYTES,
@@ -179,8 +180,8 @@ def _decide_balloon(request: HotPlugMemoryRequest, facts: Facts) -> int | None:
     """Return the balloon's target, or None where the balloon has no part in this."""
     if request.method in ("dimm", "virtio-mem"):
         return None
-    current = _current(facts, request.affect)
-    actual = _balloon_actual(facts, request.affect)
+    current = current_definition(facts, request.affect)
+    actual = balloon_actual(facts, request.affect)
     wanted = align_up(request.memory_size, BALLOON_PAGE_BYTES)
     if request.method == "auto":
         if not current.balloon or actual >= current.balloon_total_bytes:
@@ -222,7 +223,7 @@ def _decide_dimms(
         wanted = tuple(size for size, live, config in parts if (live if affect == "live" else config))
         if wanted:
             refuse_first(check_dimm_room(facts, affect, wanted, request.node))
-    node = request.node if request.node is not None else emptiest_node(_current(facts, request.affect))
+    node = request.node if request.node is not None else emptiest_node(current_definition(facts, request.affect))
     dimms = tuple(
         PlannedDimm(alias=f"ua-kvmagent-{task_uuid}-{n}", size_bytes=size, node=node, live=live, config=config)
         for n, (size, live, config) in enumerate(parts)
@@ -270,11 +271,12 @@ def _take(missing: dict[Target, int], target: Target, amount: int) -> None:
         del missing[target]
 
 
-def _current(facts: Facts, affect: Affect) -> Definition:
+def current_definition(facts: Facts, affect: Affect) -> Definition:
+    """Return the definition that a target is held against: the running VM's, where that is to change."""
     return facts.get_config() if affect == "config" else facts.get_live()
 
 
-def _balloon_actual(facts: Facts, affect: Affect) -> int:
+def balloon_actual(facts: Facts, affect: Affect) -> int:
     """Return what the balloon leaves of boot memory and dimms now."""
     if affect == "config":
         return facts.get_config().current_bytes

@@ -63,8 +63,8 @@ class PlannedResize(msgspec.Struct, frozen=True, rename="camel"):
 class MemoryGoal(Goal, frozen=True, rename="camel"):
     """A balloon target, virtio-mem sizes and dimms: absolute, so that reaching it twice changes nothing.
 
-    `former_balloon_bytes` is where the balloon was, `known_blocks` what the guest listed before. With `one_by_one`
-    each dimm must be online in the guest before the next is attached: the guest has no room for all their page maps.
+    `former_balloon_bytes` is where the balloon was; `known_blocks` what the guest listed before, where virtio-mem adds
+    blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the next is attached: the guest has no room for all their page maps.
     """
 
     balloon_bytes: int | None
@@ -194,7 +194,9 @@ def resize_steps(
             )
         if resize.target == "live" and device.alias is not None and device.current_bytes != resize.requested_bytes:
             wait = AwaitVirtioMem(alias=device.alias, size_bytes=resize.requested_bytes, timeout_sec=timeout_s)
-            steps += [wait] if wait.key not in spent else []
+            if wait.key in spent:  # the definition follows what the guest did, not what it was asked for
+                return ()
+            steps.append(wait)
         if steps:
             return tuple(steps)
     return ()

@@ -41,10 +41,21 @@ def settle(ending: Ending) -> Outcome | None:
     """Return the outcome where it does not depend on the command: a failure, a dry run, or nothing to do."""
     same = ending.before is None or _without_guest(ending.before) == _without_guest(ending.after)
     if ending.error is not None:
-        return "refused" if same else "partial"
+        left_asked = bool(ending.reports) and ending.error.code in _LEFT_ASKED
+        return "refused" if same and not left_asked else "partial"
     if ending.planned is not None:
         return "planned"
     return "unchanged" if same and not ending.reports else None
+
+
+# Failures after which libvirt still asks the guest for what it did not do.
+_LEFT_ASKED = (Code.BALLOON_NOT_ANSWERING, Code.VIRTIO_MEM_STALLED)
+_PENDING = (Code.CPU_REMOVAL_PENDING, Code.MEMORY_REMOVAL_PENDING)
+
+
+def settle_removal(ending: Ending) -> Outcome | None:
+    """Return "pending" for a removal that the guest has neither done nor refused; else None."""
+    return "pending" if ending.error is not None and ending.error.code in _PENDING else None
 
 
 def _without_guest(facts: Facts | None) -> Numbers:
@@ -69,7 +80,7 @@ def find_stages(
         ended_ms = max([ended_ms, *ended])
         if amount is not None:
             stages.append(Stage(resource=resource, stage=stage, amount=amount, elapsed_ms=round(ended_ms, 3)))
-    return stages if ending.reports else []
+    return stages if ending.reports and ending.request.affect != "config" else []
 
 
 def find_failure(ending: Ending, codes: tuple[Code, ...]) -> AgentError | None:

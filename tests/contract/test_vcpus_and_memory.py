@@ -6,17 +6,17 @@ Where the fake and the real thing part, these tests fail: the fake is mended, ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep, AttachMemory, OnlineGuestMemory, OnlineGuestVcpus, SetBalloon, SetVcpus
-from tests.fakes.agent import MIB, format_spec, make_domain, make_node
+from tests.fakes.agent import MIB, format_spec, make_domain, make_node, open_node
 from tests.lab.domainxml import GuestSpec
 
 NOTHING: frozenset[str] = frozenset()
@@ -26,14 +26,12 @@ MakeNode = Callable[..., Node]
 
 
 @pytest.fixture
-def fake() -> MakeNode:
-    return lambda spec, **options: make_node(make_domain(spec, **options))
+def fake(tmp_path: Path) -> MakeNode:
+    return lambda spec, **options: make_node(tmp_path, make_domain(spec, **options))
 
 
 @pytest.fixture
 def test_driver(tmp_path: Path) -> Iterator[MakeNode]:
-    connections: list[Connection] = []
-
     def make(spec: GuestSpec, *, running: bool = True) -> Node:
         state = "" if running else " xmlns:test='http://libvirt.org/schemas/domain/test/1.0'"
         xml = format_spec(spec, "test").replace("<domain ", f"<domain{state} ", 1)
@@ -41,29 +39,22 @@ def test_driver(tmp_path: Path) -> Iterator[MakeNode]:
             xml = xml.replace("</domain>", "<test:runstate>5</test:runstate></domain>")
         file = tmp_path / "node.xml"
         file.write_text(f"<node>{xml}</node>")
-        connections.append(Connection(f"test://{file}"))
-        connections[-1].start()
-        return Node(connections[-1])
+        return nodes.enter_context(open_node(f"test://{file}", tmp_path))
 
-    yield make
-    for connection in connections:
-        connection.stop()
+    with ExitStack() as nodes:
+        yield make
 
 
 @pytest.fixture
-def lab_libvirt(lab: Any, define: Any) -> Iterator[MakeNode]:
+def lab_libvirt(lab: Any, define: Any, tmp_path: Path) -> Iterator[MakeNode]:
     """The lab's QEMU, its guest started but never run: what only libvirt and QEMU answer needs no guest."""
-    connections: list[Connection] = []
 
     def make(spec: GuestSpec, *, running: bool = True) -> Node:
         define(spec, running=running)
-        connections.append(Connection(lab.uri))
-        connections[-1].start()
-        return Node(connections[-1])
+        return nodes.enter_context(open_node(lab.uri, tmp_path))
 
-    yield make
-    for connection in connections:
-        connection.stop()
+    with ExitStack() as nodes:
+        yield make
 
 
 ALL = ["fake", "test_driver", pytest.param("lab_libvirt", marks=pytest.mark.guest)]
@@ -201,7 +192,7 @@ class TestMemory:
 
 
 @pytest.fixture
-def fake_guest() -> tuple[Node, Any]:
+def fake_guest(tmp_path: Path) -> tuple[Node, Any]:
     domain = make_domain(GuestSpec(name="vm1"))
 
     class Agent:
@@ -211,16 +202,14 @@ def fake_guest() -> tuple[Node, Any]:
         def hang_agent(self) -> None:
             domain.guest.agent = "hung"
 
-    return make_node(domain), Agent()
+    return make_node(tmp_path, domain), Agent()
 
 
 @pytest.fixture
-def lab_guest(lab: Any, boot: Any) -> Iterator[tuple[Node, Any]]:
+def lab_guest(lab: Any, boot: Any, tmp_path: Path) -> Iterator[tuple[Node, Any]]:
     guest = boot(GuestSpec(name="vm1"))
-    connection = Connection(lab.uri)
-    connection.start()
-    yield Node(connection), guest
-    connection.stop()
+    with open_node(lab.uri, tmp_path) as node:
+        yield node, guest
 
 
 @pytest.mark.parametrize("pair", ["fake_guest", pytest.param("lab_guest", marks=pytest.mark.guest)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,18 @@ def make_node(directory: Path, *domains: FakeDomain) -> Node:
     fake, events = FakeConnection(*domains), DeviceEvents()
     connection = Connection("fake", open_libvirt=lambda _uri: fake, register=events.register)
     return Node(connection, events=events, former_xml_dir=directory / "former-xml", send_to_agent=send_to_agent)
+
+
+@contextmanager
+def open_node(uri: str, directory: Path) -> Iterator[Node]:
+    """A Node on a real libvirt, with its device events."""
+    events = DeviceEvents()
+    connection = Connection(uri, register=events.register)
+    connection.start()
+    try:
+        yield Node(connection, events=events, former_xml_dir=directory / "former-xml")
+    finally:
+        connection.stop()
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Blockers that no libvirt of today lets a domain have, judged on facts alone."""
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from tests.lab.domainxml import GuestSpec
 
 
 def facts_with(**changes: Any) -> Facts:
-    live: Definition = make_node(make_domain(GuestSpec(name="vm1"))).observe("vm1", frozenset()).get_live()
+    live: Definition = make_node(Path(), make_domain(GuestSpec(name="vm1"))).observe("vm1", frozenset()).get_live()
     live = msgspec.structs.replace(live, **changes)
     return Facts(domain=Domain("vm1", "u", "running", live=live, config=None), guest=Guest(), host=Host())
 
