@@ -64,7 +64,8 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
     """A balloon target, virtio-mem sizes and dimms: absolute, so that reaching it twice changes nothing.
 
     `former_balloon_bytes` is where the balloon was; `known_blocks` what the guest listed before, where virtio-mem adds
-    blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the next is attached: the guest has no room for all their page maps.
+    blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the
+    next is attached: the guest has no room for all their page maps.
     """
 
     balloon_bytes: int | None

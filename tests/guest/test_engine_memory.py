@@ -1,0 +1,79 @@
+"""Memory down and up again on a real guest: dimms that leave and that the guest keeps, virtio-mem both ways."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.lab.domainxml import GuestSpec
+from tests.lab.guest import Guest
+from tests.lab.processes import wait_for
+
+pytestmark = pytest.mark.guest
+
+MIB = 1024 * 1024
+Boot = Callable[[GuestSpec], Guest]
+Send = Callable[..., Any]
+
+
+def test_balloon_then_dimm_then_virtio_mem_and_all_the_way_back(boot: Boot, send: Send) -> None:
+    guest = boot(GuestSpec(name="eng1", kernel_args="memhp_default_state=online_movable"))
+    with guest.domain() as domain:
+        domain.setMemoryFlags(224 * 1024, 3)
+        wait_for(lambda: domain.memoryStats()["actual"] == 224 * 1024, timeout_s=30, what="the balloon")
+    start_kib = guest.mem_total_kib()
+
+    reply = send("/vm/hotplug/memory", guest, memorySize=512 * MIB)
+    assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 512 * MIB), reply
+    assert [step["step"] for step in reply["steps"]][:2] == ["SetBalloon", "AwaitBalloon"]
+    assert reply["after"]["balloonSize"] == 512 * MIB
+    assert {stage["stage"]: stage["amount"] for stage in reply["stages"]} == {
+        "plugged": 512 * MIB,
+        "visible": 512 * MIB,
+        "online": 512 * MIB,
+    }
+    grown_kib = guest.mem_total_kib()
+    assert grown_kib - start_kib == reply["guestGrowth"] // 1024
+
+    reply = send("/vm/hotplug/memory", guest, memorySize=768 * MIB, method="virtio-mem")
+    assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 768 * MIB), reply
+    assert guest.mem_total_kib() == grown_kib + 256 * 1024
+    reply = send("/vm/hotplug/memory", guest, memorySize=1024 * MIB)
+    assert (reply["outcome"], reply["memorySize"]) == ("online", 1024 * MIB), reply
+    assert [step["step"] for step in reply["steps"]] == ["ResizeVirtioMem", "AwaitVirtioMem", "ResizeVirtioMem"]
+    assert guest.mem_total_kib() == grown_kib + 512 * 1024
+
+    reply = send("/vm/hotunplug/memory", guest, memorySize=512 * MIB)
+    assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 512 * MIB), reply
+    assert guest.mem_total_kib() == grown_kib
+
+    reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB)
+    assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 256 * MIB), reply
+    assert [step["step"] for step in reply["steps"]] == ["OfflineGuestMemory", "DetachMemory", "ForgetMemory"]
+    assert "dimm" not in guest.live_xml().replace("type='dimm'", "")
+    assert "model='dimm'" not in guest.persistent_xml()
+    assert reply["drift"] == []
+    # Again changes nothing; and the guest still stands.
+    assert send("/vm/hotunplug/memory", guest, memorySize=256 * MIB)["outcome"] == "unchanged"
+    assert guest.mem_total_kib() >= start_kib
+
+
+def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: Send) -> None:
+    guest = boot(GuestSpec(name="eng2"))
+    assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "online"
+    # Kernel memory that cannot move, in all of what is online.
+    guest.run("mkdir -p /pin && mount -t tmpfs none /pin && cd /pin && seq 5000 | xargs mkdir")
+    total_kib = guest.mem_total_kib()
+
+    reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB)
+    assert (reply["success"], reply["outcome"], reply["errorCode"]) == (False, "refused", "GUEST_MEMORY_IN_USE"), reply
+    assert "online_movable" in reply["remedy"]
+    assert (reply["memorySize"], guest.mem_total_kib()) == (384 * MIB, total_kib)
+    assert "model='dimm'" in guest.persistent_xml()
+
+    # Without its agent the guest is asked by the hypervisor alone, and refuses that too.
+    guest.stop_agent()
+    reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB)
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "MEMORY_REMOVAL_REFUSED"), reply
+    assert "model='dimm'" in guest.persistent_xml()
+    assert guest.mem_total_kib() == total_kib
