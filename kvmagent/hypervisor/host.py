@@ -14,8 +14,8 @@ from kvmagent.model.units import KIB
 _SLICE = "sys/fs/cgroup/machine.slice"
 
 
-def read_host(vcpu_limit: int | None, root: Path = Path("/")) -> Host:
-    """Return the host's facts; a part that cannot be read is None. `root` stands for / in tests."""
+def read_host(vcpu_limit: int | None, root: Path) -> Host:
+    """Return the host's facts, the kernel's files being below `root`; a part that cannot be read is None."""
     meminfo = _read_meminfo(root / "proc/meminfo")
     available = meminfo.get("MemAvailable")
     room = _slice_room(root / _SLICE)

@@ -20,7 +20,8 @@ from kvmagent.model.steps import AnyStep
 class Node:
     """Thread-safe. A VM is named by its domain name or UUID, with or without dashes.
 
-    `events` has to be registered on the connection. `former_xml_dir` is where definitions that are replaced are kept.
+    `events` has to be registered on the connection. `former_xml_dir` is where definitions that are replaced are kept,
+    `host_root` where the kernel's files of the host are.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class Node:
         events: DeviceEvents,
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
+        host_root: Path = Path("/"),
     ) -> None:
         self._connection = connection
         self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
+        self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
 
     def check(self) -> None:
@@ -65,7 +68,7 @@ class Node:
         domain, connected = handle.read()
         guest = handle.ask_guest(domain, connected, parts)
         definition = domain.live or domain.config
-        return Facts(domain=domain, guest=guest, host=read_host(self._vcpu_limit(definition)))
+        return Facts(domain=domain, guest=guest, host=read_host(self._vcpu_limit(definition), self._host_root))
 
     def perform(self, vm: str, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.

@@ -194,8 +194,9 @@ class Executor:
                 return
             self._refuse_repetition(run, steps)
             for step in steps:
-                if step.key not in spent and self._perform(task, run, step) is not None:
-                    spent.add(step.key)
+                if (problem := self._perform(task, run, step)) is not None:
+                    spent |= {step.key, f"{step.key} {problem.code}"}
+                    break  # what follows it was planned for its success
             run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
 

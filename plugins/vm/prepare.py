@@ -123,13 +123,17 @@ def _addressable_bytes(bits: int, slots: int) -> int:
 
 
 def _plan_cells(config: Definition, maximum: int) -> tuple[CellShape, ...]:
-    """Return the cells: those that are there keep memory and vCPUs, and new vCPUs go to the cells with the fewest."""
+    """Return the cells: those that are there keep memory and vCPUs, and new vCPUs make them as even as can be."""
     if not config.cells:
         return (CellShape(id=0, cpus=tuple(range(maximum)), memory_bytes=config.boot_bytes),)
     cpus = {cell.id: set(cell.cpus) for cell in config.cells}
-    for number in sorted(set(range(maximum)) - set().union(*cpus.values())):
-        fewest = min(cpus, key=lambda cell: (len(cpus[cell]), cell))
-        cpus[fewest].add(number)
+    new = sorted(set(range(maximum)) - set().union(*cpus.values()))
+    shares = dict.fromkeys(cpus, 0)
+    for _ in new:
+        shares[min(cpus, key=lambda cell: (len(cpus[cell]) + shares[cell], cell))] += 1
+    for cell, share in shares.items():
+        cpus[cell] |= set(new[:share])
+        new = new[share:]
     return tuple(
         CellShape(id=cell.id, cpus=tuple(sorted(cpus[cell.id])), memory_bytes=cell.memory_bytes)
         for cell in config.cells

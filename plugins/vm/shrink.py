@@ -93,10 +93,8 @@ def advance(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyS
     """Return what is left to do: virtio-mem, then each dimm, then the balloon, which takes what is online."""
     if steps := resize_steps(goal.resizes, facts, spent, goal.timeout_sec):
         return steps
-    for removal in goal.removals:
-        if steps := _removal_steps(removal, goal, facts, spent):
-            return steps
-    return _balloon_steps(goal, facts, spent)
+    removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, spent)]
+    return tuple(removals) or _balloon_steps(goal, facts, spent)
 
 
 def find_shortfall(goal: ShrinkGoal, ending: Ending) -> AgentError | None:
@@ -129,20 +127,26 @@ def _is_left(removal: PlannedRemoval, facts: Facts) -> bool:
 def _removal_steps(
     removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts, spent: frozenset[str]
 ) -> tuple[AnyStep, ...]:
-    """Out of use in the guest, out of the VM, out of its definition: each only after the one before."""
+    """Out of use in the guest, out of the VM, out of its definition: each only after the one before.
+
+    What the guest refuses to give up goes back into use; what it has not answered for may still leave.
+    """
+    steps: list[AnyStep] = []
     if removal.live and removal.alias is not None and removal.find_live(facts.get_live()) is not None:
         detach = DetachMemory(alias=removal.alias, timeout_sec=goal.timeout_sec)
         used = tuple(sorted(online_blocks(facts.guest) & frozenset(removal.online_blocks)))
         offline = OfflineGuestMemory(alias=removal.alias, blocks=used)
-        if offline.key in spent:
+        if offline.key in spent or f"{detach.key} {Code.MEMORY_REMOVAL_REFUSED}" in spent:
             back = tuple(sorted(frozenset(removal.online_blocks) - frozenset(used)))
             return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in spent else ()
-        if used and goal.guest_online:
-            return (offline,)
-        return (detach,) if detach.key not in spent else ()
+        if detach.key in spent:
+            return ()
+        steps += [offline, detach] if used and goal.guest_online else [detach]
     if removal.config and removal.find_config(facts.get_config()) is not None:
-        return (ForgetMemory(alias=removal.alias, slot=removal.slot, node=removal.node, size_bytes=removal.size_bytes),)
-    return ()
+        steps.append(
+            ForgetMemory(alias=removal.alias, slot=removal.slot, node=removal.node, size_bytes=removal.size_bytes)
+        )
+    return tuple(steps)
 
 
 def _balloon_steps(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:

@@ -50,17 +50,20 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
 
 def advance(goal: UnplugCpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: out of use in the guest, out of the VM; the definition follows what really left."""
-    if goal.live and facts.get_live().vcpu_current > goal.cpu_num and UnplugVcpus.__name__ not in spent:
-        leaving = leaving_ids(facts.get_live(), goal.cpu_num)
-        online = tuple(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in leaving and cpu.online)
-        if online and goal.guest_online and OfflineGuestVcpus.__name__ not in spent:
-            return (OfflineGuestVcpus(ids=online),)
-        return (UnplugVcpus(count=goal.cpu_num, timeout_sec=goal.timeout_sec),)
-    if goal.config:
-        wanted = max(goal.cpu_num, facts.get_live().vcpu_current if goal.live else 0)
-        if facts.get_config().vcpu_current > wanted:
-            return (SetVcpus(count=wanted, target="config"),)
-    return ()
+    steps: list[AnyStep] = []
+    wanted = goal.cpu_num
+    if goal.live and facts.get_live().vcpu_current > goal.cpu_num:
+        if UnplugVcpus.__name__ in spent:
+            wanted = facts.get_live().vcpu_current
+        else:
+            leaving = leaving_ids(facts.get_live(), goal.cpu_num)
+            online = tuple(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in leaving and cpu.online)
+            if online and goal.guest_online and OfflineGuestVcpus.__name__ not in spent:
+                steps.append(OfflineGuestVcpus(ids=online))
+            steps.append(UnplugVcpus(count=goal.cpu_num, timeout_sec=goal.timeout_sec))
+    if goal.config and facts.get_config().vcpu_current > wanted:
+        steps.append(SetVcpus(count=wanted, target="config"))
+    return tuple(steps)
 
 
 def conclude(ending: Ending) -> VmReply:

@@ -26,9 +26,28 @@ COMMANDS: dict[str, Command] = {command.name: command for command in PLUGIN.comm
 MIB = 1024 * 1024
 
 
-def make_domain(spec: GuestSpec, guest: FakeGuest | None = None, **options: Any) -> FakeDomain:
+def make_domain(
+    spec: GuestSpec, guest: FakeGuest | None = None, *, virt_type: str = "qemu", **options: Any
+) -> FakeDomain:
     """A fake domain with the XML that the lab gives to a real one."""
-    return FakeDomain(format_spec(spec, "qemu"), guest=guest or make_guest(spec), **options)
+    return FakeDomain(format_spec(spec, virt_type), guest=guest or make_guest(spec), **options)
+
+
+def make_host(
+    directory: Path, *, available_mib: int = 64 * 1024, node_free_mib: int = 64 * 1024, free_hugepages: int = 0
+) -> Path:
+    """The kernel's files of a host with one NUMA node, 2 MiB hugepages and 46 physical address bits."""
+    node = directory / "sys/devices/system/node/node0"
+    files = {
+        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: 2048 kB\n",
+        directory / "proc/cpuinfo": "address sizes\t: 46 bits physical, 48 bits virtual\n",
+        node / "meminfo": f"Node 0 MemFree: {node_free_mib * 1024} kB\n",
+        node / "hugepages/hugepages-2048kB/free_hugepages": f"{free_hugepages}\n",
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return directory
 
 
 def format_spec(spec: GuestSpec, virt_type: str) -> str:
@@ -43,11 +62,17 @@ def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
     return FakeGuest(online_cpus=dict.fromkeys(range(spec.vcpus), True), blocks=blocks, **options)
 
 
-def make_node(directory: Path, *domains: FakeDomain) -> Node:
-    """A Node on these domains, with their device events; `directory` keeps former definitions."""
+def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
+    """A Node on these domains, with their device events, on a host of `make_host`; `directory` has its files."""
     fake, events = FakeConnection(*domains), DeviceEvents()
     connection = Connection("fake", open_libvirt=lambda _uri: fake, register=events.register)
-    return Node(connection, events=events, former_xml_dir=directory / "former-xml", send_to_agent=send_to_agent)
+    return Node(
+        connection,
+        events=events,
+        former_xml_dir=directory / "former-xml",
+        send_to_agent=send_to_agent,
+        host_root=make_host(directory / "host", **host),
+    )
 
 
 @contextmanager
@@ -73,12 +98,12 @@ class Done:
 class FakeAgent:
     """An executor on a journal of its own and on fake domains."""
 
-    def __init__(self, directory: Path, *domains: FakeDomain) -> None:
+    def __init__(self, directory: Path, *domains: FakeDomain, **host: int) -> None:
         self.finished: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
         self.executor = Executor(
-            make_node(directory, *domains),
+            make_node(directory, *domains, **host),
             self.journal,
             COMMANDS,
             on_finished=lambda task: self.finished.append(task.task_uuid),
