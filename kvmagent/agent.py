@@ -1,14 +1,17 @@
 """The agent, assembled: builds every object, owns the order of start and stop, and the signals.
 
-start   journal, libvirt connection, lanes with what the journal left, delivery with what it owes, HTTP
-stop    new tasks refused, running ones finished, due callbacks sent, HTTP, journal, libvirt connection
+start   lock, port, journal, libvirt connection, lanes with what the journal left, delivery with what it owes, HTTP
+run     once a second: threads for what waits, old tasks forgotten, the watchdog fed while everything makes progress
+stop    new tasks refused, running ones finished, due callbacks sent, HTTP, journal, libvirt connection, lock
 """
 
+import fcntl
 import importlib.metadata
 import logging
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -19,14 +22,14 @@ from kvmagent.api.reads import Reads
 from kvmagent.api.server import Answer, Call, Handler, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.connection import Connection
-from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import Settings
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.executor import Executor
-from kvmagent.tasks.journal import UNFINISHED, Journal, Task
+from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.journal import Journal, Task
 from kvmagent.tasks.lanes import Lanes
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,11 @@ log = logging.getLogger(__name__)
 _PLUGIN_GROUP = "kvmagent.plugins"
 # How long a stopping agent still sends the callbacks that are due.
 _LAST_CALLBACKS_S = 5.0
+# How long closing HTTP, journal and libvirt may take beside that.
+_CLOSE_S = 30.0
+_TICK_S = 1.0
+# A part of the agent that has had work and done none of it for so long makes no progress.
+_STALLED_S = 30.0
 
 
 def load_plugins(names: tuple[str, ...]) -> list[Plugin]:
@@ -63,21 +71,35 @@ def load_plugins(names: tuple[str, ...]) -> list[Plugin]:
 
 
 class Agent:
-    """One agent. `start`, then `run_until_signal` or, from another thread, `stop`."""
+    """One agent. `start`, then `run_until_signal` or, from another thread, `stop`.
 
-    def __init__(self, settings: Settings, plugins: list[Plugin]) -> None:
+    `fault` is called at the points that tasks.faults names.
+    """
+
+    def __init__(self, settings: Settings, plugins: list[Plugin], *, fault: Fault = no_fault) -> None:
         self._settings = settings
+        self._state_dir = Path(settings.agent.state_dir)
+        self._lock_fd: int | None = None
+        self._stalls: dict[str, str] = {}
         self._commands = _by_name(plugins)
         self._wake = threading.Event()
-        state_dir = Path(settings.agent.state_dir)
-        events = DeviceEvents()
-        self._connection = Connection(settings.libvirt.uri, register=events.register)
-        node = Node(self._connection, events=events, former_xml_dir=state_dir / "former-xml")
-        self._journal = Journal(state_dir / "journal.sqlite", on_accepted=self._put)
+        self._connection = Connection(settings.libvirt.uri)
+        node = Node(self._connection, former_xml_dir=self._state_dir / "former-xml")
+        self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
         self._delivery = Delivery(
-            self._journal, timeout_s=settings.callback.timeout_sec, give_up_s=settings.callback.give_up_sec
+            self._journal,
+            timeout_s=settings.callback.timeout_sec,
+            give_up_s=settings.callback.give_up_sec,
+            fault=fault,
         )
-        self._executor = Executor(node, self._journal, self._commands, on_finished=self._delivery.put)
+        self._executor = Executor(
+            node,
+            self._journal,
+            self._commands,
+            on_finished=self._delivery.put,
+            libvirt_wait_s=settings.libvirt.wait_sec,
+            fault=fault,
+        )
         self._lanes = Lanes(
             self._executor.run,
             workers=settings.agent.workers,
@@ -92,6 +114,7 @@ class Agent:
             self._delivery,
             self._commands.values(),
             describe_vm=self._describe_vm,
+            find_stalls=self._find_stalls,
         )
         commands = {("POST", command.path): _accept(intake, command) for command in self._commands.values()}
         self._server = Server(settings.http, settings.security, {**commands, **reads.routes()})
@@ -100,16 +123,26 @@ class Agent:
         """Start, and take up what the journal left.
 
         Raises:
-            AgentError: BAD_CONFIGURATION; JOURNAL_UNAVAILABLE.
+            AgentError: BAD_CONFIGURATION; STATE_DIR_IN_USE; JOURNAL_UNAVAILABLE.
         """
-        _make_state_dir(Path(self._settings.agent.state_dir))
+        try:
+            self._start()
+        except BaseException:
+            self._close()
+            raise
+
+    def _start(self) -> None:
+        _make_state_dir(self._state_dir)
+        self._lock_fd = _lock(self._state_dir / "lock")
+        # A port that is taken is found out before any VM is touched.
+        self._server.bind()
         self._journal.start()
         self._connection.start()
-        unfinished, owed = self._journal.select(states=UNFINISHED), self._journal.select(states=("finished",))
+        unfinished, owed = self._journal.unfinished(), self._journal.owed()
         for task in unfinished:
             self._lanes.put(task)
-        for task in owed:
-            self._delivery.put(task)
+        for callback in owed:
+            self._delivery.put(callback)
         self._server.start()
         log.info(
             "agent ready version=%s pid=%d commands=%s unfinished=%d owed=%d",
@@ -123,18 +156,55 @@ class Agent:
     def stop(self) -> None:
         """Refuse new tasks, finish what runs, leave the rest in the journal."""
         log.info("agent stopping running=%d queued=%d", len(self._lanes.running()), self._lanes.depth())
+        self._executor.stop()
         self._lanes.stop(self._settings.agent.stop_timeout_sec)
         self._delivery.stop(_LAST_CALLBACKS_S)
+        self._close()
+        log.info("agent stopped")
+
+    @property
+    def stop_within_s(self) -> float:
+        """How long `stop` takes at most."""
+        return (
+            self._settings.agent.stop_timeout_sec + _LAST_CALLBACKS_S + self._settings.callback.timeout_sec + _CLOSE_S
+        )
+
+    def run_until_signal(self, feed_watchdog: Callable[[], None]) -> None:
+        """Look after the agent until SIGTERM or SIGINT comes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: self._wake.set())
+        while not self._wake.wait(_TICK_S):
+            if self.look_after():
+                feed_watchdog()
+
+    def look_after(self) -> bool:
+        """Do what is to be done every second; return whether everything makes progress."""
+        self._lanes.relieve()
+        self._delivery.relieve()
+        self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
+        stalls = self._find_stalls()
+        if stalls.keys() != self._stalls.keys():
+            log.log(logging.ERROR if stalls else logging.INFO, "stalled parts=%s", stalls or "none")
+        self._stalls = stalls
+        return not stalls
+
+    def _find_stalls(self) -> dict[str, str]:
+        """Return the parts that have work and make no progress, and for how long."""
+        stalled = {
+            "lanes": self._lanes.stalled_s(),
+            "writer": self._journal.stalled_s(),
+            "delivery": self._delivery.stalled_s(),
+        }
+        return {name: f"no progress for {seconds:.0f} s" for name, seconds in stalled.items() if seconds > _STALLED_S}
+
+    def _close(self) -> None:
+        """Undo `_start`, as far as it came."""
         self._server.stop()
         self._journal.stop()
         self._connection.stop()
-        log.info("agent stopped")
-
-    def run_until_signal(self) -> None:
-        """Return when SIGTERM or SIGINT comes."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: self._wake.set())
-        self._wake.wait()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)
@@ -171,5 +241,27 @@ def _accept(intake: Intake, command: Command) -> Handler:
 def _make_state_dir(path: Path) -> None:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.chmod(0o700)
     except OSError as error:
         raise AgentError(Code.BAD_CONFIGURATION, f"agent.state_dir {path}: {error}") from error
+
+
+def _lock(path: Path) -> int:
+    """Lock the state directory for as long as the descriptor that is returned is open; the kernel undoes it at death.
+
+    Raises:
+        AgentError: STATE_DIR_IN_USE; BAD_CONFIGURATION.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise AgentError(Code.BAD_CONFIGURATION, f"agent.state_dir: {error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise AgentError(Code.STATE_DIR_IN_USE, f"{path.parent} is held by process {holder}") from error
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor

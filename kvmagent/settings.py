@@ -33,6 +33,12 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_queued_per_vm: Annotated[
         int, Meta(ge=1, description="Unfinished tasks of one VM before new ones are refused")
     ] = 100
+    keep_tasks: Annotated[int, Meta(ge=0, description="Finished and delivered tasks that are kept to be looked up")] = (
+        20000
+    )
+    keep_sec: Annotated[
+        int, Meta(ge=0, description="Seconds after which a finished and delivered task is forgotten")
+    ] = 604800
 
 
 class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +55,9 @@ class LibvirtSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The hypervisor."""
 
     uri: Annotated[str, Meta(min_length=1, description="libvirt connection URI")] = "qemu:///system"
+    wait_sec: Annotated[
+        int, Meta(ge=0, le=86400, description="Seconds that a task waits for a libvirt that is away before it fails")
+    ] = 120
 
 
 class CallbackSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

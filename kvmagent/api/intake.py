@@ -43,8 +43,7 @@ class Intake:
             raise AgentError(Code.BAD_CONTENT_TYPE, f"Content-Type is {content_type!r}")
         request = decode_request(body, command.request)
         lane = _lane(request.vm_uuid)
-        self._lanes.check_room(lane)
-        task, is_new = self._journal.accept(
+        task, is_new = self._store(
             Task(
                 task_uuid=task_uuid,
                 command=command.name,
@@ -59,10 +58,15 @@ class Intake:
             return Accepted(task_uuid=task_uuid, state="accepted")
         log.info("task sent again task=%s vm=%s command=%s state=%s", task_uuid, lane, command.name, task.state)
         if task.state not in UNFINISHED:
-            if task.state != "finished":
-                self._journal.owe_again(task_uuid)
-            self._delivery.put(task)
+            self._delivery.put(self._journal.owe_again(task_uuid))
         return Accepted(task_uuid=task_uuid, state=task.state)
+
+    def _store(self, task: Task) -> tuple[Task, bool]:
+        """Store a task for which there is room; one that is known already needs none."""
+        if self._journal.find(task.task_uuid) is not None:
+            return self._journal.accept(task)
+        with self._lanes.hold_place(task.lane):
+            return self._journal.accept(task)
 
 
 def _lane(vm: str) -> str:

@@ -1,15 +1,15 @@
 """The GET paths: VMs, tasks, health and the OpenAPI document."""
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 import msgspec
 
 from kvmagent import __version__
+from kvmagent.api.deadline import Asker
 from kvmagent.api.openapi import build_openapi
 from kvmagent.api.server import Answer, Call, Handler
-from kvmagent.api.wire import encode
+from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
@@ -26,10 +26,16 @@ _PATHS = (
     ("/openapi.json", "This document"),
 )
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
+# How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
+# once, so that commands are accepted whatever hangs.
+_VM_WAIT_S, _CHECK_WAIT_S, _AT_ONCE = 10.0, 3.0, 12
 
 
 class Reads:
-    """Thread-safe. `describe_vm` answers ReadyForHotplug for one VM, or nothing when no plugin offers it."""
+    """Thread-safe. `describe_vm` answers ReadyForHotplug for one VM, or nothing when no plugin offers it.
+
+    `find_stalls` names the parts of the agent that make no progress, with what is known of each.
+    """
 
     def __init__(
         self,
@@ -40,12 +46,15 @@ class Reads:
         commands: Iterable[Command],
         *,
         describe_vm: Callable[[str], Any],
+        find_stalls: Callable[[], Mapping[str, str]],
     ) -> None:
         self._node = node
         self._journal = journal
         self._lanes = lanes
         self._delivery = delivery
         self._describe_vm = describe_vm
+        self._find_stalls = find_stalls
+        self._asker = Asker(at_once=_AT_ONCE)
         self._openapi = encode(build_openapi(commands, _PATHS))
 
     def routes(self) -> Mapping[tuple[str, str], Handler]:
@@ -61,18 +70,22 @@ class Reads:
 
     def _vms(self, call: Call) -> Answer:
         _check_query(call, ())
-        vms = []
-        for uuid in self._node.list_vms():
+        vms: list[Any] = []
+        for uuid in self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs"):
             try:
-                vms.append(self._describe_vm(uuid))
+                vms.append(self._describe(uuid))
             except AgentError as error:
                 if error.code is not Code.VM_NOT_FOUND:  # gone since it was listed
-                    raise
+                    # One VM that hangs is told as such, and hides no other.
+                    vms.append({"vmUuid": uuid} | msgspec.json.decode(encode_error(error)))
         return Answer(encode({"vms": vms}))
 
     def _vm(self, call: Call) -> Answer:
         _check_query(call, ())
-        return Answer(encode(self._describe_vm(call.parts[0])))
+        return Answer(encode(self._describe(call.parts[0])))
+
+    def _describe(self, vm: str) -> Any:
+        return self._asker.ask(lambda: self._describe_vm(vm), timeout_s=_VM_WAIT_S, about=f"reading VM {vm}")
 
     def _tasks(self, call: Call) -> Answer:
         _check_query(call, ("vm", "state", "limit"))
@@ -82,8 +95,7 @@ class Reads:
         state = call.query.get("state")
         if state is not None and state not in get_args(State):
             raise AgentError(Code.BAD_QUERY, f"state is {state!r}, needed is one of {', '.join(get_args(State))}")
-        states = (state,) if state else ()
-        tasks = self._journal.select(states=states, lane=call.query.get("vm"), limit=int(limit))  # type: ignore[arg-type]
+        tasks = self._journal.newest(state=state, lane=call.query.get("vm"), limit=int(limit))  # type: ignore[arg-type]
         return Answer(encode({"tasks": [_summary(task) for task in tasks]}))
 
     def _task(self, call: Call) -> Answer:
@@ -92,7 +104,8 @@ class Reads:
         if task is None:
             raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {call.parts[0]!r}")
         steps = [
-            msgspec.json.decode(step.step) | {"elapsedMs": step.elapsed_ms, "problem": step.problem}
+            msgspec.json.decode(step.step)
+            | {"elapsedMs": step.elapsed_ms, "problem": msgspec.Raw((step.problem or "null").encode())}
             for step in self._journal.steps(task.task_uuid)
         ]
         whole = _summary(task) | {
@@ -104,21 +117,20 @@ class Reads:
         return Answer(encode(whole))
 
     def _health(self, call: Call) -> Answer:
-        down: dict[str, str] = {}
+        down = dict(self._find_stalls())
         try:
-            self._node.check()
+            self._asker.ask(self._node.check, timeout_s=_CHECK_WAIT_S, about="libvirt")
         except AgentError as error:
             down["libvirt"] = error.message
         if failure := self._journal.check():
             down["journal"] = failure
         try:
-            self._lanes.check_room("")
+            self._lanes.check_room()
         except AgentError as error:
             down["queue"] = error.message
-        now = time.monotonic()
         running = [
-            {"vm": lane, "taskUuid": task.task_uuid, "command": task.command, "seconds": round(now - since, 1)}
-            for lane, (task, since) in self._lanes.running().items()
+            {"vm": lane, "taskUuid": task.task_uuid, "command": task.command, "seconds": round(seconds, 1)}
+            for lane, (task, seconds) in sorted(self._lanes.running().items(), key=lambda item: -item[1][1])
         ]
         body = {
             "ready": not down,

@@ -79,8 +79,8 @@ class Server:
         self._server.max_request_body_size = http.max_body_bytes + _READ_AWAY_BYTES
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
-    def start(self) -> None:
-        """Listen and serve.
+    def bind(self) -> None:
+        """Listen: clients can connect, and wait for `start` to be answered.
 
         Raises:
             AgentError: BAD_CONFIGURATION, when the address cannot be bound.
@@ -90,13 +90,17 @@ class Server:
         except OSError as error:
             address = f"{self._http.host}:{self._http.port}"
             raise AgentError(Code.BAD_CONFIGURATION, f"cannot listen on {address}: {error}") from error
+
+    def start(self) -> None:
+        """Serve."""
         self._thread.start()
         log.info("listening on http://%s:%d", self._http.host, self._http.port)
 
     def stop(self) -> None:
         """Answer what came in, then close."""
         self._server.stop()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 class _Dispatcher:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from kvmagent.agent import Agent, load_plugins
 from kvmagent.logs import start_logging
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
+from kvmagent.systemd import ServiceManager
+from kvmagent.tasks.faults import Fault, no_fault
 
 log = logging.getLogger(__name__)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the agent; return the exit status: 0 stopped, 1 could not start."""
+def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
+    """Run the agent; return the exit status: 0 stopped, 1 could not start. `fault`: see tasks.faults."""
     options = _parse_arguments(arguments)
     if options.sample:
         print(sample_conf(), end="")
@@ -23,12 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = _read_settings(Path(options.config), options.set)
         start_logging(settings.log)
-        agent = Agent(settings, load_plugins(settings.agent.plugins))
+        agent = Agent(settings, load_plugins(settings.agent.plugins), fault=fault)
         agent.start()
     except AgentError as error:
         print(f"kvmagent: {error.code}: {error.message}\nkvmagent: remedy: {error.remedy}", file=sys.stderr)
         return 1
-    agent.run_until_signal()
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
+    manager.ready()
+    agent.run_until_signal(manager.feed)
+    manager.stopping(agent.stop_within_s)
     agent.stop()
     return 0
 

@@ -1,14 +1,23 @@
-"""One connection to libvirt, with its event loop: opened when needed, replaced when it is dead.
+"""Connections to libvirt, with their event loop: opened when needed, replaced when they are dead.
+
+    lease()  ->  an idle connection, or a new one         one call at a time on each
+    opener thread: open, keep-alive, close callback; while libvirt is away again and again, with backoff
+
+libvirtd takes five calls at a time from one client and then reads no further: on a shared connection five hanging
+VMs would hold up all. So each piece of work has a connection of its own while it lasts.
 
 libvirt answers keep-alive only while its event loop runs, and without keep-alive a call on a hung daemon never
-returns: so the loop's thread runs before the first open, and until the last close.
-Source: libvirt virConnectSetKeepAlive, virEventRegisterDefaultImpl.
+returns: so the loop's thread runs before the first open, and until the last close. An open itself has no way out of
+a hung daemon: it is done by a thread that nobody waits for longer than `_OPEN_WAIT_S`.
+Source: libvirt virConnectSetKeepAlive, virEventRegisterDefaultImpl; max_client_requests in libvirtd.conf.
 """
 
+import contextlib
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import libvirt
 
@@ -19,34 +28,38 @@ log = logging.getLogger(__name__)
 
 # A daemon that answers nothing for KEEPALIVE_INTERVAL_S x (KEEPALIVE_COUNT + 1) is given up, its calls fail.
 KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 3, 3
-# After a failed open, calls fail at once for so long before the next try.
-_RETRY_AFTER_S = 0.5
+# How long work waits for a connection. An open takes milliseconds where the daemon is well.
+_OPEN_WAIT_S = 5.0
+# While libvirt is away it is tried at growing intervals, each with jitter: a host has other clients that do so too.
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+# Connections kept open for the next piece of work.
+_MOST_IDLE = 8
+
+_REASONS = {
+    libvirt.VIR_CONNECT_CLOSE_REASON_ERROR: "error",
+    libvirt.VIR_CONNECT_CLOSE_REASON_EOF: "the daemon is gone",
+    libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "the daemon does not answer",
+}
 
 
 class Connection:
-    """The agent's libvirt connection. Thread-safe.
+    """The agent's connections to one libvirt. Thread-safe."""
 
-    `register` has each new connection report its events, and returns the callback ids: without their removal a
-    closed connection would live on.
-    """
-
-    def __init__(
-        self,
-        uri: str,
-        *,
-        open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open,
-        register: Callable[[libvirt.virConnect], list[int]] = lambda _connection: [],
-    ) -> None:
+    def __init__(self, uri: str, *, open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open) -> None:
         self._uri = uri
         self._open_libvirt = open_libvirt
-        self._register = register
-        self._callback_ids: list[int] = []
-        self._lock = threading.Lock()
-        self._connection: libvirt.virConnect | None = None
-        self._failure: AgentError | None = None
-        self._failed_at = 0.0
-        self._stopping = threading.Event()
-        self._loop: threading.Thread | None = None
+        self._changed = threading.Condition()
+        self._idle: list[libvirt.virConnect] = []
+        # A driver inside this process (test:) keeps its VMs in the connection: there is one, and all work shares it.
+        self._shared: libvirt.virConnect | None = None
+        self._wanted = 0
+        self._lost = False
+        self._failure: str | None = None
+        self._opening_since: float | None = None
+        self._stopping = False
+        self._ended = threading.Event()
+        self._opener = threading.Thread(target=self._run_opener, name="libvirt-opener", daemon=True)
+        self._loop = threading.Thread(target=self._run_loop, name="libvirt-events", daemon=True)
 
     def start(self) -> None:
         """Start the event loop and try to connect; a libvirt that is down is no reason not to start."""
@@ -54,74 +67,169 @@ class Connection:
         libvirt.virEventRegisterDefaultImpl()
         # Wakes the loop, so that it sees the stop.
         self._timer = libvirt.virEventAddTimeout(500, lambda _timer, _opaque: None, None)
-        self._loop = threading.Thread(target=self._run_loop, name="libvirt-events", daemon=True)
         self._loop.start()
         try:
-            self.get()
+            with self.lease():
+                pass
         except AgentError as error:
             log.warning("libvirt is not reachable yet uri=%s error=%r", self._uri, error.message)
 
     def stop(self) -> None:
-        """Close the connection and end the event loop."""
-        with self._lock:
-            if self._connection is not None:
-                self._close(self._connection)
-                self._connection = None
-        self._stopping.set()
-        if self._loop is not None:
+        """Close the connections and end the threads, but for one that a hung daemon holds in an open."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            connections = [*self._idle, *([self._shared] if self._shared is not None else [])]
+            self._idle, self._shared = [], None
+        for connection in connections:
+            self._close(connection)
+        if self._opener.ident is not None:
+            self._opener.join(_OPEN_WAIT_S)
+        self._ended.set()
+        if self._loop.ident is not None:
             self._loop.join()
             libvirt.virEventRemoveTimeout(self._timer)
 
-    def get(self) -> libvirt.virConnect:
-        """Return a connection that was alive a moment ago, a new one if need be.
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[libvirt.virConnect]:
+        """Have a connection for a piece of work: nobody else's call can hold it up.
 
         Raises:
-            AgentError: LIBVIRT_UNAVAILABLE, when libvirt cannot be reached.
+            AgentError: LIBVIRT_UNAVAILABLE, at once where libvirt is known to be away; STOPPING.
         """
-        with self._lock:
-            if self._connection is not None and self._connection.isAlive():
-                return self._connection
-            if self._stopping.is_set():
-                raise AgentError(Code.STOPPING, "the libvirt connection is closed")
-            if self._failure is not None and time.monotonic() - self._failed_at < _RETRY_AFTER_S:
-                raise self._failure
-            if self._connection is not None:
-                log.warning("libvirt connection is dead, opening a new one uri=%s", self._uri)
-                self._close(self._connection)
-                self._connection = None
-            self._connection = self._open()
-            return self._connection
+        connection = self._take()
+        try:
+            yield connection
+        finally:
+            self._give_back(connection)
 
-    def _open(self) -> libvirt.virConnect:
-        try:
-            connection = self._open_libvirt(self._uri)
-        except libvirt.libvirtError as error:
-            self._failed_at = time.monotonic()
-            reason = translate(error, f"connecting to {self._uri}").message
-            self._failure = AgentError(Code.LIBVIRT_UNAVAILABLE, reason)
-            raise self._failure from error
-        try:
-            connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
-        except libvirt.libvirtError as error:
-            # A driver inside this process (test:) has no wire to keep alive.
-            log.debug("no keep-alive on this driver uri=%s error=%s", self._uri, error)
-        try:
-            self._callback_ids = self._register(connection)
-        except libvirt.libvirtError as error:
-            self._callback_ids = []
-            log.warning("no device events from this driver uri=%s error=%s", self._uri, error)
-        self._failure = None
-        log.info("libvirt connected uri=%s", self._uri)
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until libvirt is not known to be away; return whether it is so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._lost and self._find_trouble() is None, timeout_s)
+
+    def _take(self) -> libvirt.virConnect:
+        deadline = time.monotonic() + _OPEN_WAIT_S
+        dead: list[libvirt.virConnect] = []
+        with self._changed:
+            self._wanted += 1
+            self._changed.notify_all()
+            if self._opener.ident is None:
+                self._opener.start()
+            try:
+                while (connection := self._find_alive(dead)) is None:
+                    if self._stopping:
+                        raise AgentError(Code.STOPPING, "the libvirt connection is closed")
+                    if trouble := self._find_trouble():
+                        raise AgentError(Code.LIBVIRT_UNAVAILABLE, trouble)
+                    self._changed.wait(max(0.0, deadline - time.monotonic()))
+            finally:
+                self._wanted -= 1
+        for old in dead:
+            self._close(old)
         return connection
 
-    def _close(self, connection: libvirt.virConnect) -> None:
+    def _find_alive(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect | None:
+        while self._shared is None and self._idle:
+            connection = self._idle.pop()
+            if connection.isAlive():
+                return connection
+            dead.append(connection)
+        return self._shared
+
+    def _find_trouble(self) -> str | None:
+        """Return why libvirt cannot be reached; None where that is not known."""
+        if self._failure is not None:
+            return self._failure
+        if self._opening_since is not None and time.monotonic() - self._opening_since >= _OPEN_WAIT_S:
+            return f"connecting to {self._uri}: no answer in {_OPEN_WAIT_S:g} s"
+        return None
+
+    def _give_back(self, connection: libvirt.virConnect) -> None:
+        with self._changed:
+            if connection is self._shared:
+                return
+            if not self._stopping and len(self._idle) < _MOST_IDLE and connection.isAlive():
+                self._idle.append(connection)
+                self._changed.notify_all()
+                return
+        self._close(connection)
+
+    # -- the opener's thread
+
+    def _run_opener(self) -> None:
+        pause_s = _FIRST_RETRY_S
+        while self._await_need(pause_s):
+            try:
+                connection, is_shared = self._open()
+            except libvirt.libvirtError as error:
+                pause_s = min(pause_s * 2, _LONGEST_RETRY_S)
+                self._note(translate(error, f"connecting to {self._uri}").message)
+                continue
+            pause_s = _FIRST_RETRY_S
+            with self._changed:
+                stopping = self._stopping
+                if not stopping and is_shared:
+                    self._shared = connection
+                elif not stopping:
+                    self._idle.append(connection)
+            self._note(None)
+            if stopping:
+                self._close(connection)
+
+    def _await_need(self, pause_s: float) -> bool:
+        """Wait until a connection is needed, or while libvirt is away for the next try; False at the end."""
+        with self._changed:
+            if self._failure is not None:
+                self._changed.wait_for(lambda: self._stopping, pause_s * random.uniform(0.75, 1.25))
+            else:
+                self._changed.wait_for(
+                    lambda: self._stopping or self._lost or (self._shared is None and self._wanted > len(self._idle))
+                )
+            self._opening_since = time.monotonic()
+            return not self._stopping
+
+    def _note(self, failure: str | None) -> None:
+        """Note how an open ended."""
+        with self._changed:
+            if failure is not None and self._failure is None:
+                log.warning("libvirt cannot be reached uri=%s error=%r", self._uri, failure)
+            elif failure is None and (self._failure is not None or self._lost):
+                log.info("libvirt is there again uri=%s", self._uri)
+            self._failure, self._lost, self._opening_since = failure, False, None
+            self._changed.notify_all()
+
+    def _open(self) -> tuple[libvirt.virConnect, bool]:
+        """Open a connection; return it and whether its driver is inside this process."""
+        connection = self._open_libvirt(self._uri)
         try:
-            for callback_id in self._callback_ids:
-                connection.domainEventDeregisterAny(callback_id)
-            connection.close()
+            connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+            connection.registerCloseCallback(self._on_close, None)
         except libvirt.libvirtError as error:
-            log.debug("closing a dead libvirt connection error=%s", error)
+            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                self._close(connection)
+                raise
+            return connection, True
+        log.debug("libvirt connected uri=%s", self._uri)
+        return connection, False
+
+    def _on_close(self, _connection: libvirt.virConnect, reason: int, _opaque: object) -> None:
+        """A connection died by itself: find out at once whether libvirt can be reached. Any thread may call this."""
+        if reason == libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT:
+            return
+        log.warning("libvirt connection lost uri=%s reason=%r", self._uri, _REASONS.get(reason, str(reason)))
+        with self._changed:
+            self._lost = True
+            self._changed.notify_all()
+
+    def _close(self, connection: libvirt.virConnect) -> None:
+        """Close a connection. Not under the lock: a live one says goodbye to the daemon."""
+        for end in (connection.unregisterCloseCallback, connection.close):
+            try:
+                end()
+            except libvirt.libvirtError as error:
+                log.debug("closing a libvirt connection error=%s", error)
 
     def _run_loop(self) -> None:
-        while not self._stopping.is_set():
+        while not self._ended.is_set():
             libvirt.virEventRunDefaultImpl()

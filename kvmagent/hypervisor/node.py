@@ -1,12 +1,13 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import libvirt
 import libvirt_qemu
 
 from kvmagent.hypervisor.connection import Connection
-from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
@@ -20,21 +21,20 @@ from kvmagent.model.steps import AnyStep
 class Node:
     """Thread-safe. A VM is named by its domain name or UUID, with or without dashes.
 
-    `events` has to be registered on the connection. `former_xml_dir` is where definitions that are replaced are kept,
-    `host_root` where the kernel's files of the host are.
+    `former_xml_dir` is where definitions that are replaced are kept, `host_root` where the kernel's files of the host
+    are.
     """
 
     def __init__(
         self,
         connection: Connection,
         *,
-        events: DeviceEvents,
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
         host_root: Path = Path("/"),
     ) -> None:
         self._connection = connection
-        self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
+        self._means = Means(send_to_agent=send_to_agent, former_xml_dir=former_xml_dir)
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
 
@@ -44,19 +44,22 @@ class Node:
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE.
         """
-        connection = self._connection.get()
-        with libvirt_errors("asking libvirt for its version"):
+        with self._connection.lease() as connection, libvirt_errors("asking libvirt for its version"):
             connection.getLibVersion()
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until libvirt is not known to be away; return whether it is so."""
+        return self._connection.wait_connected(timeout_s)
 
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
-        connection = self._connection.get()
-        with libvirt_errors("listing VMs"):
+        with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
 
     def get_uuid(self, vm: str) -> str:
         """Return the UUID of a VM, which is the same whatever form it was named in."""
-        return self._find(vm).uuid
+        with self._find(vm) as handle:
+            return handle.uuid
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now; `parts` ("cpus", "memory") is what to ask the guest itself.
@@ -64,11 +67,12 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        handle = self._find(vm)
-        domain, connected = handle.read()
-        guest = handle.ask_guest(domain, connected, parts)
-        definition = domain.live or domain.config
-        return Facts(domain=domain, guest=guest, host=read_host(self._vcpu_limit(definition), self._host_root))
+        with self._connection.lease() as connection:
+            handle = find_vm(connection, vm, self._means)
+            domain, connected = handle.read()
+            guest = handle.ask_guest(domain, connected, parts)
+            limit = self._vcpu_limit(connection, domain.live or domain.config)
+        return Facts(domain=domain, guest=guest, host=read_host(limit, self._host_root))
 
     def perform(self, vm: str, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.
@@ -76,7 +80,8 @@ class Node:
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
-        return perform(self._find(vm), step)
+        with self._find(vm) as handle:
+            return perform(handle, step)
 
     def preview(self, vm: str, step: AnyStep) -> str:
         """Return what the step would tell, without performing it.
@@ -84,18 +89,20 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        return preview(self._find(vm), step)
+        with self._find(vm) as handle:
+            return preview(handle, step)
 
-    def _find(self, vm: str) -> VmHandle:
-        return find_vm(self._connection.get(), vm, self._means)
+    @contextmanager
+    def _find(self, vm: str) -> Iterator[VmHandle]:
+        with self._connection.lease() as connection:
+            yield find_vm(connection, vm, self._means)
 
-    def _vcpu_limit(self, definition: Definition | None) -> int | None:
+    def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
         """Return the most vCPUs of a machine type, asked once; None where it is not told."""
         if definition is None:
             return None
         key = (definition.arch, definition.machine, definition.hypervisor)
         if key not in self._vcpu_limits:
-            connection = self._connection.get()
             try:
                 limits = [parse_vcpu_limit(connection.getDomainCapabilities(None, *key, 0))]
                 if definition.hypervisor == "kvm":

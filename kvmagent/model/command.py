@@ -61,13 +61,14 @@ class Goal(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class StepReport(msgspec.Struct, frozen=True, rename="camel"):
-    """One performed step: how long it took, when it ended, what went wrong with it, and what it has to tell.
+    """One performed step: how long it took (None: it was cut off, and may have had its effect), what went wrong.
 
-    `ended_ms` counts from the start of the run; `told` is the text of a step that has one: DefineShape's diff.
+    `ended_ms` counts from the start of the run (0: in an earlier one); `told` is the text of a step that has one:
+    DefineShape's diff.
     """
 
     step: AnyStep
-    elapsed_ms: float
+    elapsed_ms: float | None
     problem: Problem | None = None
     ended_ms: float = 0.0
     told: str = ""
@@ -79,6 +80,7 @@ class Ending:
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
     `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
+    `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's.
     """
 
     request: Any
@@ -89,6 +91,7 @@ class Ending:
     error: AgentError | None
     planned: tuple[AnyStep, ...] | None = None
     preview: str = ""
+    recovered: bool = False
 
 
 def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:

@@ -39,6 +39,8 @@ class Code(StrEnum):
     STOPPING = "STOPPING"
     QUEUE_FULL = "QUEUE_FULL"
     JOURNAL_UNAVAILABLE = "JOURNAL_UNAVAILABLE"
+    TASK_UNREADABLE = "TASK_UNREADABLE"
+    STATE_DIR_IN_USE = "STATE_DIR_IN_USE"
     INTERNAL_ERROR = "INTERNAL_ERROR"
     BAD_CONFIGURATION = "BAD_CONFIGURATION"
     # libvirt
@@ -201,7 +203,18 @@ CODES: dict[Code, CodeInfo] = {
     Code.JOURNAL_UNAVAILABLE: CodeInfo(
         503,
         "The task journal cannot be written, so no task can be accepted.",
-        "Check free space and permissions of agent.state_dir, then restart the agent.",
+        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write.",
+    ),
+    Code.TASK_UNREADABLE: CodeInfo(
+        500,
+        "The journal holds a task that this agent cannot carry out: its plugin is gone, or has changed since.",
+        "Put the plugin that declares the command back into agent.plugins, look at the VM, and send the command again "
+        "with a fresh taskuuid.",
+    ),
+    Code.STATE_DIR_IN_USE: CodeInfo(
+        500,
+        "Another agent runs with the same agent.state_dir.",
+        "Stop the other agent, or give this one a state_dir and port of its own.",
     ),
     Code.INTERNAL_ERROR: CodeInfo(
         500, "The agent failed in a way that it should not.", "Report it with the agent's log lines of this task."

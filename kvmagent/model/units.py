@@ -16,14 +16,14 @@ def align_down(size_bytes: int, quantum_bytes: int) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """Return a size for people: exact, in the largest unit that divides it, else one decimal.
+    """Return a size for people: exact where four digits of a unit say it, else with one decimal.
 
-    `format_size(536870912)` is "512 MiB"; `format_size(1)` is "1 B".
+    `format_size(536870912)` is "512 MiB"; `format_size(428752896)` is "408.9 MiB".
     """
     for unit, name in ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
-        if size_bytes >= unit and size_bytes % unit == 0:
+        if size_bytes >= unit and size_bytes % unit == 0 and size_bytes < 10000 * unit:
             return f"{size_bytes // unit} {name}"
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for unit, name in ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if size_bytes >= unit:
             return f"{size_bytes / unit:.1f} {name}"
     return f"{size_bytes} B"

@@ -1,210 +1,333 @@
 """Delivery: each outcome to its callback URL, until it is taken, refused for good, or given up.
 
-    put(task)  ->  its destination (scheme, host, port)  ->  a thread of the destination's own
-                     2xx: delivered    404: gone    else: again, later
+    put(owed)  ->  its destination (scheme, host, port)  ->  when it is due: one of a few threads, one callback
+                     2xx: delivered    404: gone    other answers: this VM's callbacks again, later
+                     no answer: the whole destination again, later
 
-A destination has a thread only while something is owed to it, so that a dead or slow server holds up no other.
-Callbacks of one VM go out in order. Only ids are kept in memory; the body is read from the journal when it is sent.
+A destination has one callback under way at a time, on a connection that is kept; callbacks of one VM go out in
+order. A destination that does not answer is tried less and less often, and those together occupy at most half of the
+threads, so that a dead or slow server holds up no other. Only ids are kept in memory; the body is read from the
+journal when it is sent.
 """
 
+import contextlib
 import heapq
 import itertools
 import logging
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import urllib3
 
 from kvmagent.logs import log_context
-from kvmagent.tasks.journal import Journal, Task
+from kvmagent.model.errors import AgentError
+from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.journal import Journal, Owed, Task
 
 log = logging.getLogger(__name__)
 
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.5, 180.0
-# A destination's thread waits so long for more before it closes its connection and ends.
-_IDLE_S = 30.0
+# Callbacks under way at once; of these to destinations whose last one was not answered.
+_THREADS, _SUSPECT_THREADS = 32, 16
+# A thread or connection that has had nothing to do for so long is ended.
+_IDLE_S = 10.0
+# More of a receiver's answer is not read: it says nothing to the agent.
+_MAX_ANSWER_BYTES = 16384
+
+
+@dataclass
+class _Destination:
+    """One callback server and what is owed to it: by VM the ids with the time since when, oldest first.
+
+    Every lane has one entry in `due`, but for the one that is `busy`: its first callback is under way. `scheduled_at`
+    is the entry on Delivery's schedule that counts. Guarded by Delivery's lock, but for `pool`, which belongs to the
+    thread that has the callback under way.
+    """
+
+    url: str
+    pool: urllib3.connectionpool.HTTPConnectionPool
+    lanes: dict[str, dict[str, float]] = field(default_factory=dict)
+    due: list[tuple[float, int, str]] = field(default_factory=list)
+    failures: int = 0
+    not_before: float = 0.0
+    busy: str | None = None
+    scheduled_at: float | None = None
+    used_at: float = 0.0
+
+    def next_at(self) -> float:
+        return max(self.not_before, self.due[0][0])
 
 
 class Delivery:
-    """Thread-safe."""
+    """Thread-safe. `clock` tells what a callback's age is measured with, in seconds since the epoch."""
 
     def __init__(
-        self, journal: Journal, *, timeout_s: float, give_up_s: float, clock: Callable[[], float] = time.time
+        self,
+        journal: Journal,
+        *,
+        timeout_s: float,
+        give_up_s: float,
+        clock: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
+        fault: Fault = no_fault,
     ) -> None:
         self._journal = journal
         self._timeout_s = timeout_s
         self._give_up_s = give_up_s
         self._clock = clock
-        self._lock = threading.Lock()
+        self._jitter = jitter
+        self._fault = fault
+        self._changed = threading.Condition()
         self._destinations: dict[str, _Destination] = {}
-        self._stopping = False
+        # When each destination that owes something and is not busy is due: the answering ones, and the suspect ones.
+        # An entry that no longer says when its destination is due is passed over.
+        self._schedules: tuple[list[tuple[float, int, str]], list[tuple[float, int, str]]] = ([], [])
+        self._suspects_busy = 0
+        self._order = itertools.count()
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._owed = 0
+        self._stop_at: float | None = None
 
-    def put(self, task: Task) -> None:
-        """Send the reply of a finished task to its callback URL, soon."""
-        parts = urlsplit(task.callback_url)
+    def put(self, owed: Owed) -> None:
+        """Send a task's reply to its callback URL, soon; one that is owed already is tried again now."""
+        parts = urlsplit(owed.callback_url)
         key = f"{parts.scheme}://{parts.netloc}"
-        with self._lock:
-            if self._stopping:
+        with self._changed:
+            if self._stop_at is not None:
                 return
             destination = self._destinations.get(key)
-            if destination is None or not destination.put(task.lane, task.task_uuid):
-                destination = self._destinations[key] = _Destination(key, self._send)
-                destination.put(task.lane, task.task_uuid)
+            if destination is None:
+                pool = urllib3.connectionpool.connection_from_url(key, maxsize=1)
+                destination = self._destinations[key] = _Destination(key, pool)
+            lane = destination.lanes.setdefault(owed.lane, {})
+            known = owed.task_uuid in lane
+            if not known:
+                lane[owed.task_uuid] = owed.owed_at
+                self._owed += 1
+            if known or len(lane) == 1:
+                self._make_due_now(destination, owed.lane, asked=known)
 
     def owed(self) -> int:
         """Return how many callbacks wait to be taken."""
-        with self._lock:
-            return sum(destination.depth() for destination in self._destinations.values())
+        with self._changed:
+            return self._owed
+
+    def stalled_s(self) -> float:
+        """Return for how long a callback has been due although a thread for it is free, or could be made."""
+        with self._changed:
+            due = self._find_due(time.monotonic())
+            if due is None or (not self._idle and len(self._threads) >= _THREADS):
+                return 0.0
+            return time.monotonic() - max(due.next_at(), due.used_at)
+
+    def relieve(self) -> None:
+        """Give due callbacks a thread where none could be had before. To be called every second or so."""
+        with self._changed:
+            if self._find_due(time.monotonic()) is not None and not self._idle:
+                self._add_thread()
 
     def stop(self, timeout_s: float) -> None:
         """Send what is due now, as far as the time goes; what is still owed then stays in the journal."""
-        with self._lock:
-            self._stopping = True
-            destinations = list(self._destinations.values())
-        deadline = time.monotonic() + timeout_s
-        for destination in destinations:
-            destination.finish()
-        for destination in destinations:
-            destination.join(max(0.0, deadline - time.monotonic()))
-        for destination in destinations:
-            destination.abandon()
-            destination.join(self._timeout_s)
+        with self._changed:
+            self._stop_at = time.monotonic() + timeout_s
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._threads, timeout=timeout_s + self._timeout_s)
+            for destination in self._destinations.values():
+                if destination.busy is None:
+                    destination.pool.close()
 
-    def _send(self, pool: urllib3.PoolManager, task_uuid: str) -> float | None:
-        """Send one callback; return when to try again, in seconds from now, or None when it is settled."""
+    # -- the schedule, under the lock
+
+    def _make_due_now(self, destination: _Destination, lane: str, *, asked: bool) -> None:
+        """Put a lane's first callback on the schedule; when its caller asked for it, whatever the pause."""
+        now = time.monotonic()
+        if asked:
+            destination.due = [entry for entry in destination.due if entry[2] != lane]
+            heapq.heapify(destination.due)
+            destination.not_before = min(destination.not_before, now)
+        if destination.busy != lane:
+            heapq.heappush(destination.due, (now, next(self._order), lane))
+        self._schedule(destination)
+        if self._idle:
+            self._changed.notify()
+        else:
+            self._add_thread()
+
+    def _schedule(self, destination: _Destination) -> None:
+        if destination.busy is not None or not destination.due or destination.scheduled_at == destination.next_at():
+            return
+        destination.scheduled_at = destination.next_at()
+        entry = (destination.scheduled_at, next(self._order), destination.url)
+        heapq.heappush(self._schedules[destination.failures > 0], entry)
+
+    def _find_due(self, now: float) -> _Destination | None:
+        """Return the destination to send to now; it stays on the schedule."""
+        for suspect, schedule in enumerate(self._schedules):
+            if suspect and self._suspects_busy >= _SUSPECT_THREADS:
+                continue
+            while schedule and schedule[0][0] <= now:
+                when, _, key = schedule[0]
+                destination = self._destinations.get(key)
+                if destination is not None and destination.scheduled_at == when:
+                    return destination
+                heapq.heappop(schedule)
+        return None
+
+    def _next_at(self) -> float | None:
+        schedules = self._schedules[: 1 if self._suspects_busy >= _SUSPECT_THREADS else 2]
+        return min((schedule[0][0] for schedule in schedules if schedule), default=None)
+
+    def _add_thread(self) -> None:
+        if len(self._threads) >= _THREADS or self._stop_at is not None:
+            return
+        thread = threading.Thread(target=self._run, name=f"delivery-{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no thread to give; `relieve` tries again
+            log.error("no thread for delivery error=%r", str(error))
+            return
+        self._threads.add(thread)
+
+    # -- the threads
+
+    def _run(self) -> None:
+        while (taken := self._take()) is not None:
+            destination, lane, task_uuid = taken
+            settled, pause_s, answered = False, _LONGEST_RETRY_S, True
+            try:
+                settled, pause_s, answered = self._send(destination, task_uuid)
+            except AgentError as error:
+                log.warning("callback waits for the journal vm=%s error=%r", lane, error.message)
+            except Exception:
+                log.exception("delivery failed in a way that nothing expected vm=%s", lane)
+            self._put_back(destination, lane, task_uuid, settled, pause_s, answered)
+
+    def _take(self) -> tuple[_Destination, str, str] | None:
+        """Wait for a callback that is due and return it; None when the thread is to end."""
+        with self._changed:
+            idle_until = time.monotonic() + _IDLE_S
+            while True:
+                now = time.monotonic()
+                destination = self._find_due(now)
+                if self._stop_at is not None and (destination is None or now >= self._stop_at or destination.failures):
+                    break
+                if destination is not None:
+                    lane = heapq.heappop(destination.due)[2]
+                    destination.busy, destination.scheduled_at = lane, None
+                    self._suspects_busy += destination.failures > 0
+                    return destination, lane, next(iter(destination.lanes[lane]))
+                next_at = self._next_at()
+                if now >= idle_until and (next_at is None or self._idle):
+                    break
+                # The last thread stays as long as anything is owed.
+                wake_at = [at for at in (next_at, idle_until) if at is not None and at > now]
+                self._idle += 1
+                self._changed.wait(min(wake_at) - now)
+                self._idle -= 1
+            self._threads.discard(threading.current_thread())
+            self._close_idle(now)
+            self._changed.notify_all()
+            return None
+
+    def _put_back(
+        self, destination: _Destination, lane: str, task_uuid: str, settled: bool, pause_s: float, answered: bool
+    ) -> None:
+        with self._changed:
+            now = time.monotonic()
+            self._suspects_busy -= destination.failures > 0
+            destination.busy, destination.used_at = None, now
+            destination.failures = 0 if answered else destination.failures + 1
+            if settled:
+                self._forget(destination, lane, task_uuid)
+            if not answered:
+                destination.not_before = now + self._pause_s(destination.failures)
+                pause_s = 0.0
+                if self._stop_at is None:
+                    self._give_up_old(destination)
+            if lane in destination.lanes:
+                heapq.heappush(destination.due, (now + (0.0 if settled else pause_s), next(self._order), lane))
+            self._schedule(destination)
+
+    def _forget(self, destination: _Destination, lane: str, task_uuid: str) -> None:
+        owed = destination.lanes[lane]
+        del owed[task_uuid]
+        self._owed -= 1
+        if not owed:
+            del destination.lanes[lane]
+
+    def _give_up_old(self, destination: _Destination) -> None:
+        """Give up everything that this destination has been owed for too long: it has just been tried once more."""
+        oldest = self._clock() - self._give_up_s
+        for lane, owed in list(destination.lanes.items()):
+            for task_uuid in [task_uuid for task_uuid, owed_at in owed.items() if owed_at <= oldest]:
+                with log_context(task=task_uuid, vm=lane):
+                    log.error("callback given up url=%s: no answer", destination.url)
+                self._journal.settle(task_uuid, "given_up", "no answer from the receiver")
+                self._forget(destination, lane, task_uuid)
+        destination.due = [entry for entry in destination.due if entry[2] in destination.lanes]
+        heapq.heapify(destination.due)
+
+    def _close_idle(self, now: float) -> None:
+        for key, destination in list(self._destinations.items()):
+            if not destination.lanes and destination.busy is None and now - destination.used_at >= _IDLE_S:
+                destination.pool.close()
+                del self._destinations[key]
+
+    def _pause_s(self, failures: int) -> float:
+        """Return how long to wait after so many failures: doubling, with jitter, up to a few minutes."""
+        doubled: float = _FIRST_RETRY_S * 2 ** min(failures - 1, 16)
+        return min(doubled, _LONGEST_RETRY_S) * self._jitter()
+
+    # -- one callback
+
+    def _send(self, destination: _Destination, task_uuid: str) -> tuple[bool, float, bool]:
+        """Send one callback; return whether it is settled, else in how many seconds to try it again, and whether the
+        receiver answered at all."""
         task = self._journal.find(task_uuid)
         if task is None or task.state != "finished":
-            return None
+            return True, 0.0, True
         attempts = task.attempts + 1
         with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
-            status, error = self._post(pool, task)
+            status, error = self._post(destination.pool, task)
             if status is not None and 200 <= status < 300:
-                self._journal.settle(task.task_uuid, "delivered", attempts, None)
+                self._fault("callback:taken")
+                self._journal.settle(task_uuid, "delivered", None, attempts=attempts)
                 log.info("callback delivered url=%s attempts=%d", task.callback_url, attempts)
-                return None
+                return True, 0.0, True
             if status == 404:
-                self._journal.settle(task.task_uuid, "gone", attempts, error)
+                self._journal.settle(task_uuid, "gone", error, attempts=attempts)
                 log.warning("callback refused for good url=%s error=%r", task.callback_url, error)
-                return None
-            if self._clock() - (task.finished_at or 0.0) >= self._give_up_s:
-                self._journal.settle(task.task_uuid, "given_up", attempts, error)
+                return True, 0.0, True
+            if self._clock() - (task.owed_at or 0.0) >= self._give_up_s:
+                self._journal.settle(task_uuid, "given_up", error, attempts=attempts)
                 log.error("callback given up url=%s attempts=%d error=%r", task.callback_url, attempts, error)
-                return None
-            self._journal.record_attempt(task.task_uuid, attempts, error)
-            pause_s = _retry_pause_s(attempts)
-            log.warning(
-                "callback not taken url=%s attempts=%d error=%r next_s=%.1f",
-                task.callback_url,
-                attempts,
-                error,
-                pause_s,
-            )
-            return pause_s
+                return True, 0.0, status is not None
+            self._journal.record_attempt(task_uuid, attempts, error)
+            log.warning("callback not taken url=%s attempts=%d error=%r", task.callback_url, attempts, error)
+            return False, self._pause_s(attempts), status is not None
 
-    def _post(self, pool: urllib3.PoolManager, task: Task) -> tuple[int | None, str]:
+    def _post(self, pool: urllib3.connectionpool.HTTPConnectionPool, task: Task) -> tuple[int | None, str]:
+        """Return the receiver's status, or None and why there is none. Half an answer is none."""
         headers = {"Content-Type": "application/json", "taskuuid": task.task_uuid}
+        parts = urlsplit(task.callback_url)
         try:
-            response = pool.request(
+            response = pool.urlopen(
                 "POST",
-                task.callback_url,
+                (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
                 body=task.reply,
                 headers=headers,
                 timeout=self._timeout_s,
                 retries=False,
                 redirect=False,
+                preload_content=False,
             )
+            with contextlib.closing(response):
+                response.read(_MAX_ANSWER_BYTES)
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"
         return response.status, f"HTTP {response.status}"
-
-
-def _retry_pause_s(attempts: int) -> float:
-    """Return how long to wait after so many attempts: doubling, with jitter, up to a few minutes."""
-    doubled: float = _FIRST_RETRY_S * 2 ** min(attempts - 1, 16)
-    return min(doubled, _LONGEST_RETRY_S) * random.uniform(0.75, 1.25)
-
-
-class _Destination:
-    """One callback server: the ids owed to it, by VM, and the thread that sends them."""
-
-    def __init__(self, name: str, send: Callable[[urllib3.PoolManager, str], float | None]) -> None:
-        self._send = send
-        self._changed = threading.Condition()
-        self._owed: dict[str, deque[str]] = {}
-        self._due: list[tuple[float, int, str]] = []
-        self._order = itertools.count()
-        self._ended = False
-        self._abandoned = False
-        self._thread = threading.Thread(target=self._run, name=f"delivery {name}", daemon=True)
-        self._thread.start()
-
-    def put(self, lane: str, task_uuid: str) -> bool:
-        """Queue an id behind its VM's others; return False when the thread has ended: a new one is needed."""
-        with self._changed:
-            if self._ended:
-                return False
-            owed = self._owed.setdefault(lane, deque())
-            owed.append(task_uuid)
-            if len(owed) == 1:
-                heapq.heappush(self._due, (0.0, next(self._order), lane))
-                self._changed.notify()
-            return True
-
-    def depth(self) -> int:
-        with self._changed:
-            return sum(map(len, self._owed.values()))
-
-    def finish(self) -> None:
-        """End the thread once nothing is due."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify()
-
-    def abandon(self) -> None:
-        """End the thread after what it is sending."""
-        with self._changed:
-            self._abandoned = True
-            self._due.clear()
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        with urllib3.PoolManager(num_pools=1, maxsize=1) as pool:
-            while (lane := self._take()) is not None:
-                try:
-                    pause_s = self._send(pool, self._owed[lane][0])
-                except Exception:
-                    log.exception("delivery failed in a way that nothing expected vm=%s", lane)
-                    pause_s = _LONGEST_RETRY_S
-                self._put_back(lane, pause_s)
-
-    def _take(self) -> str | None:
-        """Wait for the next lane whose first callback is due; None when there is nothing more to do."""
-        with self._changed:
-            idle_until = time.monotonic() + _IDLE_S
-            while True:
-                now = time.monotonic()
-                if self._due and self._due[0][0] <= now:
-                    return heapq.heappop(self._due)[2]
-                if self._ended:
-                    return None
-                if not self._due and now >= idle_until:
-                    self._ended = True
-                    return None
-                until = self._due[0][0] if self._due else idle_until
-                self._changed.wait(until - now)
-
-    def _put_back(self, lane: str, pause_s: float | None) -> None:
-        with self._changed:
-            owed = self._owed[lane]
-            if pause_s is None:
-                owed.popleft()
-            if owed and not self._abandoned:
-                heapq.heappush(self._due, (time.monotonic() + (pause_s or 0.0), next(self._order), lane))
-            if not owed:
-                del self._owed[lane]

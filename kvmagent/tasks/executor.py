@@ -11,9 +11,10 @@
       command.retreat     -> goal        after a failure: where to go instead, by the same loop
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
-      on_finished(task)                  delivery
+      on_finished(owed)                  delivery
 
-A task that was cut off starts again with the goal that it recorded: it goes on from what it finds.
+A task that was cut off, by the agent's death or by libvirt's, goes on with the goal that it recorded from what it
+finds. While libvirt is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
 """
 
 import logging
@@ -32,13 +33,18 @@ from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, V
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
-from kvmagent.tasks.journal import Journal, Task
+from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.journal import Journal, Owed, StepRecord, Task
 
 log = logging.getLogger(__name__)
 
 # Rounds of steps after which a plan that still wants more is wrong. A guest that onlines one CPU at a time needs one
 # round for each.
 _MAX_ROUNDS = 512
+# After these nothing can be undone now: the task goes on from its goal when it can.
+_NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
+# Between two tries of a task whose connection broke and is there again.
+_PAUSE_S = 0.2
 
 
 class VmNode(Protocol):
@@ -56,13 +62,25 @@ class VmNode(Protocol):
     def preview(self, vm: str, step: AnyStep) -> str:
         """Return what the step would tell, without performing it."""
 
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Wait for libvirt to be reachable; return whether it is."""
+
+
+class _Stopped(Exception):
+    """The agent stops, and the task can go on after its next start. Raised while a task waits for libvirt."""
+
 
 @dataclass
 class _Run:
-    """One task under way: what a reply is made from, as far as it has come."""
+    """One task under way: what a reply is made from, as far as it has come.
+
+    `interrupted`: a step may have taken effect without having been told of.
+    """
 
     command: Command
     request: VmRequest
+    recovered: bool
+    interrupted: bool
     goal: Goal | None = None
     before: Facts | None = None
     after: Facts | None = None
@@ -82,11 +100,15 @@ class _Run:
             error=self.error,
             planned=self.planned,
             preview=self.preview,
+            recovered=self.recovered,
         )
 
 
 class Executor:
-    """Thread-safe: one call of `run` for each task, on its lane's thread."""
+    """Thread-safe: one call of `run` for each task, on its lane's thread.
+
+    `libvirt_wait_s` is how long a task waits in all for a libvirt that is away.
+    """
 
     def __init__(
         self,
@@ -94,25 +116,42 @@ class Executor:
         journal: Journal,
         commands: dict[str, Command],
         *,
-        on_finished: Callable[[Task], None],
+        on_finished: Callable[[Owed], None],
+        libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
+        fault: Fault = no_fault,
     ) -> None:
         self._node = node
         self._journal = journal
         self._commands = commands
         self._on_finished = on_finished
+        self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
+        self._fault = fault
         self._locks = _VmLocks()
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """Let no task wait for libvirt any longer: what waits stays in the journal for the next start."""
+        self._stopping.set()
 
     def run(self, task: Task) -> None:
         """Carry one task out and record its reply."""
         with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
             started = self._clock()
-            log.info("task started")
-            self._journal.start_task(task.task_uuid)
-            reply, outcome, error = self._carry_out(task)
-            self._journal.finish(task.task_uuid, reply, outcome)
-            self._on_finished(task)
+            log.info("task started%s", " recovered=true" if task.recovered else "")
+            try:
+                self._journal.start_task(task.task_uuid)
+                reply, outcome, error = self._carry_out(task)
+                owed = self._journal.finish(task.task_uuid, reply, outcome)
+            except _Stopped:
+                log.warning("task waits for libvirt at stop and stays in the journal")
+                return
+            except AgentError as failure:
+                # The journal was closed under it: the next start finds the task unfinished and carries it out.
+                log.error("task stays in the journal error=%r", failure.message)
+                return
+            self._on_finished(owed)
             log.info(
                 "task finished outcome=%s seconds=%.3f%s",
                 outcome,
@@ -131,16 +170,25 @@ class Executor:
         return command.conclude(Ending(request, goal, before=facts, after=facts, reports=(), error=None))
 
     def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None]:
-        """Return the reply as JSON, its outcome, and the error that it tells."""
-        command = self._commands.get(task.command)
-        if command is None:
-            return _bare_reply(AgentError(Code.INTERNAL_ERROR, f"no plugin declares {task.command}", expected=False))
-        run = _Run(command, msgspec.json.decode(task.request, type=command.request), started=self._clock())
+        """Return the reply as JSON, its outcome, and the error that it tells.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed.
+            _Stopped: the task is left to the next start.
+        """
         try:
-            with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
-                self._pursue(task, run)
+            run = self._take_up(task)
         except AgentError as error:
+            log.error("task cannot be read error=%r", error.message)
+            return _bare_reply(task, error)
+        try:
+            self._pursue_through_outages(task, run)
+        except AgentError as error:
+            if error.code is Code.JOURNAL_UNAVAILABLE:
+                raise
             run.error = error
+        except _Stopped:
+            raise
         except Exception as error:
             run.error = AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
             run.error.__cause__ = error
@@ -149,31 +197,91 @@ class Executor:
                 log.error("task failed error_code=%s", run.error.code, exc_info=run.error)
             self._look_again(run)
         try:
-            reply = command.conclude(run.end())
+            reply = run.command.conclude(run.end())
         except Exception as error:
             log.exception("no reply could be made")
-            return _bare_reply(AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
+            return _bare_reply(
+                task, AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
+            )
         return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error
+
+    def _take_up(self, task: Task) -> _Run:
+        """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
+
+        Raises:
+            AgentError: TASK_UNREADABLE, when its plugin is gone or understands it no longer.
+        """
+        command = self._commands.get(task.command)
+        if command is None:
+            raise AgentError(Code.TASK_UNREADABLE, f"no plugin declares {task.command}")
+        try:
+            run = _Run(
+                command,
+                msgspec.json.decode(task.request, type=command.request),
+                recovered=task.recovered,
+                interrupted=task.goal is not None,
+                started=self._clock(),
+            )
+            if task.goal is not None:
+                run.goal = msgspec.json.decode(task.goal, type=command.goal)
+                run.before = msgspec.json.decode(task.before or b"null", type=Facts | None)
+                run.reports = [_read_report(step) for step in self._journal.steps(task.task_uuid)]
+                log.info("task goes on from its recorded goal steps=%d", len(run.reports))
+        except msgspec.MsgspecError as error:
+            raise AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}") from error
+        return run
+
+    def _pursue_through_outages(self, task: Task, run: _Run) -> None:
+        """Pursue the goal; when libvirt is lost on the way, wait for it and go on from what is found then."""
+        give_up_at: float | None = None
+        while True:
+            try:
+                with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
+                    self._pursue(task, run)
+                return
+            except AgentError as error:
+                if error.code is not Code.LIBVIRT_UNAVAILABLE:
+                    raise
+                now = self._clock()
+                if give_up_at is None:
+                    give_up_at = now + self._libvirt_wait_s
+                run.interrupted = run.goal is not None
+                log.warning("libvirt is lost, the task waits seconds=%.0f error=%r", give_up_at - now, error.message)
+                if not self._wait_for_libvirt(give_up_at):
+                    raise
+
+    def _wait_for_libvirt(self, until: float) -> bool:
+        """Return whether libvirt is there again in time.
+
+        Raises:
+            _Stopped: the agent is being stopped.
+        """
+        while not self._stopping.wait(_PAUSE_S):
+            left_s = until - self._clock()
+            if left_s <= 0:
+                return False
+            if self._node.wait_connected(min(left_s, 1.0)):
+                return True
+        raise _Stopped
 
     def _pursue(self, task: Task, run: _Run) -> None:
         vm, command = run.request.vm_uuid, run.command
-        run.before = run.after = self._node.observe(vm, command.observe_guest)
-        if task.goal is not None and task.before is not None:
-            run.goal = msgspec.json.decode(task.goal, type=command.goal)
-            run.before = msgspec.json.decode(task.before, type=Facts)
-            log.info("task goes on from its recorded goal")
-        else:
+        run.after = self._node.observe(vm, command.observe_guest)
+        fresh = run.goal is None
+        if run.goal is None:
+            run.before = run.after
             run.goal = command.decide(run.request, run.after, task.task_uuid)
         steps = command.advance(run.goal, run.after, frozenset())
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(self._node.preview(vm, step) for step in steps)
             return
-        if steps and task.goal is None:
-            self._record_goal(task, run)
+        if steps and fresh:
+            self._record_goal(task, run, steps)
         try:
             self._reach_goal(task, run)
         except AgentError as error:
-            self._retreat(task, run, error)
+            if error.code not in _NO_WAY_BACK:
+                self._retreat(task, run, error)
             raise
 
     def _reach_goal(self, task: Task, run: _Run) -> None:
@@ -183,6 +291,7 @@ class Executor:
             AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there.
         """
         spent: set[str] = set()
+        confirmed: set[AnyStep] = set()
         steps: tuple[AnyStep, ...] = ()
         for _ in range(_MAX_ROUNDS):
             assert run.after is not None
@@ -192,28 +301,35 @@ class Executor:
                 steps = run.command.advance(run.goal, run.after, frozenset(spent))
             if not steps:
                 return
-            self._refuse_repetition(run, steps)
-            for step in steps:
-                if (problem := self._perform(task, run, step)) is not None:
-                    spent |= {step.key, f"{step.key} {problem.code}"}
-                    break  # what follows it was planned for its success
+            _refuse_repetition(confirmed, steps)
+            self._perform_round(task, run, steps, spent, confirmed)
             run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
 
-    def _refuse_repetition(self, run: _Run, steps: tuple[AnyStep, ...]) -> None:
-        """A change that libvirt confirmed and that has to be made again was not made: doing it again helps nobody."""
-        done = {report.step for report in run.reports if not report.step.soft}
-        again = next((step for step in steps if step in done), None)
-        if again is not None:
-            raise AgentError(
-                Code.NOT_VERIFIED,
-                f"libvirt confirmed {type(again).__name__}, and the VM does not show it",
-                details={"step": msgspec.to_builtins(again)},
-                expected=False,
-            )
+    def _perform_round(
+        self, task: Task, run: _Run, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
+    ) -> None:
+        """Perform steps up to the first that fails: what follows it was planned for its success."""
+        for step in steps:
+            try:
+                problem = self._perform(task, run, step)
+            except AgentError as error:
+                if not self._is_done_anyway(run, step, error):
+                    raise
+                run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
+                return
+            if problem is not None:
+                spent |= {step.key, f"{step.key} {problem.code}"}
+                return
+            if not step.soft:
+                confirmed.add(step)
 
     def _retreat(self, task: Task, run: _Run, error: AgentError) -> None:
-        """Go where the command wants to be after this failure, as far as it can be reached."""
+        """Go where the command wants to be after this failure, as far as it can be reached.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the way back is recorded, and taken up later.
+        """
         try:
             run.after = facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
             goal = run.command.retreat(run.goal, facts, error)
@@ -221,33 +337,56 @@ class Executor:
                 return
             log.info("task retreats error_code=%s error=%r", error.code, error.message)
             run.goal = goal
-            self._record_goal(task, run)
+            self._record_goal(task, run, run.command.advance(goal, facts, frozenset()))
             self._reach_goal(task, run)
         except AgentError as failure:
+            if failure.code in _NO_WAY_BACK:
+                raise
             log.warning("task cannot retreat error_code=%s error=%r", failure.code, failure.message)
 
-    def _record_goal(self, task: Task, run: _Run) -> None:
-        self._journal.record_goal(task.task_uuid, msgspec.json.encode(run.goal), msgspec.json.encode(run.before))
+    def _record_goal(self, task: Task, run: _Run, steps: tuple[AnyStep, ...]) -> None:
+        goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
+        first_step = msgspec.json.encode(steps[0]) if steps else b""
+        self._journal.record_goal(task.task_uuid, goal, before, first_step)
+
+    def _is_done_anyway(self, run: _Run, step: AnyStep, error: AgentError) -> bool:
+        """Return whether a step that failed after an interruption has its effect nevertheless.
+
+        A call that was cut off may still be carried out by libvirt after it was looked for, and then its repetition
+        is refused: the alias is there already.
+        """
+        if not run.interrupted or error.code is Code.LIBVIRT_UNAVAILABLE:
+            return False
+        facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+        if step in run.command.advance(run.goal, facts, frozenset()):
+            return False
+        log.info("step failed and is there already step=%s error=%r", type(step).__name__, error.message)
+        return True
 
     def _perform(self, task: Task, run: _Run, step: AnyStep) -> Problem | None:
         """Perform and journal one step; return a soft step's problem.
 
         Raises:
-            AgentError: what a step that is not soft ended in.
+            AgentError: what a step that is not soft ended in; LIBVIRT_UNAVAILABLE from any.
         """
         n, started, problem, told = len(run.reports), self._clock(), None, ""
-        self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step))
+        # Nothing is touched that a crash would leave without a trace; the first step came to disk with the goal.
+        self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
+        self._fault("step:begun")
         try:
             told = self._node.perform(run.request.vm_uuid, step)
         except AgentError as error:
+            if error.code is Code.LIBVIRT_UNAVAILABLE:
+                raise
             problem = Problem(code=error.code, message=error.message, remedy=error.remedy)
             if not step.soft:
                 raise
         finally:
+            self._fault("step:done")
             ended = self._clock()
             elapsed_ms = (ended - started) * 1000
             run.reports.append(StepReport(step, elapsed_ms, problem, (ended - run.started) * 1000, told))
-            self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem.code if problem else None)
+            self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem)
             log.info(
                 "step step=%s ms=%.1f%s",
                 type(step).__name__,
@@ -290,13 +429,37 @@ class _VmLocks:
                     del self._users[uuid], self._held[uuid]
 
 
-def _bare_reply(error: AgentError) -> tuple[bytes, str, AgentError]:
+def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:
+    """A change that libvirt confirmed and that has to be made again was not made: doing it again helps nobody."""
+    again = next((step for step in steps if step in confirmed), None)
+    if again is not None:
+        raise AgentError(
+            Code.NOT_VERIFIED,
+            f"libvirt confirmed {type(again).__name__}, and the VM does not show it",
+            details={"step": msgspec.to_builtins(again)},
+            expected=False,
+        )
+
+
+def _read_report(record: StepRecord) -> StepReport:
+    """Return what the journal says of a step as the run that began it would have reported it."""
+    return StepReport(
+        step=msgspec.json.decode(record.step, type=AnyStep),
+        elapsed_ms=record.elapsed_ms,
+        problem=msgspec.json.decode(record.problem, type=Problem) if record.problem else None,
+    )
+
+
+def _bare_reply(task: Task, error: AgentError) -> tuple[bytes, str, AgentError]:
     """Return a reply for a task whose command can make none."""
+    outcome = "refused" if task.goal is None else "partial"
     fields: dict[str, Any] = {
         "success": False,
         "error": error.message,
         "errorCode": error.code,
         "remedy": error.remedy,
-        "outcome": "refused",
+        "outcome": outcome,
     }
-    return msgspec.json.encode(fields), "refused", error
+    if task.recovered:
+        fields["recovered"] = True
+    return msgspec.json.encode(fields), outcome, error

@@ -1,84 +1,53 @@
-"""The journal: every task from acceptance to delivery, in SQLite. The only SQL of the agent.
-
-One writer thread commits what has gathered meanwhile in one transaction (group commit, WAL, synchronous=FULL), so
-that a task which `accept` returned is on disk. Reads have a connection of their own.
+"""The journal: every task from acceptance to delivery. Beside its file the only SQL of the agent.
 
     accepted -> running -> finished -> delivered | gone | given_up
                  finished: the reply is there and its callback is owed
                  gone: the receiver answered 404; given_up: it took nothing for too long
+
+A task that `accept` returned is on disk. Every later change is kept until it is on disk too, however long the disk
+is full: what was accepted may have to wait, and is never lost.
 """
 
-import logging
-import queue
-import sqlite3
-import threading
+import contextlib
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
-
-log = logging.getLogger(__name__)
+from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.journalfile import Database, JournalFile
 
 State = Literal["accepted", "running", "finished", "delivered", "gone", "given_up"]
 UNFINISHED: tuple[State, ...] = ("accepted", "running")
 
-# From each state, the states that may follow. A task that was running when the agent died is started once more;
-# a delivered one is owed again when its caller asks for its callback.
+# From each state, the states that may follow. A task that was running when the agent died is started once more; one
+# that nothing can be done about (its plugin is gone) ends without having run; a settled one is owed again when its
+# caller asks for its callback.
 TRANSITIONS: dict[State, frozenset[State]] = {
-    "accepted": frozenset({"running"}),
+    "accepted": frozenset({"running", "finished"}),
     "running": frozenset({"running", "finished"}),
     "finished": frozenset({"finished", "delivered", "gone", "given_up"}),
     "delivered": frozenset({"finished"}),
     "gone": frozenset({"finished"}),
     "given_up": frozenset({"finished"}),
 }
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS tasks (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    task_uuid TEXT NOT NULL UNIQUE,
-    command TEXT NOT NULL,
-    lane TEXT NOT NULL,
-    request BLOB NOT NULL,
-    callback_url TEXT NOT NULL,
-    client TEXT NOT NULL,
-    state TEXT NOT NULL,
-    accepted_at REAL NOT NULL,
-    started_at REAL,
-    finished_at REAL,
-    goal BLOB,
-    before BLOB,
-    reply BLOB,
-    outcome TEXT,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    delivery_error TEXT
-);
-CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state, seq);
-CREATE INDEX IF NOT EXISTS tasks_by_lane ON tasks (lane, seq);
-CREATE TABLE IF NOT EXISTS steps (
-    task_uuid TEXT NOT NULL,
-    n INTEGER NOT NULL,
-    step BLOB NOT NULL,
-    started_at REAL NOT NULL,
-    elapsed_ms REAL,
-    problem TEXT,
-    PRIMARY KEY (task_uuid, n)
-) WITHOUT ROWID;
-"""
-# At most so many writes share a commit, so that the first of them does not wait for an endless batch.
-_BATCH = 256
-
-# A change to make on the writer's thread, and who waits for it.
-_Write = tuple[Callable[[], Any], Future[Any] | None]
+# The words of the index that finds them: SQLite uses it for no other.
+_SETTLED = "state IN ('delivered', 'gone', 'given_up')"
+# Settled tasks are removed in batches, so that no accept waits long behind one, and not more often than this.
+_PRUNE_BATCH, _PRUNE_INTERVAL_S = 200, 10.0
+# A caller is not kept waiting longer by a disk that hangs.
+_ACCEPT_WAIT_S = 30.0
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One task as the journal has it. Times are seconds since the epoch; request, goal, before and reply are JSON."""
+    """One task as the journal has it. Times are seconds since the epoch; request, goal, before and reply are JSON.
+
+    `recovered`: an earlier agent left it unfinished. Not in the file: it is so of what `unfinished` returns.
+    """
 
     task_uuid: str
     command: str
@@ -97,10 +66,15 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str | None = None
     attempts: int = 0
     delivery_error: str | None = None
+    owed_at: float | None = None
+    recovered: bool = False
 
 
 class StepRecord(msgspec.Struct, frozen=True):
-    """One step as the journal has it; `elapsed_ms` is None while it runs, or ran when the agent died."""
+    """One step as the journal has it; `elapsed_ms` is None while it runs, or ran when the agent died.
+
+    `step` and `problem` are JSON.
+    """
 
     step: bytes
     started_at: float
@@ -108,20 +82,34 @@ class StepRecord(msgspec.Struct, frozen=True):
     problem: str | None
 
 
+class Owed(msgspec.Struct, frozen=True):
+    """A callback that is owed since `owed_at`, without its body: what delivery keeps in memory."""
+
+    task_uuid: str
+    lane: str
+    callback_url: str
+    owed_at: float
+
+
 class Journal:
-    """Thread-safe. `on_accepted` is called on the writer's thread, in order of acceptance, after the commit."""
+    """Thread-safe. `on_accepted` is called on the writer's thread, in order of acceptance, after the commit.
+
+    Every method may raise AgentError JOURNAL_UNAVAILABLE: reads when the file cannot be read, `accept` when it cannot
+    be written (`owe_again` likewise), the other writes only when the journal is stopped before they were on disk.
+    """
 
     def __init__(
-        self, path: Path, *, on_accepted: Callable[[Task], None], clock: Callable[[], float] = time.time
+        self,
+        path: Path,
+        *,
+        on_accepted: Callable[[Task], None],
+        clock: Callable[[], float] = time.time,
+        fault: Fault = no_fault,
     ) -> None:
-        self._path = path
+        self._file = JournalFile(path, fault=fault)
         self._on_accepted = on_accepted
         self._clock = clock
-        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
-        self._read_lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
-        self._failure: str | None = None
-        self._fresh: list[Task] = []
+        self._pruned_at = 0.0
 
     def start(self) -> None:
         """Open the journal and start its writer.
@@ -129,25 +117,19 @@ class Journal:
         Raises:
             AgentError: JOURNAL_UNAVAILABLE.
         """
-        try:
-            self._db = self._connect()
-            self._db.executescript(_SCHEMA)
-            self._reader = self._connect()
-        except sqlite3.Error as error:
-            raise _unavailable(self._path, error) from error
-        self._thread.start()
+        self._file.start()
 
     def stop(self) -> None:
         """Commit what was handed in, then close."""
-        self._writes.put(None)
-        self._thread.join()
-        with self._read_lock:
-            self._reader.close()
-        self._db.close()
+        self._file.stop()
 
     def check(self) -> str | None:
         """Return why the last commit failed; None while commits succeed."""
-        return self._failure
+        return self._file.failure
+
+    def stalled_s(self) -> float:
+        """Return for how long the writer has been at one commit."""
+        return self._file.stalled_s()
 
     # -- writes: each returns when it is on disk, except where it says otherwise
 
@@ -155,83 +137,142 @@ class Journal:
         """Store a new task, or find the one that has its id; return it and whether it is new.
 
         Raises:
-            AgentError: TASK_CONFLICT, when the id belongs to another request; JOURNAL_UNAVAILABLE.
+            AgentError: TASK_CONFLICT, when the id belongs to another request; JOURNAL_UNAVAILABLE, at once.
         """
-        known: tuple[Task, bool] = self._write(lambda: self._accept(task)).result()
-        return known
+
+        def tell(stored: tuple[Task, bool]) -> None:
+            if stored[1]:
+                self._on_accepted(stored[0])
+
+        writing = self._file.write("accept", lambda db: self._accept(db, task), keep=False, then=tell)
+        try:
+            stored: tuple[Task, bool] = writing.result(_ACCEPT_WAIT_S)
+        except TimeoutError as error:
+            # It may yet be stored and done; sent again it is the same task.
+            message = f"the disk has not taken the task in {_ACCEPT_WAIT_S:g} s"
+            raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error
+        return stored
 
     def start_task(self, task_uuid: str) -> None:
         """accepted -> running; does not wait for the disk: a task that is started again loses nothing."""
-        self._write(lambda: self._move(task_uuid, "running", started_at=self._clock()), wait=False)
+        self._file.write("start_task", lambda db: _move(db, task_uuid, "running", started_at=self._clock()))
 
-    def record_goal(self, task_uuid: str, goal: bytes, before: bytes) -> None:
-        """Store where the task is going and what was so before, ahead of its first step."""
-        self._write(lambda: self._move(task_uuid, "running", goal=goal, before=before)).result()
+    def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes) -> None:
+        """Store where the task is going, what was so before, and that its first step begins, ahead of that step.
 
-    def start_step(self, task_uuid: str, n: int, step: bytes) -> None:
-        """Store that a step begins; does not wait for the disk."""
-        row = (task_uuid, n, step, self._clock())
-        sql = "INSERT OR REPLACE INTO steps (task_uuid, n, step, started_at) VALUES (?, ?, ?, ?)"
-        self._write(lambda: self._db.execute(sql, row), wait=False)
+        Whatever the agent dies of, a task that may have touched its VM has a goal and a step on disk.
+        """
 
-    def finish_step(self, task_uuid: str, n: int, elapsed_ms: float, problem: str | None) -> None:
+        def change(db: Database) -> None:
+            _move(db, task_uuid, "running", goal=goal, before=before)
+            _start_step(db, task_uuid, 0, first_step, self._clock())
+
+        self._file.write("record_goal", change).result()
+
+    def start_step(self, task_uuid: str, n: int, step: bytes, *, wait: bool) -> None:
+        """Store that a step begins; waits for the disk only where told to."""
+        writing = self._file.write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
+        if wait:
+            writing.result()
+
+    def finish_step(self, task_uuid: str, n: int, elapsed_ms: float, problem: Problem | None) -> None:
         """Store that a step ended; does not wait for the disk."""
+        words = None if problem is None else msgspec.json.encode(problem).decode()
         sql = "UPDATE steps SET elapsed_ms = ?, problem = ? WHERE task_uuid = ? AND n = ?"
-        self._write(lambda: self._db.execute(sql, (elapsed_ms, problem, task_uuid, n)), wait=False)
+        self._file.write("finish_step", lambda db: db.execute(sql, (elapsed_ms, words, task_uuid, n)))
 
-    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> None:
-        """running -> finished: the result, and with it the callback that is owed."""
-        self._write(
-            lambda: self._move(task_uuid, "finished", reply=reply, outcome=outcome, finished_at=self._clock())
-        ).result()
+    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
+        """-> finished: the result, and with it the callback that is owed."""
+
+        def change(db: Database) -> Owed:
+            now = self._clock()
+            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
+
+        owed: Owed = self._file.write("finish", change).result()
+        return owed
 
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
-        """Store a delivery that failed and will be tried again; does not wait for the disk."""
-        self._write(lambda: self._move(task_uuid, "finished", attempts=attempts, delivery_error=error), wait=False)
+        """Store a delivery that failed and will be tried again; does not wait; lost while the disk is full."""
+        self._file.write(
+            "record_attempt",
+            lambda db: _move(db, task_uuid, "finished", attempts=attempts, delivery_error=error),
+            keep=False,
+        )
 
-    def settle(self, task_uuid: str, state: State, attempts: int, error: str | None) -> None:
+    def settle(self, task_uuid: str, state: State, error: str | None, *, attempts: int | None = None) -> None:
         """finished -> delivered, gone or given_up; does not wait: a callback may arrive twice, not never."""
-        self._write(lambda: self._move(task_uuid, state, attempts=attempts, delivery_error=error), wait=False)
+        values: dict[str, Any] = {"delivery_error": error} | ({} if attempts is None else {"attempts": attempts})
+        self._file.write("settle", lambda db: _move(db, task_uuid, state, **values))
 
-    def owe_again(self, task_uuid: str) -> None:
-        """delivered, gone or given_up -> finished: the caller asked for the callback again."""
-        self._write(lambda: self._move(task_uuid, "finished", attempts=0, delivery_error=None)).result()
+    def owe_again(self, task_uuid: str) -> Owed:
+        """delivered, gone or given_up -> finished: the caller asked for the callback again, from now on."""
+
+        def change(db: Database) -> Owed:
+            return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, owed_at=self._clock())
+
+        owed: Owed = self._file.write("owe_again", change, keep=False).result(_ACCEPT_WAIT_S)
+        return owed
+
+    def prune(self, *, keep_tasks: int, keep_s: float) -> None:
+        """Remove the oldest settled tasks above a number, and those above an age; does not wait.
+
+        Cheap to call often. What is unfinished or owed stays, however old.
+        """
+        now = self._clock()
+        if 0 <= now - self._pruned_at < _PRUNE_INTERVAL_S:
+            return
+        self._pruned_at = now
+
+        def change(db: Database) -> int:
+            return _prune(db, keep_tasks, now - keep_s)
+
+        def again(removed: int) -> None:
+            if removed == _PRUNE_BATCH:
+                with contextlib.suppress(AgentError):  # the journal has been stopped meanwhile
+                    self._file.write("prune", change, keep=False, then=again)
+
+        self._file.write("prune", change, keep=False, then=again)
 
     # -- reads
 
     def find(self, task_uuid: str) -> Task | None:
         """Return the task of that id."""
-        rows = self._read("SELECT * FROM tasks WHERE task_uuid = ?", (task_uuid,))
-        return rows[0] if rows else None
+        tasks = self._tasks("task_uuid = ?", (task_uuid,), "seq")
+        return tasks[0] if tasks else None
 
-    def select(self, *, states: Iterable[State] = (), lane: str | None = None, limit: int | None = None) -> list[Task]:
-        """Return tasks, in order of acceptance; with a limit the newest ones, newest first."""
-        states = tuple(states)
-        where, values = ["1"], list[Any](states)
-        if states:
-            where.append(f"state IN ({', '.join('?' * len(states))})")
-        if lane is not None:
-            where.append("lane = ?")
-            values.append(lane)
-        order = "seq" if limit is None else "seq DESC LIMIT ?"
-        if limit is not None:
-            values.append(limit)
-        return self._read(f"SELECT * FROM tasks WHERE {' AND '.join(where)} ORDER BY {order}", tuple(values))
+    def unfinished(self) -> list[Task]:
+        """Return what an earlier agent left to do, in order of acceptance."""
+        return [
+            msgspec.structs.replace(task, recovered=True)
+            for task in self._tasks("state IN ('accepted', 'running')", (), "seq")
+        ]
+
+    def owed(self) -> list[Owed]:
+        """Return the callbacks that are owed, in order of acceptance."""
+        columns = ", ".join(Owed.__struct_fields__)
+        rows = self._file.read(f"SELECT {columns} FROM tasks WHERE state = 'finished' ORDER BY seq")
+        return [Owed(**dict(row)) for row in rows]
+
+    def newest(self, *, state: State | None = None, lane: str | None = None, limit: int) -> list[Task]:
+        """Return tasks, newest first."""
+        where, values = ["1"], list[Any]()
+        for column, value in (("state", state), ("lane", lane)):
+            if value is not None:
+                where.append(f"{column} = ?")
+                values.append(value)
+        return self._tasks(" AND ".join(where), (*values, limit), "seq DESC LIMIT ?")
 
     def steps(self, task_uuid: str) -> list[StepRecord]:
         """Return the steps of a task in order."""
         sql = "SELECT step, started_at, elapsed_ms, problem FROM steps WHERE task_uuid = ? ORDER BY n"
-        with self._read_lock:
-            return [StepRecord(**dict(row)) for row in self._reader.execute(sql, (task_uuid,))]
+        return [StepRecord(**dict(row)) for row in self._file.read(sql, (task_uuid,))]
 
-    def _read(self, sql: str, values: tuple[Any, ...]) -> list[Task]:
-        with self._read_lock:
-            return [Task(**dict(row)) for row in self._reader.execute(sql, values)]
+    def _tasks(self, where: str, values: tuple[Any, ...], order: str) -> list[Task]:
+        rows = self._file.read(f"SELECT * FROM tasks WHERE {where} ORDER BY {order}", values)
+        return [Task(**dict(row)) for row in rows]
 
-    # -- the writer's thread
-
-    def _accept(self, task: Task) -> tuple[Task, bool]:
-        row = self._db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
+    def _accept(self, db: Database, task: Task) -> tuple[Task, bool]:
+        row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
         if row is not None:
             known = Task(**dict(row))
             if (known.command, known.request, known.callback_url) != (task.command, task.request, task.callback_url):
@@ -240,76 +281,36 @@ class Journal:
                 )
             return known, False
         now = self._clock()
-        cursor = self._db.execute(
+        cursor = db.execute(
             "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, state, accepted_at)"
             " VALUES (?, ?, ?, ?, ?, ?, 'accepted', ?)",
             (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, now),
         )
-        fresh = msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now)
-        self._fresh.append(fresh)
-        return fresh, True
-
-    def _move(self, task_uuid: str, state: State, **values: Any) -> None:
-        row = self._db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
-        if row is None or state not in TRANSITIONS[row["state"]]:
-            found = "unknown" if row is None else row["state"]
-            raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
-        columns = ", ".join(f"{name} = ?" for name in ("state", *values))
-        self._db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (state, *values.values(), task_uuid))
-
-    def _write(self, change: Callable[[], Any], *, wait: bool = True) -> Future[Any]:
-        done: Future[Any] = Future()
-        self._writes.put((change, done if wait else None))
-        return done
-
-    def _run(self) -> None:
-        while (first := self._writes.get()) is not None:
-            batch, more = [first], True
-            while more and len(batch) < _BATCH:
-                try:
-                    following = self._writes.get_nowait()
-                except queue.Empty:
-                    break
-                if following is None:
-                    self._writes.put(None)
-                    break
-                batch.append(following)
-            self._commit(batch)
-
-    def _commit(self, batch: list[_Write]) -> None:
-        outcomes: list[tuple[Future[Any] | None, Any, Exception | None]] = []
-        self._fresh = []
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for change, done in batch:
-                try:
-                    outcomes.append((done, change(), None))
-                except AgentError as error:
-                    if done is None:
-                        log.error("journal: %s", error.message)
-                    outcomes.append((done, None, error))
-            self._db.execute("COMMIT")
-            self._failure = None
-        except sqlite3.Error as error:
-            self._failure = str(error)
-            log.error("journal write failed path=%s error=%r", self._path, str(error))
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            self._fresh = []
-            outcomes = [(done, None, _unavailable(self._path, error)) for _, done in batch]
-        for task in self._fresh:
-            self._on_accepted(task)
-        for done, result, failure in outcomes:
-            if done is not None:
-                done.set_exception(failure) if failure else done.set_result(result)
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False, timeout=10)
-        db.row_factory = sqlite3.Row
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        return db
+        return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
 
 
-def _unavailable(path: Path, error: sqlite3.Error) -> AgentError:
-    return AgentError(Code.JOURNAL_UNAVAILABLE, f"{path}: {error}", expected=False)
+def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
+    """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns."""
+    sql = "SELECT state, lane, callback_url, owed_at FROM tasks WHERE task_uuid = ?"
+    row = db.execute(sql, (task_uuid,)).fetchone()
+    if row is None or state not in TRANSITIONS[row["state"]]:
+        found = "unknown" if row is None else row["state"]
+        raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
+    columns = ", ".join(f"{name} = ?" for name in ("state", *values))
+    db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (state, *values.values(), task_uuid))
+    return Owed(task_uuid, row["lane"], row["callback_url"], values.get("owed_at", row["owed_at"]) or 0.0)
+
+
+def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float) -> None:
+    sql = "INSERT OR REPLACE INTO steps (task_uuid, n, step, started_at) VALUES (?, ?, ?, ?)"
+    db.execute(sql, (task_uuid, n, step, now))
+
+
+def _prune(db: Database, keep_tasks: int, before: float) -> int:
+    sql = f"SELECT seq FROM tasks WHERE {_SETTLED} ORDER BY seq DESC LIMIT 1 OFFSET ?"
+    surplus = db.execute(sql, (keep_tasks,)).fetchone()
+    sql = f"SELECT seq, task_uuid FROM tasks WHERE {_SETTLED} AND (seq <= ? OR finished_at < ?) ORDER BY seq LIMIT ?"
+    old = db.execute(sql, (surplus["seq"] if surplus else 0, before, _PRUNE_BATCH)).fetchall()
+    db.executemany("DELETE FROM steps WHERE task_uuid = ?", [(row["task_uuid"],) for row in old])
+    db.executemany("DELETE FROM tasks WHERE seq = ?", [(row["seq"],) for row in old])
+    return len(old)

@@ -1,13 +1,16 @@
 """Lanes: the tasks of one VM run one at a time and in order, those of many VMs side by side.
 
 A lane is named by its VM. Threads are made as lanes need them, up to `workers`, and end when nothing is left to do.
+A lane whose task has run for long, because a guest or a hypervisor hangs, counts no longer: another thread takes
+its place, so that hanging VMs hold up themselves and no other.
 """
 
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.journal import Task
@@ -16,86 +19,157 @@ log = logging.getLogger(__name__)
 
 # A worker with nothing to do waits so long for more before it ends.
 _IDLE_S = 10.0
+# A task that runs longer than this has its thread replaced; so many at most, for a thread costs memory.
+_LONG_S = 20.0
+_MOST_REPLACED = 256
 
 
 class Lanes:
     """Thread-safe. `run` works on one task; what it raises is logged and ends nothing but that task."""
 
-    def __init__(self, run: Callable[[Task], None], *, workers: int, max_queued: int, max_queued_per_lane: int) -> None:
+    def __init__(
+        self,
+        run: Callable[[Task], None],
+        *,
+        workers: int,
+        max_queued: int,
+        max_queued_per_lane: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._run = run
         self._workers = workers
         self._max_queued = max_queued
         self._max_queued_per_lane = max_queued_per_lane
+        self._clock = clock
         self._changed = threading.Condition()
+        # Places taken in each lane: tasks that wait, run, or are about to be stored.
+        self._places: Counter[str] = Counter()
+        self._places_taken = 0
         self._waiting: dict[str, deque[Task]] = {}
         self._ready: deque[str] = deque()
         self._running: dict[str, tuple[Task, float]] = {}
         self._threads: set[threading.Thread] = set()
         self._idle = 0
+        self._taken_at = clock()
         self._stopping = False
 
-    def check_room(self, lane: str) -> None:
-        """Refuse before a task is stored what could not be put.
+    @contextmanager
+    def hold_place(self, lane: str) -> Iterator[None]:
+        """Hold a place in a lane while a task is being stored, so that no more are accepted than may wait.
 
         Raises:
             AgentError: STOPPING; QUEUE_FULL.
         """
         with self._changed:
-            if self._stopping:
-                raise AgentError(Code.STOPPING, "the agent is stopping")
-            queued = sum(map(len, self._waiting.values()))
-            if queued >= self._max_queued:
-                raise AgentError(Code.QUEUE_FULL, f"{queued} tasks are waiting, the limit is {self._max_queued}")
-            queued = len(self._waiting.get(lane, ()))
-            if queued >= self._max_queued_per_lane:
-                raise AgentError(
-                    Code.QUEUE_FULL,
-                    f"{queued} tasks are waiting for VM {lane}, the limit is {self._max_queued_per_lane}",
-                )
+            self._check_room(lane)
+            self._take_place(lane)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._leave_place(lane)
+
+    def check_room(self) -> None:
+        """Raise what `hold_place` would for a VM that has no tasks."""
+        with self._changed:
+            self._check_room("")
 
     def put(self, task: Task) -> None:
         """Queue a stored task; one that comes while stopping stays in the journal for the next start."""
         with self._changed:
             if self._stopping:
                 return
+            self._take_place(task.lane)
             lane = self._waiting.setdefault(task.lane, deque())
             lane.append(task)
             if len(lane) == 1 and task.lane not in self._running:
-                self._ready.append(task.lane)
-                self._wake_worker()
+                self._make_ready(task.lane)
+                if self._idle >= len(self._ready):
+                    self._changed.notify()
+                else:
+                    self._add_worker()
+
+    def relieve(self) -> None:
+        """Give ready lanes threads in place of those that long tasks occupy. To be called every second or so."""
+        with self._changed:
+            for _ in range(len(self._ready) - self._idle):
+                if not self._add_worker():
+                    return
+
+    def stalled_s(self) -> float:
+        """Return for how long a ready lane waits although a thread for it is free, or could be made."""
+        with self._changed:
+            if not self._ready or (not self._idle and len(self._threads) >= self._limit()):
+                return 0.0
+            return self._clock() - self._taken_at
 
     def stop(self, timeout_s: float) -> bool:
         """Let what runs finish, leave what waits; return whether all of it finished in time."""
-        deadline = time.monotonic() + timeout_s
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._threads, timeout=timeout_s)
             left = dict(self._running)
-            threads = set(self._threads)
         for lane, (task, _) in left.items():
             log.warning("task still runs at stop and stays in the journal task=%s vm=%s", task.task_uuid, lane)
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
         return not left
 
     def running(self) -> dict[str, tuple[Task, float]]:
-        """Return the running task of each busy lane, and since when (time.monotonic())."""
+        """Return the running task of each busy lane, and for how many seconds it has run."""
         with self._changed:
-            return dict(self._running)
+            now = self._clock()
+            return {lane: (task, now - since) for lane, (task, since) in self._running.items()}
 
     def depth(self) -> int:
         """Return how many tasks wait."""
         with self._changed:
             return sum(map(len, self._waiting.values()))
 
-    def _wake_worker(self) -> None:
-        if self._idle >= len(self._ready):
-            self._changed.notify()
-        elif len(self._threads) < self._workers:
-            thread = threading.Thread(target=self._work, name=f"lane-{len(self._threads)}", daemon=True)
-            self._threads.add(thread)
+    def _check_room(self, lane: str) -> None:
+        if self._stopping:
+            raise AgentError(Code.STOPPING, "the agent is stopping")
+        if self._places_taken >= self._max_queued:
+            message = f"{self._places_taken} tasks are unfinished, the limit is {self._max_queued}"
+            raise AgentError(Code.QUEUE_FULL, message)
+        places = self._places[lane]
+        if places >= self._max_queued_per_lane:
+            raise AgentError(
+                Code.QUEUE_FULL,
+                f"{places} tasks of VM {lane} are unfinished, the limit is {self._max_queued_per_lane}",
+            )
+
+    def _take_place(self, lane: str) -> None:
+        self._places[lane] += 1
+        self._places_taken += 1
+
+    def _leave_place(self, lane: str) -> None:
+        self._places[lane] -= 1
+        self._places_taken -= 1
+        if not self._places[lane]:
+            del self._places[lane]
+
+    def _make_ready(self, lane: str) -> None:
+        if not self._ready:
+            self._taken_at = self._clock()
+        self._ready.append(lane)
+
+    def _limit(self) -> int:
+        """Return how many threads there may be: long tasks' are replaced."""
+        now = self._clock()
+        long = sum(now - since > _LONG_S for _, since in self._running.values())
+        return self._workers + min(long, _MOST_REPLACED)
+
+    def _add_worker(self) -> bool:
+        if self._stopping or len(self._threads) >= self._limit():
+            return False
+        thread = threading.Thread(target=self._work, name=f"lane-{len(self._threads)}", daemon=True)
+        try:
             thread.start()
+        except RuntimeError as error:  # the system has no thread to give; `relieve` tries again
+            log.error("no thread for a lane error=%r ready=%d", str(error), len(self._ready))
+            return False
+        self._threads.add(thread)
+        return True
 
     def _work(self) -> None:
         while (task := self._take()) is not None:
@@ -104,28 +178,31 @@ class Lanes:
             except Exception:
                 log.exception("task ended in an error that nothing expected task=%s vm=%s", task.task_uuid, task.lane)
             self._release(task.lane)
-        with self._changed:
-            self._threads.discard(threading.current_thread())
-            self._changed.notify_all()
 
     def _take(self) -> Task | None:
         """Return the next task of a free lane; None when the worker is to end."""
         with self._changed:
-            self._idle += 1
-            self._changed.wait_for(lambda: self._ready or self._stopping, timeout=_IDLE_S)
-            self._idle -= 1
-            if self._stopping or not self._ready:
+            surplus = len(self._threads) > self._limit()
+            if not surplus:
+                self._idle += 1
+                self._changed.wait_for(lambda: self._ready or self._stopping, timeout=_IDLE_S)
+                self._idle -= 1
+            if surplus or self._stopping or not self._ready:
+                # Under the same lock as the look at what is ready, or a lane could be left without a thread.
+                self._threads.discard(threading.current_thread())
+                self._changed.notify_all()
                 return None
             lane = self._ready.popleft()
             task = self._waiting[lane].popleft()
-            self._running[lane] = (task, time.monotonic())
+            self._taken_at = self._clock()
+            self._running[lane] = (task, self._taken_at)
             return task
 
     def _release(self, lane: str) -> None:
         with self._changed:
             del self._running[lane]
+            self._leave_place(lane)
             if self._waiting[lane]:
-                self._ready.append(lane)
-                self._wake_worker()
+                self._make_ready(lane)
             else:
                 del self._waiting[lane]

@@ -34,6 +34,7 @@ def shared_fields(
         "stages": stages or [],
         "steps": _steps(ending),
         "drift": drift(ending.after),
+        "recovered": ending.recovered or msgspec.UNSET,
     }
 
 
@@ -162,7 +163,8 @@ def _steps(ending: Ending) -> list[dict[str, Any]]:
         return [msgspec.to_builtins(step) for step in ending.planned]
     told = []
     for report in ending.reports:
-        entry = msgspec.to_builtins(report.step) | {"elapsedMs": round(report.elapsed_ms, 3)}
+        elapsed_ms = None if report.elapsed_ms is None else round(report.elapsed_ms, 3)
+        entry = msgspec.to_builtins(report.step) | {"elapsedMs": elapsed_ms}
         if report.problem:
             entry["problem"] = report.problem.code
         told.append(entry)

@@ -110,7 +110,7 @@ class Drift(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What every command on a VM answers."""
+    """What every command on a VM answers. `recovered` is there, and true, where an agent's restart lay between."""
 
     success: bool
     error: str
@@ -127,6 +127,7 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     stages: list[Stage] = []
     steps: list[dict[str, Any]] = []
     drift: list[Drift] = []
+    recovered: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):

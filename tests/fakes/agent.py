@@ -12,7 +12,6 @@ import msgspec
 
 from kvmagent.api.wire import decode_request, encode
 from kvmagent.hypervisor.connection import Connection
-from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.tasks.executor import Executor
@@ -63,12 +62,10 @@ def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
 
 
 def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
-    """A Node on these domains, with their device events, on a host of `make_host`; `directory` has its files."""
-    fake, events = FakeConnection(*domains), DeviceEvents()
-    connection = Connection("fake", open_libvirt=lambda _uri: fake, register=events.register)
+    """A Node on these domains, on a host of `make_host`; `directory` has its files."""
+    fake = FakeConnection(*domains)
     return Node(
-        connection,
-        events=events,
+        Connection("fake", open_libvirt=lambda _uri: fake),
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,
         host_root=make_host(directory / "host", **host),
@@ -77,12 +74,11 @@ def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
 
 @contextmanager
 def open_node(uri: str, directory: Path) -> Iterator[Node]:
-    """A Node on a real libvirt, with its device events."""
-    events = DeviceEvents()
-    connection = Connection(uri, register=events.register)
+    """A Node on a real libvirt."""
+    connection = Connection(uri)
     connection.start()
     try:
-        yield Node(connection, events=events, former_xml_dir=directory / "former-xml")
+        yield Node(connection, former_xml_dir=directory / "former-xml")
     finally:
         connection.stop()
 
@@ -106,7 +102,8 @@ class FakeAgent:
             make_node(directory, *domains, **host),
             self.journal,
             COMMANDS,
-            on_finished=lambda task: self.finished.append(task.task_uuid),
+            on_finished=lambda owed: self.finished.append(owed.task_uuid),
+            libvirt_wait_s=0.0,
         )
 
     def stop(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import copy
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -387,6 +388,7 @@ class FakeConnection:
     def __init__(self, *domains: FakeDomain) -> None:
         self.domains = list(domains)
         self.alive = True
+        self._ids = itertools.count()
         self.callbacks: dict[int, tuple[int, Callable[..., None]]] = {}
         for domain in domains:
             domain.connection = self
@@ -410,13 +412,22 @@ class FakeConnection:
     def setKeepAlive(self, interval: int, count: int) -> None:
         pass
 
+    def registerCloseCallback(self, callback: Any, opaque: Any) -> None:
+        pass
+
+    def unregisterCloseCallback(self) -> None:
+        pass
+
     def close(self) -> int:
         self.alive = False
         return 0
 
-    def domainEventRegisterAny(self, domain: None, event_id: int, callback: Callable[..., None], opaque: None) -> int:
-        self.callbacks[len(self.callbacks)] = (event_id, callback)
-        return len(self.callbacks) - 1
+    def domainEventRegisterAny(
+        self, domain: FakeDomain, event_id: int, callback: Callable[..., None], opaque: None
+    ) -> int:
+        callback_id = next(self._ids)
+        self.callbacks[callback_id] = (event_id, functools.partial(callback, self, domain))
+        return callback_id
 
     def domainEventDeregisterAny(self, callback_id: int) -> None:
         del self.callbacks[callback_id]
@@ -431,7 +442,7 @@ class FakeConnection:
     def _tell(self, domain: FakeDomain, event_id: int, alias: str) -> None:
         for wanted, callback in list(self.callbacks.values()):
             if wanted == event_id:
-                callback(self, domain, alias, None)
+                callback(alias, None)
 
     def listAllDomains(self) -> list[FakeDomain]:
         return self.domains

@@ -48,9 +48,7 @@ class Vm:
         executor = Executor(node, journal, COMMANDS, on_finished=lambda task: None)  # type: ignore[arg-type]
         request = msgspec.json.encode({"vmUuid": "vm1", "timeoutSec": 1, **fields})
         executor.run(
-            Task(
-                task_uuid=f"t{self.tasks}", command=command, lane="vm1", request=request, callback_url="", client=""
-            )
+            Task(task_uuid=f"t{self.tasks}", command=command, lane="vm1", request=request, callback_url="", client="")
         )
         return journal.reply
 
@@ -97,9 +95,7 @@ commands = st.one_of(
         ),
     ),
     st.tuples(st.just("HotUnplugMemory"), st.fixed_dictionaries({"memorySize": sizes})),
-    st.tuples(
-        st.just("HotPlugCpuMemory"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12), "memorySize": sizes})
-    ),
+    st.tuples(st.just("HotPlugCpuMemory"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12), "memorySize": sizes})),
 )
 examples = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -11,7 +11,8 @@ def test_aligns_up_to_the_next_multiple(size: int, quantum: int, aligned: int) -
 @pytest.mark.parametrize(
     ("size", "shown"),
     [(0, "0 B"), (512 * MIB, "512 MiB"), (GIB, "1 GiB"), (1024 * GIB, "1 TiB"), (1500 * KIB, "1500 KiB"),
-     (GIB + 1, "1.0 GiB"), (130 * MIB + 5, "130.0 MiB")],
+     (418704 * KIB, "408.9 MiB"),
+     (GIB + 1, "1.0 GiB"), (130 * MIB + 5, "130.0 MiB"), (1500 * GIB + 1, "1.5 TiB")],
 )  # fmt: skip
 def test_shows_sizes_in_the_unit_that_fits(size: int, shown: str) -> None:
     assert format_size(size) == shown

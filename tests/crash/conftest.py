@@ -1,0 +1,99 @@
+"""An agent that can be killed at named points, and VMs that outlive it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import libvirt
+import pytest
+
+from tests.lab.agent import AgentProcess, Settings
+from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.server import ManagementServer
+
+VM = """\
+<domain type='test'>
+  <name>{name}</name>
+  <memory>262144</memory>
+  <vcpu current='1'>{max_vcpus}</vcpu>
+  <os><type>hvm</type></os>
+  <features><acpi/></features>
+</domain>
+"""
+SIGKILLED = -9
+
+StartAgent = Callable[..., "MortalAgent"]
+
+
+class MortalAgent(AgentProcess):
+    """An agent that ends at a named point, and comes back on the same state and port."""
+
+    def wait_killed(self, timeout_s: float = 20.0) -> None:
+        """Wait for the fault to strike."""
+        assert self._child is not None
+        assert self._child.wait(timeout_s) == SIGKILLED, self.log()[-4000:]
+
+    def resident_kib(self) -> int:
+        """Resident memory."""
+        fields = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
+        return int(fields["VmRSS"].split()[0])
+
+    def count(self, what: str) -> int:
+        """How many entries a directory of /proc/PID has: "task" for threads, "fd" for open files."""
+        return len(list(Path(f"/proc/{self.pid}/{what}").iterdir()))
+
+
+class Host:
+    """libvirt's test driver inside a daemon of its own: unlike in the agent's process, its VMs outlive the agent."""
+
+    def __init__(self, daemon: PrivateLibvirtd) -> None:
+        self.uri = daemon.uri.replace("qemu+unix:///session", "test+unix:///default")
+        # The driver's state lives as long as somebody is connected.
+        self._connection = libvirt.open(self.uri)
+
+    def define(self, name: str, *, max_vcpus: int = 64) -> None:
+        """Start a VM with one vCPU."""
+        self._connection.defineXML(VM.format(name=name, max_vcpus=max_vcpus)).create()
+
+    def vcpus(self, name: str) -> tuple[int, int]:
+        """The vCPUs of the running VM and of its persistent definition."""
+        domain = self._connection.lookupByName(name)
+        return domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE), domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+    def close(self) -> None:
+        """Let go of the driver; its VMs are gone once the agent is, too."""
+        self._connection.close()
+
+
+@pytest.fixture
+def host(lab: PrivateLibvirtd) -> Iterator[Host]:
+    """A host with a VM named vm1."""
+    running = Host(lab)
+    running.define("vm1")
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ManagementServer]:
+    """The management server that takes the callbacks."""
+    with ManagementServer() as running:
+        yield running
+
+
+@pytest.fixture
+def make_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartAgent]:
+    """Make an agent that is killed at `fault` (none: it lives) and start it; `settings` as AgentProcess takes them."""
+    with ExitStack() as agents:
+
+        def make(uri: str, *, fault: str = "", settings: Settings | None = None) -> MortalAgent:
+            monkeypatch.setenv("KVMAGENT_FAULT", fault)
+            command = [sys.executable, str(Path(__file__).with_name("mortal_agent.py"))]
+            agent = MortalAgent(uri=uri, settings=settings, command=command)
+            agents.callback(agent.remove)
+            agent.start()
+            monkeypatch.delenv("KVMAGENT_FAULT")
+            return agent
+
+        yield make

@@ -1,0 +1,126 @@
+"""Killed at every transition of the journal and between every two steps, the agent loses and repeats nothing."""
+
+import http.client
+from typing import Any
+
+import pytest
+
+from tests.crash.conftest import Host, MortalAgent, StartAgent
+from tests.lab.processes import wait_for
+from tests.lab.server import Answer, ManagementServer
+
+TASK = "task-1"
+REQUEST = {"vmUuid": "vm1", "cpuNum": 3}
+# Two steps: the running VM, then its persistent definition.
+ON_THE_WAY = [
+    *(f"journal.{name}:{when}" for name in ("start_task", "record_goal") for when in ("written", "committed")),
+    *(
+        f"journal.{name}:{when}@{n}"
+        for n in (1, 2)
+        for name in ("start_step", "finish_step")
+        for when in ("written", "committed")
+    ),
+    *(f"step:{when}@{n}" for n in (1, 2) for when in ("begun", "done")),
+    "journal.finish:written",
+]
+AFTER_THE_RESULT = ["journal.finish:committed", "callback:taken", "journal.settle:written", "journal.settle:committed"]
+
+
+def send(agent: MortalAgent, server: ManagementServer) -> int | None:
+    """Send the task; its status, or None when the agent died over it."""
+    try:
+        return agent.post("/vm/hotplug/cpu", REQUEST, task_uuid=TASK, callback_url=server.url).status
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def check_done_once(agent: MortalAgent, server: ManagementServer, host: Host) -> Any:
+    """The task has one result, true and delivered, and the VM what was asked for; return that result."""
+    wait_for(lambda: agent.get(f"/tasks/{TASK}").body["state"] == "delivered", timeout_s=20, what="the delivery")
+    replies = [callback.body for callback in server.callbacks(TASK)]
+    assert replies
+    assert all(reply == replies[0] for reply in replies), "one task, two results"
+    assert len(agent.get("/tasks").body["tasks"]) == 1
+    reply = replies[0]
+    assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, "plugged", 3)
+    assert (reply["before"]["cpuNum"], reply["before"]["configCpuNum"]) == (1, 1)
+    assert (reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == (3, 3)
+    assert host.vcpus("vm1") == (3, 3)
+    return reply
+
+
+@pytest.mark.parametrize("point", ["journal.accept:written", "journal.accept:committed"])
+def test_a_task_that_was_not_answered_is_sent_again_and_done_once(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point)
+    assert send(agent, server) is None
+    agent.wait_killed()
+    agent.start()
+    assert send(agent, server) == 200
+    check_done_once(agent, server, host)
+
+
+@pytest.mark.parametrize("point", ON_THE_WAY)
+def test_an_accepted_task_goes_on_from_where_it_was_cut_off(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point)
+    assert send(agent, server) in (200, None)
+    agent.wait_killed()
+    agent.start()
+    reply = check_done_once(agent, server, host)
+    assert reply["recovered"] is True
+    assert {step["target"] for step in reply["steps"]} == {"live", "config"}
+
+
+@pytest.mark.parametrize("point", AFTER_THE_RESULT)
+def test_a_result_that_was_written_is_the_one_that_is_told(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point)
+    send(agent, server)
+    agent.wait_killed()
+    agent.start()
+    reply = check_done_once(agent, server, host)
+    assert "recovered" not in reply
+
+
+@pytest.mark.parametrize("point", ["journal.record_attempt:written", "journal.record_attempt:committed"])
+def test_a_callback_that_was_refused_before_the_kill_is_delivered_after_it(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    server.answer = lambda _task, attempt: Answer(status=500 if attempt == 1 else 200)
+    agent = make_agent(host.uri, fault=point)
+    assert send(agent, server) == 200
+    agent.wait_killed()
+    agent.start()
+    check_done_once(agent, server, host)
+
+
+@pytest.mark.parametrize("point", ["journal.owe_again:written", "journal.owe_again:committed"])
+def test_a_callback_that_was_asked_for_again_still_can_be(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point)
+    assert send(agent, server) == 200
+    check_done_once(agent, server, host)
+    assert send(agent, server) is None
+    agent.wait_killed()
+    agent.start()
+    assert send(agent, server) == 200
+    server.wait(TASK, 20, attempt=2)
+    check_done_once(agent, server, host)
+
+
+@pytest.mark.parametrize("point", ["journal.prune:written", "journal.prune:committed"])
+def test_a_kill_while_forgetting_old_tasks_loses_no_other(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point, settings={"agent": {"keep_tasks": "5"}})
+    send(agent, server)
+    agent.wait_killed()
+    agent.start()
+    if agent.get(f"/tasks/{TASK}").status != 200:
+        assert send(agent, server) == 200
+    check_done_once(agent, server, host)
