@@ -38,8 +38,7 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
     """
     refuse_first(check_state(facts.domain, request.affect))
     definition = current_definition(facts, request.affect)
-    # What the balloon holds back has left already.
-    usable = definition.memory_bytes - max(0, definition.balloon_total_bytes - balloon_actual(facts, request.affect))
+    usable = _usable_bytes(facts, request.affect)
     surplus = usable - request.memory_size
     if surplus < 0:
         raise AgentError(
@@ -197,7 +196,7 @@ def _not_exact(ending: Ending) -> Problem:
     assert ending.before is not None
     facts, request = ending.before, ending.request
     definition = current_definition(facts, request.affect)
-    totals = _reachable(facts, definition, definition.memory_bytes, request.memory_size)
+    totals = _reachable(facts, definition, _usable_bytes(facts, request.affect), request.memory_size)
     return Problem(
         code=Code.MEMORY_SIZE_NOT_REACHABLE,
         message=f"{format_size(request.memory_size)} were asked for, "
@@ -231,12 +230,16 @@ def _kept_blocks(dimm: MemoryDevice, facts: Facts) -> frozenset[int]:
 
 
 def _applied(ending: Ending) -> int | None:
-    if ending.after is None:
+    facts, affect = ending.after, ending.request.affect
+    if facts is None or (facts.domain.config if affect == "config" else facts.domain.live) is None:
         return None
-    if ending.goal is not None and ending.goal.balloon_live:
-        return ending.after.domain.balloon_bytes
-    definition = ending.after.domain.config if ending.request.affect == "config" else ending.after.domain.live
-    return definition.memory_bytes if definition else None
+    return _usable_bytes(facts, affect)
+
+
+def _usable_bytes(facts: Facts, affect: Affect) -> int:
+    """Return what the VM has, without what the balloon holds back: that has left already."""
+    definition = current_definition(facts, affect)
+    return definition.memory_bytes - max(0, definition.balloon_total_bytes - balloon_actual(facts, affect))
 
 
 def _main(affect: Affect) -> Target:
