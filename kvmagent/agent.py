@@ -22,6 +22,8 @@ from kvmagent.api.reads import Reads
 from kvmagent.api.server import Answer, Call, Handler, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.deviceevents import DeviceEvents
+from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
@@ -84,7 +86,9 @@ class Agent:
         self._commands = _by_name(plugins)
         self._wake = threading.Event()
         self._connection = Connection(settings.libvirt.uri)
-        node = Node(self._connection, former_xml_dir=self._state_dir / "former-xml")
+        events = DeviceEvents()
+        self._event_connection = EventConnection(settings.libvirt.uri, (events.register,))
+        node = Node(self._connection, events=events, former_xml_dir=self._state_dir / "former-xml")
         self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
         self._delivery = Delivery(
             self._journal,
@@ -138,6 +142,7 @@ class Agent:
         self._server.bind()
         self._journal.start()
         self._connection.start()
+        self._event_connection.start()
         unfinished, owed = self._journal.unfinished(), self._journal.owed()
         for task in unfinished:
             self._lanes.put(task)
@@ -201,6 +206,7 @@ class Agent:
         """Undo `_start`, as far as it came."""
         self._server.stop()
         self._journal.stop()
+        self._event_connection.stop()
         self._connection.stop()
         if self._lock_fd is not None:
             os.close(self._lock_fd)

@@ -1,13 +1,15 @@
-"""What libvirt tells of a VM's devices: removed, removal refused, size changed.
+"""What libvirt tells of devices: removed, removal refused, size changed.
 
+    libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event
-    libvirt's event loop -- callback --> queue    callbacks only enqueue; they never call libvirt
 
-Events are lost with their connection, so whoever waits also looks at the VM itself now and then.
+Callbacks run on the event loop's thread: they put into queues and never call libvirt. Events are lost with their
+connection, so whoever waits also looks at the VM itself now and then.
 """
 
 import contextlib
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,42 +18,55 @@ import libvirt
 
 EventKind = Literal["removed", "removal-failed", "size-changed"]
 
-_KINDS: dict[int, EventKind] = {
-    libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: "removed",
-    libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: "removal-failed",
-    libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE: "size-changed",
-}
-
 
 @dataclass(frozen=True)
 class DeviceEvent:
-    """One event of a device, by the device's alias."""
+    """One event of a device of a VM, by the device's alias."""
 
     kind: EventKind
     alias: str
 
 
-@contextlib.contextmanager
-def watch_devices(domain: libvirt.virDomain) -> Iterator["queue.SimpleQueue[DeviceEvent]"]:
-    """Collect the device events of one VM, from now until the block ends.
+class DeviceEvents:
+    """Thread-safe."""
 
-    Raises:
-        libvirt.libvirtError: when the connection is lost.
-    """
-    events = queue.SimpleQueue[DeviceEvent]()
-    connection = domain.connect()
-    with contextlib.ExitStack() as registered:
-        for event_id, kind in _KINDS.items():
-            callback_id = connection.domainEventRegisterAny(domain, event_id, _callback(kind, events), None)
-            registered.callback(_deregister, connection, callback_id)
-        yield events
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watchers: list[tuple[str, queue.SimpleQueue[DeviceEvent]]] = []
 
+    def register(self, connection: libvirt.virConnect) -> list[int]:
+        """Have a new connection report; return the ids to deregister before it is closed."""
+        kinds: dict[int, EventKind] = {
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: "removed",
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: "removal-failed",
+            libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE: "size-changed",
+        }
+        return [
+            connection.domainEventRegisterAny(None, event_id, self._callback(kind), None)
+            for event_id, kind in kinds.items()
+        ]
 
-def _callback(kind: EventKind, events: "queue.SimpleQueue[DeviceEvent]") -> Callable[..., None]:
-    return lambda _connection, _domain, alias, *_rest: events.put(DeviceEvent(kind, alias))
+    @contextlib.contextmanager
+    def watch(self, uuid: str) -> Iterator["queue.SimpleQueue[DeviceEvent]"]:
+        """Collect the events of one VM, from now until the block ends."""
+        watcher = (uuid, queue.SimpleQueue[DeviceEvent]())
+        with self._lock:
+            self._watchers.append(watcher)
+        try:
+            yield watcher[1]
+        finally:
+            with self._lock:
+                self._watchers.remove(watcher)
 
+    def put(self, uuid: str, event: DeviceEvent) -> None:
+        """Hand an event to those who watch its VM."""
+        with self._lock:
+            for watched, events in self._watchers:
+                if watched == uuid:
+                    events.put(event)
 
-def _deregister(connection: libvirt.virConnect, callback_id: int) -> None:
-    """A connection that is lost has forgotten its callbacks by itself."""
-    with contextlib.suppress(libvirt.libvirtError):
-        connection.domainEventDeregisterAny(callback_id)
+    def _callback(self, kind: EventKind) -> Callable[..., None]:
+        def callback(_connection: object, domain: libvirt.virDomain, alias: str, *_rest: object) -> None:
+            self.put(domain.UUIDString(), DeviceEvent(kind, alias))
+
+        return callback

@@ -6,15 +6,15 @@ A handle belongs to the connection that it was looked up on: take a fresh one fo
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import libvirt
 
-from kvmagent.hypervisor.deviceevents import DeviceEvent, watch_devices
+from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents
 from kvmagent.hypervisor.domainxml import (
     edit_requested,
     find_memory_xml,
@@ -54,9 +54,10 @@ _JOBS = {
 
 @dataclass(frozen=True)
 class Means:
-    """What a handle needs beside libvirt: the agent's transport, and where former XML is kept."""
+    """What a handle needs beside libvirt: the agent's transport, device events, and where former XML is kept."""
 
     send_to_agent: Send
+    events: DeviceEvents
     former_xml_dir: Path
 
 
@@ -114,10 +115,12 @@ class VmHandle:
                 return None
 
         try:
+            vcpus, blocks = part("cpus", self.agent.vcpus), part("memory", self.agent.blocks)
+            # After the blocks: what one of them has just added is in it.
             meminfo = part("memory", self.agent.meminfo) or {}
             return Guest(
-                vcpus=part("cpus", self.agent.vcpus),
-                blocks=part("memory", self.agent.blocks),
+                vcpus=vcpus,
+                blocks=blocks,
                 block_bytes=part("memory", self.agent.block_bytes),
                 mem_total_bytes=meminfo.get("MemTotal"),
                 mem_available_bytes=meminfo.get("MemAvailable"),
@@ -175,11 +178,9 @@ class VmHandle:
         with libvirt_errors(doing):
             self._domain.updateDeviceFlags(edit_requested(xml, requested_bytes), _AFFECT[target])
 
-    @contextmanager
-    def watch(self) -> Iterator["queue.SimpleQueue[DeviceEvent]"]:
+    def watch(self) -> AbstractContextManager["queue.SimpleQueue[DeviceEvent]"]:
         """Collect this VM's device events while the block lasts."""
-        with libvirt_errors("watching the VM's devices"), watch_devices(self._domain) as events:
-            yield events
+        return self._means.events.watch(self.uuid)
 
     def request_detach(self, alias: str) -> None:
         """Ask the guest to give a memory device up; its answer comes as an event.

@@ -8,6 +8,7 @@ import libvirt
 import libvirt_qemu
 
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
@@ -21,20 +22,21 @@ from kvmagent.model.steps import AnyStep
 class Node:
     """Thread-safe. A VM is named by its domain name or UUID, with or without dashes.
 
-    `former_xml_dir` is where definitions that are replaced are kept, `host_root` where the kernel's files of the host
-    are.
+    `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
+    `host_root` where the kernel's files of the host are.
     """
 
     def __init__(
         self,
         connection: Connection,
         *,
+        events: DeviceEvents,
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
         host_root: Path = Path("/"),
     ) -> None:
         self._connection = connection
-        self._means = Means(send_to_agent=send_to_agent, former_xml_dir=former_xml_dir)
+        self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
 

@@ -337,7 +337,8 @@ class Executor:
                 return
             log.info("task retreats error_code=%s error=%r", error.code, error.message)
             run.goal = goal
-            self._record_goal(task, run, run.command.advance(goal, facts, frozenset()))
+            if steps := run.command.advance(goal, facts, frozenset()):
+                self._record_goal(task, run, steps)
             self._reach_goal(task, run)
         except AgentError as failure:
             if failure.code in _NO_WAY_BACK:
@@ -346,8 +347,7 @@ class Executor:
 
     def _record_goal(self, task: Task, run: _Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
-        first_step = msgspec.json.encode(steps[0]) if steps else b""
-        self._journal.record_goal(task.task_uuid, goal, before, first_step)
+        self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), len(run.reports))
 
     def _is_done_anyway(self, run: _Run, step: AnyStep, error: AgentError) -> bool:
         """Return whether a step that failed after an interruption has its effect nevertheless.

@@ -157,15 +157,17 @@ class Journal:
         """accepted -> running; does not wait for the disk: a task that is started again loses nothing."""
         self._file.write("start_task", lambda db: _move(db, task_uuid, "running", started_at=self._clock()))
 
-    def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes) -> None:
+    def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes, n: int = 0) -> None:
         """Store where the task is going, what was so before, and that its first step begins, ahead of that step.
+
+        A task that turns back has another goal after `n` steps.
 
         Whatever the agent dies of, a task that may have touched its VM has a goal and a step on disk.
         """
 
         def change(db: Database) -> None:
             _move(db, task_uuid, "running", goal=goal, before=before)
-            _start_step(db, task_uuid, 0, first_step, self._clock())
+            _start_step(db, task_uuid, n, first_step, self._clock())
 
         self._file.write("record_goal", change).result()
 

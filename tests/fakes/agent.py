@@ -12,6 +12,8 @@ import msgspec
 
 from kvmagent.api.wire import decode_request, encode
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.deviceevents import DeviceEvents
+from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.tasks.executor import Executor
@@ -63,9 +65,11 @@ def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
 
 def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
     """A Node on these domains, on a host of `make_host`; `directory` has its files."""
-    fake = FakeConnection(*domains)
+    fake, events = FakeConnection(*domains), DeviceEvents()
+    events.register(fake)
     return Node(
         Connection("fake", open_libvirt=lambda _uri: fake),
+        events=events,
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,
         host_root=make_host(directory / "host", **host),
@@ -74,12 +78,15 @@ def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
 
 @contextmanager
 def open_node(uri: str, directory: Path) -> Iterator[Node]:
-    """A Node on a real libvirt."""
-    connection = Connection(uri)
+    """A Node on a real libvirt, with its events."""
+    events = DeviceEvents()
+    connection, event_connection = Connection(uri), EventConnection(uri, (events.register,))
     connection.start()
+    event_connection.start()
     try:
-        yield Node(connection, former_xml_dir=directory / "former-xml")
+        yield Node(connection, events=events, former_xml_dir=directory / "former-xml")
     finally:
+        event_connection.stop()
         connection.stop()
 
 

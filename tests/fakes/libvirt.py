@@ -422,11 +422,9 @@ class FakeConnection:
         self.alive = False
         return 0
 
-    def domainEventRegisterAny(
-        self, domain: FakeDomain, event_id: int, callback: Callable[..., None], opaque: None
-    ) -> int:
+    def domainEventRegisterAny(self, domain: None, event_id: int, callback: Callable[..., None], opaque: None) -> int:
         callback_id = next(self._ids)
-        self.callbacks[callback_id] = (event_id, functools.partial(callback, self, domain))
+        self.callbacks[callback_id] = (event_id, functools.partial(callback, self))
         return callback_id
 
     def domainEventDeregisterAny(self, callback_id: int) -> None:
@@ -442,7 +440,7 @@ class FakeConnection:
     def _tell(self, domain: FakeDomain, event_id: int, alias: str) -> None:
         for wanted, callback in list(self.callbacks.values()):
             if wanted == event_id:
-                callback(alias, None)
+                callback(domain, alias, None)
 
     def listAllDomains(self) -> list[FakeDomain]:
         return self.domains
