@@ -36,6 +36,7 @@ from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.late import LateRemovals
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +103,13 @@ class Agent:
             give_up_s=settings.callback.give_up_sec,
             fault=fault,
         )
+        self._late = LateRemovals(self._journal, self._put)
         self._executor = Executor(
             node,
             self._journal,
             self._commands,
             on_finished=self._delivery.put,
+            on_pending=self._late.add,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
         )
@@ -158,6 +161,7 @@ class Agent:
             self._lanes.put(task)
         for callback in owed:
             self._delivery.put(callback)
+        self._late.start()
         self._server.start()
         log.info(
             "agent ready version=%s pid=%d commands=%s unfinished=%d owed=%d",
@@ -200,6 +204,7 @@ class Agent:
     def look_after(self) -> bool:
         """Do what is to be done every second; return whether everything makes progress."""
         self._lanes.relieve()
+        self._late.look_after()
         self._delivery.relieve()
         self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
         stalls = self._find_stalls()

@@ -80,7 +80,8 @@ class Ending:
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
     `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
-    `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's.
+    `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's. `late`: what was
+    pending when the task answered has come to an end since.
     """
 
     request: Any
@@ -92,6 +93,7 @@ class Ending:
     planned: tuple[AnyStep, ...] | None = None
     preview: str = ""
     recovered: bool = False
+    late: bool = False
 
 
 def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:

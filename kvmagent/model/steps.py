@@ -22,12 +22,21 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
         """What a failure of this step gives up: the step type, or with a device's name the type for that device."""
         return type(self).__name__
 
+    @property
+    def follows(self) -> bool:
+        """Whether it only brings the persistent definition to what the running VM is: it may be done late, too."""
+        return False
+
 
 class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
     """Set the number of vCPUs, of the running VM or of its persistent definition (there hotpluggable)."""
 
     count: int
     target: Target
+
+    @property
+    def follows(self) -> bool:
+        return self.target == "config"
 
 
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
@@ -132,6 +141,10 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
     slot: int | None
     node: int
     size_bytes: int
+
+    @property
+    def follows(self) -> bool:
+        return True
 
 
 class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):

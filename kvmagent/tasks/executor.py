@@ -13,6 +13,8 @@
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
 
+A task that answered `pending` comes again later, to be looked at: see tasks.late.
+
 A task that was cut off, by the agent's death or by libvirt's, goes on with the goal that it recorded from what it
 finds. While libvirt is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
 """
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 # Rounds of steps after which a plan that still wants more is wrong. A guest that onlines one CPU at a time needs one
 # round for each.
 _MAX_ROUNDS = 512
+# The outcome of a task whose removal the guest has neither done nor refused.
+PENDING = "pending"
 # After these nothing can be undone now: the task goes on from its goal when it can.
 _NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
 # Between two tries of a task whose connection broke and is there again.
@@ -89,6 +93,7 @@ class _Run:
     error: AgentError | None = None
     planned: tuple[AnyStep, ...] | None = None
     preview: str = ""
+    late: bool = False
     started: float = 0.0
 
     def end(self) -> Ending:
@@ -102,6 +107,7 @@ class _Run:
             planned=self.planned,
             preview=self.preview,
             recovered=self.recovered,
+            late=self.late,
         )
 
 
@@ -118,6 +124,7 @@ class Executor:
         commands: dict[str, Command],
         *,
         on_finished: Callable[[Owed], None],
+        on_pending: Callable[[str], None],
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
@@ -126,6 +133,7 @@ class Executor:
         self._journal = journal
         self._commands = commands
         self._on_finished = on_finished
+        self._on_pending = on_pending
         self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
@@ -139,6 +147,9 @@ class Executor:
     def run(self, task: Task) -> None:
         """Carry one task out and record its reply."""
         with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
+            if task.outcome == PENDING:
+                self._look_late(task)
+                return
             started = self._clock()
             log.info("task started%s", " recovered=true" if task.recovered else "")
             try:
@@ -153,6 +164,8 @@ class Executor:
                 log.error("task stays in the journal error=%r", failure.message)
                 return
             self._on_finished(owed)
+            if outcome == PENDING:
+                self._on_pending(task.task_uuid)
             audit(
                 "finished",
                 caller=task.caller,
@@ -178,6 +191,33 @@ class Executor:
         facts = self._node.observe(request.vm_uuid, command.observe_guest)
         goal = command.decide(request, facts, "")
         return command.conclude(Ending(request, goal, before=facts, after=facts, reports=(), error=None))
+
+    def _look_late(self, task: Task) -> None:
+        """See whether what was pending has come to an end; if so the definition follows, and that is the result.
+
+        Nothing is asked of the guest again, and the running VM is not changed: other tasks may have come since.
+        """
+        try:
+            run = self._take_up(task)
+            run.late = True
+            spent = {word for report in run.reports if report.problem for word in _spent_by(report)}
+            with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
+                run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+                steps = run.command.advance(run.goal, run.after, frozenset(spent))
+                self._perform_round(task, run, tuple(step for step in steps if step.follows), spent, set())
+                run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            reply = run.command.conclude(run.end())
+            outcome = str(getattr(reply, "outcome", ""))
+            if outcome == PENDING:
+                return
+            owes = bool(getattr(run.request, "late_callback", False))
+            owed = self._journal.finish_late(task.task_uuid, msgspec.json.encode(reply), outcome, owed=owes)
+        except AgentError as error:
+            log.info("a pending removal cannot be looked at now error_code=%s error=%r", error.code, error.message)
+            return
+        log.info("task ended late outcome=%s callback=%s", outcome, owes)
+        if owed is not None:
+            self._on_finished(owed)
 
     def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None]:
         """Return the reply as JSON, its outcome, and the error that it tells.
@@ -329,7 +369,7 @@ class Executor:
                 run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
                 return
             if problem is not None:
-                spent |= {step.key, f"{step.key} {problem.code}"}
+                spent.update(_spent_by(run.reports[-1]))
                 return
             if not step.soft:
                 confirmed.add(step)
@@ -437,6 +477,12 @@ class _VmLocks:
                 self._users[uuid] -= 1
                 if not self._users[uuid]:
                     del self._users[uuid], self._held[uuid]
+
+
+def _spent_by(report: StepReport) -> tuple[str, str]:
+    """Return what a soft step's failure gives up, and that with why."""
+    assert report.problem is not None
+    return report.step.key, f"{report.step.key} {report.problem.code}"
 
 
 def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:

@@ -35,6 +35,7 @@ def shared_fields(
         "steps": _steps(ending),
         "drift": drift(ending.after),
         "recovered": ending.recovered or msgspec.UNSET,
+        "late": ending.late or msgspec.UNSET,
     }
 
 

@@ -110,7 +110,11 @@ class Drift(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What every command on a VM answers. `recovered` is there, and true, where an agent's restart lay between."""
+    """What every command on a VM answers.
+
+    `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
+    before.
+    """
 
     success: bool
     error: str
@@ -128,6 +132,7 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     steps: list[dict[str, Any]] = []
     drift: list[Drift] = []
     recovered: bool | msgspec.UnsetType = msgspec.UNSET
+    late: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):

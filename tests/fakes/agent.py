@@ -103,6 +103,7 @@ class FakeAgent:
 
     def __init__(self, directory: Path, *domains: FakeDomain, **host: int) -> None:
         self.finished: list[str] = []
+        self.pending: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
         self.executor = Executor(
@@ -110,6 +111,7 @@ class FakeAgent:
             self.journal,
             COMMANDS,
             on_finished=lambda owed: self.finished.append(owed.task_uuid),
+            on_pending=self.pending.append,
             libvirt_wait_s=0.0,
         )
 

@@ -45,7 +45,9 @@ class Vm:
         self.tasks += 1
         journal = NoJournal()
         node = make_node(Path(tempfile.gettempdir()) / "kvmagent-properties", self.domain, **self.host)
-        executor = Executor(node, journal, COMMANDS, on_finished=lambda owed: None, libvirt_wait_s=0)
+        executor = Executor(
+            node, journal, COMMANDS, on_finished=lambda owed: None, on_pending=lambda task: None, libvirt_wait_s=0
+        )
         request = msgspec.json.encode({"vmUuid": "vm1", "timeoutSec": 1, **fields})
         executor.run(
             Task(task_uuid=f"t{self.tasks}", command=command, lane="vm1", request=request, callback_url="", client="")
