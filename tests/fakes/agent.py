@@ -139,3 +139,32 @@ class FakeAgent:
         assert task_uuid in self.finished
         goal = msgspec.json.decode(done.goal) if done.goal else None
         return Done(goal=goal, reply=msgspec.json.decode(done.reply))
+
+
+class NoJournal:
+    """Takes everything and keeps the reply."""
+
+    def start_task(self, *args: Any) -> None: ...
+    def record_goal(self, *args: Any) -> None: ...
+    def start_step(self, *args: Any, wait: bool) -> None: ...
+    def finish_step(self, *args: Any) -> None: ...
+    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> None:
+        self.reply = msgspec.json.decode(reply)
+
+
+def carry_out(node: Node, command: str, task_uuid: str = "task-1", /, **fields: Any) -> dict[str, Any]:
+    """Carry a command out as the agent does, but for the disk; return its reply."""
+    journal = NoJournal()
+    executor = Executor(
+        node,
+        journal,  # type: ignore[arg-type]
+        COMMANDS,
+        on_finished=lambda owed: None,
+        on_pending=lambda task: None,
+        libvirt_wait_s=0,
+    )
+    request = encode(decode_request(encode(fields), COMMANDS[command].request))
+    executor.run(
+        Task(task_uuid=task_uuid, command=command, lane=fields["vmUuid"], request=request, callback_url="", client="")
+    )
+    return journal.reply

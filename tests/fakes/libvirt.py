@@ -132,7 +132,7 @@ class FakeGuest:
 
 
 class FakeDomain:
-    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}."""
+    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}, or one with its arguments."""
 
     def __init__(
         self, xml: str, *, guest: FakeGuest | None = None, running: bool = True, persistent: bool = True
@@ -378,8 +378,9 @@ class FakeDomain:
 
     def _called(self, name: str, call: str) -> None:
         self.calls.append(call)
-        if name in self.fail_next:
-            raise self.fail_next.pop(name)
+        for key in (name, call):
+            if key in self.fail_next:
+                raise self.fail_next.pop(key)
 
 
 class FakeConnection:

@@ -21,15 +21,21 @@ def agent(lab: PrivateLibvirtd) -> Iterator[AgentProcess]:
 
 
 @pytest.fixture(scope="module")
-def send(agent: AgentProcess) -> Iterator[Send]:
+def server() -> Iterator[ManagementServer]:
+    """Takes the callbacks."""
+    with ManagementServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def send(agent: AgentProcess, server: ManagementServer) -> Send:
     """Sends a command for a guest and returns what its callback says."""
-    with ManagementServer() as server:
 
-        def call(path: str, guest: Guest, **fields: Any) -> Any:
-            task = new_task_uuid()
-            body = {"vmUuid": guest.uuid, **fields}
-            reply = agent.post(path, body, task_uuid=task, callback_url=server.url)
-            assert reply == (200, {"taskUuid": task, "state": "accepted"})
-            return server.wait(task, 180)
+    def call(path: str, guest: Guest, **fields: Any) -> Any:
+        task = fields.pop("task", None) or new_task_uuid()
+        body = {"vmUuid": guest.uuid, **fields}
+        reply = agent.post(path, body, task_uuid=task, callback_url=server.url)
+        assert reply == (200, {"taskUuid": task, "state": "accepted"})
+        return server.wait(task, 180)
 
-        yield call
+    return call

@@ -8,6 +8,7 @@ import pytest
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
 
 pytestmark = pytest.mark.guest
 
@@ -77,3 +78,21 @@ def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: 
     assert (reply["outcome"], reply["errorCode"]) == ("refused", "MEMORY_REMOVAL_REFUSED"), reply
     assert "model='dimm'" in guest.persistent_xml()
     assert guest.mem_total_kib() == total_kib
+
+
+def test_a_removal_that_the_guest_does_late_is_told_by_a_second_callback(
+    boot: Boot, send: Send, server: ManagementServer
+) -> None:
+    guest = boot(GuestSpec(name="eng3", kernel_args="memhp_default_state=online_movable"))
+    assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "online"
+    with guest.domain() as domain:
+        domain.suspend()
+    reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB, timeoutSec=2, lateCallback=True, task="late-1")
+    assert (reply["success"], reply["outcome"], reply["errorCode"]) == (False, "pending", "MEMORY_REMOVAL_PENDING")
+    assert "model='dimm'" in guest.persistent_xml()
+    with guest.domain() as domain:
+        domain.resume()
+    reply = server.wait("late-1", 120, attempt=2)
+    assert (reply["success"], reply["outcome"], reply["late"]) == (True, "online", True), reply
+    assert (reply["memorySize"], reply["drift"]) == (256 * MIB, [])
+    assert "model='dimm'" not in guest.persistent_xml()

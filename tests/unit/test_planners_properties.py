@@ -8,29 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmagent.tasks.executor import Executor
-from kvmagent.tasks.journal import Task
-from tests.fakes.agent import COMMANDS, MIB, make_domain, make_guest, make_node
+from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
 
 BLOCK_MIB = 128
 SUCCESS = {"online", "plugged", "configured", "unchanged"}
-
-
-class NoJournal:
-    """Takes everything and keeps the reply."""
-
-    def start_task(self, *args: Any) -> None: ...
-    def record_goal(self, *args: Any) -> None: ...
-    def start_step(self, *args: Any, wait: bool) -> None: ...
-    def finish_step(self, *args: Any) -> None: ...
-    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> None:
-        self.reply = msgspec.json.decode(reply)
 
 
 @dataclass
@@ -43,16 +29,8 @@ class Vm:
 
     def send(self, command: str, **fields: Any) -> dict[str, Any]:
         self.tasks += 1
-        journal = NoJournal()
         node = make_node(Path(tempfile.gettempdir()) / "kvmagent-properties", self.domain, **self.host)
-        executor = Executor(
-            node, journal, COMMANDS, on_finished=lambda owed: None, on_pending=lambda task: None, libvirt_wait_s=0
-        )
-        request = msgspec.json.encode({"vmUuid": "vm1", "timeoutSec": 1, **fields})
-        executor.run(
-            Task(task_uuid=f"t{self.tasks}", command=command, lane="vm1", request=request, callback_url="", client="")
-        )
-        return journal.reply
+        return carry_out(node, command, f"t{self.tasks}", vmUuid="vm1", timeoutSec=1, **fields)
 
     def xml(self) -> tuple[str, str]:
         return self.domain.XMLDesc(0), self.domain.XMLDesc(2)
