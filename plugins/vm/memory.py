@@ -166,7 +166,7 @@ def _decide_virtio_mem(
     planned = PlannedVirtioMem(
         alias=f"ua-kvmagent-{task_uuid}-0",
         size_bytes=align_down(min(rooms), VIRTIO_MEM_BLOCK_BYTES),
-        node=request.node if request.node is not None else emptiest_node(current_definition(facts, request.affect)),
+        node=_place(current_definition(facts, request.affect), [added], request.node)[0],
         live="live" in missing,
         config="config" in missing,
         block_bytes=VIRTIO_MEM_BLOCK_BYTES,
@@ -223,10 +223,10 @@ def _decide_dimms(
         wanted = tuple(size for size, live, config in parts if (live if affect == "live" else config))
         if wanted:
             refuse_first(check_dimm_room(facts, affect, wanted, request.node))
-    node = request.node if request.node is not None else emptiest_node(current_definition(facts, request.affect))
+    nodes = _place(current_definition(facts, request.affect), [size for size, _, _ in parts], request.node)
     dimms = tuple(
         PlannedDimm(alias=f"ua-kvmagent-{task_uuid}-{n}", size_bytes=size, node=node, live=live, config=config)
-        for n, (size, live, config) in enumerate(parts)
+        for n, ((size, live, config), node) in enumerate(zip(parts, nodes, strict=True))
     )
     return dimms, one_by_one
 
@@ -246,13 +246,19 @@ def _split(facts: Facts, added_bytes: int, dimm_bytes: int | None) -> list[int]:
     return [dimm_bytes] * whole + ([rest] if rest else [])
 
 
-def emptiest_node(definition: Definition) -> int:
-    """Return the guest NUMA node with the least memory; the lowest of equals."""
-    plugged = {cell.id: cell.memory_bytes for cell in definition.cells}
+def _place(definition: Definition, sizes_bytes: list[int], node: int | None) -> list[int]:
+    """Return a guest NUMA node for each device: the asked one, else each time the one that has least by then."""
+    if node is not None:
+        return [node] * len(sizes_bytes)
+    has = {cell.id: cell.memory_bytes for cell in definition.cells}
     for device in definition.devices:
-        if device.node in plugged:
-            plugged[device.node] += device.plugged_bytes
-    return min(plugged, key=lambda node: (plugged[node], node))
+        if device.node in has:
+            has[device.node] += device.plugged_bytes
+    nodes = []
+    for size in sizes_bytes:
+        nodes.append(min(has, key=lambda cell: (has[cell], cell)))
+        has[nodes[-1]] += size
+    return nodes
 
 
 def _applied(affect: Affect, ending: Ending) -> int | None:

@@ -10,12 +10,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.steps import AnyStep, AttachMemory, OnlineGuestMemory, OnlineGuestVcpus, SetBalloon, SetVcpus
+from kvmagent.model.steps import (
+    AnyStep,
+    AttachMemory,
+    AttachVirtioMem,
+    CellShape,
+    DefineShape,
+    DetachMemory,
+    ForgetMemory,
+    OnlineGuestMemory,
+    OnlineGuestVcpus,
+    ResizeVirtioMem,
+    SetBalloon,
+    SetVcpus,
+    Shape,
+)
 from tests.fakes.agent import MIB, format_spec, make_domain, make_node, open_node
 from tests.lab.domainxml import GuestSpec
 
@@ -27,7 +42,14 @@ MakeNode = Callable[..., Node]
 
 @pytest.fixture
 def fake(tmp_path: Path) -> MakeNode:
-    return lambda spec, **options: make_node(tmp_path, make_domain(spec, **options))
+    """Domains whose guest has not booted: it never answers."""
+
+    def make(spec: GuestSpec, **options: Any) -> Node:
+        domain = make_domain(spec, **options)
+        domain.guest.unplugs = "not answering"
+        return make_node(tmp_path, domain)
+
+    return make
 
 
 @pytest.fixture
@@ -189,6 +211,76 @@ class TestMemory:
         node = make(GuestSpec(name="vm1", balloon=False))
         assert observe(node).domain.balloon_bytes is None
         assert failure_of(node, SetBalloon(size_bytes=128 * MIB, target="live")).details["libvirtCode"] == 55
+
+
+VIRTIO_MEM = AttachVirtioMem(
+    alias="ua-vm", size_bytes=1024 * MIB, block_bytes=2 * MIB, requested_bytes=0, node=0, live=True, config=True
+)
+SHAPE = Shape(
+    vcpu_maximum=8,
+    topology=(8, 1, 1, 1),
+    max_memory_bytes=8192 * MIB,
+    slots=32,
+    cells=(CellShape(id=0, cpus=tuple(range(8)), memory_bytes=256 * MIB),),
+)
+PASSWORD = "<graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1' passwd='s3cret'/>"
+
+
+@pytest.mark.parametrize("make", QEMU, indirect=True)
+class TestDevices:
+    def test_a_virtio_mem_device_is_resized_in_each_definition(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", VIRTIO_MEM)
+        for target in ("live", "config"):
+            step = ResizeVirtioMem(
+                alias="ua-vm", node=0, size_bytes=1024 * MIB, requested_bytes=128 * MIB, target=target
+            )
+            node.perform("vm1", step)
+        facts = observe(node)
+        for definition in (facts.get_live(), facts.get_config()):
+            (device,) = definition.virtio_mems
+            assert (device.alias, device.size_bytes, device.block_bytes) == ("ua-vm", 1024 * MIB, 2 * MIB)
+            assert device.requested_bytes == 128 * MIB
+        step = ResizeVirtioMem(alias="ua-vm", node=0, size_bytes=1024 * MIB, requested_bytes=2048 * MIB, target="live")
+        assert failure_of(node, step).details["libvirtCode"] == 35
+
+    def test_a_dimm_leaves_the_persistent_definition_alone(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", dimm())
+        forget = ForgetMemory(alias="ua-kvmagent-a-0", slot=0, node=0, size_bytes=128 * MIB)
+        node.perform("vm1", forget)
+        facts = observe(node)
+        assert (len(facts.get_live().devices), len(facts.get_config().devices)) == (1, 0)
+        node.perform("vm1", forget)
+
+    def test_a_dimm_that_the_guest_does_not_give_up_is_pending_in_both(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", dimm())
+        error = failure_of(node, DetachMemory(alias="ua-kvmagent-a-0", timeout_sec=0.5))
+        assert error.code is Code.MEMORY_REMOVAL_PENDING
+
+    def test_a_shape_is_taken_and_the_running_vm_is_not_touched(self, make: MakeNode, tmp_path: Path) -> None:
+        node = make(GuestSpec(name="vm1", devices_xml=PASSWORD))
+        live = observe(node).get_live()
+        told = node.preview("vm1", DefineShape(shape=SHAPE))
+        assert "+" in told
+        assert "s3cret" not in told
+        assert node.perform("vm1", DefineShape(shape=SHAPE)) == told
+        facts = observe(node)
+        config = facts.get_config()
+        assert (config.vcpu_maximum, config.topology, config.slots) == (8, (8, 1, 1, 1), 32)
+        assert config.max_memory_bytes == 8192 * MIB
+        assert facts.get_live() == live
+        (former,) = (tmp_path / "former-xml").iterdir()
+        assert former.stat().st_mode & 0o777 == 0o600
+        assert "s3cret" in former.read_text()
+
+    def test_a_shape_that_libvirt_finds_wrong_changes_nothing(self, make: MakeNode, tmp_path: Path) -> None:
+        node = make(GuestSpec(name="vm1"))
+        odd = msgspec.structs.replace(SHAPE, topology=(3, 1, 1, 1))
+        error = failure_of(node, DefineShape(shape=odd))
+        assert error.code is Code.DEFINITION_REFUSED
+        assert list((tmp_path / "former-xml").iterdir()) == []
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -435,6 +436,13 @@ class FakeConnection:
         root = _normalise(etree.fromstring(xml))
         domain = self.lookupByName(root.findtext("name"))
         domain._called("defineXMLFlags", f"defineXMLFlags({flags})")
+        topology = root.find("./cpu/topology")
+        product = math.prod(int(topology.get(name, "1")) for name in ("sockets", "dies", "cores", "threads"))
+        if product != int(root.findtext("vcpu")):
+            raise qemu_error(
+                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                "unsupported configuration: CPU topology doesn't match maximum vcpu count",
+            )
         domain.config = root
         return domain
 

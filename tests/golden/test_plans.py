@@ -177,6 +177,9 @@ CASES = {
     "memory-dimm-rounded": Case(MEMORY, {"memorySize": 300 * MIB}),
     "memory-dimm-several": Case(MEMORY, {"memorySize": 768 * MIB, "dimmSize": 256 * MIB}),
     "memory-dimm-emptiest-node": Case(MEMORY, {"memorySize": 384 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}),
+    "memory-dimms-in-balance": Case(
+        MEMORY, {"memorySize": 640 * MIB, "dimmSize": 128 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}
+    ),
     "memory-dimm-node": Case(MEMORY, {"memorySize": 384 * MIB, "node": 1}, spec={"numa_cells": 2}),
     "memory-dimm-config-only": Case(MEMORY, {"memorySize": 384 * MIB, "affect": "config"}),
     "memory-dimm-live-only": Case(MEMORY, {"memorySize": 384 * MIB, "affect": "live"}),

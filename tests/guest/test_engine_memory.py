@@ -96,3 +96,20 @@ def test_a_removal_that_the_guest_does_late_is_told_by_a_second_callback(
     assert (reply["success"], reply["outcome"], reply["late"]) == (True, "online", True), reply
     assert (reply["memorySize"], reply["drift"]) == (256 * MIB, [])
     assert "model='dimm'" not in guest.persistent_xml()
+
+
+def test_a_guest_without_room_for_the_page_map_gets_its_memory_in_steps(boot: Boot, send: Send) -> None:
+    guest = boot(GuestSpec(name="eng4"))
+    available_kib = int(guest.run("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB$/\\1/p' /proc/meminfo"))
+    filled_mib = (available_kib - 36 * 1024) // 1024
+    guest.run(
+        f"mkdir -p /fill && mount -t tmpfs -o size=90% none /fill && dd if=/dev/zero of=/fill/f bs=1M count={filled_mib}"
+    )
+    total_kib = guest.mem_total_kib()
+
+    reply = send("/vm/hotplug/memory", guest, memorySize=2048 * MIB)
+    assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 2048 * MIB), reply
+    sizes = [step["sizeBytes"] for step in reply["steps"] if step["step"] == "AttachMemory"]
+    assert len(sizes) > 1
+    assert sum(sizes) == 1792 * MIB
+    assert guest.mem_total_kib() == total_kib + 1792 * 1024
