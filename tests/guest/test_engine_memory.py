@@ -102,9 +102,8 @@ def test_a_guest_without_room_for_the_page_map_gets_its_memory_in_steps(boot: Bo
     guest = boot(GuestSpec(name="eng4"))
     available_kib = int(guest.run("sed -n 's/^MemAvailable: *\\([0-9]*\\) kB$/\\1/p' /proc/meminfo"))
     filled_mib = (available_kib - 36 * 1024) // 1024
-    guest.run(
-        f"mkdir -p /fill && mount -t tmpfs -o size=90% none /fill && dd if=/dev/zero of=/fill/f bs=1M count={filled_mib}"
-    )
+    guest.run("mkdir -p /fill && mount -t tmpfs -o size=90% none /fill")
+    guest.run(f"dd if=/dev/zero of=/fill/f bs=1M count={filled_mib}")
     total_kib = guest.mem_total_kib()
 
     reply = send("/vm/hotplug/memory", guest, memorySize=2048 * MIB)
