@@ -66,6 +66,7 @@ class Host:
 
     def __init__(self, daemon: PrivateLibvirtd) -> None:
         self.uri = daemon.uri.replace("qemu+unix:///session", "test+unix:///default")
+        self.pause, self.resume = daemon.pause, daemon.resume
         # The driver's state lives as long as somebody is connected.
         self._connection = libvirt.open(self.uri)
 
