@@ -23,6 +23,7 @@ from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.vmevents import VmEvents
@@ -37,6 +38,7 @@ from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.late import LateRemovals
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.reports import Reports
 from kvmagent.tasks.servermemory import ServerMemory
@@ -97,10 +99,13 @@ class Agent:
         self._wake = threading.Event()
         self._connection = Connection(settings.libvirt.uri)
         self._reporters = plugins
+        device_events = DeviceEvents()
         self._events = EventConnection(
-            settings.libvirt.uri, (VmEvents(self._report_event).register,), on_gap=self._report_gap
+            settings.libvirt.uri,
+            (device_events.register, VmEvents(self._report_event).register),
+            on_gap=self._report_gap,
         )
-        node = Node(self._connection)
+        node = Node(self._connection, events=device_events, former_xml_dir=self._state_dir / "former-xml")
         self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
         rules = map(parse_callback_rule, settings.security.allowed_callbacks)
         self._callbacks = Callbacks(rules, settings.callback)
@@ -114,6 +119,7 @@ class Agent:
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
         questions = Questions(node, self._memory, self._callbacks)
+        self._late = LateRemovals(self._journal, self._put)
         self._executor = Executor(
             node,
             self._journal,
@@ -121,6 +127,7 @@ class Agent:
             self._queries,
             questions,
             on_finished=self._delivery.put,
+            on_pending=self._late.add,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
         )
@@ -175,6 +182,7 @@ class Agent:
             self._lanes.put(task)
         for callback in owed:
             self._delivery.put(callback)
+        self._late.start()
         self._server.start()
         log.info(
             "agent ready version=%s pid=%d commands=%s unfinished=%d owed=%d",
@@ -217,6 +225,7 @@ class Agent:
     def look_after(self) -> bool:
         """Do what is to be done every second; return whether everything makes progress."""
         self._lanes.relieve()
+        self._late.look_after()
         self._delivery.relieve()
         self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
         stalls = self._find_stalls()

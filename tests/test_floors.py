@@ -34,7 +34,7 @@ FLOORS = {
 OWNERS = {
     "libvirt": "kvmagent.hypervisor",
     "libvirt_qemu": "kvmagent.hypervisor",
-    "lxml": "kvmagent.hypervisor.domainxml",
+    "lxml": "kvmagent.hypervisor",
     "sqlite3": "kvmagent.tasks.journalfile",
     "urllib3": "kvmagent.tasks.callbacks",
     "cherrypy": "kvmagent.api.server",

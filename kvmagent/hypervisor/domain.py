@@ -3,16 +3,30 @@
 A handle belongs to the connection that it was looked up on: take a fresh one for each task.
 """
 
+import os
+import queue
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import libvirt
 
-from kvmagent.hypervisor.domainxml import format_dimm, is_agent_connected, parse_definition
+from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents
+from kvmagent.hypervisor.domainxml import (
+    edit_requested,
+    find_memory_xml,
+    format_dimm,
+    format_virtio_mem,
+    is_agent_connected,
+    parse_definition,
+)
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
-from kvmagent.hypervisor.libvirterrors import libvirt_errors
+from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Domain, Guest, VmState
+from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB
 
@@ -38,13 +52,23 @@ _JOBS = {
 }
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a handle needs beside libvirt: the agent's transport, device events, and where former XML is kept."""
+
+    send_to_agent: Send
+    events: DeviceEvents
+    former_xml_dir: Path
+
+
 class VmHandle:
     """One VM on the current connection. `is_test_driver` is for libvirt's own test driver, which knows fewer flags."""
 
-    def __init__(self, domain: libvirt.virDomain, *, is_test_driver: bool, send_to_agent: Send) -> None:
+    def __init__(self, domain: libvirt.virDomain, *, is_test_driver: bool, means: Means) -> None:
         self._domain = domain
         self._is_test_driver = is_test_driver
-        self.agent = GuestAgent(domain, send=send_to_agent)
+        self._means = means
+        self.agent = GuestAgent(domain, send=means.send_to_agent)
 
     @property
     def uuid(self) -> str:
@@ -65,12 +89,12 @@ class VmHandle:
             live=parse_definition(live_xml) if live_xml else None,
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=self.balloon_bytes() if live_xml else None,
-            job=self._find_job() if live_xml else None,
+            job=self.find_job() if live_xml else None,
         )
         return domain, is_agent_connected(live_xml) if live_xml else None
 
     def ask_guest(self, domain: Domain, connected: bool | None, parts: frozenset[str]) -> Guest:
-        """Return what the guest says of the `parts` ("cpus", "memory"). A silent guest is an answer, not an error."""
+        """Return what the guest says of the `parts` ("cpus", "memory", "agent"); silence is an answer, not an error."""
         if not parts or domain.live is None:
             return Guest()
         if domain.state != "running":
@@ -91,11 +115,16 @@ class VmHandle:
                 return None
 
         try:
+            vcpus, blocks = part("cpus", self.agent.vcpus), part("memory", self.agent.blocks)
+            # After the blocks: what one of them has just added is in it.
+            meminfo = part("memory", self.agent.meminfo) or {}
             return Guest(
-                vcpus=part("cpus", self.agent.vcpus),
-                blocks=part("memory", self.agent.blocks),
+                vcpus=vcpus,
+                blocks=blocks,
                 block_bytes=part("memory", self.agent.block_bytes),
-                mem_total_bytes=part("memory", self.agent.mem_total_bytes),
+                mem_total_bytes=meminfo.get("MemTotal"),
+                mem_available_bytes=meminfo.get("MemAvailable"),
+                disabled=part("agent", self.agent.disabled) or frozenset(),
                 refused=refused,
             )
         except GuestSilent as error:
@@ -115,6 +144,107 @@ class VmHandle:
         with libvirt_errors(f"attaching {alias}"):
             self._domain.attachDeviceFlags(format_dimm(alias=alias, size_bytes=size_bytes, node=node), flags)
 
+    def attach_virtio_mem(
+        self,
+        *,
+        alias: str,
+        size_bytes: int,
+        block_bytes: int,
+        requested_bytes: int,
+        node: int,
+        live: bool,
+        config: bool,
+    ) -> None:
+        """Attach a virtio-mem device under a user alias."""
+        xml = format_virtio_mem(
+            alias=alias, size_bytes=size_bytes, block_bytes=block_bytes, requested_bytes=requested_bytes, node=node
+        )
+        flags = (_AFFECT["live"] if live else 0) | (_AFFECT["config"] if config else 0)
+        with libvirt_errors(f"attaching {alias}"):
+            self._domain.attachDeviceFlags(xml, flags)
+
+    def resize_virtio_mem(
+        self, *, alias: str | None, node: int, size_bytes: int, requested_bytes: int, target: Target
+    ) -> None:
+        """Ask for another size of a virtio-mem device. The call returns before the guest has done anything.
+
+        libvirt takes the device's whole XML, each definition's own: with its address and, live, its alias.
+        Observed: libvirt 9.0, alias alone and LIVE|CONFIG without a user alias are refused.
+        """
+        doing = f"resizing virtio-mem {alias or ''} ({target})"
+        xml = self._find_memory(target, model="virtio-mem", alias=alias, slot=None, node=node, size_bytes=size_bytes)
+        if xml is None:
+            raise AgentError(Code.LIBVIRT_REFUSED, f"{doing}: the device is gone")
+        with libvirt_errors(doing):
+            self._domain.updateDeviceFlags(edit_requested(xml, requested_bytes), _AFFECT[target])
+
+    def watch(self) -> AbstractContextManager["queue.SimpleQueue[DeviceEvent]"]:
+        """Collect this VM's device events while the block lasts."""
+        return self._means.events.watch(self.uuid)
+
+    def request_detach(self, alias: str) -> None:
+        """Ask the guest to give a memory device up; its answer comes as an event.
+
+        Without the config flag: libvirt would drop the persistent device even where the guest refuses.
+        """
+        with libvirt_errors(f"detaching {alias}"):
+            self._domain.detachDeviceAlias(alias, _AFFECT["live"])
+
+    def forget_memory(self, *, alias: str | None, slot: int | None, node: int, size_bytes: int) -> None:
+        """Remove a dimm from the persistent definition; one that is not there is done."""
+        xml = self._find_memory("config", model="dimm", alias=alias, slot=slot, node=node, size_bytes=size_bytes)
+        if xml is None:
+            return
+        with libvirt_errors(f"removing {alias or 'a dimm'} from the persistent definition"):
+            self._domain.detachDeviceFlags(xml, _AFFECT["config"])
+
+    def find_live_device(self, alias: str) -> MemoryDevice | None:
+        """Return a memory device of the running VM as it is now."""
+        with libvirt_errors("reading the VM"):
+            return parse_definition(self._domain.XMLDesc(0)).find_device(alias)
+
+    def live_vcpus(self) -> int:
+        """Return how many vCPUs the running VM has now."""
+        with libvirt_errors("reading the vCPUs"):
+            return int(self._domain.vcpusFlags(_AFFECT["live"]))
+
+    def config_xml(self) -> str:
+        """Return the persistent XML without its passwords."""
+        with libvirt_errors("reading the persistent definition"):
+            return str(self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+    def secure_config_xml(self) -> str:
+        """Return the persistent XML with its passwords, so that it can be defined again without losing them."""
+        with libvirt_errors("reading the persistent definition"):
+            return str(self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
+
+    def define(self, xml: str) -> None:
+        """Replace the persistent definition, once libvirt has found the new one valid, and keep the former.
+
+        Raises:
+            AgentError: FORMER_XML_NOT_KEPT, DEFINITION_REFUSED: nothing was changed.
+        """
+        kept = self._keep_former_xml()
+        connection = self._domain.connect()
+        try:
+            connection.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+        except libvirt.libvirtError as error:
+            kept.unlink(missing_ok=True)
+            failure = translate(error, "defining the prepared VM")
+            if failure.code in (Code.LIBVIRT_UNAVAILABLE, Code.LIBVIRT_BUSY):
+                raise failure from error
+            raise AgentError(Code.DEFINITION_REFUSED, failure.message, details=failure.details) from error
+
+    def find_job(self) -> str | None:
+        """Return the name of the libvirt job that holds the VM; None where there is none or it cannot be told."""
+        try:
+            stats = self._domain.jobStats(0)
+        except libvirt.libvirtError:
+            return None
+        if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
+            return None
+        return _JOBS.get(stats.get("operation"), "libvirt")
+
     def set_balloon(self, size_bytes: int, target: Target) -> None:
         """Ask the guest's balloon driver for a size. The call returns before the guest has done anything."""
         with libvirt_errors(f"setting the balloon ({target})"):
@@ -131,18 +261,28 @@ class VmHandle:
             return None
         return None if actual is None else actual * KIB
 
-    def _find_job(self) -> str | None:
-        """Return the name of the libvirt job that holds the VM; None where there is none or it cannot be told."""
+    def _find_memory(self, target: Target, **device: Any) -> str | None:
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE if target == "config" else 0
+        with libvirt_errors("reading the VM"):
+            return find_memory_xml(self._domain.XMLDesc(flags), **device)
+
+    def _keep_former_xml(self) -> Path:
+        """Write the persistent XML, passwords and all, where only this user can read it; return the file."""
+        directory = self._means.former_xml_dir
+        path = directory / f"{self.uuid}-{time.strftime('%Y%m%dT%H%M%S')}-{time.monotonic_ns() % 10**6:06}.xml"
         try:
-            stats = self._domain.jobStats(0)
-        except libvirt.libvirtError:
-            return None
-        if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
-            return None
-        return _JOBS.get(stats.get("operation"), "libvirt")
+            directory.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(self.secure_config_xml())
+                file.flush()
+                os.fsync(descriptor)
+        except OSError as error:
+            raise AgentError(Code.FORMER_XML_NOT_KEPT, f"{path}: {error}", expected=False) from error
+        return path
 
 
-def find_vm(connection: libvirt.virConnect, vm: str, send_to_agent: Send) -> VmHandle:
+def find_vm(connection: libvirt.virConnect, vm: str, means: Means) -> VmHandle:
     """Look a VM up by name or UUID, each with or without dashes.
 
     Raises:
@@ -157,7 +297,7 @@ def find_vm(connection: libvirt.virConnect, vm: str, send_to_agent: Send) -> VmH
         attempts += [(connection.lookupByUUIDString, bare), (connection.lookupByName, bare)]
     for lookup, key in attempts:
         try:
-            return VmHandle(lookup(key), is_test_driver=is_test_driver, send_to_agent=send_to_agent)
+            return VmHandle(lookup(key), is_test_driver=is_test_driver, means=means)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 with libvirt_errors(f"looking up {vm}"):

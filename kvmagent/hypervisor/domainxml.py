@@ -9,6 +9,9 @@ from kvmagent.model.facts import Definition, MemoryDevice, NumaCell, Vcpu
 from kvmagent.model.units import GIB, KIB, MIB
 
 _UNITS = {"b": 1, "bytes": 1, "KiB": KIB, "k": KIB, "MiB": MIB, "M": MIB, "GiB": GIB, "G": GIB, "TiB": 1024 * GIB}
+_DEFAULT_PHYS_BITS = 40
+# libvirt keeps an alias that a user gave only with this beginning.
+USER_ALIAS = "ua-"
 _AGENT_CHANNEL = "./devices/channel/target[@type='virtio'][@name='org.qemu.guest_agent.0']"
 
 
@@ -44,6 +47,14 @@ def parse_definition(xml: str) -> Definition:
         machine=os_type.get("machine", ""),
         arch=os_type.get("arch", ""),
         hypervisor=root.get("type", ""),
+        hugepage_bytes=_hugepage_bytes(root),
+        locked=root.find("./memoryBacking/locked") is not None,
+        hard_limit_bytes=_size(root.find("./memtune/hard_limit")) or None,
+        vfio_devices=len(_vfio_devices(root)),
+        launch_security=_attribute(root, "./launchSecurity", "type"),
+        host_nodes=_parse_ids(_attribute(root, "./numatune/memory[@mode='strict']", "nodeset") or ""),
+        phys_bits=_phys_bits(root),
+        iommu_eim=root.find("./devices/iommu/driver[@eim='on']") is not None,
     )
 
 
@@ -61,6 +72,57 @@ def format_dimm(*, alias: str, size_bytes: int, node: int) -> str:
     etree.SubElement(target, "node").text = str(node)
     etree.SubElement(memory, "alias", name=alias)
     return etree.tostring(memory, encoding="unicode")
+
+
+def format_virtio_mem(*, alias: str, size_bytes: int, block_bytes: int, requested_bytes: int, node: int) -> str:
+    """Return the XML of a virtio-mem device for virDomainAttachDeviceFlags."""
+    memory = etree.Element("memory", model="virtio-mem")
+    target = etree.SubElement(memory, "target")
+    etree.SubElement(target, "size", unit="KiB").text = str(size_bytes // KIB)
+    etree.SubElement(target, "node").text = str(node)
+    etree.SubElement(target, "block", unit="KiB").text = str(block_bytes // KIB)
+    etree.SubElement(target, "requested", unit="KiB").text = str(requested_bytes // KIB)
+    etree.SubElement(memory, "alias", name=alias)
+    return etree.tostring(memory, encoding="unicode")
+
+
+def find_memory_xml(
+    domain_xml: str, *, model: str, alias: str | None, slot: int | None, node: int, size_bytes: int
+) -> str | None:
+    """Return the XML of one memory device: by its alias, else by slot (where given), node and size.
+
+    libvirt keeps user aliases in the persistent XML, its own ones in the live XML alone.
+    """
+    elements = [element for element in _parse(domain_xml).iterfind("./devices/memory") if element.get("model") == model]
+    devices = [(_parse_device(element), element) for element in elements]
+    for device, element in devices:
+        if alias is not None and device.alias == alias:
+            return etree.tostring(element, encoding="unicode", with_tail=False)
+    for device, element in devices:
+        named = device.alias is not None and device.alias.startswith(USER_ALIAS)
+        same = device.node == node and device.size_bytes == size_bytes and slot in (None, device.slot)
+        if same and not named:
+            return etree.tostring(element, encoding="unicode", with_tail=False)
+    return None
+
+
+def edit_requested(memory_xml: str, requested_bytes: int) -> str:
+    """Return a virtio-mem device's XML with another requested size, as virDomainUpdateDeviceFlags takes it."""
+    memory = _parse(memory_xml)
+    target = memory.find("./target")
+    requested = memory.find("./target/requested")
+    assert target is not None
+    assert requested is not None
+    requested.text, requested.attrib["unit"] = str(requested_bytes // KIB), "KiB"
+    for current in target.findall("./current"):
+        target.remove(current)
+    return etree.tostring(memory, encoding="unicode")
+
+
+def parse_vcpu_limit(capabilities_xml: str) -> int | None:
+    """Return the most vCPUs of the machine that a libvirt domain-capabilities XML is about."""
+    maximum = _attribute(_parse(capabilities_xml), "./vcpu", "max")
+    return int(maximum) if maximum else None
 
 
 def _parse(xml: str) -> etree._Element:
@@ -90,6 +152,37 @@ def _vcpus(root: etree._Element, current: int, maximum: int) -> tuple[Vcpu, ...]
         )
         for element in listed
     )
+
+
+def _hugepage_bytes(root: etree._Element) -> int | None:
+    """Pages for single guest nodes are taken for all: the stricter reading."""
+    if root.find("./memoryBacking/hugepages") is None:
+        return None
+    page = root.find("./memoryBacking/hugepages/page")
+    return 0 if page is None else int(page.get("size", "0")) * _UNITS[page.get("unit", "KiB")]
+
+
+def _vfio_devices(root: etree._Element) -> list[etree._Element]:
+    """Host PCI devices and vDPA or mediated ones: QEMU pins all guest memory for them."""
+    return root.findall("./devices/hostdev[@type='pci']") + root.findall("./devices/hostdev[@type='mdev']")
+
+
+def _phys_bits(root: etree._Element) -> int | None:
+    """Return the vCPUs' physical address bits as QEMU sets them; None: the host's.
+
+    Source: libvirt formatdomain, maxphysaddr. Observed: QEMU 7.2 gives 40 to every model but host-passthrough, and
+    under TCG to that as well.
+    """
+    if _attribute(root, "./cpu/maxphysaddr", "mode") == "emulate":
+        return int(_attribute(root, "./cpu/maxphysaddr", "bits") or _DEFAULT_PHYS_BITS)
+    if root.get("type") == "kvm" and _attribute(root, "./cpu", "mode") in ("host-passthrough", "maximum"):
+        return None
+    return _DEFAULT_PHYS_BITS
+
+
+def _attribute(root: etree._Element, path: str, name: str) -> str | None:
+    element = root.find(path)
+    return None if element is None else element.get(name)
 
 
 def _topology(root: etree._Element) -> tuple[int, int, int, int] | None:
@@ -124,6 +217,7 @@ def _parse_device(element: etree._Element) -> MemoryDevice:
     base = address.get("base") if address is not None else None
     slot = address.get("slot") if address is not None and address.get("type") == "dimm" else None
     requested, current = element.find("./target/requested"), element.find("./target/current")
+    block = element.find("./target/block")
     return MemoryDevice(
         model=element.get("model", ""),
         size_bytes=_size(element.find("./target/size")),
@@ -133,6 +227,7 @@ def _parse_device(element: etree._Element) -> MemoryDevice:
         base=None if base is None else int(base, 0),
         requested_bytes=None if requested is None else _size(requested),
         current_bytes=None if current is None else _size(current),
+        block_bytes=None if block is None else _size(block),
     )
 
 

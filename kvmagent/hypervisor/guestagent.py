@@ -1,4 +1,5 @@
-"""The guest agent's commands, through libvirt: what the guest says of its CPUs and memory, and onlining them.
+"""The guest agent's commands, through libvirt: what the guest says of its CPUs and memory,
+and bringing them online and offline.
 
 A guest without an agent, or with one that hangs, is normal: it is told as `GuestSilent`, never waited for longer
 than `TIMEOUT_S` a call. A command that the agent refuses is told as `CommandRefused`.
@@ -70,6 +71,11 @@ class GuestAgent:
         wanted = [{"logical-id": number, "online": True} for number in ids]
         return int(self._call("guest-set-vcpus", {"vcpus": wanted}, timeout_s=ONLINE_TIMEOUT_S))
 
+    def offline_vcpus(self, ids: Iterable[int]) -> int:
+        """Take CPUs offline and return how many were done."""
+        wanted = [{"logical-id": number, "online": False} for number in ids]
+        return int(self._call("guest-set-vcpus", {"vcpus": wanted}, timeout_s=ONLINE_TIMEOUT_S))
+
     def blocks(self) -> tuple[GuestBlock, ...]:
         """Return the memory blocks that the guest's kernel lists, by index."""
         listed = self._call("guest-get-memory-blocks")
@@ -83,11 +89,11 @@ class GuestAgent:
         """Return the size of the guest's memory blocks."""
         return int(self._call("guest-get-memory-block-info")["size"])
 
-    def online_blocks(self, indexes: tuple[int, ...]) -> dict[int, str]:
-        """Bring memory blocks online and return those that failed, each with the guest's word for it."""
+    def set_blocks(self, indexes: tuple[int, ...], *, online: bool) -> dict[int, str]:
+        """Bring memory blocks online or offline and return those that failed, each with the guest's word for it."""
         failed: dict[int, str] = {}
         for start in range(0, len(indexes), _BLOCKS_AT_ONCE):
-            wanted = [{"phys-index": index, "online": True} for index in indexes[start : start + _BLOCKS_AT_ONCE]]
+            wanted = [{"phys-index": index, "online": online} for index in indexes[start : start + _BLOCKS_AT_ONCE]]
             answers = self._call("guest-set-memory-blocks", {"mem-blks": wanted}, timeout_s=ONLINE_TIMEOUT_S)
             for answer in answers:
                 if answer["response"] != "success":
@@ -95,21 +101,23 @@ class GuestAgent:
                     failed[answer["phys-index"]] = f"{answer['response']}{errno}"
         return failed
 
-    def mem_total_bytes(self) -> int | None:
-        """Return MemTotal of the guest; None where the agent may not read files, or the guest is no Linux."""
+    def meminfo(self) -> dict[str, int]:
+        """Return the guest's /proc/meminfo in bytes; empty where the agent may not read files, or it is no Linux."""
         try:
             handle = self._call("guest-file-open", {"path": "/proc/meminfo", "mode": "r"})
         except CommandRefused:
-            return None
+            return {}
         try:
             read = self._call("guest-file-read", {"handle": handle, "count": 4096})
         finally:
             self._call("guest-file-close", {"handle": handle})
-        for line in base64.b64decode(read["buf-b64"]).decode().splitlines():
-            name, _, value = line.partition(":")
-            if name == "MemTotal":
-                return int(value.split()[0]) * KIB
-        return None
+        lines = (line.partition(":") for line in base64.b64decode(read["buf-b64"]).decode().splitlines())
+        return {name: int(value.split()[0]) * KIB for name, _, value in lines if value.endswith(" kB")}
+
+    def disabled(self) -> frozenset[str]:
+        """Return the commands that the agent knows and may not do."""
+        known = self._call("guest-info")["supported_commands"]
+        return frozenset(command["name"] for command in known if not command["enabled"])
 
     def _call(self, command: str, arguments: dict[str, Any] | None = None, *, timeout_s: int = TIMEOUT_S) -> Any:
         request: dict[str, Any] = {"execute": command}

@@ -1,20 +1,63 @@
 """What the compute node has left, read from the kernel.
 
-Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping.
+Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping; Linux
+Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v2.rst, memory.max.
 """
 
+import re
 from pathlib import Path
 
-from kvmagent.model.facts import Host
+from kvmagent.model.facts import Host, HostNode
 from kvmagent.model.units import KIB
 
+# systemd's slice for VMs: all of libvirt's system VMs are below it.
+_SLICE = "sys/fs/cgroup/machine.slice"
 
-def read_host(meminfo: Path = Path("/proc/meminfo")) -> Host:
-    """Return the host's facts; a part that cannot be read is None."""
+
+def read_host(vcpu_limit: int | None, root: Path) -> Host:
+    """Return the host's facts, the kernel's files being below `root`; a part that cannot be read is None."""
+    meminfo = _read_meminfo(root / "proc/meminfo")
+    available = meminfo.get("MemAvailable")
+    room = _slice_room(root / _SLICE)
+    return Host(
+        memory_available_bytes=available if room is None or available is None else min(available, room),
+        vcpu_limit=vcpu_limit,
+        phys_bits=_read_phys_bits(root / "proc/cpuinfo"),
+        nodes=tuple(_read_node(path) for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))),
+        hugepage_bytes=meminfo.get("Hugepagesize"),
+    )
+
+
+def _read_meminfo(path: Path) -> dict[str, int]:
+    """Return the sizes of a meminfo file in bytes; a node's has "Node N" in front of each line."""
+    found = re.findall(r"^(?:Node \d+ )?([\w()]+): +(\d+) kB$", _read(path), re.MULTILINE)
+    return {name: int(size) * KIB for name, size in found}
+
+
+def _read_node(path: Path) -> HostNode:
+    free = {}
+    for pages in path.glob("hugepages/hugepages-*kB"):
+        size_kib = int(pages.name.removeprefix("hugepages-").removesuffix("kB"))
+        free[size_kib * KIB] = int(_read(pages / "free_hugepages") or 0)
+    meminfo = _read_meminfo(path / "meminfo")
+    # Page cache that can be dropped is free for a VM. Source: Linux mm/vmscan.c; the node has no MemAvailable.
+    free_bytes = sum(meminfo.get(name, 0) for name in ("MemFree", "Inactive(file)", "SReclaimable"))
+    return HostNode(id=int(path.name.removeprefix("node")), free_bytes=free_bytes, free_hugepages=free)
+
+
+def _read_phys_bits(path: Path) -> int | None:
+    found = re.search(r"^address sizes\s*: (\d+) bits physical", _read(path), re.MULTILINE)
+    return int(found.group(1)) if found else None
+
+
+def _slice_room(path: Path) -> int | None:
+    """Return what the VMs' cgroup may still take; None without a limit."""
+    limit, current = _read(path / "memory.max").strip(), _read(path / "memory.current").strip()
+    return int(limit) - int(current) if limit.isdigit() and current.isdigit() else None
+
+
+def _read(path: Path) -> str:
     try:
-        lines = meminfo.read_text().splitlines()
+        return path.read_text()
     except OSError:
-        return Host()
-    values = dict(line.split(":", 1) for line in lines if ":" in line)
-    available = values.get("MemAvailable")
-    return Host(memory_available_bytes=int(available.split()[0]) * KIB if available else None)
+        return ""

@@ -2,27 +2,45 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import libvirt
 import libvirt_qemu
 
 from kvmagent.hypervisor.connection import Connection
-from kvmagent.hypervisor.domain import VmHandle, find_vm
+from kvmagent.hypervisor.deviceevents import DeviceEvents
+from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
+from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_host
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
-from kvmagent.hypervisor.performers import perform
-from kvmagent.model.facts import Facts
+from kvmagent.hypervisor.performers import perform, preview
+from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.host import HostView
 from kvmagent.model.steps import AnyStep
 
 
 class Node:
-    """Thread-safe. A VM is named by its domain name or UUID, with or without dashes."""
+    """Thread-safe. A VM is named by its domain name or UUID, with or without dashes.
 
-    def __init__(self, connection: Connection, *, send_to_agent: Send = libvirt_qemu.qemuAgentCommand) -> None:
+    `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
+    `host_root` where the kernel's files of the host are.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        events: DeviceEvents,
+        former_xml_dir: Path,
+        send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
+        host_root: Path = Path("/"),
+    ) -> None:
         self._connection = connection
-        self._send_to_agent = send_to_agent
+        self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
+        self._host_root = host_root
+        self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -67,20 +85,47 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self._find(vm) as handle:
+        with self._connection.lease() as connection:
+            handle = find_vm(connection, vm, self._means)
             domain, connected = handle.read()
-            return Facts(domain=domain, guest=handle.ask_guest(domain, connected, parts), host=read_host())
+            guest = handle.ask_guest(domain, connected, parts)
+            limit = self._vcpu_limit(connection, domain.live or domain.config)
+        return Facts(domain=domain, guest=guest, host=read_host(limit, self._host_root))
 
-    def perform(self, vm: str, step: AnyStep) -> None:
-        """Perform one step.
+    def perform(self, vm: str, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing.
 
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
         with self._find(vm) as handle:
-            perform(handle, step)
+            return perform(handle, step)
+
+    def preview(self, vm: str, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        with self._find(vm) as handle:
+            return preview(handle, step)
 
     @contextmanager
     def _find(self, vm: str) -> Iterator[VmHandle]:
         with self._connection.lease() as connection:
-            yield find_vm(connection, vm, self._send_to_agent)
+            yield find_vm(connection, vm, self._means)
+
+    def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
+        """Return the most vCPUs of a machine type, asked once; None where it is not told."""
+        if definition is None:
+            return None
+        key = (definition.arch, definition.machine, definition.hypervisor)
+        if key not in self._vcpu_limits:
+            try:
+                limits = [parse_vcpu_limit(connection.getDomainCapabilities(None, *key, 0))]
+                if definition.hypervisor == "kvm":
+                    limits.append(connection.getMaxVcpus("kvm"))
+                self._vcpu_limits[key] = min((limit for limit in limits if limit), default=None)
+            except libvirt.libvirtError:
+                return None
+        return self._vcpu_limits[key]

@@ -1,39 +1,63 @@
 """One function for each step type: the effect that the step names, on one VM.
 
-A performer ends by returning when the effect is there, or by raising AgentError. Waiting performers look until their
-deadline: libvirt has no event for what the guest lists, nor for what it brings online.
+A performer ends by returning when the effect is there (a text, where it has something to tell), or by raising
+AgentError. Waiting performers look until their deadline, or are woken by an event: libvirt has none for what the guest
+lists or brings online, nor for a vCPU that is gone.
 """
 
+import contextlib
+import queue
 import time
 from collections.abc import Callable
 from typing import Any
 
 from kvmagent.hypervisor.domain import VmHandle
+from kvmagent.hypervisor.shapexml import edit_shape, format_diff
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
+    AttachVirtioMem,
     AwaitBalloon,
     AwaitGuestMemory,
     AwaitGuestVcpus,
+    AwaitVirtioMem,
+    DefineShape,
+    DetachMemory,
+    ForgetMemory,
+    OfflineGuestMemory,
+    OfflineGuestVcpus,
     OnlineGuestMemory,
     OnlineGuestVcpus,
+    ResizeVirtioMem,
     SetBalloon,
     SetVcpus,
+    UnplugVcpus,
 )
 from kvmagent.model.units import format_ids, format_size
 
 # The guest's kernel lists a new device within tens of milliseconds when it is idle, within seconds when it is busy.
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 0.5
+# Events are lost with a connection: so a waiter looks for itself as well.
+_LOOK_WITHOUT_EVENT_S = 1.0
 
 
-def perform(vm: VmHandle, step: AnyStep) -> None:
-    """Perform one step.
+def perform(vm: VmHandle, step: AnyStep) -> str:
+    """Perform one step; return what it has to tell, mostly nothing.
 
     Raises:
         AgentError: what went wrong; after it nothing is known of the effect: observe again.
     """
-    PERFORMERS[type(step)](vm, step)
+    return PERFORMERS[type(step)](vm, step) or ""
+
+
+def preview(vm: VmHandle, step: AnyStep) -> str:
+    """Return what a step would tell, without performing it: the diff of a definition; nothing of other steps.
+
+    Raises:
+        AgentError: when the VM cannot be read.
+    """
+    return _diff(vm.config_xml(), step) if isinstance(step, DefineShape) else ""
 
 
 def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
@@ -75,7 +99,7 @@ def _await_guest_memory(vm: VmHandle, step: AwaitGuestMemory) -> None:
 
 
 def _online_guest_memory(vm: VmHandle, step: OnlineGuestMemory) -> None:
-    failed = vm.agent.online_blocks(step.blocks)
+    failed = vm.agent.set_blocks(step.blocks, online=True)
     if failed:
         words = next(iter(failed.values()))
         raise AgentError(
@@ -90,7 +114,7 @@ def _set_balloon(vm: VmHandle, step: SetBalloon) -> None:
 
 def _await_balloon(vm: VmHandle, step: AwaitBalloon) -> None:
     def is_reached() -> bool:
-        return (vm.balloon_bytes() or 0) >= step.size_bytes
+        return vm.balloon_bytes() == step.size_bytes
 
     if not _wait(is_reached, step.timeout_sec):
         actual = vm.balloon_bytes()
@@ -99,6 +123,107 @@ def _await_balloon(vm: VmHandle, step: AwaitBalloon) -> None:
             Code.BALLOON_NOT_ANSWERING,
             f"after {step.timeout_sec:g} s the balloon is at {shown}, asked for {format_size(step.size_bytes)}",
         )
+
+
+def _offline_guest_vcpus(vm: VmHandle, step: OfflineGuestVcpus) -> None:
+    if vm.agent.offline_vcpus(step.ids) == 0:
+        raise AgentError(Code.GUEST_CPU_IN_USE, f"the guest took none of CPUs {format_ids(step.ids)} offline")
+
+
+def _unplug_vcpus(vm: VmHandle, step: UnplugVcpus) -> None:
+    """libvirt itself waits 5 s for the guest and then says timeout, whatever the reason. Source: libvirt 9.0."""
+    try:
+        vm.set_vcpus(step.count, "live")
+    except AgentError as error:
+        if error.code is not Code.LIBVIRT_BUSY or vm.find_job() is not None:
+            raise
+    if not _wait(lambda: vm.live_vcpus() <= step.count, step.timeout_sec):
+        raise AgentError(
+            Code.CPU_REMOVAL_PENDING,
+            f"after {step.timeout_sec:g} s the VM still has {vm.live_vcpus()} vCPUs, it was to have {step.count}",
+        )
+
+
+def _offline_guest_memory(vm: VmHandle, step: OfflineGuestMemory) -> None:
+    failed = vm.agent.set_blocks(step.blocks, online=False)
+    if failed:
+        words = next(iter(failed.values()))
+        raise AgentError(
+            Code.GUEST_MEMORY_IN_USE,
+            f"the guest did not take memory blocks {format_ids(tuple(failed))} of {step.alias} offline: {words}",
+        )
+
+
+def _detach_memory(vm: VmHandle, step: DetachMemory) -> None:
+    deadline = time.monotonic() + step.timeout_sec
+    with vm.watch() as events:
+        if vm.find_live_device(step.alias) is None:
+            return
+        vm.request_detach(step.alias)
+        while vm.find_live_device(step.alias) is not None:
+            if time.monotonic() >= deadline:
+                raise AgentError(
+                    Code.MEMORY_REMOVAL_PENDING,
+                    f"after {step.timeout_sec:g} s the guest has neither given up {step.alias} nor refused",
+                )
+            try:
+                event = events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+            except queue.Empty:
+                continue
+            if event.kind == "removal-failed" and event.alias == step.alias:
+                raise AgentError(Code.MEMORY_REMOVAL_REFUSED, f"the guest refused to give up {step.alias}")
+
+
+def _forget_memory(vm: VmHandle, step: ForgetMemory) -> None:
+    vm.forget_memory(alias=step.alias, slot=step.slot, node=step.node, size_bytes=step.size_bytes)
+
+
+def _attach_virtio_mem(vm: VmHandle, step: AttachVirtioMem) -> None:
+    vm.attach_virtio_mem(
+        alias=step.alias,
+        size_bytes=step.size_bytes,
+        block_bytes=step.block_bytes,
+        requested_bytes=step.requested_bytes,
+        node=step.node,
+        live=step.live,
+        config=step.config,
+    )
+
+
+def _resize_virtio_mem(vm: VmHandle, step: ResizeVirtioMem) -> None:
+    vm.resize_virtio_mem(
+        alias=step.alias,
+        node=step.node,
+        size_bytes=step.size_bytes,
+        requested_bytes=step.requested_bytes,
+        target=step.target,
+    )
+
+
+def _await_virtio_mem(vm: VmHandle, step: AwaitVirtioMem) -> None:
+    deadline = time.monotonic() + step.timeout_sec
+    with vm.watch() as events:
+        while (device := vm.find_live_device(step.alias)) is None or device.current_bytes != step.size_bytes:
+            if device is None or time.monotonic() >= deadline:
+                shown = "gone" if device is None else f"at {format_size(device.plugged_bytes)}"
+                raise AgentError(
+                    Code.VIRTIO_MEM_STALLED,
+                    f"{step.alias} was asked for {format_size(step.size_bytes)}, after {step.timeout_sec:g} s it is "
+                    f"{shown}",
+                )
+            with contextlib.suppress(queue.Empty):
+                events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+
+
+def _define_shape(vm: VmHandle, step: DefineShape) -> str:
+    """The diff is made of what anybody may read, the definition of what has the passwords in it."""
+    told = _diff(vm.config_xml(), step)
+    vm.define(edit_shape(vm.secure_config_xml(), step.shape))
+    return told
+
+
+def _diff(xml: str, step: DefineShape) -> str:
+    return format_diff(xml, edit_shape(xml, step.shape))
 
 
 def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
@@ -112,7 +237,7 @@ def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
     return True
 
 
-PERFORMERS: dict[type, Callable[[VmHandle, Any], None]] = {
+PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     SetVcpus: _set_vcpus,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,
@@ -121,4 +246,13 @@ PERFORMERS: dict[type, Callable[[VmHandle, Any], None]] = {
     OnlineGuestMemory: _online_guest_memory,
     SetBalloon: _set_balloon,
     AwaitBalloon: _await_balloon,
+    OfflineGuestVcpus: _offline_guest_vcpus,
+    UnplugVcpus: _unplug_vcpus,
+    OfflineGuestMemory: _offline_guest_memory,
+    DetachMemory: _detach_memory,
+    ForgetMemory: _forget_memory,
+    AttachVirtioMem: _attach_virtio_mem,
+    ResizeVirtioMem: _resize_virtio_mem,
+    AwaitVirtioMem: _await_virtio_mem,
+    DefineShape: _define_shape,
 }

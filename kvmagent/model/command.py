@@ -2,6 +2,7 @@
 
     decide(request, facts, task_uuid)     -> goal      absolute, recorded before anything is touched; or AgentError
     advance(goal, facts, spent)           -> steps     what is left to do towards the goal; none = done
+    retreat(goal, facts, error)           -> goal      after a failure on the way, where to go instead; None = stop
     conclude(Ending)                      -> reply     what the caller is told
 
 The executor observes before every call of `advance`, so that a step which needs to know the effect of an earlier one
@@ -61,11 +62,17 @@ class Goal(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class StepReport(msgspec.Struct, frozen=True, rename="camel"):
-    """One performed step: how long it took (None: it was cut off, and may have had its effect), what went wrong."""
+    """One performed step: how long it took (None: it was cut off, and may have had its effect), what went wrong.
+
+    `ended_ms` counts from the start of the run (0: in an earlier one); `told` is the text of a step that has one:
+    DefineShape's diff.
+    """
 
     step: AnyStep
     elapsed_ms: float | None
     problem: Problem | None = None
+    ended_ms: float = 0.0
+    told: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ class Ending:
     """Everything that a reply can be made from.
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
-    `after` when it could not be read again. `planned` holds the steps of a dry run. `recovered`: an earlier agent left
-    the task unfinished; `reports` then begin with that agent's.
+    `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
+    `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's. `late`: what was
+    pending when the task answered has come to an end since.
     """
 
     request: Any
@@ -84,15 +92,22 @@ class Ending:
     reports: tuple[StepReport, ...]
     error: AgentError | None
     planned: tuple[AnyStep, ...] | None = None
+    preview: str = ""
     recovered: bool = False
+    late: bool = False
+
+
+def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
+    """What most commands do after a failure on the way: stop, and tell how far it came."""
 
 
 @dataclass(frozen=True)
 class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
-    `observe_guest` names what has to be asked of the guest: "cpus", "memory". `spent` (of advance) names the soft
-    step types that failed in this run and are not to be tried again.
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the
+    keys of the soft steps that failed in this run and are not to be tried again, each also followed by its error code.
+    A failed soft step ends its round: what follows it in the plan may count on its success.
     """
 
     name: str
@@ -106,6 +121,7 @@ class Command:
     advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
     conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
+    retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
 
 
 @dataclass(frozen=True)

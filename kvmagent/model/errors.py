@@ -66,10 +66,18 @@ class Code(StrEnum):
     VM_TRANSIENT = "VM_TRANSIENT"
     VM_CRASHED = "VM_CRASHED"
     TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
+    TARGET_ABOVE_CURRENT = "TARGET_ABOVE_CURRENT"
     NO_ACPI = "NO_ACPI"
+    MACHINE_NOT_SUPPORTED = "MACHINE_NOT_SUPPORTED"
+    DEFINITION_REFUSED = "DEFINITION_REFUSED"
+    FORMER_XML_NOT_KEPT = "FORMER_XML_NOT_KEPT"
     # vCPUs
     CPU_ABOVE_MAXIMUM = "CPU_ABOVE_MAXIMUM"
     CPU_TOPOLOGY_MISMATCH = "CPU_TOPOLOGY_MISMATCH"
+    CPU_ABOVE_HOST_LIMIT = "CPU_ABOVE_HOST_LIMIT"
+    CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
+    CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
+    CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
     # memory
     NO_MAX_MEMORY = "NO_MAX_MEMORY"
     MEMORY_ABOVE_MAXIMUM = "MEMORY_ABOVE_MAXIMUM"
@@ -80,9 +88,19 @@ class Code(StrEnum):
     MEMORY_NOT_ALIGNED = "MEMORY_NOT_ALIGNED"
     MEMORY_DEVICE_MISALIGNED = "MEMORY_DEVICE_MISALIGNED"
     HOST_MEMORY_SHORT = "HOST_MEMORY_SHORT"
+    HOST_NODE_MEMORY_SHORT = "HOST_NODE_MEMORY_SHORT"
+    HOST_HUGEPAGES_SHORT = "HOST_HUGEPAGES_SHORT"
+    MEMORY_HARD_LIMIT = "MEMORY_HARD_LIMIT"
+    MEMORY_ENCRYPTED = "MEMORY_ENCRYPTED"
+    MEMORY_NOT_REMOVABLE = "MEMORY_NOT_REMOVABLE"
+    MEMORY_SIZE_NOT_REACHABLE = "MEMORY_SIZE_NOT_REACHABLE"
+    MEMORY_REMOVAL_REFUSED = "MEMORY_REMOVAL_REFUSED"
+    MEMORY_REMOVAL_PENDING = "MEMORY_REMOVAL_PENDING"
+    VIRTIO_MEM_STALLED = "VIRTIO_MEM_STALLED"
     NO_BALLOON = "NO_BALLOON"
     BALLOON_ABOVE_TOTAL = "BALLOON_ABOVE_TOTAL"
     BALLOON_NOT_ANSWERING = "BALLOON_NOT_ANSWERING"
+    BALLOON_BELOW_FLOOR = "BALLOON_BELOW_FLOOR"
     # the guest
     GUEST_AGENT_ABSENT = "GUEST_AGENT_ABSENT"
     GUEST_AGENT_DISCONNECTED = "GUEST_AGENT_DISCONNECTED"
@@ -93,6 +111,9 @@ class Code(StrEnum):
     GUEST_CPU_OFFLINE = "GUEST_CPU_OFFLINE"
     GUEST_MEMORY_NOT_SEEN = "GUEST_MEMORY_NOT_SEEN"
     GUEST_MEMORY_OFFLINE = "GUEST_MEMORY_OFFLINE"
+    GUEST_MEMORY_SHORT = "GUEST_MEMORY_SHORT"
+    GUEST_CPU_IN_USE = "GUEST_CPU_IN_USE"
+    GUEST_MEMORY_IN_USE = "GUEST_MEMORY_IN_USE"
     GUEST_FREE_SHOWS_LESS = "GUEST_FREE_SHOWS_LESS"
     DRIFT = "DRIFT"
 
@@ -105,6 +126,9 @@ class CodeInfo(msgspec.Struct, frozen=True):
     remedy: str
 
 
+_USE_PREPARE = (
+    "Let ReadyForHotplug correct the persistent definition (prepare: true), then power the VM off and start it again."
+)
 _PREPARE = "Correct the VM's persistent definition as the message says, then power the VM off and start it again."
 
 CPU_ONLINE_HINT = (
@@ -289,10 +313,28 @@ CODES: dict[Code, CodeInfo] = {
         "A hot-plug was asked to come down to less than the VM has.",
         "Ask for more than the VM has; to remove, use the hot-unplug path.",
     ),
-    Code.NO_ACPI: CodeInfo(
+    Code.TARGET_ABOVE_CURRENT: CodeInfo(
         400,
-        "The VM has no ACPI, by which hot-plugged devices are told to the guest.",
-        "Add <features><acpi/></features> to the persistent definition, then power the VM off and start it again.",
+        "A hot-unplug was asked to come down to more than the VM has.",
+        "Ask for less than the VM has; to add, use the hot-plug path.",
+    ),
+    Code.NO_ACPI: CodeInfo(
+        400, "The VM has no ACPI, by which hot-plugged devices are told to the guest.", _USE_PREPARE
+    ),
+    Code.MACHINE_NOT_SUPPORTED: CodeInfo(
+        400,
+        "The VM's architecture or machine type cannot be hot-plugged by this agent.",
+        "Use an x86-64 VM of machine type q35 or pc.",
+    ),
+    Code.DEFINITION_REFUSED: CodeInfo(
+        500,
+        "libvirt did not take the prepared definition; the one that was there is unchanged.",
+        "Read libvirt's words in the message, and prepare for less or correct that part of the definition.",
+    ),
+    Code.FORMER_XML_NOT_KEPT: CodeInfo(
+        500,
+        "The former definition could not be kept in agent.state_dir, so it was not replaced.",
+        "Check free space and permissions of agent.state_dir.",
     ),
     Code.CPU_ABOVE_MAXIMUM: CodeInfo(
         400,
@@ -301,11 +343,27 @@ CODES: dict[Code, CodeInfo] = {
         "power the VM off and on.",
     ),
     Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(400, "sockets x dies x cores x threads is not the vCPU maximum.", _PREPARE),
-    Code.NO_MAX_MEMORY: CodeInfo(
+    Code.CPU_ABOVE_HOST_LIMIT: CodeInfo(
         400,
-        "The VM has no <maxMemory>, so no memory device can be attached.",
-        "Add <maxMemory slots='16'> and a NUMA cell to the persistent definition, then power the VM off and on.",
+        "The VM's vCPU maximum is above what the hypervisor gives to its machine type.",
+        "Lower the vCPU maximum; above 255 an x86 VM needs an IOMMU with eim='on'.",
     ),
+    Code.CPU_NOT_REMOVABLE: CodeInfo(
+        400,
+        "vCPUs that the VM was started with as not hotpluggable cannot be removed while it runs.",
+        'Ask for no less than the message names; or send "affect": "config" and power the VM off and on.',
+    ),
+    Code.CPU_REMOVAL_UNSAFE: CodeInfo(
+        400,
+        "The VM is emulated (domain type qemu): QEMU never confirms the removal of a vCPU there, and crashes later.",
+        'Send "affect": "config" and power the VM off and on, or run the VM with KVM.',
+    ),
+    Code.CPU_REMOVAL_PENDING: CodeInfo(
+        200,
+        "The guest has neither given up the vCPUs nor can it be told to have refused.",
+        "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
+    ),
+    Code.NO_MAX_MEMORY: CodeInfo(400, "The VM has no <maxMemory>, so no memory device can be attached.", _USE_PREPARE),
     Code.MEMORY_ABOVE_MAXIMUM: CodeInfo(
         400,
         "More memory was asked for than the VM's <maxMemory>.",
@@ -317,17 +375,8 @@ CODES: dict[Code, CodeInfo] = {
         "All memory slots are taken.",
         "Raise slots in <maxMemory> of the persistent definition and power the VM off and on; use larger dimms.",
     ),
-    Code.NO_NUMA_CELL: CodeInfo(
-        400,
-        "The VM has no guest NUMA cell, which memory hotplug needs.",
-        "Add <numa><cell> with all vCPUs and all boot memory to <cpu> of the persistent definition, then power the "
-        "VM off and on.",
-    ),
-    Code.NUMA_CELLS_INCOMPLETE: CodeInfo(
-        400,
-        "The guest NUMA cells do not cover all possible vCPUs.",
-        "List every possible vCPU in a NUMA cell of the persistent definition, then power the VM off and on.",
-    ),
+    Code.NO_NUMA_CELL: CodeInfo(400, "The VM has no guest NUMA cell, which memory hotplug needs.", _USE_PREPARE),
+    Code.NUMA_CELLS_INCOMPLETE: CodeInfo(400, "The guest NUMA cells do not cover all possible vCPUs.", _USE_PREPARE),
     Code.NUMA_NODE_NOT_FOUND: CodeInfo(
         400, "The guest has no such NUMA node.", "Ask for a node that the message lists, or leave node out."
     ),
@@ -347,6 +396,53 @@ CODES: dict[Code, CodeInfo] = {
         "The host has too little free memory for the amount.",
         "Free memory on the host, move a VM away, or ask for less.",
     ),
+    Code.HOST_NODE_MEMORY_SHORT: CodeInfo(
+        400,
+        "The host NUMA nodes that the VM's memory must come from have too little free memory.",
+        "Free memory on those nodes, or widen the VM's <numatune>.",
+    ),
+    Code.HOST_HUGEPAGES_SHORT: CodeInfo(
+        400,
+        "The VM's memory is backed by hugepages, and the host has too few free ones of that size.",
+        "Reserve more hugepages of that size on the host (vm.nr_hugepages), or ask for less.",
+    ),
+    Code.MEMORY_HARD_LIMIT: CodeInfo(
+        400,
+        "The VM's memtune hard_limit is too low for the amount: QEMU would be killed, or could not lock its memory.",
+        "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
+    ),
+    Code.MEMORY_ENCRYPTED: CodeInfo(
+        400,
+        "The VM's memory is encrypted (launchSecurity), so no memory can be plugged.",
+        "Give the VM its memory at start.",
+    ),
+    Code.MEMORY_NOT_REMOVABLE: CodeInfo(
+        400,
+        "The VM has no memory device that could be removed without going below the target.",
+        "Ask for a total that the message names; memory that the VM was started with can only be ballooned.",
+    ),
+    Code.MEMORY_SIZE_NOT_REACHABLE: CodeInfo(
+        200,
+        "The VM's memory devices do not add up to the amount: less was removed, never more.",
+        "Ask for a total that the message names to have it exactly.",
+    ),
+    Code.MEMORY_REMOVAL_REFUSED: CodeInfo(
+        409,
+        "The guest refused to give up a memory device: it holds memory that the kernel cannot move.",
+        "Reboot the guest with kernel parameter memhp_default_state=online_movable, so that plugged memory stays "
+        "removable, or shrink what uses memory in it and try again.",
+    ),
+    Code.MEMORY_REMOVAL_PENDING: CodeInfo(
+        200,
+        "The guest has neither given up a memory device nor refused: it may still do so later.",
+        "Look at the guest (is it running, busy, still booting?) and at the VM again, or send lateCallback: true.",
+    ),
+    Code.VIRTIO_MEM_STALLED: CodeInfo(
+        500,
+        "The guest did not bring its virtio-mem device to the requested size.",
+        "Check in the guest that the virtio_mem driver is loaded (Linux 5.8 and later) and its kernel log; to shrink, "
+        "plugged memory must be movable (kernel parameter memhp_default_state=online_movable).",
+    ),
     Code.NO_BALLOON: CodeInfo(
         400,
         "The VM has no memory balloon device.",
@@ -362,6 +458,11 @@ CODES: dict[Code, CodeInfo] = {
         500,
         "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory.",
         "Check in the guest that the virtio_balloon driver is loaded.",
+    ),
+    Code.BALLOON_BELOW_FLOOR: CodeInfo(
+        400,
+        "The balloon would take memory that the guest needs: what is offline in the guest counts as taken already.",
+        "Ask for no less than the message names; bring plugged memory online in the guest first.",
     ),
     Code.GUEST_AGENT_ABSENT: CodeInfo(
         400,
@@ -395,6 +496,23 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.GUEST_MEMORY_OFFLINE: CodeInfo(
         400, "The guest lists memory blocks that are offline in it.", MEMORY_ONLINE_HINT
+    ),
+    Code.GUEST_MEMORY_SHORT: CodeInfo(
+        400,
+        "The guest has too little free memory for the change: its kernel needs 1/64 of what is added for the page "
+        "map, and room for what is in use of what is removed.",
+        "Free memory in the guest, or change less at a time.",
+    ),
+    Code.GUEST_CPU_IN_USE: CodeInfo(
+        409,
+        "The guest would not take a CPU offline.",
+        "Look for what holds the CPU in the guest (its kernel log, tasks pinned to it).",
+    ),
+    Code.GUEST_MEMORY_IN_USE: CodeInfo(
+        409,
+        "The guest would not take memory blocks offline: they hold memory that its kernel cannot move.",
+        "Reboot the guest with kernel parameter memhp_default_state=online_movable, so that plugged memory stays "
+        "removable, or shrink what uses memory in it and try again.",
     ),
     Code.GUEST_FREE_SHOWS_LESS: CodeInfo(
         200,

@@ -42,6 +42,12 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     base: int | None = None
     requested_bytes: int | None = None
     current_bytes: int | None = None
+    block_bytes: int | None = None
+
+    @property
+    def room_bytes(self) -> int:
+        """What a virtio-mem device can still give; a dimm has given all."""
+        return self.size_bytes - self.plugged_bytes if self.model == "virtio-mem" else 0
 
     @property
     def plugged_bytes(self) -> int:
@@ -59,6 +65,10 @@ class Definition(msgspec.Struct, frozen=True):
 
     `total_bytes` is libvirt's `<memory>`: boot memory and the full size of every device.
     `current_bytes` is `<currentMemory>`: what the balloon leaves.
+    `hugepage_bytes` is the page size that all memory is backed with, 0 for the host's default hugepage; None without.
+    `hard_limit_bytes` is memtune's, `vfio_devices` how many host devices are passed through by VFIO,
+    `host_nodes` the host NUMA nodes that memory must come from (empty: any), `phys_bits` the vCPUs' physical
+    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255.
     """
 
     vcpu_current: int
@@ -77,6 +87,14 @@ class Definition(msgspec.Struct, frozen=True):
     machine: str
     arch: str
     hypervisor: str
+    hugepage_bytes: int | None = None
+    locked: bool = False
+    hard_limit_bytes: int | None = None
+    vfio_devices: int = 0
+    launch_security: str | None = None
+    host_nodes: frozenset[int] = frozenset()
+    phys_bits: int | None = None
+    iommu_eim: bool = False
 
     @property
     def boot_bytes(self) -> int:
@@ -97,6 +115,11 @@ class Definition(msgspec.Struct, frozen=True):
     def slots_used(self) -> int:
         """Slots that memory devices occupy. Source: libvirt 9.0 counts virtio-mem too (dropped in 9.5)."""
         return len(self.devices)
+
+    @property
+    def virtio_mems(self) -> tuple[MemoryDevice, ...]:
+        """The virtio-mem devices."""
+        return tuple(device for device in self.devices if device.model == "virtio-mem")
 
     def find_device(self, alias: str) -> MemoryDevice | None:
         """Return the memory device of that alias."""
@@ -135,7 +158,8 @@ class Guest(msgspec.Struct, frozen=True):
     """What the guest says of itself through its agent.
 
     `silence` is why it says nothing at all: one of the GUEST_AGENT codes. A single part that could not be had
-    (a blocked command, say) is None, and `refused` names the commands with the agent's words.
+    (a blocked command, say) is None, and `refused` names the commands with the agent's words. `disabled` are the
+    commands that the agent's configuration blocks, where it was asked for them.
     """
 
     silence: Code | None = None
@@ -144,7 +168,9 @@ class Guest(msgspec.Struct, frozen=True):
     blocks: tuple[GuestBlock, ...] | None = None
     block_bytes: int | None = None
     mem_total_bytes: int | None = None
+    mem_available_bytes: int | None = None
     refused: dict[str, str] = {}
+    disabled: frozenset[str] = frozenset()
 
     @property
     def cpus_online(self) -> int | None:
@@ -152,11 +178,26 @@ class Guest(msgspec.Struct, frozen=True):
         return None if self.vcpus is None else sum(cpu.online for cpu in self.vcpus)
 
 
+class HostNode(msgspec.Struct, frozen=True):
+    """One NUMA node of the compute node: free memory, and free hugepages by their size in bytes."""
+
+    id: int
+    free_bytes: int
+    free_hugepages: dict[int, int] = {}
+
+
 class Host(msgspec.Struct, frozen=True):
-    """The compute node: memory that can be had without swapping, and the hypervisor's vCPU limit."""
+    """The compute node.
+
+    `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
+    a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size.
+    """
 
     memory_available_bytes: int | None = None
     vcpu_limit: int | None = None
+    phys_bits: int | None = None
+    nodes: tuple[HostNode, ...] = ()
+    hugepage_bytes: int | None = None
 
 
 class Facts(msgspec.Struct, frozen=True):

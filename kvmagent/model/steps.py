@@ -1,7 +1,8 @@
 """The effects that a plan can name. Each has exactly one performer, in hypervisor/performers.py.
 
 A `soft` step asks the guest. When it fails or its time runs out, the task goes on and the reply carries a warning:
-a guest that does not answer is no error of the hypervisor's change.
+a guest that does not answer is no error of the hypervisor's change. A soft step that failed is not tried again in its
+run: `key` names what is given up with it.
 """
 
 from typing import ClassVar, Literal
@@ -16,12 +17,26 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
 
     soft: ClassVar[bool] = False
 
+    @property
+    def key(self) -> str:
+        """What a failure of this step gives up: the step type, or with a device's name the type for that device."""
+        return type(self).__name__
+
+    @property
+    def follows(self) -> bool:
+        """Whether it only brings the persistent definition to what the running VM is: it may be done late, too."""
+        return False
+
 
 class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
     """Set the number of vCPUs, of the running VM or of its persistent definition (there hotpluggable)."""
 
     count: int
     target: Target
+
+    @property
+    def follows(self) -> bool:
+        return self.target == "config"
 
 
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
@@ -80,6 +95,120 @@ class AwaitBalloon(Step, frozen=True, tag="AwaitBalloon", rename="camel"):
     timeout_sec: float
 
 
+class OfflineGuestVcpus(Step, frozen=True, tag="OfflineGuestVcpus", rename="camel"):
+    """Take CPUs offline in the guest through its agent."""
+
+    soft: ClassVar[bool] = True
+    ids: tuple[int, ...]
+
+
+class UnplugVcpus(Step, frozen=True, tag="UnplugVcpus", rename="camel"):
+    """Bring the running VM down to a number of vCPUs, and wait until the guest has let go of the others."""
+
+    soft: ClassVar[bool] = True
+    count: int
+    timeout_sec: float
+
+
+class OfflineGuestMemory(Step, frozen=True, tag="OfflineGuestMemory", rename="camel"):
+    """Take the memory blocks of one device offline in the guest through its agent."""
+
+    soft: ClassVar[bool] = True
+    alias: str
+    blocks: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{type(self).__name__} {self.alias}"
+
+
+class DetachMemory(Step, frozen=True, tag="DetachMemory", rename="camel"):
+    """Ask the guest to give up a dimm of the running VM, and wait until it has, or has refused."""
+
+    soft: ClassVar[bool] = True
+    alias: str
+    timeout_sec: float
+
+    @property
+    def key(self) -> str:
+        return f"{type(self).__name__} {self.alias}"
+
+
+class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
+    """Remove a dimm from the persistent definition: by its user alias, else by slot, node and size."""
+
+    alias: str | None
+    slot: int | None
+    node: int
+    size_bytes: int
+
+    @property
+    def follows(self) -> bool:
+        return True
+
+
+class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
+    """Attach a virtio-mem device under a user alias, of which the guest is asked to plug `requested_bytes`."""
+
+    alias: str
+    size_bytes: int
+    block_bytes: int
+    requested_bytes: int
+    node: int
+    live: bool
+    config: bool
+
+
+class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
+    """Set what is requested of a virtio-mem device: found by its alias, in the persistent one else by node and size."""
+
+    alias: str | None
+    node: int
+    size_bytes: int
+    requested_bytes: int
+    target: Target
+
+
+class AwaitVirtioMem(Step, frozen=True, tag="AwaitVirtioMem", rename="camel"):
+    """Wait until a virtio-mem device's current size is the requested one."""
+
+    soft: ClassVar[bool] = True
+    alias: str
+    size_bytes: int
+    timeout_sec: float
+
+    @property
+    def key(self) -> str:
+        return f"{type(self).__name__} {self.alias}"
+
+
+class CellShape(msgspec.Struct, frozen=True, rename="camel"):
+    """One guest NUMA cell as the persistent definition is to have it."""
+
+    id: int
+    cpus: tuple[int, ...]
+    memory_bytes: int
+
+
+class Shape(msgspec.Struct, frozen=True, rename="camel"):
+    """What the persistent definition must have so that its next start can be hot-plugged; the rest of it stays.
+
+    `topology` (sockets, dies, cores, threads) is None where the definition has none.
+    """
+
+    vcpu_maximum: int
+    topology: tuple[int, int, int, int] | None
+    max_memory_bytes: int
+    slots: int
+    cells: tuple[CellShape, ...]
+
+
+class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):
+    """Edit the persistent definition to a shape, with ACPI, a balloon and an agent channel; keep the former one."""
+
+    shape: Shape
+
+
 AnyStep = (
     SetVcpus
     | AwaitGuestVcpus
@@ -89,4 +218,13 @@ AnyStep = (
     | OnlineGuestMemory
     | SetBalloon
     | AwaitBalloon
+    | OfflineGuestVcpus
+    | UnplugVcpus
+    | OfflineGuestMemory
+    | DetachMemory
+    | ForgetMemory
+    | AttachVirtioMem
+    | ResizeVirtioMem
+    | AwaitVirtioMem
+    | DefineShape
 )

@@ -10,6 +10,11 @@ def align_up(size_bytes: int, quantum_bytes: int) -> int:
     return -(-size_bytes // quantum_bytes) * quantum_bytes
 
 
+def align_down(size_bytes: int, quantum_bytes: int) -> int:
+    """Return the largest multiple of `quantum_bytes` that is not above `size_bytes`."""
+    return size_bytes // quantum_bytes * quantum_bytes
+
+
 def format_size(size_bytes: int) -> str:
     """Return a size for people: exact where four digits of a unit say it, else with one decimal.
 

@@ -8,9 +8,12 @@
       command.advance     -> steps       none: done
         node.perform each                a soft step's failure is a warning, any other ends the task
         node.observe, advance again
+      command.retreat     -> goal        after a failure: where to go instead, by the same loop
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
+
+A task that answered `pending` comes again later, to be looked at: see tasks.late.
 
 A task that was cut off, by the agent's death or by libvirt's, goes on with the goal that it recorded from what it
 finds. While libvirt is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
@@ -43,6 +46,10 @@ log = logging.getLogger(__name__)
 # Rounds of steps after which a plan that still wants more is wrong. A guest that onlines one CPU at a time needs one
 # round for each.
 _MAX_ROUNDS = 512
+# The outcome of a task whose removal the guest has neither done nor refused.
+PENDING = "pending"
+# After these nothing can be undone now: the task goes on from its goal when it can.
+_NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
 # Between two tries of a task whose connection broke and is there again.
 _PAUSE_S = 0.2
 
@@ -56,8 +63,11 @@ class VmNode(Protocol):
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now."""
 
-    def perform(self, vm: str, step: AnyStep) -> None:
-        """Perform one step."""
+    def perform(self, vm: str, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing."""
+
+    def preview(self, vm: str, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it."""
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for libvirt to be reachable; return whether it is."""
@@ -84,6 +94,9 @@ class _Run:
     reports: list[StepReport] = field(default_factory=list)
     error: AgentError | None = None
     planned: tuple[AnyStep, ...] | None = None
+    preview: str = ""
+    late: bool = False
+    started: float = 0.0
 
     def end(self) -> Ending:
         return Ending(
@@ -94,7 +107,9 @@ class _Run:
             reports=tuple(self.reports),
             error=self.error,
             planned=self.planned,
+            preview=self.preview,
             recovered=self.recovered,
+            late=self.late,
         )
 
 
@@ -113,6 +128,7 @@ class Executor:
         questions: Questions,
         *,
         on_finished: Callable[[Owed], None],
+        on_pending: Callable[[str], None],
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
@@ -123,6 +139,7 @@ class Executor:
         self._queries = queries
         self._questions = questions
         self._on_finished = on_finished
+        self._on_pending = on_pending
         self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
@@ -136,6 +153,9 @@ class Executor:
     def run(self, task: Task) -> None:
         """Carry one task out and record its reply."""
         with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
+            if task.outcome == PENDING:
+                self._look_late(task)
+                return
             started = self._clock()
             log.info("task started%s", " recovered=true" if task.recovered else "")
             try:
@@ -150,6 +170,8 @@ class Executor:
                 log.error("task stays in the journal error=%r", failure.message)
                 return
             self._on_finished(owed)
+            if outcome == PENDING:
+                self._on_pending(task.task_uuid)
             audit(
                 "finished",
                 caller=task.caller,
@@ -175,6 +197,33 @@ class Executor:
         facts = self._node.observe(request.vm_uuid, command.observe_guest)
         goal = command.decide(request, facts, "")
         return command.conclude(Ending(request, goal, before=facts, after=facts, reports=(), error=None))
+
+    def _look_late(self, task: Task) -> None:
+        """See whether what was pending has come to an end; if so the definition follows, and that is the result.
+
+        Nothing is asked of the guest again, and the running VM is not changed: other tasks may have come since.
+        """
+        try:
+            run = self._take_up(task)
+            run.late = True
+            spent = {word for report in run.reports if report.problem for word in _spent_by(report)}
+            with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
+                run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+                steps = run.command.advance(run.goal, run.after, frozenset(spent))
+                self._perform_round(task, run, tuple(step for step in steps if step.follows), spent, set())
+                run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            reply = run.command.conclude(run.end())
+            outcome = str(getattr(reply, "outcome", ""))
+            if outcome == PENDING:
+                return
+            owes = bool(getattr(run.request, "late_callback", False))
+            owed = self._journal.finish_late(task.task_uuid, msgspec.json.encode(reply), outcome, owed=owes)
+        except AgentError as error:
+            log.info("a pending removal cannot be looked at now error_code=%s error=%r", error.code, error.message)
+            return
+        log.info("task ended late outcome=%s callback=%s", outcome, owes)
+        if owed is not None:
+            self._on_finished(owed)
 
     def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None]:
         """Return the reply as JSON, its outcome, and the error that it tells.
@@ -237,6 +286,7 @@ class Executor:
                 msgspec.json.decode(task.request, type=command.request),
                 recovered=task.recovered,
                 interrupted=task.goal is not None,
+                started=self._clock(),
             )
             if task.goal is not None:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
@@ -287,36 +337,83 @@ class Executor:
         if run.goal is None:
             run.before = run.after
             run.goal = command.decide(run.request, run.after, task.task_uuid)
-        spent: set[str] = set()
-        confirmed: set[AnyStep] = set()
         steps = command.advance(run.goal, run.after, frozenset())
         if run.request.dry_run:
-            run.planned = steps
+            run.planned, run.preview = steps, "".join(self._node.preview(vm, step) for step in steps)
             return
         if steps and fresh:
-            goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
-            self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]))
+            self._record_goal(task, run, steps)
+        try:
+            self._reach_goal(task, run)
+        except AgentError as error:
+            if error.code not in _NO_WAY_BACK:
+                self._retreat(task, run, error)
+            raise
+
+    def _reach_goal(self, task: Task, run: _Run) -> None:
+        """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
+
+        Raises:
+            AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there.
+        """
+        spent: set[str] = set()
+        confirmed: set[AnyStep] = set()
+        steps: tuple[AnyStep, ...] = ()
         for _ in range(_MAX_ROUNDS):
+            assert run.after is not None
+            last, steps = steps, run.command.advance(run.goal, run.after, frozenset(spent))
+            if steps and steps == last:
+                spent |= {step.key for step in steps}
+                steps = run.command.advance(run.goal, run.after, frozenset(spent))
             if not steps:
                 return
             _refuse_repetition(confirmed, steps)
-            for step in steps:
-                if type(step).__name__ in spent:
-                    continue
-                try:
-                    problem = self._perform(task, run, step)
-                except AgentError as error:
-                    if not self._is_done_anyway(run, step, error):
-                        raise
-                    run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
-                    break
-                if problem is not None:
-                    spent.add(type(step).__name__)
-                elif not step.soft:
-                    confirmed.add(step)
-            run.after = self._node.observe(vm, command.observe_guest)
-            steps = command.advance(run.goal, run.after, frozenset(spent))
+            self._perform_round(task, run, steps, spent, confirmed)
+            run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
+
+    def _perform_round(
+        self, task: Task, run: _Run, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
+    ) -> None:
+        """Perform steps up to the first that fails: what follows it was planned for its success."""
+        for step in steps:
+            try:
+                problem = self._perform(task, run, step)
+            except AgentError as error:
+                if not self._is_done_anyway(run, step, error):
+                    raise
+                run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
+                return
+            if problem is not None:
+                spent.update(_spent_by(run.reports[-1]))
+                return
+            if not step.soft:
+                confirmed.add(step)
+
+    def _retreat(self, task: Task, run: _Run, error: AgentError) -> None:
+        """Go where the command wants to be after this failure, as far as it can be reached.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the way back is recorded, and taken up later.
+        """
+        try:
+            run.after = facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            goal = run.command.retreat(run.goal, facts, error)
+            if goal is None:
+                return
+            log.info("task retreats error_code=%s error=%r", error.code, error.message)
+            run.goal = goal
+            if steps := run.command.advance(goal, facts, frozenset()):
+                self._record_goal(task, run, steps)
+            self._reach_goal(task, run)
+        except AgentError as failure:
+            if failure.code in _NO_WAY_BACK:
+                raise
+            log.warning("task cannot retreat error_code=%s error=%r", failure.code, failure.message)
+
+    def _record_goal(self, task: Task, run: _Run, steps: tuple[AnyStep, ...]) -> None:
+        goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
+        self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), len(run.reports))
 
     def _is_done_anyway(self, run: _Run, step: AnyStep, error: AgentError) -> bool:
         """Return whether a step that failed after an interruption has its effect nevertheless.
@@ -338,12 +435,12 @@ class Executor:
         Raises:
             AgentError: what a step that is not soft ended in; LIBVIRT_UNAVAILABLE from any.
         """
-        n, started, problem = len(run.reports), self._clock(), None
+        n, started, problem, told = len(run.reports), self._clock(), None, ""
         # Nothing is touched that a crash would leave without a trace; the first step came to disk with the goal.
         self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
         self._fault("step:begun")
         try:
-            self._node.perform(run.request.vm_uuid, step)
+            told = self._node.perform(run.request.vm_uuid, step)
         except AgentError as error:
             if error.code is Code.LIBVIRT_UNAVAILABLE:
                 raise
@@ -352,8 +449,9 @@ class Executor:
                 raise
         finally:
             self._fault("step:done")
-            elapsed_ms = (self._clock() - started) * 1000
-            run.reports.append(StepReport(step, elapsed_ms, problem))
+            ended = self._clock()
+            elapsed_ms = (ended - started) * 1000
+            run.reports.append(StepReport(step, elapsed_ms, problem, (ended - run.started) * 1000, told))
             self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem)
             log.info(
                 "step step=%s ms=%.1f%s",
@@ -395,6 +493,12 @@ class _VmLocks:
                 self._users[uuid] -= 1
                 if not self._users[uuid]:
                     del self._users[uuid], self._held[uuid]
+
+
+def _spent_by(report: StepReport) -> tuple[str, str]:
+    """Return what a soft step's failure gives up, and that with why."""
+    assert report.problem is not None
+    return report.step.key, f"{report.step.key} {report.problem.code}"
 
 
 def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:

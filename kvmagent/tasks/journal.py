@@ -159,15 +159,17 @@ class Journal:
         """accepted -> running; does not wait for the disk: a task that is started again loses nothing."""
         self._file.write("start_task", lambda db: _move(db, task_uuid, "running", started_at=self._clock()))
 
-    def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes) -> None:
+    def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes, n: int = 0) -> None:
         """Store where the task is going, what was so before, and that its first step begins, ahead of that step.
+
+        A task that turns back has another goal after `n` steps.
 
         Whatever the agent dies of, a task that may have touched its VM has a goal and a step on disk.
         """
 
         def change(db: Database) -> None:
             _move(db, task_uuid, "running", goal=goal, before=before)
-            _start_step(db, task_uuid, 0, first_step, self._clock())
+            _start_step(db, task_uuid, n, first_step, self._clock())
 
         self._file.write("record_goal", change).result()
 
@@ -192,6 +194,27 @@ class Journal:
 
         owed: Owed = self._file.write("finish", change).result()
         return owed
+
+    def finish_late(self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool) -> Owed | None:
+        """Store a result that came after the answer, in place of it; return the callback, where one is owed.
+
+        Not while the first callback is owed: it would be taken for the second. Raises AgentError TASK_CONFLICT then.
+        """
+
+        def change(db: Database) -> Owed | None:
+            row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
+            if row is None or row["state"] == "finished":
+                raise AgentError(Code.TASK_CONFLICT, f"the first callback of task {task_uuid} is still owed")
+            now = self._clock()
+            values = {"reply": reply, "outcome": outcome, "finished_at": now}
+            if owed:
+                return _move(db, task_uuid, "finished", **values, owed_at=now, attempts=0, delivery_error=None)
+            columns = ", ".join(f"{name} = ?" for name in values)
+            db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
+            return None
+
+        callback: Owed | None = self._file.write("finish_late", change).result()
+        return callback
 
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
         """Store a delivery that failed and will be tried again; does not wait; lost while the disk is full."""
@@ -248,6 +271,10 @@ class Journal:
             msgspec.structs.replace(task, recovered=True)
             for task in self._tasks("state IN ('accepted', 'running')", (), "seq")
         ]
+
+    def pending(self) -> list[str]:
+        """Return the tasks that answered `pending`: what they removed may still leave."""
+        return [row["task_uuid"] for row in self._file.read("SELECT task_uuid FROM tasks WHERE outcome = 'pending'")]
 
     def owed(self) -> list[Owed]:
         """Return the callbacks that are owed, in order of acceptance."""

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 
 from kvmagent.model.command import Affect
 from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent.model.facts import Definition, Domain, Facts, Guest
-from kvmagent.model.units import MIB, align_up, format_ids, format_size
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
+from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
-from .requests import Blocker
+from .requests import Blocker, HotPlugMemoryRequest
 
 # Linux adds memory in blocks: the guest agent tells their size, and without it the kernel's smallest is assumed.
 # Source: Linux Documentation/admin-guide/mm/memory-hotplug.rst; Observed: 128 MiB on Linux 6.1, x86-64.
@@ -19,6 +19,21 @@ DEFAULT_BLOCK_BYTES = {"ppc64le": 256 * MIB, "ppc64": 256 * MIB}
 X86_BLOCK_BYTES = 128 * MIB
 # What the host keeps for itself when memory is plugged.
 HOST_RESERVE_BYTES = 256 * MIB
+MOST_VCPUS_WITHOUT_EIM = 255
+# Source: QEMU 7.2: Arm's virt takes dimms and no vCPUs; microvm and isapc take neither.
+_CPU_HOTPLUG_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le", "s390x"})
+_DIMM_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le", "aarch64"})
+# What the guest's part is done with.
+_NEEDED_AGENT_COMMANDS = frozenset(
+    {
+        "guest-get-vcpus",
+        "guest-set-vcpus",
+        "guest-get-memory-blocks",
+        "guest-get-memory-block-info",
+        "guest-set-memory-blocks",
+    }
+)
+_MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 
 
 def block_bytes(facts: Facts) -> int:
@@ -56,8 +71,16 @@ def check_state(domain: Domain, affect: Affect) -> Iterator[Blocker]:
 
 
 def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
-    """Each definition to be changed must allow `cpu_num` vCPUs."""
+    """Each definition to be changed must allow `cpu_num` vCPUs, and the host its maximum."""
     for name, definition in _definitions(facts.domain, affect):
+        yield from _check_machine(name, definition, _CPU_HOTPLUG_ARCHES)
+        limit = vcpu_limit(facts.host, definition)
+        if definition.vcpu_maximum > limit:
+            yield blocker(
+                Code.CPU_ABOVE_HOST_LIMIT,
+                f"the {name} definition allows {definition.vcpu_maximum} vCPUs, the hypervisor at most {limit}",
+                needs_restart=True,
+            )
         if not definition.acpi:
             yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
         if cpu_num > definition.vcpu_maximum:
@@ -77,10 +100,33 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
                 )
 
 
+def vcpu_limit(host: Host, definition: Definition) -> int:
+    """Return the most vCPUs that the VM can be started with: above 255, APIC ids need an IOMMU that carries them.
+
+    Source: QEMU hw/i386/x86-iommu, "eim"; libvirt domain capabilities, vcpu max.
+    """
+    limit = MOST_VCPUS_WITHOUT_EIM if host.vcpu_limit is None else host.vcpu_limit
+    return limit if definition.iommu_eim else min(limit, MOST_VCPUS_WITHOUT_EIM)
+
+
+def _check_machine(name: str, definition: Definition, arches: frozenset[str]) -> Iterator[Blocker]:
+    if definition.arch not in arches or definition.machine.startswith(_MACHINES_WITHOUT_HOTPLUG):
+        yield blocker(
+            Code.MACHINE_NOT_SUPPORTED,
+            f"the {name} definition is a {definition.machine or 'machine'} of architecture {definition.arch}",
+            needs_restart=True,
+        )
+
+
 def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     """Each definition to be changed must be able to take a dimm at all."""
     quantum = block_bytes(facts)
     for name, definition in _definitions(facts.domain, affect):
+        yield from _check_machine(name, definition, _DIMM_ARCHES)
+        if definition.launch_security is not None:
+            yield blocker(
+                Code.MEMORY_ENCRYPTED, f"the {name} definition has launchSecurity {definition.launch_security}"
+            )
         if not definition.acpi:
             yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
         if not definition.cells:
@@ -136,12 +182,55 @@ def check_dimm_room(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], 
                 f"{definition.slots} free",
                 needs_restart=True,
             )
-    available = facts.host.memory_available_bytes
-    if affect != "config" and available is not None and wanted + HOST_RESERVE_BYTES > available:
+    if affect != "config" and wanted:
+        yield from check_host(facts, wanted)
+
+
+def check_host(facts: Facts, added_bytes: int) -> Iterator[Blocker]:
+    """The host must have the memory that the running VM is to get, of the kind and from where it must come."""
+    live, host = facts.domain.live, facts.host
+    if live is None:
+        return
+    if live.hard_limit_bytes is not None:
+        # QEMU pins all guest memory for VFIO and locked VMs.
+        # Source: libvirt qemuDomainGetMemLockLimitBytes: 1 GiB on top.
+        pinned = GIB if live.vfio_devices or live.locked else 0
+        needed = live.memory_bytes + added_bytes + pinned
+        if needed > live.hard_limit_bytes:
+            yield blocker(
+                Code.MEMORY_HARD_LIMIT,
+                f"{format_size(needed)} are needed, the hard_limit is {format_size(live.hard_limit_bytes)}",
+            )
+    if live.hugepage_bytes is not None:
+        yield from _check_hugepages(host, live, added_bytes)
+        return
+    available = host.memory_available_bytes
+    if available is not None and added_bytes + HOST_RESERVE_BYTES > available:
         yield blocker(
             Code.HOST_MEMORY_SHORT,
-            f"{format_size(wanted)} are needed and {format_size(HOST_RESERVE_BYTES)} kept free, "
+            f"{format_size(added_bytes)} are needed and {format_size(HOST_RESERVE_BYTES)} kept free, "
             f"the host has {format_size(available)} available",
+        )
+    bound = [node for node in host.nodes if node.id in live.host_nodes]
+    if bound and sum(node.free_bytes for node in bound) < added_bytes:
+        yield blocker(
+            Code.HOST_NODE_MEMORY_SHORT,
+            f"{format_size(added_bytes)} are needed from host NUMA nodes {format_ids(live.host_nodes)}, "
+            f"they have {format_size(sum(node.free_bytes for node in bound))} free",
+        )
+
+
+def _check_hugepages(host: Host, live: Definition, added_bytes: int) -> Iterator[Blocker]:
+    size = live.hugepage_bytes or host.hugepage_bytes
+    nodes = [node for node in host.nodes if not live.host_nodes or node.id in live.host_nodes]
+    if not size or not nodes:
+        return
+    free = sum(node.free_hugepages.get(size, 0) for node in nodes)
+    if free * size < added_bytes:
+        yield blocker(
+            Code.HOST_HUGEPAGES_SHORT,
+            f"{-(-added_bytes // size)} hugepages of {format_size(size)} are needed, "
+            f"{free} are free on host NUMA nodes {format_ids(frozenset(node.id for node in nodes))}",
         )
 
 
@@ -167,25 +256,27 @@ def check_guest(guest: Guest) -> Iterator[Blocker]:
             remedy=CODES[guest.silence].remedy,
             needs_restart=guest.silence is Code.GUEST_AGENT_ABSENT,
         )
+    for command in sorted(guest.disabled & _NEEDED_AGENT_COMMANDS - guest.refused.keys()):
+        yield blocker(Code.GUEST_AGENT_REFUSED, f"{command} is disabled in the guest agent's configuration")
     for command, words in guest.refused.items():
         yield blocker(Code.GUEST_AGENT_REFUSED, f"{command}: {words}")
 
 
-def round_up_addition(facts: Facts, current_bytes: int, target_bytes: int, *, strict: bool) -> int:
-    """Return what to add to reach at least the target in whole guest blocks.
+def round_up_addition(request: HotPlugMemoryRequest, wanted_bytes: int, quantum_bytes: int) -> int:
+    """Return what to add to have at least `wanted_bytes` more, in whole quanta.
 
     Raises:
         AgentError: MEMORY_NOT_ALIGNED, when it would have to be rounded and `strict` forbids it.
     """
-    quantum = block_bytes(facts)
-    wanted = target_bytes - current_bytes
-    aligned = align_up(wanted, quantum)
-    if strict and aligned != wanted:
+    aligned = align_up(wanted_bytes, quantum_bytes)
+    if request.strict and aligned != wanted_bytes:
+        upper = request.memory_size - wanted_bytes + aligned
         raise AgentError(
             Code.MEMORY_NOT_ALIGNED,
-            f"{format_size(wanted)} more were asked for, the guest takes multiples of {format_size(quantum)}",
-            remedy=f"Ask for a total of {current_bytes + aligned - quantum} or {current_bytes + aligned} bytes, "
-            "or leave strict out to have it rounded up.",
+            f"{format_size(wanted_bytes)} more were asked for, the guest takes multiples of "
+            f"{format_size(quantum_bytes)}",
+            remedy=f"Ask for a total of {upper - quantum_bytes} or {upper} bytes, or leave strict out to have it "
+            "rounded up.",
         )
     return aligned
 

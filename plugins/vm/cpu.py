@@ -5,12 +5,19 @@ from dataclasses import replace
 from kvmagent.model.command import Command, Ending, Goal, Problem
 from kvmagent.model.errors import CPU_ONLINE_HINT, AgentError, Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.steps import AnyStep, AwaitGuestVcpus, OnlineGuestVcpus, SetVcpus
+from kvmagent.model.steps import (
+    AnyStep,
+    AwaitGuestVcpus,
+    OfflineGuestVcpus,
+    OnlineGuestVcpus,
+    SetVcpus,
+    UnplugVcpus,
+)
 from kvmagent.model.units import format_ids
 
 from .checks import check_cpu, check_state, refuse_first
-from .reply import not_verified, refused_warning, settle, shared_fields, silence_warning, warning
-from .requests import HotPlugCpuRequest, VmReply
+from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
+from .requests import HotPlugCpuRequest, Stage, VmReply
 
 
 class CpuGoal(Goal, frozen=True, rename="camel"):
@@ -66,11 +73,27 @@ def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep
 
 def conclude(ending: Ending) -> VmReply:
     """Return the reply: online only where the guest itself runs on all of them."""
-    ending = replace(ending, error=ending.error or _find_shortfall(ending))
-    warnings = _warnings(ending)
+    goal = ending.goal
+    if goal is not None and ending.after is not None and ending.planned is None:
+        ending = replace(ending, error=ending.error or find_shortfall(goal, ending.after))
+    warnings = find_warnings(goal, ending.after)
     if (outcome := settle(ending)) is None:
-        outcome = "configured" if not ending.goal.added else "plugged" if warnings else "online"
-    return VmReply(**shared_fields(ending, outcome, warnings))
+        outcome = "configured" if not goal.added else "plugged" if warnings else "online"
+    return VmReply(**shared_fields(ending, outcome, warnings, cpu_stages(ending)))
+
+
+def cpu_stages(ending: Ending) -> list[Stage]:
+    """Return how far the vCPUs have come: of the VM, listed by the guest, used by the guest."""
+    facts = ending.after
+    if facts is None or facts.domain.live is None:
+        return []
+    listed = None if facts.guest.vcpus is None else len(facts.guest.vcpus)
+    return find_stages(
+        ending,
+        "cpu",
+        (facts.domain.live.vcpu_current, listed, facts.guest.cpus_online),
+        ((SetVcpus, UnplugVcpus), (AwaitGuestVcpus,), (OnlineGuestVcpus, OfflineGuestVcpus)),
+    )
 
 
 def _guest_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -90,9 +113,8 @@ def _await_guest(goal: CpuGoal, known: tuple[int, ...]) -> AwaitGuestVcpus:
     return AwaitGuestVcpus(known=known, added=goal.added, timeout_sec=goal.timeout_sec)
 
 
-def _warnings(ending: Ending) -> list[Problem]:
+def find_warnings(goal: CpuGoal | None, facts: Facts | None) -> list[Problem]:
     """Return why the guest may not use all vCPUs of the running VM; nothing when it says that it does."""
-    facts, goal = ending.after, ending.goal
     if facts is None or facts.domain.live is None or goal is None or not goal.live:
         return []
     guest, count = facts.guest, facts.domain.live.vcpu_current
@@ -113,11 +135,8 @@ def _warnings(ending: Ending) -> list[Problem]:
     return found
 
 
-def _find_shortfall(ending: Ending) -> AgentError | None:
+def find_shortfall(goal: CpuGoal, facts: Facts) -> AgentError | None:
     """Return the error of a definition that, read again, does not have the goal's vCPUs."""
-    goal, facts = ending.goal, ending.after
-    if goal is None or facts is None or ending.planned is not None:
-        return None
     for name, asked, definition in (
         ("running", goal.live, facts.domain.live),
         ("persistent", goal.config, facts.domain.config),
@@ -146,7 +165,9 @@ HOT_PLUG_CPU = Command(
         Code.LIBVIRT_BUSY,
         Code.TARGET_BELOW_CURRENT,
         Code.NO_ACPI,
+        Code.MACHINE_NOT_SUPPORTED,
         Code.CPU_ABOVE_MAXIMUM,
+        Code.CPU_ABOVE_HOST_LIMIT,
         Code.CPU_TOPOLOGY_MISMATCH,
     ),
 )

@@ -1,11 +1,14 @@
-"""ReadyForHotplug: everything that stands in the way of hotplug, from the same checks as the planners run."""
+"""ReadyForHotplug: everything that stands in the way of hotplug, from the same checks as the planners run.
+
+With `prepare` the persistent definition is edited so that the next start is ready; the running VM is never touched.
+"""
 
 from collections.abc import Iterator
 
-from kvmagent.model.command import Affect, Command, Ending, Goal
+from kvmagent.model.command import Affect, Command, Ending, Outcome
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.steps import AnyStep
+from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import align_up
 
 from .checks import (
@@ -18,33 +21,67 @@ from .checks import (
     check_guest,
     check_state,
 )
-from .reply import drift, shared_fields
+from .prepare import PrepareGoal, is_prepared, plan_preparation
+from .reply import drift, settle, shared_fields
 from .requests import Blocker, Headroom, ReadinessReply, ReadyForHotplugRequest
 
 
-def decide(request: ReadyForHotplugRequest, facts: Facts, task_uuid: str) -> Goal:
-    """A question has no goal: nothing is refused, all is told in the reply."""
-    return Goal()
+def decide(request: ReadyForHotplugRequest, facts: Facts, task_uuid: str) -> PrepareGoal:
+    """Return the shape to prepare; a mere question has none, and all is told in its reply.
+
+    Raises:
+        AgentError: what `plan_preparation` refuses.
+    """
+    return plan_preparation(request, facts) if request.prepare else PrepareGoal()
 
 
-def advance(goal: Goal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
-    """A question takes no steps."""
-    return ()
+def advance(goal: PrepareGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Return the one step of a preparation, if the definition has not that shape yet."""
+    if goal.shape is None or is_prepared(facts.get_config(), goal.shape):
+        return ()
+    return (DefineShape(shape=goal.shape),)
 
 
 def conclude(ending: Ending) -> ReadinessReply:
     """Return the answer: ready when nothing stands in the way, all blockers when something does."""
-    facts = ending.after
+    facts, goal = ending.after, ending.goal
     if facts is None or ending.error is not None:
-        return ReadinessReply(**shared_fields(ending, "refused", []))
+        return ReadinessReply(**shared_fields(ending, settle(ending) or "refused", []))
+    outcome: Outcome = settle(ending) or "configured"
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
-        **shared_fields(ending, "unchanged", []),
+        **shared_fields(ending, outcome, []),
         ready=not blockers,
         ready_after_restart=not lasting,
         blockers=blockers,
         headroom=_headroom(facts),
+        changes=list(goal.changes),
+        clamped=list(goal.clamped),
+        diff=_find_diff(ending),
+        restart_required=_needs_restart(facts) if ending.request.prepare else None,
+    )
+
+
+def _find_diff(ending: Ending) -> str | None:
+    """Return the diff of the persistent XML; None for a mere question."""
+    if not ending.request.prepare:
+        return None
+    return ending.preview or "".join(report.told for report in ending.reports)
+
+
+def _needs_restart(facts: Facts) -> bool:
+    """Return whether the running VM is another than its definition would start: power off and on to have it."""
+    live, config = facts.domain.live, facts.domain.config
+    if live is None or config is None:
+        return False
+    return (live.vcpu_maximum, live.max_memory_bytes, live.slots, live.cells, live.acpi, live.agent_channel) != (
+        config.vcpu_maximum,
+        config.max_memory_bytes,
+        config.slots,
+        config.cells,
+        config.acpi,
+        config.agent_channel,
     )
 
 
@@ -90,8 +127,20 @@ def _headroom(facts: Facts) -> Headroom | None:
         return None
     slots = definition.slots - definition.slots_used if definition.max_memory_bytes is not None else 0
     room = (definition.max_memory_bytes or 0) - definition.total_bytes if slots > 0 else 0
+    removable = sum(vcpu.enabled and vcpu.hotpluggable for vcpu in definition.vcpus)
+    methods = {
+        "balloon": definition.balloon and (facts.domain.balloon_bytes or 0) < definition.balloon_total_bytes,
+        "virtio-mem": any(device.room_bytes for device in definition.virtio_mems) or room > 0,
+        "dimm": room > 0,
+    }
     return Headroom(
-        cpu_num=definition.vcpu_maximum - definition.vcpu_current, memory_size=max(0, room), slots=max(0, slots)
+        cpu_num=definition.vcpu_maximum - definition.vcpu_current,
+        memory_size=max(0, room),
+        slots=max(0, slots),
+        removable_cpu_num=0 if definition.hypervisor == "qemu" else removable,
+        removable_memory_size=definition.memory_bytes - definition.boot_bytes,
+        memory_granularity=block_bytes(facts),
+        memory_methods=[name for name, can in methods.items() if can],
     )
 
 
@@ -101,10 +150,10 @@ READY_FOR_HOTPLUG = Command(
     summary="Tell whether a VM can be hot-plugged, and everything that stands in the way",
     request=ReadyForHotplugRequest,
     reply=ReadinessReply,
-    goal=Goal,
-    observe_guest=frozenset({"cpus", "memory"}),
+    goal=PrepareGoal,
+    observe_guest=frozenset({"cpus", "memory", "agent"}),
     decide=decide,
     advance=advance,
     conclude=conclude,
-    refusals=(Code.VM_NOT_FOUND,),
+    refusals=(Code.VM_NOT_FOUND, Code.VM_TRANSIENT, Code.MACHINE_NOT_SUPPORTED, Code.TARGET_BELOW_CURRENT),
 )

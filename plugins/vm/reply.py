@@ -1,17 +1,20 @@
 """From what was seen to what is said: the parts of a reply that all VM commands share."""
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from kvmagent.model.command import SUCCESSFUL, Ending, Outcome, Problem
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Facts, Guest
+from kvmagent.model.steps import Step
 
-from .requests import Drift, Numbers
+from .requests import Drift, Numbers, Stage
 
 
-def shared_fields(ending: Ending, outcome: Outcome, warnings: list[Problem]) -> dict[str, Any]:
+def shared_fields(
+    ending: Ending, outcome: Outcome, warnings: list[Problem], stages: list[Stage] | None = None
+) -> dict[str, Any]:
     """Return the fields of VmReply for this ending."""
     error = ending.error
     before, after = numbers(ending.before), numbers(ending.after)
@@ -28,24 +31,66 @@ def shared_fields(ending: Ending, outcome: Outcome, warnings: list[Problem]) -> 
         "before": before,
         "after": after,
         "warnings": _warnings(ending, warnings) if outcome not in ("refused", "planned") else [],
+        "stages": stages or [],
         "steps": _steps(ending),
         "drift": drift(ending.after),
         "recovered": ending.recovered or msgspec.UNSET,
+        "late": ending.late or msgspec.UNSET,
     }
 
 
 def settle(ending: Ending) -> Outcome | None:
     """Return the outcome where it does not depend on the command: a failure, a dry run, or nothing to do."""
+    same = ending.before is None or _without_guest(ending.before) == _without_guest(ending.after)
     if ending.error is not None:
-        touched = any(not report.step.soft for report in ending.reports)
-        same = (
-            ending.before is not None and ending.after is not None and numbers(ending.before) == numbers(ending.after)
-        )
-        return "partial" if touched and not same else "refused"
+        left_asked = bool(ending.reports) and ending.error.code in _LEFT_ASKED
+        return "refused" if same and not left_asked else "partial"
     if ending.planned is not None:
         return "planned"
-    if not ending.reports:
-        return "unchanged"
+    return "unchanged" if same and not ending.reports else None
+
+
+# Failures after which libvirt still asks the guest for what it did not do.
+_LEFT_ASKED = (Code.BALLOON_NOT_ANSWERING, Code.VIRTIO_MEM_STALLED)
+_PENDING = (Code.CPU_REMOVAL_PENDING, Code.MEMORY_REMOVAL_PENDING)
+
+
+def settle_removal(ending: Ending) -> Outcome | None:
+    """Return "pending" for a removal that the guest has neither done nor refused; else None."""
+    return "pending" if ending.error is not None and ending.error.code in _PENDING else None
+
+
+def _without_guest(facts: Facts | None) -> Numbers:
+    """Return the numbers that only a command changes: the guest moves its own by itself."""
+    return msgspec.structs.replace(numbers(facts), guest_cpu_num=None, guest_memory_size=None)
+
+
+def find_stages(
+    ending: Ending,
+    resource: Literal["cpu", "memory"],
+    amounts: tuple[int | None, int | None, int | None],
+    step_types: tuple[tuple[type[Step], ...], tuple[type[Step], ...], tuple[type[Step], ...]],
+) -> list[Stage]:
+    """Return how far a change came: for plugged, visible and online what there is, and when its last step ended.
+
+    A stage without a step of its own was seen together with the one before it; an amount of None was not told.
+    """
+    names: tuple[Literal["plugged", "visible", "online"], ...] = ("plugged", "visible", "online")
+    stages, ended_ms = [], 0.0
+    for stage, amount, types in zip(names, amounts, step_types, strict=True):
+        ended = [report.ended_ms for report in ending.reports if isinstance(report.step, types)]
+        ended_ms = max([ended_ms, *ended])
+        if amount is not None:
+            stages.append(Stage(resource=resource, stage=stage, amount=amount, elapsed_ms=round(ended_ms, 3)))
+    return stages if ending.reports and ending.request.affect != "config" else []
+
+
+def find_failure(ending: Ending, codes: tuple[Code, ...]) -> AgentError | None:
+    """Return what a step that may fail ended in, as the error of the task: the first of these codes that was met."""
+    for code in codes:
+        for report in ending.reports:
+            if report.problem is not None and report.problem.code is code:
+                return AgentError(code, report.problem.message, remedy=report.problem.remedy)
     return None
 
 

@@ -9,7 +9,10 @@ from kvmagent.model.errors import Code
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
-Method = Literal["auto", "dimm", "balloon"]
+Method = Literal["auto", "dimm", "virtio-mem", "balloon"]
+LateCallback = Annotated[
+    bool, msgspec.Meta(description="Send a second callback when a removal that was pending completes later")
+]
 
 
 class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -22,19 +25,48 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
     """Bring a VM up to an amount of memory."""
 
     memory_size: MemorySize
-    method: Annotated[Method, msgspec.Meta(description="auto gives back the balloon first, then attaches dimms")] = (
-        "auto"
-    )
+    method: Annotated[
+        Method,
+        msgspec.Meta(
+            description="auto gives back the balloon first, then grows a virtio-mem device that is there, then "
+            "attaches dimms; virtio-mem attaches a device where there is none with room"
+        ),
+    ] = "auto"
     node: Annotated[int, msgspec.Meta(ge=0, le=1023)] | None = None
     dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
     strict: bool = False
 
 
+class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """Bring a VM up to a number of vCPUs and an amount of memory: both or neither."""
+
+    cpu_num: CpuNum
+    memory_size: MemorySize
+
+
+class HotUnplugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """Bring a VM down to a number of vCPUs."""
+
+    cpu_num: CpuNum
+    late_callback: LateCallback = False
+
+
+class HotUnplugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """Bring a VM down to an amount of memory, never below it."""
+
+    memory_size: MemorySize
+    late_callback: LateCallback = False
+
+
 class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Ask what stands in the way of hotplug, up to the given totals where they are given."""
+    """Ask what stands in the way of hotplug, up to the given totals; with `prepare` make the next start ready."""
 
     cpu_num: CpuNum | None = None
     memory_size: MemorySize | None = None
+    prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
+    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192)] | None = None
+    max_memory_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
+    slots: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
 
 
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):
@@ -57,6 +89,18 @@ class Numbers(msgspec.Struct, frozen=True, rename="camel"):
     free_slots: int | None = None
 
 
+class Stage(msgspec.Struct, frozen=True, rename="camel"):
+    """How far a change has come, and when: vCPUs or bytes in all, milliseconds since the task was started.
+
+    plugged: the hypervisor has it; visible: the guest lists it; online: the guest uses it.
+    """
+
+    resource: Literal["cpu", "memory"]
+    stage: Literal["plugged", "visible", "online"]
+    amount: int
+    elapsed_ms: float
+
+
 class Drift(msgspec.Struct, frozen=True, rename="camel"):
     """One field in which the running VM and its persistent definition differ."""
 
@@ -66,7 +110,11 @@ class Drift(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What every command on a VM answers. `recovered` is there, and true, where an agent's restart lay between."""
+    """What every command on a VM answers.
+
+    `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
+    before.
+    """
 
     success: bool
     error: str
@@ -80,17 +128,20 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     before: Numbers
     after: Numbers
     warnings: list[Problem] = []
+    stages: list[Stage] = []
     steps: list[dict[str, Any]] = []
     drift: list[Drift] = []
     recovered: bool | msgspec.UnsetType = msgspec.UNSET
+    late: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):
-    """A VM reply that tells of rounding: totals in bytes."""
+    """A VM reply that tells of rounding: totals in bytes. `guestGrowth` is how much MemTotal grew in the guest."""
 
     requested: int | None = None
     aligned: int | None = None
     applied: int | None = None
+    guest_growth: int | None = None
 
 
 class Blocker(msgspec.Struct, frozen=True, rename="camel"):
@@ -103,11 +154,35 @@ class Blocker(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Headroom(msgspec.Struct, frozen=True, rename="camel"):
-    """How far a VM can grow now, without a restart."""
+    """How far a VM can grow now, without a restart, and how far come down: vCPUs, bytes, slots.
+
+    `memoryGranularity` is what added memory must be a multiple of; `memoryMethods` are those that can add any.
+    """
 
     cpu_num: int
     memory_size: int
     slots: int
+    removable_cpu_num: int
+    removable_memory_size: int
+    memory_granularity: int
+    memory_methods: list[str]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One thing that prepare changes in the persistent definition."""
+
+    field: str
+    former: Any
+    prepared: Any
+
+
+class Clamp(msgspec.Struct, frozen=True):
+    """One amount that prepare could not take as asked, and why."""
+
+    field: str
+    asked: int
+    prepared: int
+    why: str
 
 
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
@@ -117,3 +192,7 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     ready_after_restart: bool = False
     blockers: list[Blocker] = []
     headroom: Headroom | None = None
+    changes: list[Change] = []
+    clamped: list[Clamp] = []
+    diff: str | None = None
+    restart_required: bool | None = None

@@ -12,8 +12,9 @@ import msgspec
 from kvmagent.model.command import Ending
 
 from .cpu import HOT_PLUG_CPU
+from .cpumemory import HOT_PLUG_CPU_MEMORY
 from .memory import HOT_PLUG_MEMORY
-from .requests import HotPlugCpuRequest, HotPlugMemoryRequest, Method, VmReply
+from .requests import HotPlugCpuMemoryRequest, HotPlugCpuRequest, HotPlugMemoryRequest, Method, VmReply
 
 
 class IncreaseCpuRequest(HotPlugCpuRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False):
@@ -26,6 +27,12 @@ class IncreaseMemoryRequest(
     """Bring a VM up to an amount of memory: boot memory and dimms, whatever its balloon holds back."""
 
     method: Method = "dimm"
+
+
+class ChangeCpuMemoryRequest(
+    HotPlugCpuMemoryRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False
+):
+    """Bring a VM up to a number of vCPUs and an amount of memory, as older servers ask for both at once."""
 
 
 def in_its_words(conclude: Callable[[Ending], msgspec.Struct]) -> Callable[[Ending], msgspec.Struct]:
@@ -55,4 +62,12 @@ INCREASE_MEMORY = replace(
     summary="HotPlugMemory by dimm, as a ZStack management server sends it",
     request=IncreaseMemoryRequest,
     conclude=in_its_words(HOT_PLUG_MEMORY.conclude),
+)
+CHANGE_CPU_MEMORY = replace(
+    HOT_PLUG_CPU_MEMORY,
+    name="OnlineChangeCpuMem",
+    path="/vm/online/changecpumem",
+    summary="HotPlugCpuMemory, as a ZStack management server sends it",
+    request=ChangeCpuMemoryRequest,
+    conclude=in_its_words(HOT_PLUG_CPU_MEMORY.conclude),
 )

@@ -6,17 +6,32 @@ Where the fake and the real thing part, these tests fail: the fake is mended, ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.steps import AnyStep, AttachMemory, OnlineGuestMemory, OnlineGuestVcpus, SetBalloon, SetVcpus
-from tests.fakes.agent import MIB, format_spec, make_domain, make_node
+from kvmagent.model.steps import (
+    AnyStep,
+    AttachMemory,
+    AttachVirtioMem,
+    CellShape,
+    DefineShape,
+    DetachMemory,
+    ForgetMemory,
+    OnlineGuestMemory,
+    OnlineGuestVcpus,
+    ResizeVirtioMem,
+    SetBalloon,
+    SetVcpus,
+    Shape,
+)
+from tests.fakes.agent import MIB, format_spec, make_domain, make_node, open_node
 from tests.lab.domainxml import GuestSpec
 
 NOTHING: frozenset[str] = frozenset()
@@ -26,14 +41,19 @@ MakeNode = Callable[..., Node]
 
 
 @pytest.fixture
-def fake() -> MakeNode:
-    return lambda spec, **options: make_node(make_domain(spec, **options))
+def fake(tmp_path: Path) -> MakeNode:
+    """Domains whose guest has not booted: it never answers."""
+
+    def make(spec: GuestSpec, **options: Any) -> Node:
+        domain = make_domain(spec, **options)
+        domain.guest.unplugs = "not answering"
+        return make_node(tmp_path, domain)
+
+    return make
 
 
 @pytest.fixture
 def test_driver(tmp_path: Path) -> Iterator[MakeNode]:
-    connections: list[Connection] = []
-
     def make(spec: GuestSpec, *, running: bool = True) -> Node:
         state = "" if running else " xmlns:test='http://libvirt.org/schemas/domain/test/1.0'"
         xml = format_spec(spec, "test").replace("<domain ", f"<domain{state} ", 1)
@@ -41,29 +61,22 @@ def test_driver(tmp_path: Path) -> Iterator[MakeNode]:
             xml = xml.replace("</domain>", "<test:runstate>5</test:runstate></domain>")
         file = tmp_path / "node.xml"
         file.write_text(f"<node>{xml}</node>")
-        connections.append(Connection(f"test://{file}"))
-        connections[-1].start()
-        return Node(connections[-1])
+        return nodes.enter_context(open_node(f"test://{file}", tmp_path))
 
-    yield make
-    for connection in connections:
-        connection.stop()
+    with ExitStack() as nodes:
+        yield make
 
 
 @pytest.fixture
-def lab_libvirt(lab: Any, define: Any) -> Iterator[MakeNode]:
+def lab_libvirt(lab: Any, define: Any, tmp_path: Path) -> Iterator[MakeNode]:
     """The lab's QEMU, its guest started but never run: what only libvirt and QEMU answer needs no guest."""
-    connections: list[Connection] = []
 
     def make(spec: GuestSpec, *, running: bool = True) -> Node:
         define(spec, running=running)
-        connections.append(Connection(lab.uri))
-        connections[-1].start()
-        return Node(connections[-1])
+        return nodes.enter_context(open_node(lab.uri, tmp_path))
 
-    yield make
-    for connection in connections:
-        connection.stop()
+    with ExitStack() as nodes:
+        yield make
 
 
 ALL = ["fake", "test_driver", pytest.param("lab_libvirt", marks=pytest.mark.guest)]
@@ -200,8 +213,78 @@ class TestMemory:
         assert failure_of(node, SetBalloon(size_bytes=128 * MIB, target="live")).details["libvirtCode"] == 55
 
 
+VIRTIO_MEM = AttachVirtioMem(
+    alias="ua-vm", size_bytes=1024 * MIB, block_bytes=2 * MIB, requested_bytes=0, node=0, live=True, config=True
+)
+SHAPE = Shape(
+    vcpu_maximum=8,
+    topology=(8, 1, 1, 1),
+    max_memory_bytes=8192 * MIB,
+    slots=32,
+    cells=(CellShape(id=0, cpus=tuple(range(8)), memory_bytes=256 * MIB),),
+)
+PASSWORD = "<graphics type='vnc' port='-1' autoport='yes' listen='127.0.0.1' passwd='s3cret'/>"
+
+
+@pytest.mark.parametrize("make", QEMU, indirect=True)
+class TestDevices:
+    def test_a_virtio_mem_device_is_resized_in_each_definition(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", VIRTIO_MEM)
+        for target in ("live", "config"):
+            step = ResizeVirtioMem(
+                alias="ua-vm", node=0, size_bytes=1024 * MIB, requested_bytes=128 * MIB, target=target
+            )
+            node.perform("vm1", step)
+        facts = observe(node)
+        for definition in (facts.get_live(), facts.get_config()):
+            (device,) = definition.virtio_mems
+            assert (device.alias, device.size_bytes, device.block_bytes) == ("ua-vm", 1024 * MIB, 2 * MIB)
+            assert device.requested_bytes == 128 * MIB
+        step = ResizeVirtioMem(alias="ua-vm", node=0, size_bytes=1024 * MIB, requested_bytes=2048 * MIB, target="live")
+        assert failure_of(node, step).details["libvirtCode"] == 35
+
+    def test_a_dimm_leaves_the_persistent_definition_alone(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", dimm())
+        forget = ForgetMemory(alias="ua-kvmagent-a-0", slot=0, node=0, size_bytes=128 * MIB)
+        node.perform("vm1", forget)
+        facts = observe(node)
+        assert (len(facts.get_live().devices), len(facts.get_config().devices)) == (1, 0)
+        node.perform("vm1", forget)
+
+    def test_a_dimm_that_the_guest_does_not_give_up_is_pending_in_both(self, make: MakeNode) -> None:
+        node = make(GuestSpec(name="vm1"))
+        node.perform("vm1", dimm())
+        error = failure_of(node, DetachMemory(alias="ua-kvmagent-a-0", timeout_sec=0.5))
+        assert error.code is Code.MEMORY_REMOVAL_PENDING
+
+    def test_a_shape_is_taken_and_the_running_vm_is_not_touched(self, make: MakeNode, tmp_path: Path) -> None:
+        node = make(GuestSpec(name="vm1", devices_xml=PASSWORD))
+        live = observe(node).get_live()
+        told = node.preview("vm1", DefineShape(shape=SHAPE))
+        assert "+" in told
+        assert "s3cret" not in told
+        assert node.perform("vm1", DefineShape(shape=SHAPE)) == told
+        facts = observe(node)
+        config = facts.get_config()
+        assert (config.vcpu_maximum, config.topology, config.slots) == (8, (8, 1, 1, 1), 32)
+        assert config.max_memory_bytes == 8192 * MIB
+        assert facts.get_live() == live
+        (former,) = (tmp_path / "former-xml").iterdir()
+        assert former.stat().st_mode & 0o777 == 0o600
+        assert "s3cret" in former.read_text()
+
+    def test_a_shape_that_libvirt_finds_wrong_changes_nothing(self, make: MakeNode, tmp_path: Path) -> None:
+        node = make(GuestSpec(name="vm1"))
+        odd = msgspec.structs.replace(SHAPE, topology=(3, 1, 1, 1))
+        error = failure_of(node, DefineShape(shape=odd))
+        assert error.code is Code.DEFINITION_REFUSED
+        assert list((tmp_path / "former-xml").iterdir()) == []
+
+
 @pytest.fixture
-def fake_guest() -> tuple[Node, Any]:
+def fake_guest(tmp_path: Path) -> tuple[Node, Any]:
     domain = make_domain(GuestSpec(name="vm1"))
 
     class Agent:
@@ -211,16 +294,14 @@ def fake_guest() -> tuple[Node, Any]:
         def hang_agent(self) -> None:
             domain.guest.agent = "hung"
 
-    return make_node(domain), Agent()
+    return make_node(tmp_path, domain), Agent()
 
 
 @pytest.fixture
-def lab_guest(lab: Any, boot: Any) -> Iterator[tuple[Node, Any]]:
+def lab_guest(lab: Any, boot: Any, tmp_path: Path) -> Iterator[tuple[Node, Any]]:
     guest = boot(GuestSpec(name="vm1"))
-    connection = Connection(lab.uri)
-    connection.start()
-    yield Node(connection), guest
-    connection.stop()
+    with open_node(lab.uri, tmp_path) as node:
+        yield node, guest
 
 
 @pytest.mark.parametrize("pair", ["fake_guest", pytest.param("lab_guest", marks=pytest.mark.guest)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import msgspec
 
 from kvmagent.api.wire import decode_request, encode
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.deviceevents import DeviceEvents
+from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.settings import CallbackSection
@@ -27,9 +31,28 @@ COMMANDS: dict[str, Command] = {command.name: command for command in PLUGIN.comm
 MIB = 1024 * 1024
 
 
-def make_domain(spec: GuestSpec, guest: FakeGuest | None = None, **options: Any) -> FakeDomain:
+def make_domain(
+    spec: GuestSpec, guest: FakeGuest | None = None, *, virt_type: str = "qemu", **options: Any
+) -> FakeDomain:
     """A fake domain with the XML that the lab gives to a real one."""
-    return FakeDomain(format_spec(spec, "qemu"), guest=guest or make_guest(spec), **options)
+    return FakeDomain(format_spec(spec, virt_type), guest=guest or make_guest(spec), **options)
+
+
+def make_host(
+    directory: Path, *, available_mib: int = 64 * 1024, node_free_mib: int = 64 * 1024, free_hugepages: int = 0
+) -> Path:
+    """The kernel's files of a host with one NUMA node, 2 MiB hugepages and 46 physical address bits."""
+    node = directory / "sys/devices/system/node/node0"
+    files = {
+        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: 2048 kB\n",
+        directory / "proc/cpuinfo": "address sizes\t: 46 bits physical, 48 bits virtual\n",
+        node / "meminfo": f"Node 0 MemFree: {node_free_mib * 1024} kB\n",
+        node / "hugepages/hugepages-2048kB/free_hugepages": f"{free_hugepages}\n",
+    }
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return directory
 
 
 def format_spec(spec: GuestSpec, virt_type: str) -> str:
@@ -44,10 +67,31 @@ def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
     return FakeGuest(online_cpus=dict.fromkeys(range(spec.vcpus), True), blocks=blocks, **options)
 
 
-def make_node(*domains: FakeDomain) -> Node:
-    """A Node on these domains."""
-    connection = FakeConnection(*domains)
-    return Node(Connection("fake", open_libvirt=lambda _uri: connection), send_to_agent=send_to_agent)
+def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
+    """A Node on these domains, on a host of `make_host`; `directory` has its files."""
+    fake, events = FakeConnection(*domains), DeviceEvents()
+    events.register(fake)
+    return Node(
+        Connection("fake", open_libvirt=lambda _uri: fake),
+        events=events,
+        former_xml_dir=directory / "former-xml",
+        send_to_agent=send_to_agent,
+        host_root=make_host(directory / "host", **host),
+    )
+
+
+@contextmanager
+def open_node(uri: str, directory: Path) -> Iterator[Node]:
+    """A Node on a real libvirt, with its events."""
+    events = DeviceEvents()
+    connection, event_connection = Connection(uri), EventConnection(uri, (events.register,))
+    connection.start()
+    event_connection.start()
+    try:
+        yield Node(connection, events=events, former_xml_dir=directory / "former-xml")
+    finally:
+        event_connection.stop()
+        connection.stop()
 
 
 @dataclass
@@ -61,11 +105,12 @@ class Done:
 class FakeAgent:
     """An executor on a journal of its own and on fake domains."""
 
-    def __init__(self, directory: Path, *domains: FakeDomain) -> None:
+    def __init__(self, directory: Path, *domains: FakeDomain, **host: int) -> None:
         self.finished: list[str] = []
+        self.pending: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
-        node = make_node(*domains)
+        node = make_node(directory, *domains, **host)
         self.executor = Executor(
             node,
             self.journal,
@@ -73,6 +118,7 @@ class FakeAgent:
             {},
             Questions(node, ServerMemory(directory / "server.json"), Callbacks((), CallbackSection())),
             on_finished=lambda owed: self.finished.append(owed.task_uuid),
+            on_pending=self.pending.append,
             libvirt_wait_s=0.0,
         )
 
@@ -100,3 +146,32 @@ class FakeAgent:
         assert task_uuid in self.finished
         goal = msgspec.json.decode(done.goal) if done.goal else None
         return Done(goal=goal, reply=msgspec.json.decode(done.reply))
+
+
+class NoJournal:
+    """Takes everything and keeps the reply."""
+
+    def start_task(self, *args: Any) -> None: ...
+    def record_goal(self, *args: Any) -> None: ...
+    def start_step(self, *args: Any, wait: bool) -> None: ...
+    def finish_step(self, *args: Any) -> None: ...
+    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> None:
+        self.reply = msgspec.json.decode(reply)
+
+
+def carry_out(node: Node, command: str, task_uuid: str = "task-1", /, **fields: Any) -> dict[str, Any]:
+    """Carry a command out as the agent does, but for the disk; return its reply."""
+    journal = NoJournal()
+    executor = Executor(
+        node,
+        journal,  # type: ignore[arg-type]
+        COMMANDS,
+        on_finished=lambda owed: None,
+        on_pending=lambda task: None,
+        libvirt_wait_s=0,
+    )
+    request = encode(decode_request(encode(fields), COMMANDS[command].request))
+    executor.run(
+        Task(task_uuid=task_uuid, command=command, lane=fields["vmUuid"], request=request, callback_url="", client="")
+    )
+    return journal.reply

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
+import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +21,8 @@ from lxml import etree
 
 LIVE, CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
 KIB, MIB = 1024, 1024 * 1024
+#: Where the fake has the one virtio-mem device of a domain.
+VIRTIO_MEM_BASE = 1 << 40
 #: Where QEMU's q35 puts the first dimm of a guest that has less than 2 GiB.
 FIRST_DIMM_BASE = 4 * 1024 * MIB
 _UNITS = {"KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
@@ -41,6 +46,9 @@ class FakeGuest:
 
     `agent` is running, stopped or hung. `refuses` holds agent commands that are blocked in the guest. A guest that
     `sees_nothing` never lists what is plugged. `onlines` is how many CPUs one guest-set-vcpus brings online at most.
+    `pinned` memory blocks will not go offline, and those that are `fixed` are told beforehand that they cannot.
+    `unplugs` is what it does when a device is to leave: let it go, refuse, or not answer. A virtio-mem device comes
+    to `virtio_mem_limit` at most.
     """
 
     agent: str = "running"
@@ -53,6 +61,12 @@ class FakeGuest:
     balloon_driver: bool = True
     refuses: frozenset[str] = frozenset()
     onlines: int = 64
+    available_bytes: int | None = None
+    pinned: frozenset[int] = frozenset()
+    fixed: frozenset[int] = frozenset()
+    fixed_cpus: frozenset[int] = frozenset({0})
+    unplugs: str = "lets go"
+    virtio_mem_limit: int = 1 << 60
     asked: list[str] = field(default_factory=list)
 
     def answer(self, request: dict[str, Any]) -> Any:
@@ -69,7 +83,9 @@ class FakeGuest:
 
     def _guest_get_vcpus(self) -> Any:
         listed = sorted(self.online_cpus, reverse=True)
-        return [{"online": self.online_cpus[n], "can-offline": n > 0, "logical-id": n} for n in listed]
+        return [
+            {"online": self.online_cpus[n], "can-offline": n not in self.fixed_cpus, "logical-id": n} for n in listed
+        ]
 
     def _guest_set_vcpus(self, vcpus: list[dict[str, Any]]) -> Any:
         done = vcpus[: self.onlines]
@@ -78,7 +94,9 @@ class FakeGuest:
         return len(done)
 
     def _guest_get_memory_blocks(self) -> Any:
-        return [{"online": online, "can-offline": True, "phys-index": n} for n, online in self.blocks.items()]
+        return [
+            {"online": online, "can-offline": n not in self.fixed, "phys-index": n} for n, online in self.blocks.items()
+        ]
 
     def _guest_get_memory_block_info(self) -> Any:
         return {"size": self.block_bytes}
@@ -87,7 +105,9 @@ class FakeGuest:
         answers = []
         for block in mem_blks:
             index = block["phys-index"]
-            if index in self.blocks:
+            if index in self.pinned and not block["online"]:
+                answers.append({"phys-index": index, "response": "operation-failed", "error-code": 16})
+            elif index in self.blocks:
                 self.blocks[index] = block["online"]
                 answers.append({"phys-index": index, "response": "success"})
             else:
@@ -100,14 +120,20 @@ class FakeGuest:
 
     def _guest_file_read(self, handle: int, count: int) -> Any:
         total = sum(self.blocks.values()) * self.block_bytes - self.reserved_bytes
-        return {"buf-b64": base64.b64encode(f"MemTotal:  {total // KIB} kB\n".encode()).decode(), "eof": True}
+        available = total if self.available_bytes is None else self.available_bytes
+        text = f"MemTotal:  {total // KIB} kB\nMemAvailable:  {available // KIB} kB\nHugePages_Total:  0\n"
+        return {"buf-b64": base64.b64encode(text.encode()).decode(), "eof": True}
 
     def _guest_file_close(self, handle: int) -> Any:
         return {}
 
+    def _guest_info(self) -> Any:
+        names = [name[1:].replace("_", "-") for name in dir(FakeGuest) if name.startswith("_guest_")]
+        return {"supported_commands": [{"name": name, "enabled": name not in self.refuses} for name in names]}
+
 
 class FakeDomain:
-    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}."""
+    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}, or one with its arguments."""
 
     def __init__(
         self, xml: str, *, guest: FakeGuest | None = None, running: bool = True, persistent: bool = True
@@ -118,6 +144,8 @@ class FakeDomain:
         self.paused = False
         self.calls: list[str] = []
         self.fail_next: dict[str, Exception] = {}
+        self.tell: Callable[[int, str], None] = lambda event_id, alias: None
+        self.connection: FakeConnection | None = None
         self._uuid = _root(self).findtext("uuid") or "11111111-2222-3333-4444-555555555555"
 
     # reads
@@ -136,9 +164,16 @@ class FakeDomain:
             return libvirt.VIR_DOMAIN_SHUTOFF, 0
         return (libvirt.VIR_DOMAIN_PAUSED if self.paused else libvirt.VIR_DOMAIN_RUNNING), 0
 
+    def connect(self) -> FakeConnection:
+        assert self.connection is not None
+        return self.connection
+
     def XMLDesc(self, flags: int) -> str:
         inactive = flags & libvirt.VIR_DOMAIN_XML_INACTIVE or self.live is None
         root = copy.deepcopy(self.config if inactive else self.live)
+        if not flags & libvirt.VIR_DOMAIN_XML_SECURE:
+            for graphics in root.iterfind("./devices/graphics"):
+                graphics.attrib.pop("passwd", None)
         if not inactive:
             for target in root.iterfind("./devices/channel/target"):
                 target.set("state", "disconnected" if self.guest.agent == "stopped" else "connected")
@@ -162,10 +197,69 @@ class FakeDomain:
                     "invalid argument: requested vcpus is greater than max allowable vcpus for the "
                     f"{name} domain: {count} > {maximum}",
                 )
-            root.find("vcpu").set("current", str(count))
+            if name == "live" and count < int(root.find("vcpu").get("current", maximum)):
+                self._unplug_vcpus(root, count)
+            hotpluggable = name == "live" or bool(flags & libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE)
+            _enable_vcpus(root, count, hotpluggable=hotpluggable)
             if name == "live" and not self.guest.sees_nothing:
                 for number in range(count):
                     self.guest.online_cpus.setdefault(number, False)
+
+    def vcpusFlags(self, flags: int) -> int:
+        root = self._affected(flags)[0][1]
+        return int(root.find("vcpu").get("current", root.findtext("vcpu")))
+
+    def detachDeviceAlias(self, alias: str, flags: int) -> None:
+        self._called("detachDeviceAlias", f"detachDeviceAlias({alias}, {flags})")
+        assert flags == LIVE, "with the config flag libvirt drops the persistent device even where the guest refuses"
+        device = next((one for one in self._running().iterfind("./devices/memory") if _alias(one) == alias), None)
+        if device is None:
+            raise qemu_error(libvirt.VIR_ERR_INTERNAL_ERROR, f"internal error: no device found with alias {alias}")
+        if self.guest.unplugs == "refuses":
+            self.tell(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, alias)
+        elif self.guest.unplugs == "lets go":
+            self.let_go(alias)
+
+    def let_go(self, alias: str) -> None:
+        """The guest ejects a dimm, now or late."""
+        root = self._running()
+        device = next(one for one in root.iterfind("./devices/memory") if _alias(one) == alias)
+        first = int(device.find("address").get("base"), 16) // self.guest.block_bytes
+        for n in range(_size(device.find("./target/size")) // self.guest.block_bytes):
+            self.guest.blocks.pop(first + n, None)
+        _remove_device(root, device)
+        self.tell(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, alias)
+
+    def detachDeviceFlags(self, xml: str, flags: int) -> None:
+        wanted = etree.fromstring(xml)
+        self._called("detachDeviceFlags", f"detachDeviceFlags({flags})")
+        assert flags == CONFIG, "libvirt waits 5 s and says yes for a live device that the guest has not let go"
+        for device in self._affected(flags)[0][1].iterfind("./devices/memory"):
+            if _identity(device) == _identity(wanted):
+                _remove_device(self.config, device)
+                return
+        raise qemu_error(libvirt.VIR_ERR_DEVICE_MISSING, "device not found: matching memory device was not found")
+
+    def updateDeviceFlags(self, xml: str, flags: int) -> None:
+        wanted = etree.fromstring(xml)
+        requested = _size(wanted.find("./target/requested"))
+        self._called("updateDeviceFlags", f"updateDeviceFlags({requested // MIB} MiB, {flags})")
+        ((name, root),) = self._affected(flags)
+        device = next((one for one in root.iterfind("./devices/memory") if _identity(one) == _identity(wanted)), None)
+        if device is None:
+            raise qemu_error(
+                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                f"unsupported configuration: memory '{_alias(wanted)}' not found",
+            )
+        if requested > _size(device.find("./target/size")):
+            raise qemu_error(
+                libvirt.VIR_ERR_XML_DETAIL,
+                "requested size must be smaller than or equal to @size "
+                f"({_size(device.find('./target/size')) // KIB}KiB)",
+            )
+        device.find("./target/requested").text = str(requested // KIB)
+        if name == "live":
+            self._follow_request(device)
 
     def attachDeviceFlags(self, xml: str, flags: int) -> None:
         self._called("attachDeviceFlags", f"attachDeviceFlags({flags})")
@@ -196,10 +290,20 @@ class FakeDomain:
 
     def _attach(self, root: Any, device: Any, *, live: bool) -> None:
         devices = root.findall("./devices/memory")
-        address = etree.SubElement(device, "address", type="dimm", slot=str(len(devices)))
+        if device.get("model") == "virtio-mem":
+            self._attach_virtio_mem(root, device, live=live)
+            return
+        used = {other.find("address").get("slot") for other in devices}
+        slot = next(str(n) for n in range(len(devices) + 1) if str(n) not in used)
+        address = etree.SubElement(device, "address", type="dimm", slot=slot)
         size = _size(device.find("./target/size"))
         if live:
-            base = FIRST_DIMM_BASE + sum(_size(other.find("./target/size")) for other in devices)
+            ends = [
+                int(other.find("address").get("base"), 16) + _size(other.find("./target/size"))
+                for other in devices
+                if other.get("model") == "dimm"
+            ]
+            base = max(ends, default=FIRST_DIMM_BASE)
             address.set("base", hex(base))
             if not self.guest.sees_nothing:
                 first = base // self.guest.block_bytes
@@ -208,6 +312,46 @@ class FakeDomain:
         root.find("devices").append(device)
         for name in ("memory", "currentMemory"):
             root.find(name).text = str(int(root.findtext(name)) + size // KIB)
+
+    def _attach_virtio_mem(self, root: Any, device: Any, *, live: bool) -> None:
+        etree.SubElement(device, "address", type="pci", slot="0x09")
+        size = device.find("./target/size")
+        root.find("devices").append(device)
+        root.find("memory").text = str(int(root.findtext("memory")) + _size(size) // KIB)
+        if live:
+            etree.SubElement(device.find("target"), "current", unit="KiB").text = "0"
+            self._follow_request(device)
+
+    def _follow_request(self, device: Any) -> None:
+        """The guest's virtio-mem driver plugs or unplugs what is requested, whole blocks of it behind a fixed place."""
+        target = device.find("target")
+        current = min(_size(target.find("requested")), self.guest.virtio_mem_limit)
+        target.find("current").text = str(current // KIB)
+        first = VIRTIO_MEM_BASE // self.guest.block_bytes
+        have = {n for n in self.guest.blocks if n >= first}
+        want = {first + n for n in range(-(-current // self.guest.block_bytes))}
+        for n in want - have:
+            self.guest.blocks[n] = self.guest.auto_online
+        for n in have - want:
+            del self.guest.blocks[n]
+        self.tell(libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE, _alias(device))
+
+    def _unplug_vcpus(self, root: Any, count: int) -> None:
+        fixed = [one for one in root.iterfind("./vcpus/vcpu") if one.get("enabled") == "yes"]
+        if count < sum(one.get("hotpluggable") == "no" for one in fixed) or not fixed:
+            raise qemu_error(
+                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                "unsupported configuration: failed to find appropriate hotpluggable vcpus to reach the desired "
+                "target vcpu count",
+            )
+        if self.guest.unplugs != "lets go":
+            raise qemu_error(
+                libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                "Timed out during operation: vcpu unplug request timed out. Unplug result must be manually inspected "
+                "in the domain",
+            )
+        for number in [n for n in self.guest.online_cpus if n >= count]:
+            del self.guest.online_cpus[number]
 
     def _affected(self, flags: int) -> list[tuple[str, Any]]:
         affected = []
@@ -235,8 +379,9 @@ class FakeDomain:
 
     def _called(self, name: str, call: str) -> None:
         self.calls.append(call)
-        if name in self.fail_next:
-            raise self.fail_next.pop(name)
+        for key in (name, call):
+            if key in self.fail_next:
+                raise self.fail_next.pop(key)
 
 
 class FakeConnection:
@@ -245,9 +390,20 @@ class FakeConnection:
     def __init__(self, *domains: FakeDomain) -> None:
         self.domains = list(domains)
         self.alive = True
+        self._ids = itertools.count()
+        self.callbacks: dict[int, tuple[int, Callable[..., None]]] = {}
+        for domain in domains:
+            domain.connection = self
+            domain.tell = functools.partial(self._tell, domain)
 
     def getType(self) -> str:
         return "QEMU"
+
+    def getDomainCapabilities(self, emulator: None, arch: str, machine: str, virt_type: str, flags: int) -> str:
+        return f"<domainCapabilities><vcpu max='{288 if 'q35' in machine else 255}'/></domainCapabilities>"
+
+    def getMaxVcpus(self, virt_type: str) -> int:
+        return 1024
 
     def getLibVersion(self) -> int:
         return 9000000
@@ -267,6 +423,33 @@ class FakeConnection:
     def close(self) -> int:
         self.alive = False
         return 0
+
+    def domainEventRegisterAny(self, domain: None, event_id: int, callback: Callable[..., None], opaque: None) -> int:
+        callback_id = next(self._ids)
+        self.callbacks[callback_id] = (event_id, functools.partial(callback, self))
+        return callback_id
+
+    def domainEventDeregisterAny(self, callback_id: int) -> None:
+        del self.callbacks[callback_id]
+
+    def defineXMLFlags(self, xml: str, flags: int) -> FakeDomain:
+        root = _normalise(etree.fromstring(xml))
+        domain = self.lookupByName(root.findtext("name"))
+        domain._called("defineXMLFlags", f"defineXMLFlags({flags})")
+        topology = root.find("./cpu/topology")
+        product = math.prod(int(topology.get(name, "1")) for name in ("sockets", "dies", "cores", "threads"))
+        if product != int(root.findtext("vcpu")):
+            raise qemu_error(
+                libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
+                "unsupported configuration: CPU topology doesn't match maximum vcpu count",
+            )
+        domain.config = root
+        return domain
+
+    def _tell(self, domain: FakeDomain, event_id: int, alias: str) -> None:
+        for wanted, callback in list(self.callbacks.values()):
+            if wanted == event_id:
+                callback(domain, alias, None)
 
     def listAllDomains(self) -> list[FakeDomain]:
         return self.domains
@@ -346,6 +529,44 @@ def _check_memory_device(root: Any, device: Any) -> None:
             "internal error: unable to execute QEMU command 'device_add': backend memory size must be multiple of "
             "0x200000",
         )
+
+
+def _enable_vcpus(root: Any, count: int, *, hotpluggable: bool) -> None:
+    """Write how many vCPUs there are, and of each what libvirt says once single ones differ."""
+    vcpu, listed = root.find("vcpu"), root.find("vcpus")
+    current = int(vcpu.get("current", vcpu.text))
+    if listed is None:
+        listed = etree.Element("vcpus")
+        vcpu.addnext(listed)
+        for n in range(int(vcpu.text)):
+            fixed = n < current
+            etree.SubElement(
+                listed, "vcpu", id=str(n), enabled="yes" if fixed else "no", hotpluggable="no" if fixed else "yes"
+            )
+    for n, one in enumerate(listed):
+        if n < count and one.get("enabled") == "no":
+            one.set("hotpluggable", "yes" if hotpluggable else "no")
+        one.set("enabled", "yes" if n < count else "no")
+    vcpu.set("current", str(count))
+
+
+def _remove_device(root: Any, device: Any) -> None:
+    size_kib = _size(device.find("./target/size")) // KIB
+    root.find("devices").remove(device)
+    for name in ("memory", "currentMemory"):
+        root.find(name).text = str(int(root.findtext(name)) - size_kib)
+
+
+def _alias(device: Any) -> str:
+    alias = device.find("alias")
+    return "" if alias is None else str(alias.get("name"))
+
+
+def _identity(device: Any) -> tuple[Any, ...]:
+    """What libvirt matches a memory device by."""
+    address = device.find("address")
+    values = tuple(sorted(address.items())) if address is not None else ()
+    return device.get("model"), _size(device.find("./target/size")), device.findtext("./target/node"), values
 
 
 def _normalise(root: Any) -> Any:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
+from lxml import etree
 
+from kvmagent.hypervisor.domainxml import format_dimm, format_virtio_mem
 from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest
-from tests.fakes.libvirt import FakeDomain
+from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
 
 PLANS = Path(__file__).parent / "plans"
@@ -21,13 +24,14 @@ GIB = 1024 * MIB
 
 @dataclass
 class Case:
-    """One command on one VM; `arrange` changes the fake domain before it."""
+    """One command on one VM; `arrange` changes the fake domain before it, `host` is what `make_host` takes."""
 
     command: str
     request: dict[str, Any]
     spec: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
     guest: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
     arrange: Callable[[FakeDomain], None] = lambda domain: None
 
 
@@ -50,7 +54,101 @@ def pause(domain: FakeDomain) -> None:
 ODD_DIMM = (
     "<memory model='dimm'><target><size unit='MiB'>64</size><node>0</node></target><alias name='ua-odd'/></memory>"
 )
+
+
+def add_xml(path: str, xml: str) -> Callable[[FakeDomain], None]:
+    """Put an element into both definitions."""
+
+    def arrange(domain: FakeDomain) -> None:
+        for root in (domain.live, domain.config):
+            if root is not None:
+                root.find(path).append(etree.fromstring(xml))
+
+    return arrange
+
+
+def plug(*sizes_mib: int, model: str = "dimm", alias: str = "ua-old") -> Callable[[FakeDomain], None]:
+    """Attach memory devices to both definitions, online in the guest."""
+
+    def arrange(domain: FakeDomain) -> None:
+        for n, size_mib in enumerate(sizes_mib):
+            place = {"alias": f"{alias}-{n}", "node": 0}
+            if model == "dimm":
+                xml = format_dimm(size_bytes=size_mib * MIB, **place)
+            else:
+                sizes = {"size_bytes": 1 * GIB, "block_bytes": 2 * MIB, "requested_bytes": size_mib * MIB}
+                xml = format_virtio_mem(**sizes, **place)
+            domain.attachDeviceFlags(xml, 3)
+        for block in domain.guest.blocks:
+            domain.guest.blocks[block] = True
+        domain.calls.clear()
+
+    return arrange
+
+
+def plug_vcpus(count: int) -> Callable[[FakeDomain], None]:
+    """Plug vCPUs that can be removed again, online in the guest."""
+
+    def arrange(domain: FakeDomain) -> None:
+        domain.setVcpusFlags(count, 1)
+        domain.setVcpusFlags(count, 2 | libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE)
+        for number in domain.guest.online_cpus:
+            domain.guest.online_cpus[number] = True
+        domain.calls.clear()
+
+    return arrange
+
+
+def then(*arrangements: Callable[[FakeDomain], None]) -> Callable[[FakeDomain], None]:
+    def arrange(domain: FakeDomain) -> None:
+        for one in arrangements:
+            one(domain)
+
+    return arrange
+
+
+def offline_plugged(domain: FakeDomain) -> None:
+    for block in domain.guest.blocks:
+        domain.guest.blocks[block] = block < 32
+
+
+def fail(call: str, code: int, message: str) -> Callable[[FakeDomain], None]:
+    def arrange(domain: FakeDomain) -> None:
+        domain.fail_next[call] = qemu_error(code, message)
+
+    return arrange
+
+
+def be_a(machine: str) -> Callable[[FakeDomain], None]:
+    def arrange(domain: FakeDomain) -> None:
+        for root in (domain.live, domain.config):
+            if root is not None:
+                root.find("./os/type").set("machine", machine)
+
+    return arrange
+
+
+def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
+    def arrange(domain: FakeDomain) -> None:
+        for root in (domain.live, domain.config):
+            root.find("./cpu/topology").set("sockets", str(maximum))
+            root.find("vcpu").text = str(maximum)
+
+    return arrange
+
+
+BARE = {
+    "vcpus": 1,
+    "max_vcpus": 1,
+    "max_memory_mib": None,
+    "numa_cells": 0,
+    "acpi": False,
+    "balloon": False,
+    "agent_channel": False,
+}
+KVM = {"virt_type": "kvm"}
 CPU, MEMORY, READY = "HotPlugCpu", "HotPlugMemory", "ReadyForHotplug"
+BOTH, LESS_CPU, LESS_MEMORY = "HotPlugCpuMemory", "HotUnplugCpu", "HotUnplugMemory"
 CASES = {
     "cpu-online": Case(CPU, {"cpuNum": 3}),
     "cpu-unchanged": Case(CPU, {"cpuNum": 1}),
@@ -79,6 +177,9 @@ CASES = {
     "memory-dimm-rounded": Case(MEMORY, {"memorySize": 300 * MIB}),
     "memory-dimm-several": Case(MEMORY, {"memorySize": 768 * MIB, "dimmSize": 256 * MIB}),
     "memory-dimm-emptiest-node": Case(MEMORY, {"memorySize": 384 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}),
+    "memory-dimms-in-balance": Case(
+        MEMORY, {"memorySize": 640 * MIB, "dimmSize": 128 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}
+    ),
     "memory-dimm-node": Case(MEMORY, {"memorySize": 384 * MIB, "node": 1}, spec={"numa_cells": 2}),
     "memory-dimm-config-only": Case(MEMORY, {"memorySize": 384 * MIB, "affect": "config"}),
     "memory-dimm-live-only": Case(MEMORY, {"memorySize": 384 * MIB, "affect": "live"}),
@@ -113,9 +214,158 @@ CASES = {
     "memory-refused-transient": Case(MEMORY, {"memorySize": 384 * MIB}, domain={"persistent": False}),
     "memory-refused-misaligned-dimm": Case(MEMORY, {"memorySize": 512 * MIB}, spec={"devices_xml": ODD_DIMM}),
     "memory-refused-below": Case(MEMORY, {"memorySize": 128 * MIB}),
-    "memory-refused-host": Case(
-        MEMORY, {"memorySize": 1024 * 1024 * GIB}, spec={"max_memory_mib": 2 * 1024 * 1024 * 1024}
+    "memory-refused-host": Case(MEMORY, {"memorySize": 1 * GIB}, host={"available_mib": 512}),
+    "cpu-refused-machine": Case(CPU, {"cpuNum": 2}, arrange=be_a("microvm")),
+    "cpu-refused-host-limit": Case(CPU, {"cpuNum": 2}, arrange=allow_vcpus(300)),
+    "memory-refused-machine": Case(MEMORY, {"memorySize": 512 * MIB}, arrange=be_a("microvm")),
+    "memory-refused-encrypted": Case(
+        MEMORY, {"memorySize": 512 * MIB}, arrange=add_xml(".", "<launchSecurity type='sev'/>")
     ),
+    "memory-refused-hard-limit": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        arrange=add_xml(".", "<memtune><hard_limit unit='KiB'>400000</hard_limit></memtune>"),
+    ),
+    "memory-refused-vfio-limit": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        arrange=then(
+            add_xml(".", "<memtune><hard_limit unit='KiB'>1048576</hard_limit></memtune>"),
+            add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
+        ),
+    ),
+    "memory-refused-hugepages": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"free_hugepages": 100},
+        arrange=add_xml(".", "<memoryBacking><hugepages/></memoryBacking>"),
+    ),
+    "memory-refused-host-node": Case(
+        MEMORY,
+        {"memorySize": 1 * GIB},
+        host={"node_free_mib": 300},
+        arrange=add_xml(".", "<numatune><memory mode='strict' nodeset='0'/></numatune>"),
+    ),
+    "memory-refused-guest-short": Case(MEMORY, {"memorySize": 512 * MIB}, guest={"available_bytes": 33 * MIB}),
+    "memory-refused-guest-short-offline": Case(
+        MEMORY, {"memorySize": 1 * GIB, "guestOnline": False}, guest={"available_bytes": 40 * MIB}
+    ),
+    "memory-small-guest-in-steps": Case(MEMORY, {"memorySize": 2 * GIB}, guest={"available_bytes": 40 * MIB}),
+    "memory-small-guest-stays-offline": Case(
+        MEMORY,
+        {"memorySize": 2 * GIB},
+        guest={"available_bytes": 40 * MIB, "refuses": frozenset({"guest-set-memory-blocks"})},
+    ),
+    "memory-virtio-mem-attach": Case(MEMORY, {"memorySize": 400 * MIB, "method": "virtio-mem"}),
+    "memory-virtio-mem-grow": Case(MEMORY, {"memorySize": 640 * MIB}, arrange=plug(128, model="virtio-mem")),
+    "memory-virtio-mem-then-dimm": Case(
+        MEMORY, {"memorySize": 256 * MIB + 1152 * MIB}, arrange=plug(512, model="virtio-mem")
+    ),
+    "memory-virtio-mem-stalls": Case(
+        MEMORY,
+        {"memorySize": 640 * MIB, "method": "virtio-mem", "timeoutSec": 1},
+        guest={"virtio_mem_limit": 256 * MIB},
+        arrange=plug(128, model="virtio-mem"),
+    ),
+    "cpumem-online": Case(BOTH, {"cpuNum": 2, "memorySize": 512 * MIB}),
+    "cpumem-unchanged": Case(BOTH, {"cpuNum": 1, "memorySize": 256 * MIB}),
+    "cpumem-refused-cpu-maximum": Case(BOTH, {"cpuNum": 5, "memorySize": 512 * MIB}),
+    "cpumem-second-fails-first-undone": Case(
+        BOTH,
+        {"cpuNum": 2, "memorySize": 512 * MIB},
+        arrange=then(inflate_balloon(200), fail("setVcpusFlags", 1, "internal error: Duplicate device ID 'vcpu1'")),
+    ),
+    "cpumem-second-fails-guest-keeps-first": Case(
+        BOTH,
+        {"cpuNum": 2, "memorySize": 512 * MIB},
+        guest={"pinned": frozenset({33})},
+        arrange=fail("setVcpusFlags", 1, "internal error: Duplicate device ID 'vcpu1'"),
+    ),
+    "cpumem-memory-fails": Case(
+        BOTH,
+        {"cpuNum": 2, "memorySize": 512 * MIB},
+        arrange=fail("attachDeviceFlags", 1, "internal error: unable to execute QEMU command 'object-add'"),
+    ),
+    "less-cpu-kvm": Case(LESS_CPU, {"cpuNum": 1}, domain=KVM, arrange=plug_vcpus(3)),
+    "less-cpu-config-only": Case(LESS_CPU, {"cpuNum": 1, "affect": "config"}, arrange=plug_vcpus(3)),
+    "less-cpu-unchanged": Case(LESS_CPU, {"cpuNum": 1}),
+    "less-cpu-dry-run": Case(LESS_CPU, {"cpuNum": 1, "dryRun": True}, domain=KVM, arrange=plug_vcpus(3)),
+    "less-cpu-pending": Case(
+        LESS_CPU,
+        {"cpuNum": 1, "timeoutSec": 1, "lateCallback": True},
+        guest={"unplugs": "not answering"},
+        domain=KVM,
+        arrange=plug_vcpus(3),
+    ),
+    "less-cpu-refused-emulated": Case(LESS_CPU, {"cpuNum": 1}, arrange=plug_vcpus(3)),
+    "less-cpu-refused-fixed": Case(LESS_CPU, {"cpuNum": 1}, spec={"vcpus": 2}, domain=KVM, arrange=plug_vcpus(3)),
+    "less-cpu-refused-in-use": Case(
+        LESS_CPU, {"cpuNum": 1}, guest={"fixed_cpus": frozenset({0, 2})}, domain=KVM, arrange=plug_vcpus(3)
+    ),
+    "less-cpu-refused-above": Case(LESS_CPU, {"cpuNum": 3}),
+    "less-cpu-refused-off": Case(LESS_CPU, {"cpuNum": 1}, domain={"running": False}),
+    "less-cpu-refused-transient": Case(LESS_CPU, {"cpuNum": 1}, domain={"persistent": False}),
+    "less-memory-exact-fit": Case(LESS_MEMORY, {"memorySize": 512 * MIB}, arrange=plug(128, 256, 512)),
+    "less-memory-not-exact": Case(LESS_MEMORY, {"memorySize": 300 * MIB}, arrange=plug(128, 256)),
+    "less-memory-virtio-mem": Case(LESS_MEMORY, {"memorySize": 384 * MIB}, arrange=plug(512, model="virtio-mem")),
+    "less-memory-dimm-then-balloon": Case(LESS_MEMORY, {"memorySize": 200 * MIB}, arrange=plug(128)),
+    "less-memory-config-only": Case(LESS_MEMORY, {"memorySize": 256 * MIB, "affect": "config"}, arrange=plug(128)),
+    "less-memory-live-only": Case(LESS_MEMORY, {"memorySize": 256 * MIB, "affect": "live"}, arrange=plug(128)),
+    "less-memory-agent-stopped": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, guest={"agent": "stopped"}, arrange=plug(128)
+    ),
+    "less-memory-guest-keeps-blocks": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, guest={"pinned": frozenset({33})}, arrange=plug(256)
+    ),
+    "less-memory-guest-refuses": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, guest={"unplugs": "refuses"}, arrange=plug(128)
+    ),
+    "less-memory-pending": Case(
+        LESS_MEMORY,
+        {"memorySize": 256 * MIB, "timeoutSec": 1, "lateCallback": True},
+        guest={"unplugs": "not answering"},
+        arrange=plug(128),
+    ),
+    "less-memory-unchanged": Case(LESS_MEMORY, {"memorySize": 256 * MIB}),
+    "less-memory-refused-in-use": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, guest={"fixed": frozenset({32})}, arrange=plug(128)
+    ),
+    "less-memory-refused-guest-short": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, guest={"available_bytes": 100 * MIB}, arrange=plug(128)
+    ),
+    "less-memory-refused-none-fits": Case(LESS_MEMORY, {"memorySize": 400 * MIB}, arrange=plug(256)),
+    "less-memory-refused-floor": Case(LESS_MEMORY, {"memorySize": 100 * MIB}),
+    "less-memory-refused-floor-offline": Case(
+        LESS_MEMORY,
+        {"memorySize": 200 * MIB},
+        guest={"agent": "stopped", "unplugs": "refuses"},
+        arrange=then(plug(128, alias="ua-a"), offline_plugged),
+    ),
+    "less-memory-refused-no-balloon": Case(LESS_MEMORY, {"memorySize": 200 * MIB}, spec={"balloon": False}),
+    "less-memory-refused-above": Case(LESS_MEMORY, {"memorySize": 1 * GIB}),
+    "less-memory-refused-off": Case(LESS_MEMORY, {"memorySize": 128 * MIB}, domain={"running": False}),
+    "less-memory-refused-transient": Case(LESS_MEMORY, {"memorySize": 128 * MIB}, domain={"persistent": False}),
+    "prepare-bare-vm": Case(READY, {"prepare": True, "maxCpuNum": 8, "maxMemorySize": 16 * GIB}, spec=BARE),
+    "prepare-defaults": Case(READY, {"prepare": True}, spec=BARE),
+    "prepare-dry-run": Case(READY, {"prepare": True, "maxCpuNum": 8, "dryRun": True}, spec=BARE),
+    "prepare-off": Case(READY, {"prepare": True, "maxCpuNum": 8}, spec=BARE, domain={"running": False}),
+    "prepare-unchanged": Case(READY, {"prepare": True, "maxCpuNum": 4, "maxMemorySize": 4 * GIB}),
+    "prepare-grows-sockets-and-cells": Case(
+        READY,
+        {"prepare": True, "maxCpuNum": 14, "slots": 32},
+        spec={"vcpus": 2, "max_vcpus": 8, "topology": (2, 2, 2), "numa_cells": 2},
+    ),
+    "prepare-clamped": Case(READY, {"prepare": True, "maxCpuNum": 1000, "maxMemorySize": 32 * 1024 * GIB}, spec=BARE),
+    "prepare-refused-libvirt": Case(
+        READY,
+        {"prepare": True},
+        spec=BARE,
+        arrange=fail("defineXMLFlags", 67, "unsupported configuration: QEMU does not like it"),
+    ),
+    "prepare-refused-transient": Case(READY, {"prepare": True}, domain={"persistent": False}),
+    "prepare-refused-machine": Case(READY, {"prepare": True}, arrange=be_a("microvm")),
+    "prepare-refused-below": Case(READY, {"prepare": True, "maxCpuNum": 1}, spec={"vcpus": 2}),
+    "ready-not-set-commands": Case(READY, {}, guest={"refuses": frozenset({"guest-set-memory-blocks"})}),
     "ready": Case(READY, {}),
     "ready-for-totals": Case(READY, {"cpuNum": 4, "memorySize": 1 * GIB}),
     "ready-not-bare-vm": Case(
@@ -143,18 +393,16 @@ def test_plan_is_the_golden_one(name: str, tmp_path: Path, request: pytest.Fixtu
     domain = make_domain(spec, make_guest(spec, **case.guest), **case.domain)
     case.arrange(domain)
     before = xml_of(domain)
-    agent = FakeAgent(tmp_path, domain)
+    agent = FakeAgent(tmp_path, domain, **case.host)
     done = agent.run(case.command, vmUuid="vm1", **case.request)
     agent.stop()
     told = {name: value for name, value in done.reply.items() if name not in ("before", "vmUuid")}
-    for step in told["steps"]:
-        step.pop("elapsedMs", None)
-    if name == "memory-refused-host":  # its message names what the host has free just now
-        told.pop("error")
+    for timed in told["steps"] + told["stages"]:
+        timed.pop("elapsedMs", None)
     seen = {"request": case.request, "goal": done.goal, "reply": told, "libvirtCalls": domain.calls}
     if done.reply["outcome"] in ("refused", "unchanged", "planned"):
         assert xml_of(domain) == before
-        assert not domain.calls
+        assert not domain.calls or done.goal
     golden = PLANS / f"{name}.json"
     if request.config.getoption("--update-golden"):
         golden.write_text(json.dumps(seen, indent=1) + "\n")

@@ -56,6 +56,10 @@ def test_from_connect_to_a_vm_that_was_stopped_from_outside(
         reply = zstack.call("/vm/increase/mem", {"vmUuid": vm, "memorySize": 384 * MIB})
         assert (reply["success"], reply["memorySize"], reply["outcome"]) == (True, 384 * MIB, "online")
         assert guest.mem_total_kib() - mem_total_kib == 128 * 1024
+        reply = zstack.call("/vm/online/changecpumem", {"vmUuid": vm, "cpuNum": 3, "memorySize": 512 * MIB})
+        assert (reply["success"], reply["cpuNum"], reply["memorySize"]) == (True, 3, 512 * MIB)
+        assert guest.cpus_online() == "0-2"
+        assert guest.mem_total_kib() - mem_total_kib == 256 * 1024
         done.set()
         pinging.join()
         assert pings

@@ -182,6 +182,11 @@ def test_what_cannot_be_accepted_is_refused_at_once(zstack: ZStack) -> None:
         ("/vm/increase/cpu", {"vmUuid": VM, "cpuNum": 2}, {}),  # async without a task id
         ("/host/echo", {}, {"taskuuid": uuid.uuid4().hex}),  # sync with one
         ("/host/connect", {"hostUuid": HOST}, {}),
+        (
+            "/vm/online/changecpumem",  # both or neither
+            {"vmUuid": VM, "cpuNum": 2},
+            {"taskuuid": uuid.uuid4().hex, "callbackurl": zstack.server.url},
+        ),
     ):
         status, reply = zstack.sync(path, body, **headers)
         assert status == 400

@@ -1,5 +1,6 @@
 """Blockers that no libvirt of today lets a domain have, judged on facts alone."""
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,36 +11,38 @@ from tests.fakes.agent import MIB, make_domain, make_node
 from tests.lab.domainxml import GuestSpec
 
 
-def facts_with(**changes: Any) -> Facts:
-    live: Definition = make_node(make_domain(GuestSpec(name="vm1"))).observe("vm1", frozenset()).get_live()
+def facts_with(tmp_path: Path, **changes: Any) -> Facts:
+    live: Definition = make_node(tmp_path, make_domain(GuestSpec(name="vm1"))).observe("vm1", frozenset()).get_live()
     live = msgspec.structs.replace(live, **changes)
     return Facts(domain=Domain("vm1", "u", "running", live=live, config=None), guest=Guest(), host=Host())
 
 
-def test_a_topology_that_is_not_the_maximum_is_a_blocker() -> None:
-    (blocker,) = check_cpu(facts_with(topology=(2, 1, 1, 1)), "live", 2)
+def test_a_topology_that_is_not_the_maximum_is_a_blocker(tmp_path: Path) -> None:
+    (blocker,) = check_cpu(facts_with(tmp_path, topology=(2, 1, 1, 1)), "live", 2)
     assert (blocker.code, blocker.needs_restart) == ("CPU_TOPOLOGY_MISMATCH", True)
     assert "makes 2 vCPUs, its maximum is 4" in blocker.message
 
 
-def test_cells_that_leave_out_a_vcpu_are_a_blocker() -> None:
-    cell = facts_with().get_live().cells[0]
-    (blocker,) = check_dimm_support(facts_with(cells=(msgspec.structs.replace(cell, cpus=frozenset({0, 1})),)), "live")
+def test_cells_that_leave_out_a_vcpu_are_a_blocker(tmp_path: Path) -> None:
+    cell = facts_with(tmp_path).get_live().cells[0]
+    (blocker,) = check_dimm_support(
+        facts_with(tmp_path, cells=(msgspec.structs.replace(cell, cpus=frozenset({0, 1})),)), "live"
+    )
     assert blocker.code == "NUMA_CELLS_INCOMPLETE"
     assert "vCPUs 2-3 of 4" in blocker.message
 
 
-def test_a_dimm_that_the_guest_cannot_use_is_a_blocker_for_those_after_it() -> None:
+def test_a_dimm_that_the_guest_cannot_use_is_a_blocker_for_those_after_it(tmp_path: Path) -> None:
     odd = MemoryDevice(model="dimm", size_bytes=64 * MIB, node=0, alias="dimm0")
-    (blocker,) = check_dimm_support(facts_with(devices=(odd,)), "live")
+    (blocker,) = check_dimm_support(facts_with(tmp_path, devices=(odd,)), "live")
     assert blocker.code == "MEMORY_DEVICE_MISALIGNED"
     assert (
         "dimm0 of the running definition has 64 MiB, not a multiple of the guest's block of 128 MiB" in blocker.message
     )
 
 
-def test_a_job_in_progress_is_a_blocker() -> None:
-    domain = msgspec.structs.replace(facts_with().domain, job="outgoing migration")
+def test_a_job_in_progress_is_a_blocker(tmp_path: Path) -> None:
+    domain = msgspec.structs.replace(facts_with(tmp_path).domain, job="outgoing migration")
     (blocker,) = check_state(domain, "live")
     assert blocker.code == "LIBVIRT_BUSY"
     assert "outgoing migration" in blocker.message

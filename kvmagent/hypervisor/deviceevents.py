@@ -1,0 +1,72 @@
+"""What libvirt tells of devices: removed, removal refused, size changed.
+
+    libvirt's event loop -- callback --> queues of those who watch that VM
+    performer: watch, then call, then wait        the waiter is in place before the call that fires the event
+
+Callbacks run on the event loop's thread: they put into queues and never call libvirt. Events are lost with their
+connection, so whoever waits also looks at the VM itself now and then.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import libvirt
+
+EventKind = Literal["removed", "removal-failed", "size-changed"]
+
+
+@dataclass(frozen=True)
+class DeviceEvent:
+    """One event of a device of a VM, by the device's alias."""
+
+    kind: EventKind
+    alias: str
+
+
+class DeviceEvents:
+    """Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watchers: list[tuple[str, queue.SimpleQueue[DeviceEvent]]] = []
+
+    def register(self, connection: libvirt.virConnect) -> list[int]:
+        """Have a new connection report; return the ids to deregister before it is closed."""
+        kinds: dict[int, EventKind] = {
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: "removed",
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: "removal-failed",
+            libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE: "size-changed",
+        }
+        return [
+            connection.domainEventRegisterAny(None, event_id, self._callback(kind), None)
+            for event_id, kind in kinds.items()
+        ]
+
+    @contextlib.contextmanager
+    def watch(self, uuid: str) -> Iterator["queue.SimpleQueue[DeviceEvent]"]:
+        """Collect the events of one VM, from now until the block ends."""
+        watcher = (uuid, queue.SimpleQueue[DeviceEvent]())
+        with self._lock:
+            self._watchers.append(watcher)
+        try:
+            yield watcher[1]
+        finally:
+            with self._lock:
+                self._watchers.remove(watcher)
+
+    def put(self, uuid: str, event: DeviceEvent) -> None:
+        """Hand an event to those who watch its VM."""
+        with self._lock:
+            for watched, events in self._watchers:
+                if watched == uuid:
+                    events.put(event)
+
+    def _callback(self, kind: EventKind) -> Callable[..., None]:
+        def callback(_connection: object, domain: libvirt.virDomain, alias: str, *_rest: object) -> None:
+            self.put(domain.UUIDString(), DeviceEvent(kind, alias))
+
+        return callback

@@ -1,0 +1,198 @@
+"""Memory as the guest has it: its blocks behind the VM's devices, bringing them online, and what to tell of it."""
+
+from kvmagent.model.command import Ending, Problem
+from kvmagent.model.errors import MEMORY_ONLINE_HINT, AgentError, Code
+from kvmagent.model.facts import Facts, Guest, MemoryDevice
+from kvmagent.model.steps import (
+    AnyStep,
+    AttachMemory,
+    AttachVirtioMem,
+    AwaitBalloon,
+    AwaitGuestMemory,
+    AwaitVirtioMem,
+    DetachMemory,
+    OfflineGuestMemory,
+    OnlineGuestMemory,
+    ResizeVirtioMem,
+    SetBalloon,
+)
+from kvmagent.model.units import MIB, align_down, format_ids, format_size
+
+from .checks import block_bytes
+from .reply import find_stages, refused_warning, silence_warning, warning
+from .requests import Stage
+
+# Memory that is added costs the guest a page map of 64 bytes for each page of 4 KiB, out of what it has free by then.
+# Source: Linux struct page. Observed by users: kata-containers 4847, 12 GiB need about 190 MiB.
+MAP_DIVISOR = 64
+# What a guest must have left for itself when memory is added, removed or ballooned.
+GUEST_RESERVE_BYTES = 32 * MIB
+# What the balloon must leave of memory that is online in the guest.
+BALLOON_FLOOR_BYTES = 128 * MIB
+
+
+def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
+    """Return the guest's block numbers behind a device; none where its place is not known."""
+    if device.base is None:
+        return frozenset()
+    return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
+
+
+def online_steps(
+    guest: Guest, blocks: frozenset[int], spent: frozenset[str], *, online: bool, timeout_s: float
+) -> tuple[AnyStep, ...]:
+    """Return what brings these blocks online: wait until the guest lists them, then ask it."""
+    if guest.blocks is None or not blocks:
+        return ()
+    listed = {block.index: block for block in guest.blocks}
+    if not blocks <= listed.keys() and AwaitGuestMemory.__name__ not in spent:
+        return (AwaitGuestMemory(blocks=tuple(sorted(blocks)), timeout_sec=timeout_s),)
+    offline = tuple(sorted(index for index in blocks & listed.keys() if not listed[index].online))
+    if offline and online and OnlineGuestMemory.__name__ not in spent:
+        return (OnlineGuestMemory(blocks=offline),)
+    return ()
+
+
+def online_blocks(guest: Guest) -> frozenset[int]:
+    """Return the blocks that the guest uses; none where it does not tell."""
+    return frozenset(block.index for block in guest.blocks or () if block.online)
+
+
+def offline_bytes(facts: Facts) -> int:
+    """Return how much plugged memory the guest does not use; all of it where it does not tell."""
+    live = facts.get_live()
+    dimms = [device for device in live.devices if device.model == "dimm"]
+    quantum = facts.guest.block_bytes
+    if facts.guest.blocks is None or quantum is None:
+        return sum(device.size_bytes for device in dimms)
+    blocks = frozenset[int]().union(*(device_blocks(device, quantum) for device in dimms))
+    return len(blocks - online_blocks(facts.guest)) * quantum
+
+
+def split_for_guest(facts: Facts, sizes_bytes: list[int], *, online: bool) -> tuple[list[int], bool]:
+    """Return dimm sizes that the guest can take in, and whether each must be online before the next is attached.
+
+    Raises:
+        AgentError: GUEST_MEMORY_SHORT, when not even the first block's page map fits.
+    """
+    available = facts.guest.mem_available_bytes
+    if available is None:
+        return sizes_bytes, False
+    room = available - GUEST_RESERVE_BYTES
+    if sum(sizes_bytes) <= room * MAP_DIVISOR:
+        return sizes_bytes, False
+    quantum, pieces = block_bytes(facts), list[int]()
+    for size in sizes_bytes:
+        left = size
+        while left:
+            piece = min(left, align_down(max(0, room) * MAP_DIVISOR, quantum))
+            if not piece or not online:
+                raise AgentError(
+                    Code.GUEST_MEMORY_SHORT,
+                    f"{format_size(sum(sizes_bytes))} more need {format_size(sum(sizes_bytes) // MAP_DIVISOR)} for the "
+                    f"guest's page map and {format_size(GUEST_RESERVE_BYTES)} kept free, the guest has "
+                    f"{format_size(available)} available" + ("" if online else ", and guestOnline is false"),
+                )
+            pieces.append(piece)
+            left -= piece
+            room += piece - piece // MAP_DIVISOR
+    return pieces, True
+
+
+def check_guest_can_spare(facts: Facts, taken_bytes: int) -> None:
+    """Refuse to take more memory from the guest than it has free.
+
+    Raises:
+        AgentError: GUEST_MEMORY_SHORT.
+    """
+    available = facts.guest.mem_available_bytes
+    if available is not None and taken_bytes and taken_bytes + GUEST_RESERVE_BYTES > available:
+        raise AgentError(
+            Code.GUEST_MEMORY_SHORT,
+            f"{format_size(taken_bytes)} would be taken from the guest and {format_size(GUEST_RESERVE_BYTES)} kept "
+            f"free, it has {format_size(available)} available",
+        )
+
+
+def plug_warnings(facts: Facts, blocks: frozenset[int], *, online: bool) -> list[Problem]:
+    """Return why the guest may not use memory that was plugged; `blocks` are those that it should list."""
+    guest = facts.guest
+    if guest.silence is not None:
+        return [silence_warning(guest, MEMORY_ONLINE_HINT)]
+    if guest.blocks is None or guest.block_bytes is None:
+        refused = "guest-get-memory-blocks" if guest.blocks is None else "guest-get-memory-block-info"
+        return [refused_warning(guest, refused, MEMORY_ONLINE_HINT)]
+    found = []
+    unseen = blocks - {block.index for block in guest.blocks}
+    if unseen:
+        found.append(
+            warning(
+                Code.GUEST_MEMORY_NOT_SEEN,
+                f"{format_size(len(unseen) * guest.block_bytes)} that the VM has are not listed by the guest",
+            )
+        )
+    offline = frozenset(block.index for block in guest.blocks if not block.online)
+    if offline:
+        found.append(
+            warning(
+                Code.GUEST_MEMORY_OFFLINE,
+                f"memory blocks {format_ids(offline)} ({format_size(len(offline) * guest.block_bytes)}) "
+                "are offline in the guest",
+            )
+        )
+        if not online:
+            found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
+    return found
+
+
+def explain_free(ending: Ending) -> list[Problem]:
+    """Say why `free` in the guest shows less than the VM has: told on success too, never hidden."""
+    facts = ending.after
+    if facts is None or ending.goal is None or ending.request.affect == "config":
+        return []
+    if facts.domain.live is None or facts.guest.mem_total_bytes is None:
+        return []
+    has, total, actual = facts.domain.live.memory_bytes, facts.guest.mem_total_bytes, facts.domain.balloon_bytes
+    if total >= has:
+        return []
+    growth = find_growth(ending)
+    grown = f"; it grew by {format_size(growth)} in this task" if growth is not None and growth > 0 else ""
+    held = facts.domain.live.balloon_total_bytes - actual if actual is not None else 0
+    balloon = f", {format_size(held)} of it in the balloon" if held > 0 else ""
+    return [
+        warning(
+            Code.GUEST_FREE_SHOWS_LESS,
+            f"the VM has {format_size(has)}, the guest's MemTotal is {format_size(total)}: "
+            f"{format_size(has - total)} less{balloon}{grown}",
+        )
+    ]
+
+
+def find_growth(ending: Ending) -> int | None:
+    """Return how much MemTotal grew in the guest, which says more than the total; None where it was not told."""
+    before = ending.before.guest.mem_total_bytes if ending.before else None
+    after = ending.after.guest.mem_total_bytes if ending.after else None
+    return None if before is None or after is None else after - before
+
+
+def memory_stages(ending: Ending) -> list[Stage]:
+    """Return how far the memory has come: of the VM, listed by the guest, used by the guest."""
+    facts = ending.after
+    if facts is None or facts.domain.live is None:
+        return []
+    blocks, quantum = facts.guest.blocks, facts.guest.block_bytes
+    known = blocks is not None and quantum is not None
+    return find_stages(
+        ending,
+        "memory",
+        (
+            facts.domain.live.memory_bytes,
+            len(blocks) * quantum if blocks is not None and quantum is not None else None,
+            len(online_blocks(facts.guest)) * quantum if known and quantum is not None else None,
+        ),
+        (
+            (AttachMemory, AttachVirtioMem, ResizeVirtioMem, SetBalloon, DetachMemory),
+            (AwaitGuestMemory, AwaitVirtioMem, AwaitBalloon),
+            (OnlineGuestMemory, OfflineGuestMemory),
+        ),
+    )

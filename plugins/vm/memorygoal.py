@@ -1,0 +1,271 @@
+"""Growing memory towards a goal: balloon, virtio-mem devices and dimms, each with the guest's part."""
+
+import msgspec
+
+from kvmagent.model.command import Goal, Problem
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.steps import (
+    AnyStep,
+    AttachMemory,
+    AttachVirtioMem,
+    AwaitBalloon,
+    AwaitVirtioMem,
+    ResizeVirtioMem,
+    SetBalloon,
+    Target,
+)
+from kvmagent.model.units import format_size
+
+from .guestmemory import (
+    device_blocks,
+    online_blocks,
+    online_steps,
+    plug_warnings,
+)
+from .reply import not_verified
+
+
+class PlannedDimm(msgspec.Struct, frozen=True, rename="camel"):
+    """A dimm that a task attaches, by the alias that makes it the task's own."""
+
+    alias: str
+    size_bytes: int
+    node: int
+    live: bool
+    config: bool
+
+
+class PlannedVirtioMem(PlannedDimm, frozen=True, rename="camel"):
+    """A virtio-mem device that a task attaches."""
+
+    block_bytes: int
+    requested_bytes: int
+
+
+class PlannedResize(msgspec.Struct, frozen=True, rename="camel"):
+    """A virtio-mem device of one definition that a task resizes, and what was requested of it before."""
+
+    alias: str | None
+    node: int
+    size_bytes: int
+    former_bytes: int
+    requested_bytes: int
+    target: Target
+
+    def find(self, definition: Definition) -> MemoryDevice | None:
+        """Return the device in its definition; libvirt's own aliases are not in the persistent one."""
+        named = definition.find_device(self.alias) if self.alias is not None else None
+        same = (d for d in definition.virtio_mems if d.node == self.node and d.size_bytes == self.size_bytes)
+        return named or (next(same, None) if self.target == "config" else None)
+
+
+class MemoryGoal(Goal, frozen=True, rename="camel"):
+    """A balloon target, virtio-mem sizes and dimms: absolute, so that reaching it twice changes nothing.
+
+    `former_balloon_bytes` is where the balloon was; `known_blocks` what the guest listed before, where virtio-mem adds
+    blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the
+    next is attached: the guest has no room for all their page maps.
+    """
+
+    balloon_bytes: int | None
+    balloon_live: bool
+    balloon_config: bool
+    dimms: tuple[PlannedDimm, ...]
+    total_bytes: int
+    guest_online: bool
+    timeout_sec: float
+    former_balloon_bytes: int | None = None
+    resizes: tuple[PlannedResize, ...] = ()
+    virtio_mem: PlannedVirtioMem | None = None
+    known_blocks: frozenset[int] = frozenset()
+    one_by_one: bool = False
+
+    @property
+    def changes_live(self) -> bool:
+        """Whether the running VM is to change."""
+        plugs = any(dimm.live for dimm in self.dimms) or (self.virtio_mem is not None and self.virtio_mem.live)
+        return self.balloon_live or plugs or any(resize.target == "live" for resize in self.resizes)
+
+    @property
+    def plugs(self) -> bool:
+        """Whether the guest gets memory that it has to bring online."""
+        return bool(self.dimms or self.resizes or self.virtio_mem)
+
+
+def advance(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Return what is left to do: balloon, then virtio-mem, then dimms; each with the guest's part.
+
+    Raises:
+        AgentError: GUEST_MEMORY_SHORT, when the guest did not take in a dimm that the next one needs.
+    """
+    return (
+        _balloon_steps(goal, facts, spent)
+        or resize_steps(goal.resizes, facts, spent, goal.timeout_sec)
+        or _virtio_mem_steps(goal, facts, spent)
+        or _dimm_steps(goal, facts, spent)
+    )
+
+
+def find_warnings(goal: MemoryGoal | None, facts: Facts | None) -> list[Problem]:
+    """Return why the guest may not use all memory of the running VM; nothing when it says that it does."""
+    if facts is None or facts.domain.live is None or goal is None or not goal.changes_live or not goal.plugs:
+        return []
+    return plug_warnings(facts, _dimm_blocks(goal.dimms, facts), online=goal.guest_online)
+
+
+def find_shortfall(goal: MemoryGoal, facts: Facts) -> AgentError | None:
+    """Return the error of a VM that, read again, lacks something of the goal."""
+    for device in (*goal.dimms, *([goal.virtio_mem] if goal.virtio_mem else [])):
+        for name, asked, definition in (
+            ("running", device.live, facts.domain.live),
+            ("persistent", device.config, facts.domain.config),
+        ):
+            if asked and (definition is None or definition.find_device(device.alias) is None):
+                return not_verified(f"{device.alias} was attached, the {name} VM does not show it")
+    return find_stalled(goal.resizes, goal.virtio_mem, facts) or _find_dead_balloon(goal, facts)
+
+
+def find_stalled(
+    resizes: tuple[PlannedResize, ...], virtio_mem: PlannedVirtioMem | None, facts: Facts
+) -> AgentError | None:
+    """Return the error of a virtio-mem device that the guest did not bring to its requested size."""
+    live = facts.domain.live
+    if live is None:
+        return None
+    wanted = [(resize.find(live), resize.requested_bytes) for resize in resizes if resize.target == "live"]
+    if virtio_mem is not None and virtio_mem.live:
+        wanted.append((live.find_device(virtio_mem.alias), virtio_mem.requested_bytes))
+    for device, requested_bytes in wanted:
+        if device is not None and device.current_bytes != requested_bytes:
+            return AgentError(
+                Code.VIRTIO_MEM_STALLED,
+                f"{device.alias} was asked for {format_size(requested_bytes)}, it is at "
+                f"{format_size(device.plugged_bytes)}",
+            )
+    return None
+
+
+def _find_dead_balloon(goal: MemoryGoal, facts: Facts) -> AgentError | None:
+    actual = facts.domain.balloon_bytes
+    if goal.balloon_bytes is None or not goal.balloon_live or actual is None or actual >= goal.balloon_bytes:
+        return None
+    return AgentError(
+        Code.BALLOON_NOT_ANSWERING,
+        f"the balloon was asked for {format_size(goal.balloon_bytes)}, it is at {format_size(actual)}",
+    )
+
+
+def _balloon_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """The guest moves the balloon: its actual size, not the call, tells what was reached; the definition follows."""
+    if goal.balloon_bytes is None:
+        return ()
+    actual = facts.domain.balloon_bytes
+    if goal.balloon_live and actual is not None and actual < goal.balloon_bytes:
+        if AwaitBalloon.__name__ in spent:
+            return ()
+        return (
+            SetBalloon(size_bytes=goal.balloon_bytes, target="live"),
+            AwaitBalloon(size_bytes=goal.balloon_bytes, timeout_sec=goal.timeout_sec),
+        )
+    attached = sum(dimm.size_bytes for dimm in goal.dimms if dimm.config and _in_config(dimm, facts))
+    if goal.balloon_config and facts.get_config().current_bytes < goal.balloon_bytes + attached:
+        return (SetBalloon(size_bytes=goal.balloon_bytes + attached, target="config"),)
+    return ()
+
+
+def resize_steps(
+    resizes: tuple[PlannedResize, ...], facts: Facts, spent: frozenset[str], timeout_s: float
+) -> tuple[AnyStep, ...]:
+    """Return what brings virtio-mem devices to their sizes: ask, then wait for the guest; then the definition."""
+    for resize in resizes:
+        device = resize.find(facts.get_live() if resize.target == "live" else facts.get_config())
+        if device is None:
+            continue
+        steps: list[AnyStep] = []
+        if device.requested_bytes != resize.requested_bytes:
+            steps.append(
+                ResizeVirtioMem(
+                    alias=device.alias,
+                    node=resize.node,
+                    size_bytes=resize.size_bytes,
+                    requested_bytes=resize.requested_bytes,
+                    target=resize.target,
+                )
+            )
+        if resize.target == "live" and device.alias is not None and device.current_bytes != resize.requested_bytes:
+            wait = AwaitVirtioMem(alias=device.alias, size_bytes=resize.requested_bytes, timeout_sec=timeout_s)
+            if wait.key in spent:  # the definition follows what the guest did, not what it was asked for
+                return ()
+            steps.append(wait)
+        if steps:
+            return tuple(steps)
+    return ()
+
+
+def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Attach the new virtio-mem device; then bring online what the guest did not list before."""
+    if goal.virtio_mem is not None:
+        planned = goal.virtio_mem
+        live = planned.live and facts.get_live().find_device(planned.alias) is None
+        config = planned.config and not _in_config(planned, facts)
+        if live or config:
+            values = msgspec.structs.asdict(planned) | {"live": live, "config": config}
+            return (AttachVirtioMem(**values),)
+        device = facts.get_live().find_device(planned.alias) if planned.live else None
+        if device is not None and device.current_bytes != planned.requested_bytes:
+            wait = AwaitVirtioMem(alias=planned.alias, size_bytes=planned.requested_bytes, timeout_sec=goal.timeout_sec)
+            if wait.key not in spent:
+                return (wait,)
+    if goal.dimms or not goal.changes_live or not goal.plugs or facts.guest.blocks is None:
+        return ()
+    new = frozenset(block.index for block in facts.guest.blocks) - goal.known_blocks
+    return online_steps(facts.guest, new, spent, online=goal.guest_online, timeout_s=goal.timeout_sec)
+
+
+def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    if not goal.one_by_one:
+        return _attach_steps(goal.dimms, facts) or _dimm_online_steps(goal, goal.dimms, facts, spent)
+    for dimm in goal.dimms:
+        if steps := _attach_steps((dimm,), facts) or _dimm_online_steps(goal, (dimm,), facts, spent):
+            return steps
+        if dimm is not goal.dimms[-1] and not _dimm_blocks((dimm,), facts) <= online_blocks(facts.guest):
+            raise AgentError(
+                Code.GUEST_MEMORY_SHORT,
+                f"{dimm.alias} is not online in the guest, which has no room for the page map of more before it is",
+            )
+    return ()
+
+
+def _attach_steps(dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:
+    """A device that is already there under the task's alias is not attached again."""
+    steps = []
+    for dimm in dimms:
+        live = dimm.live and facts.get_live().find_device(dimm.alias) is None
+        config = dimm.config and not _in_config(dimm, facts)
+        if live or config:
+            values = msgspec.structs.asdict(dimm) | {"live": live, "config": config}
+            steps.append(AttachMemory(**values))
+    return tuple(steps)
+
+
+def _in_config(device: PlannedDimm, facts: Facts) -> bool:
+    return facts.get_config().find_device(device.alias) is not None
+
+
+def _dimm_online_steps(
+    goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts, spent: frozenset[str]
+) -> tuple[AnyStep, ...]:
+    """Bring online what this task plugged, and nothing else."""
+    blocks = _dimm_blocks(dimms, facts)
+    if goal.resizes and not goal.one_by_one:
+        blocks |= frozenset(block.index for block in facts.guest.blocks or ()) - goal.known_blocks
+    return online_steps(facts.guest, blocks, spent, online=goal.guest_online, timeout_s=goal.timeout_sec)
+
+
+def _dimm_blocks(dimms: tuple[PlannedDimm, ...], facts: Facts) -> frozenset[int]:
+    """Return the guest's blocks behind these dimms; nothing where the guest did not tell its block size."""
+    if facts.guest.block_bytes is None or facts.domain.live is None:
+        return frozenset()
+    devices = [facts.domain.live.find_device(dimm.alias) for dimm in dimms if dimm.live]
+    return frozenset[int]().union(*(device_blocks(device, facts.guest.block_bytes) for device in devices if device))

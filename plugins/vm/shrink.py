@@ -1,0 +1,166 @@
+"""Shrinking memory towards a goal: virtio-mem devices, dimms and the balloon, each with the guest's part first."""
+
+import msgspec
+
+from kvmagent.model.command import Ending, Goal
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.steps import (
+    AnyStep,
+    AwaitBalloon,
+    DetachMemory,
+    ForgetMemory,
+    OfflineGuestMemory,
+    OnlineGuestMemory,
+    SetBalloon,
+)
+from kvmagent.model.units import format_size
+
+from .guestmemory import device_blocks, online_blocks
+from .memorygoal import PlannedResize, find_stalled, resize_steps
+from .reply import find_failure, not_verified
+
+USER_ALIAS = "ua-"
+
+
+class PlannedRemoval(msgspec.Struct, frozen=True, rename="camel"):
+    """A dimm that a task removes. `base` tells it from a later one: libvirt gives its own aliases out again.
+
+    `online_blocks` is what the guest used of it before: it is brought back where the guest does not let go.
+    """
+
+    alias: str | None
+    size_bytes: int
+    node: int
+    slot: int | None
+    base: int | None
+    live: bool
+    config: bool
+    online_blocks: tuple[int, ...] = ()
+
+    def find_live(self, definition: Definition) -> MemoryDevice | None:
+        """Return the device in the running VM."""
+        device = definition.find_device(self.alias) if self.alias is not None else None
+        return device if device is not None and device.base == self.base else None
+
+    def find_config(self, definition: Definition) -> MemoryDevice | None:
+        """Return the device in the persistent definition: by user alias, else by slot, node and size."""
+        for device in definition.devices:
+            named = self.alias is not None and self.alias.startswith(USER_ALIAS) and device.alias == self.alias
+            unnamed = device.alias is None and (self.alias is None or not self.alias.startswith(USER_ALIAS))
+            same = (device.slot, device.node, device.size_bytes) == (self.slot, self.node, self.size_bytes)
+            if named or (unnamed and same):
+                return device
+        return None
+
+
+class ShrinkGoal(Goal, frozen=True, rename="camel"):
+    """Dimms to remove, virtio-mem sizes and a balloon target: absolute."""
+
+    removals: tuple[PlannedRemoval, ...]
+    resizes: tuple[PlannedResize, ...]
+    balloon_bytes: int | None
+    balloon_live: bool
+    balloon_config: bool
+    total_bytes: int
+    guest_online: bool
+    timeout_sec: float
+
+    @property
+    def changes_live(self) -> bool:
+        """Whether the running VM is to change."""
+        resizes = any(resize.target == "live" for resize in self.resizes)
+        return self.balloon_live or resizes or any(removal.live for removal in self.removals)
+
+
+def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool) -> PlannedRemoval:
+    """Return the removal of a device, with what the guest uses of it."""
+    quantum = facts.guest.block_bytes
+    blocks = device_blocks(device, quantum) if live and quantum is not None else frozenset()
+    return PlannedRemoval(
+        alias=device.alias,
+        size_bytes=device.size_bytes,
+        node=device.node or 0,
+        slot=device.slot,
+        base=device.base,
+        live=live,
+        config=config,
+        online_blocks=tuple(sorted(blocks & online_blocks(facts.guest))),
+    )
+
+
+def advance(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Return what is left to do: virtio-mem, then each dimm, then the balloon, which takes what is online."""
+    if steps := resize_steps(goal.resizes, facts, spent, goal.timeout_sec):
+        return steps
+    removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, spent)]
+    return tuple(removals) or _balloon_steps(goal, facts, spent)
+
+
+def find_shortfall(goal: ShrinkGoal, ending: Ending) -> AgentError | None:
+    """Return why the VM still has more than the goal: what the removals ended in, a pending one first."""
+    facts = ending.after
+    assert facts is not None
+    left = [removal for removal in goal.removals if _is_left(removal, facts)]
+    if left:
+        told = [report.problem.code for report in ending.reports if report.problem is not None]
+        refused = (Code.MEMORY_REMOVAL_REFUSED, Code.GUEST_MEMORY_IN_USE)
+        failure = find_failure(ending, (Code.MEMORY_REMOVAL_PENDING, *refused, *told))
+        return failure or not_verified(f"{left[0].alias} was removed, the VM still shows it")
+    stalled = find_stalled(goal.resizes, None, facts)
+    actual = facts.domain.balloon_bytes
+    wanted = goal.balloon_bytes if goal.balloon_live else None
+    if stalled is None and wanted is not None and actual is not None and actual > wanted:
+        return AgentError(
+            Code.BALLOON_NOT_ANSWERING,
+            f"the balloon was asked for {format_size(wanted)}, it is at {format_size(actual)}",
+        )
+    return stalled
+
+
+def _is_left(removal: PlannedRemoval, facts: Facts) -> bool:
+    live, config = facts.domain.live, facts.domain.config
+    in_live = removal.live and live is not None and removal.find_live(live) is not None
+    return in_live or (removal.config and config is not None and removal.find_config(config) is not None)
+
+
+def _removal_steps(
+    removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts, spent: frozenset[str]
+) -> tuple[AnyStep, ...]:
+    """Out of use in the guest, out of the VM, out of its definition: each only after the one before.
+
+    What the guest refuses to give up goes back into use; what it has not answered for may still leave.
+    """
+    steps: list[AnyStep] = []
+    if removal.live and removal.alias is not None and removal.find_live(facts.get_live()) is not None:
+        detach = DetachMemory(alias=removal.alias, timeout_sec=goal.timeout_sec)
+        used = tuple(sorted(online_blocks(facts.guest) & frozenset(removal.online_blocks)))
+        offline = OfflineGuestMemory(alias=removal.alias, blocks=used)
+        if offline.key in spent or f"{detach.key} {Code.MEMORY_REMOVAL_REFUSED}" in spent:
+            back = tuple(sorted(frozenset(removal.online_blocks) - frozenset(used)))
+            return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in spent else ()
+        if detach.key in spent:
+            return ()
+        steps += [offline, detach] if used and goal.guest_online else [detach]
+    if removal.config and removal.find_config(facts.get_config()) is not None:
+        steps.append(
+            ForgetMemory(alias=removal.alias, slot=removal.slot, node=removal.node, size_bytes=removal.size_bytes)
+        )
+    return tuple(steps)
+
+
+def _balloon_steps(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Only once every dimm is gone: the balloon counts them, and would take their size out of what is online."""
+    if goal.balloon_bytes is None or any(_is_left(removal, facts) for removal in goal.removals):
+        return ()
+    actual = facts.domain.balloon_bytes
+    if goal.balloon_live and actual is not None and actual > goal.balloon_bytes:
+        if AwaitBalloon.__name__ in spent:
+            return ()
+        return (
+            SetBalloon(size_bytes=goal.balloon_bytes, target="live"),
+            AwaitBalloon(size_bytes=goal.balloon_bytes, timeout_sec=goal.timeout_sec),
+        )
+    if goal.balloon_config and facts.get_config().current_bytes > goal.balloon_bytes:
+        return (SetBalloon(size_bytes=goal.balloon_bytes, target="config"),)
+    return ()

@@ -1,0 +1,147 @@
+"""HotUnplugCpu: fewer vCPUs for a running VM, its persistent definition, or both."""
+
+from dataclasses import replace
+
+from kvmagent.model.command import Command, Ending, Goal
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, SetVcpus, UnplugVcpus
+from kvmagent.model.units import format_ids
+
+from .checks import check_state, refuse_first
+from .cpu import cpu_stages
+from .reply import find_failure, not_verified, settle, settle_removal, shared_fields, silence_warning
+from .requests import HotUnplugCpuRequest, VmReply
+
+
+class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
+    """A total of vCPUs to come down to."""
+
+    cpu_num: int
+    live: bool
+    config: bool
+    guest_online: bool
+    timeout_sec: float
+
+
+def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> UnplugCpuGoal:
+    """Return the goal of a request.
+
+    Raises:
+        AgentError: TARGET_ABOVE_CURRENT, CPU_NOT_REMOVABLE, CPU_REMOVAL_UNSAFE, GUEST_CPU_IN_USE, ...
+    """
+    refuse_first(check_state(facts.domain, request.affect))
+    live, config = request.affect != "config", request.affect != "live"
+    current = (facts.get_live() if live else facts.get_config()).vcpu_current
+    if request.cpu_num > current:
+        raise AgentError(
+            Code.TARGET_ABOVE_CURRENT, f"{request.cpu_num} vCPUs were asked for, VM {facts.domain.name} has {current}"
+        )
+    if live and request.cpu_num < current:
+        _refuse_unremovable(facts, request.cpu_num)
+    return UnplugCpuGoal(
+        cpu_num=request.cpu_num,
+        live=live,
+        config=config,
+        guest_online=request.guest_online,
+        timeout_sec=request.timeout_sec,
+    )
+
+
+def advance(goal: UnplugCpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Return what is left to do: out of use in the guest, out of the VM; the definition follows what really left."""
+    steps: list[AnyStep] = []
+    wanted = goal.cpu_num
+    if goal.live and facts.get_live().vcpu_current > goal.cpu_num:
+        if UnplugVcpus.__name__ in spent:
+            wanted = facts.get_live().vcpu_current
+        else:
+            leaving = leaving_ids(facts.get_live(), goal.cpu_num)
+            online = tuple(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in leaving and cpu.online)
+            if online and goal.guest_online and OfflineGuestVcpus.__name__ not in spent:
+                steps.append(OfflineGuestVcpus(ids=online))
+            steps.append(UnplugVcpus(count=goal.cpu_num, timeout_sec=goal.timeout_sec))
+    if goal.config and facts.get_config().vcpu_current > wanted:
+        steps.append(SetVcpus(count=wanted, target="config"))
+    return tuple(steps)
+
+
+def conclude(ending: Ending) -> VmReply:
+    """Return the reply: online only where the guest itself confirms that it runs on no more than these."""
+    goal, facts = ending.goal, ending.after
+    if goal is not None and facts is not None and ending.planned is None:
+        ending = replace(ending, error=ending.error or find_shortfall(goal, ending))
+    warnings = []
+    if goal is not None and goal.live and facts is not None and facts.guest.silence is not None:
+        warnings.append(silence_warning(facts.guest, ""))
+    outcome = settle_removal(ending) or settle(ending)
+    if outcome is None:
+        outcome = "configured" if not goal.live else "plugged" if warnings else "online"
+    return VmReply(**shared_fields(ending, outcome, warnings, cpu_stages(ending)))
+
+
+def find_shortfall(goal: UnplugCpuGoal, ending: Ending) -> AgentError | None:
+    """Return why the VM still has more than the goal's vCPUs: what the removal ended in."""
+    assert ending.after is not None
+    domain = ending.after.domain
+    if goal.live and (domain.live is None or domain.live.vcpu_current > goal.cpu_num):
+        told = [report.problem.code for report in ending.reports if report.problem is not None]
+        failure = find_failure(ending, (Code.CPU_REMOVAL_PENDING, *told))
+        return failure or not_verified(f"{goal.cpu_num} vCPUs were set, the running VM has more")
+    if goal.config and (domain.config is None or domain.config.vcpu_current > goal.cpu_num):
+        return not_verified(f"{goal.cpu_num} vCPUs were set, the persistent VM has more")
+    return None
+
+
+def leaving_ids(live: Definition, cpu_num: int) -> frozenset[int]:
+    """Return the vCPUs that leave, as libvirt chooses them: those of the highest ids that can be removed.
+
+    Source: libvirt 9.0, qemuDomainSelectHotplugVcpuEntities. The guest numbers them alike as long as none is missing.
+    """
+    removable = [vcpu.id for vcpu in live.vcpus if vcpu.enabled and vcpu.hotpluggable]
+    count = max(0, live.vcpu_current - cpu_num)
+    return frozenset(sorted(removable)[len(removable) - count :] if count else ())
+
+
+def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
+    """Refuse before anything is touched what cannot be removed, or what the guest is known not to give up."""
+    live = facts.get_live()
+    if live.hypervisor == "qemu":
+        raise AgentError(
+            Code.CPU_REMOVAL_UNSAFE, f"VM {facts.domain.name} is emulated: none of its vCPUs can be removed safely"
+        )
+    fixed = sum(vcpu.enabled and not vcpu.hotpluggable for vcpu in live.vcpus)
+    if cpu_num < fixed:
+        raise AgentError(
+            Code.CPU_NOT_REMOVABLE,
+            f"{cpu_num} vCPUs were asked for, {fixed} of VM {facts.domain.name}'s cannot be removed while it runs",
+            details={"least": fixed},
+        )
+    leaving = leaving_ids(live, cpu_num)
+    kept = frozenset(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in leaving and not cpu.can_offline)
+    if kept:
+        raise AgentError(Code.GUEST_CPU_IN_USE, f"the guest says that CPUs {format_ids(kept)} cannot go offline")
+
+
+HOT_UNPLUG_CPU = Command(
+    name="HotUnplugCpu",
+    path="/vm/hotunplug/cpu",
+    summary="Bring a VM down to a total of vCPUs",
+    request=HotUnplugCpuRequest,
+    reply=VmReply,
+    goal=UnplugCpuGoal,
+    observe_guest=frozenset({"cpus"}),
+    decide=decide,
+    advance=advance,
+    conclude=conclude,
+    refusals=(
+        Code.VM_NOT_FOUND,
+        Code.VM_NOT_RUNNING,
+        Code.VM_TRANSIENT,
+        Code.LIBVIRT_BUSY,
+        Code.TARGET_ABOVE_CURRENT,
+        Code.CPU_NOT_REMOVABLE,
+        Code.CPU_REMOVAL_UNSAFE,
+        Code.GUEST_CPU_IN_USE,
+    ),
+)

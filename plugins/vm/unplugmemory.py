@@ -1,0 +1,272 @@
+"""HotUnplugMemory: less memory for a running VM, its persistent definition, or both.
+
+virtio-mem devices shrink first, then the dimms leave that fit, and below the boot memory the balloon takes the rest.
+"""
+
+from dataclasses import replace
+
+from kvmagent.model.command import Affect, Command, Ending, Problem
+from kvmagent.model.errors import CODES, AgentError, Code
+from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.steps import Target
+from kvmagent.model.units import align_down, align_up, format_size
+
+from .checks import block_bytes, check_balloon, check_state, refuse_first
+from .exactfit import Sums
+from .guestmemory import (
+    BALLOON_FLOOR_BYTES,
+    check_guest_can_spare,
+    device_blocks,
+    explain_free,
+    find_growth,
+    memory_stages,
+    offline_bytes,
+    online_blocks,
+)
+from .memory import BALLOON_PAGE_BYTES, TARGETS, VIRTIO_MEM_BLOCK_BYTES, balloon_actual, current_definition, plan_resize
+from .memorygoal import PlannedResize
+from .reply import settle, settle_removal, shared_fields, silence_warning
+from .requests import HotUnplugMemoryRequest, MemoryReply
+from .shrink import PlannedRemoval, ShrinkGoal, advance, find_shortfall, plan_removal
+
+
+def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> ShrinkGoal:
+    """Return the goal of a request.
+
+    Raises:
+        AgentError: the first thing that stands in the way; see `HOT_UNPLUG_MEMORY.refusals`.
+    """
+    refuse_first(check_state(facts.domain, request.affect))
+    definition = current_definition(facts, request.affect)
+    usable = _usable_bytes(facts, request.affect)
+    surplus = usable - request.memory_size
+    if surplus < 0:
+        raise AgentError(
+            Code.TARGET_ABOVE_CURRENT,
+            f"{format_size(request.memory_size)} were asked for, VM {facts.domain.name} has {format_size(usable)}",
+        )
+    resizes, surplus = _decide_resizes(request.affect, facts, surplus)
+    removals = _decide_removals(request, facts, definition, surplus)
+    surplus -= sum(removal.size_bytes for removal in removals)
+    balloon = _decide_balloon(request, facts, definition, removals, surplus)
+    total = (
+        usable
+        - sum(removal.size_bytes for removal in removals)
+        - sum(
+            resize.former_bytes - resize.requested_bytes for resize in resizes if resize.target == _main(request.affect)
+        )
+    )
+    if balloon is None and surplus and not removals and not resizes:
+        raise _not_removable(facts, definition, usable, request.memory_size)
+    goal = ShrinkGoal(
+        removals=removals,
+        resizes=resizes,
+        balloon_bytes=balloon,
+        balloon_live=balloon is not None and request.affect != "config",
+        balloon_config=balloon is not None and request.affect != "live",
+        total_bytes=total if balloon is None else balloon,
+        guest_online=request.guest_online,
+        timeout_sec=request.timeout_sec,
+    )
+    if request.affect != "config":
+        check_guest_can_spare(facts, _taken_bytes(goal, facts))
+    return goal
+
+
+def conclude(ending: Ending) -> MemoryReply:
+    """Return the reply: online only where the guest itself can be asked and what left is gone from it."""
+    goal, facts = ending.goal, ending.after
+    if goal is not None and facts is not None and ending.planned is None:
+        ending = replace(ending, error=ending.error or find_shortfall(goal, ending))
+    warnings: list[Problem] = []
+    if goal is not None and goal.changes_live and facts is not None and facts.guest.silence is not None:
+        warnings.append(silence_warning(facts.guest, ""))
+    outcome = settle_removal(ending) or settle(ending)
+    if outcome is None:
+        outcome = "configured" if not goal.changes_live else "plugged" if warnings else "online"
+    if goal is not None and goal.total_bytes > ending.request.memory_size:
+        warnings.append(_not_exact(ending))
+    return MemoryReply(
+        **shared_fields(ending, outcome, warnings + explain_free(ending), memory_stages(ending)),
+        requested=ending.request.memory_size,
+        aligned=None if goal is None else goal.total_bytes,
+        applied=_applied(ending),
+        guest_growth=find_growth(ending),
+    )
+
+
+def _decide_resizes(affect: Affect, facts: Facts, surplus: int) -> tuple[tuple[PlannedResize, ...], int]:
+    """Return how far the virtio-mem devices shrink, and what is then still too much of the definition that counts."""
+    resizes, left = [], surplus
+    for target in TARGETS:
+        if affect not in ("both", target):
+            continue
+        definition = facts.get_live() if target == "live" else facts.get_config()
+        rest = surplus
+        for device in definition.virtio_mems:
+            block = device.block_bytes or VIRTIO_MEM_BLOCK_BYTES
+            taken = min(align_down(rest, block), device.plugged_bytes)
+            if taken:
+                resizes.append(plan_resize(device, device.plugged_bytes - taken, target))
+                rest -= taken
+        if target == _main(affect):
+            left = rest
+    return tuple(resizes), left
+
+
+def _decide_removals(
+    request: HotUnplugMemoryRequest, facts: Facts, definition: Definition, surplus: int
+) -> tuple[PlannedRemoval, ...]:
+    """Return the dimms that come nearest to the surplus and not above, those that the guest will not refuse.
+
+    Raises:
+        AgentError: GUEST_MEMORY_IN_USE, when the guest's own blocks say that the best fit would be refused.
+    """
+    dimms = _dimms(definition)
+    quantum = block_bytes(facts)
+    best = Sums([dimm.size_bytes for dimm in dimms], quantum).best_below(surplus)
+    free = [dimm for dimm in dimms if not _kept_blocks(dimm, facts)]
+    sums = Sums([dimm.size_bytes for dimm in free], quantum)
+    if request.affect != "config" and sums.best_below(surplus) < best:
+        kept = next(dimm for dimm in dimms if _kept_blocks(dimm, facts))
+        raise AgentError(
+            Code.GUEST_MEMORY_IN_USE,
+            f"the guest says that memory of {kept.alias} cannot go offline; without it "
+            f"{format_size(sums.best_below(surplus))} of {format_size(surplus)} could be removed",
+        )
+    picked = [free[n] for n in sums.pick(sums.best_below(surplus))]
+    return tuple(
+        plan_removal(dimm, facts, live=request.affect != "config", config=request.affect != "live") for dimm in picked
+    )
+
+
+def _decide_balloon(
+    request: HotUnplugMemoryRequest,
+    facts: Facts,
+    definition: Definition,
+    removals: tuple[PlannedRemoval, ...],
+    surplus: int,
+) -> int | None:
+    """Return the balloon's target where the VM is to come below its boot memory; else None.
+
+    The balloon counts memory that is plugged but offline in the guest, and takes its size out of what is online.
+    Observed: a guest with dimms offline was ballooned to its boot memory and killed its own processes.
+
+    Raises:
+        AgentError: NO_BALLOON, BALLOON_BELOW_FLOOR.
+    """
+    target = align_up(request.memory_size, BALLOON_PAGE_BYTES)
+    if not surplus or request.memory_size >= definition.boot_bytes:
+        return None
+    refuse_first(check_balloon(facts, request.affect, target))
+    floor = BALLOON_FLOOR_BYTES
+    if request.affect != "config":
+        leaving = sum(removal.size_bytes - len(removal.online_blocks) * block_bytes(facts) for removal in removals)
+        floor += max(0, offline_bytes(facts) - leaving)
+    if target < floor:
+        raise AgentError(
+            Code.BALLOON_BELOW_FLOOR,
+            f"{format_size(target)} were asked for, the guest needs the balloon to leave {format_size(floor)}",
+            remedy=f"Ask for no less than {floor} bytes; bring plugged memory online in the guest first.",
+        )
+    return target
+
+
+def _taken_bytes(goal: ShrinkGoal, facts: Facts) -> int:
+    """Return how much memory that the guest uses now it would lose."""
+    taken = sum(len(removal.online_blocks) for removal in goal.removals) * block_bytes(facts)
+    taken += sum(resize.former_bytes - resize.requested_bytes for resize in goal.resizes if resize.target == "live")
+    if goal.balloon_bytes is not None:
+        total = facts.get_live().balloon_total_bytes - sum(removal.size_bytes for removal in goal.removals)
+        taken += max(0, min(total, balloon_actual(facts, "live")) - goal.balloon_bytes)
+    return taken
+
+
+def _not_removable(facts: Facts, definition: Definition, usable: int, target: int) -> AgentError:
+    totals = _reachable(facts, definition, usable, target)
+    return AgentError(
+        Code.MEMORY_NOT_REMOVABLE,
+        f"no memory device of VM {facts.domain.name} fits into the {format_size(usable - target)} that are to leave",
+        remedy=f"Ask for a total of {' or '.join(map(str, totals))} bytes." if totals else None,
+        details={"reachable": totals},
+    )
+
+
+def _not_exact(ending: Ending) -> Problem:
+    assert ending.before is not None
+    facts, request = ending.before, ending.request
+    definition = current_definition(facts, request.affect)
+    totals = _reachable(facts, definition, _usable_bytes(facts, request.affect), request.memory_size)
+    return Problem(
+        code=Code.MEMORY_SIZE_NOT_REACHABLE,
+        message=f"{format_size(request.memory_size)} were asked for, "
+        f"{format_size(ending.goal.total_bytes)} is the nearest above that the VM's devices make",
+        remedy=f"Ask for a total of {' or '.join(map(str, totals))} bytes to have it exactly."
+        if totals
+        else CODES[Code.MEMORY_SIZE_NOT_REACHABLE].remedy,
+    )
+
+
+def _reachable(facts: Facts, definition: Definition, usable: int, target: int) -> list[int]:
+    """Return the totals next to the target, above and below, that whole dimms make."""
+    sums = Sums([dimm.size_bytes for dimm in _dimms(definition)], block_bytes(facts))
+    below = sums.next_above(usable - target)
+    above = usable - sums.best_below(usable - target)
+    return [*([above] if above < usable else []), *([usable - below] if below is not None else [])]
+
+
+def _dimms(definition: Definition) -> list[MemoryDevice]:
+    """Return the dimms, those that were plugged last at the end."""
+    dimms = [device for device in definition.devices if device.model == "dimm"]
+    return sorted(dimms, key=lambda dimm: (dimm.base or 0, dimm.slot or 0))
+
+
+def _kept_blocks(dimm: MemoryDevice, facts: Facts) -> frozenset[int]:
+    """Return the blocks of a dimm that the guest says it cannot take offline; none where it does not tell."""
+    if facts.guest.blocks is None or facts.guest.block_bytes is None:
+        return frozenset()
+    fixed = frozenset(block.index for block in facts.guest.blocks if block.online and not block.can_offline)
+    return device_blocks(dimm, facts.guest.block_bytes) & fixed & online_blocks(facts.guest)
+
+
+def _applied(ending: Ending) -> int | None:
+    facts, affect = ending.after, ending.request.affect
+    if facts is None or (facts.domain.config if affect == "config" else facts.domain.live) is None:
+        return None
+    return _usable_bytes(facts, affect)
+
+
+def _usable_bytes(facts: Facts, affect: Affect) -> int:
+    """Return what the VM has, without what the balloon holds back: that has left already."""
+    definition = current_definition(facts, affect)
+    return definition.memory_bytes - max(0, definition.balloon_total_bytes - balloon_actual(facts, affect))
+
+
+def _main(affect: Affect) -> Target:
+    return "config" if affect == "config" else "live"
+
+
+HOT_UNPLUG_MEMORY = Command(
+    name="HotUnplugMemory",
+    path="/vm/hotunplug/memory",
+    summary="Bring a VM down to a total of memory, never below it",
+    request=HotUnplugMemoryRequest,
+    reply=MemoryReply,
+    goal=ShrinkGoal,
+    observe_guest=frozenset({"memory"}),
+    decide=decide,
+    advance=advance,
+    conclude=conclude,
+    refusals=(
+        Code.VM_NOT_FOUND,
+        Code.VM_NOT_RUNNING,
+        Code.VM_TRANSIENT,
+        Code.LIBVIRT_BUSY,
+        Code.TARGET_ABOVE_CURRENT,
+        Code.MEMORY_NOT_REMOVABLE,
+        Code.GUEST_MEMORY_IN_USE,
+        Code.GUEST_MEMORY_SHORT,
+        Code.NO_BALLOON,
+        Code.BALLOON_BELOW_FLOOR,
+    ),
+)

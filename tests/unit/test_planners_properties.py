@@ -1,0 +1,152 @@
+"""What holds for the planners whatever the guest, the host and the targets: on the fake libvirt, many times.
+
+The fake goes through the same contract tests as the lab, and the executor is the real one.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
+from tests.fakes.libvirt import FakeDomain
+from tests.lab.domainxml import GuestSpec
+
+BLOCK_MIB = 128
+SUCCESS = {"online", "plugged", "configured", "unchanged"}
+
+
+@dataclass
+class Vm:
+    """A VM with its guest on a host, and the agent's inside to send commands to."""
+
+    domain: FakeDomain
+    host: dict[str, int]
+    tasks: int = field(default=0)
+
+    def send(self, command: str, **fields: Any) -> dict[str, Any]:
+        self.tasks += 1
+        node = make_node(Path(tempfile.gettempdir()) / "kvmagent-properties", self.domain, **self.host)
+        return carry_out(node, command, f"t{self.tasks}", vmUuid="vm1", timeoutSec=1, **fields)
+
+    def xml(self) -> tuple[str, str]:
+        return self.domain.XMLDesc(0), self.domain.XMLDesc(2)
+
+
+@st.composite
+def vms(draw: st.DrawFn) -> Vm:
+    vcpus = draw(st.integers(1, 4))
+    memory_mib = BLOCK_MIB * draw(st.integers(2, 8))
+    spec = GuestSpec(
+        name="vm1",
+        vcpus=vcpus,
+        max_vcpus=vcpus + draw(st.integers(0, 6)),
+        memory_mib=memory_mib,
+        max_memory_mib=memory_mib + BLOCK_MIB * draw(st.integers(0, 32)),
+        slots=draw(st.integers(1, 5)),
+        numa_cells=draw(st.integers(1, min(2, vcpus))),
+    )
+    guest = make_guest(
+        spec,
+        agent=draw(st.sampled_from(["running", "running", "running", "stopped"])),
+        auto_online=draw(st.booleans()),
+        available_bytes=draw(st.sampled_from([None, None, 33 * MIB, 36 * MIB, 400 * MIB])),
+    )
+    host = {"available_mib": draw(st.sampled_from([64 * 1024, 64 * 1024, 1024]))}
+    domain = make_domain(spec, guest, virt_type=draw(st.sampled_from(["kvm", "qemu"])))
+    return Vm(domain, host)
+
+
+sizes = st.one_of(
+    st.integers(1, 40).map(lambda n: n * BLOCK_MIB * MIB),
+    st.integers(1 * MIB, 5000 * MIB),
+)
+commands = st.one_of(
+    st.tuples(st.just("HotPlugCpu"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12)})),
+    st.tuples(st.just("HotUnplugCpu"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12)})),
+    st.tuples(
+        st.just("HotPlugMemory"),
+        st.fixed_dictionaries(
+            {"memorySize": sizes, "method": st.sampled_from(["auto", "dimm", "virtio-mem", "balloon"])},
+            optional={"strict": st.booleans(), "dimmSize": st.sampled_from([128 * MIB, 256 * MIB, 1024 * MIB])},
+        ),
+    ),
+    st.tuples(st.just("HotUnplugMemory"), st.fixed_dictionaries({"memorySize": sizes})),
+    st.tuples(st.just("HotPlugCpuMemory"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12), "memorySize": sizes})),
+)
+examples = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@examples
+@given(vm=vms(), sequence=st.lists(commands, min_size=1, max_size=5))
+def test_each_command_reaches_its_target_or_refuses_and_never_exceeds_what_the_vm_has(
+    vm: Vm, sequence: list[tuple[str, dict[str, Any]]]
+) -> None:
+    for command, fields in sequence:
+        before = vm.xml()
+        reply = vm.send(command, **fields)
+        assert reply["errorCode"] not in ("INTERNAL_ERROR", "NOT_VERIFIED", "LIBVIRT_REFUSED"), reply
+        check_limits(vm)
+        if reply["outcome"] == "refused":
+            assert vm.xml() == before, reply
+            assert reply["error"]
+            assert reply["remedy"]
+        elif reply["outcome"] in SUCCESS:
+            check_reached(command, fields, reply)
+            again = vm.send(command, **fields)
+            if reply["aligned" if "memorySize" in fields else "cpuNum"] == fields.get("memorySize", reply["cpuNum"]):
+                assert again["outcome"] == "unchanged", (reply, again)
+                assert again["steps"] == []
+
+
+def check_limits(vm: Vm) -> None:
+    for root in (vm.domain.live, vm.domain.config):
+        devices = root.findall("./devices/memory")
+        assert len(devices) <= int(root.find("maxMemory").get("slots"))
+        assert int(root.findtext("memory")) <= int(root.findtext("maxMemory"))
+        assert int(root.find("vcpu").get("current", root.findtext("vcpu"))) <= int(root.findtext("vcpu"))
+        for size in root.iterfind("./devices/memory[@model='dimm']/target/size"):
+            assert int(size.text) % (BLOCK_MIB * 1024) == 0
+
+
+def check_reached(command: str, fields: dict[str, Any], reply: dict[str, Any]) -> None:
+    if "cpuNum" in fields:
+        assert reply["cpuNum"] == fields["cpuNum"] == reply["after"]["configCpuNum"]
+    if "memorySize" in fields:
+        assert reply["applied"] == reply["aligned"]
+        assert reply["applied"] >= fields["memorySize"]
+        if fields.get("strict") or reply["aligned"] == fields["memorySize"]:
+            assert reply["applied"] - fields["memorySize"] < 4096
+        if command == "HotPlugMemory" and not fields.get("strict"):
+            assert reply["applied"] - fields["memorySize"] < BLOCK_MIB * MIB
+    assert reply["drift"] == []
+
+
+@examples
+@given(vm=vms(), cpu_num=st.integers(1, 10), blocks=st.integers(0, 20), virtio_mem=st.booleans())
+def test_what_grew_shrinks_back_to_where_it_was(vm: Vm, cpu_num: int, blocks: int, virtio_mem: bool) -> None:
+    vm.domain.guest.available_bytes = None
+    start = vm.send("ReadyForHotplug")["before"]
+    target = start["memorySize"] + blocks * BLOCK_MIB * MIB
+    method = "virtio-mem" if virtio_mem else "dimm"
+    for command, fields, back, shrunk in (
+        (
+            "HotPlugMemory",
+            {"memorySize": target, "method": method},
+            "HotUnplugMemory",
+            {"memorySize": start["memorySize"]},
+        ),
+        ("HotPlugCpu", {"cpuNum": cpu_num}, "HotUnplugCpu", {"cpuNum": start["cpuNum"]}),
+    ):
+        if not vm.send(command, **fields)["success"]:
+            continue
+        reply = vm.send(back, **shrunk)
+        if reply["errorCode"] == "CPU_REMOVAL_UNSAFE":
+            continue
+        assert reply["success"], reply
+        after = reply["after"]
+        for name in ("cpuNum", "configCpuNum", "memorySize", "configMemorySize", "balloonSize"):
+            assert after[name] == start[name], name
