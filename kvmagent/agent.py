@@ -118,27 +118,27 @@ class Agent:
         )
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
-        questions = Questions(node, self._memory, self._callbacks)
+        self._questions = Questions(
+            node, self._journal, self._queries, self._memory, self._callbacks, on_finished=self._delivery.put
+        )
         self._late = LateRemovals(self._journal, self._put)
         self._executor = Executor(
             node,
             self._journal,
             self._commands,
-            self._queries,
-            questions,
             on_finished=self._delivery.put,
             on_pending=self._late.add,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
         )
         self._lanes = Lanes(
-            self._executor.run,
+            self._run,
             workers=settings.agent.workers,
             max_queued=settings.agent.max_queued,
             max_queued_per_lane=settings.agent.max_queued_per_vm,
             max_queued_per_client=settings.agent.max_queued_per_client,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, questions)
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions)
         reads = Reads(
             node,
             self._journal,
@@ -265,6 +265,9 @@ class Agent:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
+
+    def _run(self, task: Task) -> None:
+        (self._questions if task.command in self._queries else self._executor).run(task)
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)

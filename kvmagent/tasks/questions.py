@@ -1,13 +1,21 @@
-"""Answers questions to the host: remembers what the asker told of itself, looks, and lets the plugin answer."""
+"""Answers questions to the host: remembers what the asker told of itself, looks, and lets the plugin answer.
+
+answer(query, ...)   at once, in the HTTP answer
+run(task)            as a task: on its lane's thread, recorded and delivered like any other
+"""
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
-from kvmagent.model.errors import AgentError
+from kvmagent.audit import audit
+from kvmagent.logs import log_context
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, Query
 from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.journal import Journal, Owed, Task
 from kvmagent.tasks.servermemory import ServerMemory
 
 log = logging.getLogger(__name__)
@@ -21,13 +29,49 @@ class HostNode(Protocol):
 
 
 class Questions:
-    """Thread-safe."""
+    """Thread-safe. `on_finished` takes what is owed for a task that was answered."""
 
-    def __init__(self, node: HostNode, memory: ServerMemory, callbacks: Callbacks) -> None:
+    def __init__(
+        self,
+        node: HostNode,
+        journal: Journal,
+        queries: Mapping[str, Query],
+        memory: ServerMemory,
+        callbacks: Callbacks,
+        *,
+        on_finished: Callable[[Owed], None],
+    ) -> None:
         self._node = node
-        self._callbacks = callbacks
+        self._journal = journal
+        self._queries = queries
         self._memory = memory
+        self._callbacks = callbacks
+        self._on_finished = on_finished
         self._noticed: set[str] = set()
+
+    def run(self, task: Task) -> None:
+        """Answer one task and record its reply. Answering twice does no harm: there is nothing to go on from."""
+        query = self._queries[task.command]
+        with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
+            try:
+                self._journal.start_task(task.task_uuid)
+                reply, failure = self._answer_task(query, task)
+                outcome = "refused" if failure else "answered"
+                owed = self._journal.finish(task.task_uuid, msgspec.json.encode(reply), outcome)
+            except AgentError as error:
+                # The journal was closed under it: the next start finds the task unfinished and answers it.
+                log.error("task stays in the journal error=%r", error.message)
+                return
+            self._on_finished(owed)
+            audit(
+                "finished",
+                caller=task.caller,
+                client=task.client,
+                what=task.command,
+                vm=task.lane,
+                task=task.task_uuid,
+                outcome=failure.code if failure else outcome,
+            )
 
     def answer(self, query: Query, request: Any, client: str) -> tuple[msgspec.Struct, AgentError | None]:
         """Return the answer, and the error that it tells: where libvirt cannot be asked nothing is made up.
@@ -44,6 +88,18 @@ class Questions:
                 self._callbacks.check(server.send_command_url, client)
                 self._memory.remember(msgspec.structs.replace(server, client=client))
             view = self._node.view_host(query.needs)
+            return query.answer(request, msgspec.structs.replace(view, server=self._memory.get())), None
         except AgentError as error:
             return query.fail(f"{error.message}. {error.remedy}"), error
-        return query.answer(request, msgspec.structs.replace(view, server=self._memory.get())), None
+        except Exception as error:
+            log.exception("a question failed in a way that nothing expected command=%s", query.name)
+            words = f"{type(error).__name__}: {error}"
+            return query.fail(words), AgentError(Code.INTERNAL_ERROR, words, expected=False)
+
+    def _answer_task(self, query: Query, task: Task) -> tuple[msgspec.Struct, AgentError | None]:
+        try:
+            request = msgspec.json.decode(task.request, type=query.request)
+        except msgspec.MsgspecError as error:
+            unreadable = AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}")
+            return query.fail(unreadable.message), unreadable
+        return self.answer(query, request, task.client)

@@ -16,12 +16,8 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
-from kvmagent.settings import CallbackSection
-from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, Task
-from kvmagent.tasks.questions import Questions
-from kvmagent.tasks.servermemory import ServerMemory
 from kvmagent_plugins.vm_plugin import PLUGIN
 from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, send_to_agent
 from tests.lab.domainxml import GuestSpec, format_domain
@@ -110,13 +106,10 @@ class FakeAgent:
         self.pending: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
-        node = make_node(directory, *domains, **host)
         self.executor = Executor(
-            node,
+            make_node(directory, *domains, **host),
             self.journal,
             COMMANDS,
-            {},
-            Questions(node, ServerMemory(directory / "server.json"), Callbacks((), CallbackSection())),
             on_finished=lambda owed: self.finished.append(owed.task_uuid),
             on_pending=self.pending.append,
             libvirt_wait_s=0.0,
