@@ -36,6 +36,8 @@ setup(
             "mypy>=1.10",
             "pytest>=8.0",
             "ruff>=0.6",
+            "schemathesis>=4.0",
+            "trustme>=1.1",
             "types-simplejson",
         ],
     },

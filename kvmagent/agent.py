@@ -19,13 +19,16 @@ import msgspec
 from kvmagent import __version__
 from kvmagent.api.intake import Intake
 from kvmagent.api.reads import Reads
+from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import Settings
+from kvmagent.private import make_private_directory
+from kvmagent.settings import Settings, parse_callback_rule
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
@@ -89,8 +92,11 @@ class Agent:
         self._connection = Connection(settings.libvirt.uri)
         node = Node(self._connection)
         self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
+        rules = map(parse_callback_rule, settings.security.allowed_callbacks)
+        self._callbacks = Callbacks(rules, settings.callback)
         self._delivery = Delivery(
             self._journal,
+            self._callbacks,
             timeout_s=settings.callback.timeout_sec,
             give_up_s=settings.callback.give_up_sec,
             fault=fault,
@@ -108,8 +114,9 @@ class Agent:
             workers=settings.agent.workers,
             max_queued=settings.agent.max_queued,
             max_queued_per_lane=settings.agent.max_queued_per_vm,
+            max_queued_per_client=settings.agent.max_queued_per_client,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery)
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks)
         reads = Reads(
             node,
             self._journal,
@@ -120,7 +127,8 @@ class Agent:
             find_stalls=self._find_stalls,
         )
         commands = {("POST", command.path): _accept(intake, command) for command in self._commands.values()}
-        self._server = Server(settings.http, settings.security, {**commands, **reads.routes()})
+        self._security = Security(settings.security)
+        self._server = Server(settings.http, self._security, {**commands, **reads.routes()})
 
     def start(self) -> None:
         """Start, and take up what the journal left.
@@ -135,7 +143,9 @@ class Agent:
             raise
 
     def _start(self) -> None:
-        _make_state_dir(self._state_dir)
+        self._security.load()
+        self._callbacks.load()
+        make_private_directory(self._state_dir, "agent.state_dir")
         self._lock_fd = _lock(self._state_dir / "lock")
         # A port that is taken is found out before any VM is touched.
         self._server.bind()
@@ -173,10 +183,15 @@ class Agent:
         )
 
     def run_until_signal(self, feed_watchdog: Callable[[], None]) -> None:
-        """Look after the agent until SIGTERM or SIGINT comes."""
+        """Look after the agent until SIGTERM or SIGINT comes. SIGHUP: certificates and tokens are read anew."""
+        reload = threading.Event()
+        signal.signal(signal.SIGHUP, lambda _number, _frame: reload.set())
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: self._wake.set())
         while not self._wake.wait(_TICK_S):
+            if reload.is_set():
+                reload.clear()
+                self._reload()
             if self.look_after():
                 feed_watchdog()
 
@@ -190,6 +205,16 @@ class Agent:
             log.log(logging.ERROR if stalls else logging.INFO, "stalled parts=%s", stalls or "none")
         self._stalls = stalls
         return not stalls
+
+    def _reload(self) -> None:
+        """Read certificates and tokens anew; where one cannot be used, what was in force stays."""
+        for load in (self._security.load, self._callbacks.load):
+            try:
+                load()
+            except AgentError as error:
+                log.error("certificates and tokens stay as they were error=%r", error.message)
+            else:
+                log.info("certificates and tokens read")
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""
@@ -238,17 +263,9 @@ def _by_name(plugins: list[Plugin]) -> dict[str, Command]:
 
 def _accept(intake: Intake, command: Command) -> Handler:
     def handle(call: Call) -> Answer:
-        return Answer(encode(intake.accept(command, call.headers, call.body, call.client)))
+        return Answer(encode(intake.accept(command, call.headers, call.body, client=call.client, caller=call.caller)))
 
     return handle
-
-
-def _make_state_dir(path: Path) -> None:
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)
-    except OSError as error:
-        raise AgentError(Code.BAD_CONFIGURATION, f"agent.state_dir {path}: {error}") from error
 
 
 def _lock(path: Path) -> int:

@@ -39,10 +39,15 @@ def start_logging(settings: LogSection) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def format_fields(**fields: object) -> str:
+    """Return `name=value` pairs, each value so quoted that none can pass for two."""
+    return " ".join(f"{name}={_quote(str(value))}" for name, value in fields.items())
+
+
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        context = "".join(f" {name}={_quote(value)}" for name, value in _context.get().items())
-        text = f"{_timestamp(record)} {record.levelname} {record.getMessage()}{context}"
+        context = format_fields(**_context.get())
+        text = f"{_timestamp(record)} {record.levelname} {record.getMessage()}{' ' if context else ''}{context}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -66,4 +71,5 @@ def _timestamp(record: logging.LogRecord) -> str:
 
 
 def _quote(value: str) -> str:
-    return value if value.isprintable() and " " not in value else json.dumps(value)
+    plain = value.isprintable() and not any(character in value for character in ' "=')
+    return value if plain else json.dumps(value)

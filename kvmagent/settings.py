@@ -5,6 +5,7 @@ Each section is a Struct, each key a field: its type, range and meaning are its 
 
 import configparser
 import ipaddress
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,11 @@ from msgspec import Meta
 from kvmagent.model.errors import AgentError, Code
 
 DEFAULT_PATH = "/etc/kvmagent/kvmagent.conf"
+
+# A name ends in a label that is not all digits: else it is an address, and was no valid one.
+_HOST_NAME = re.compile(
+    r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?\.)*(?!\d+$)[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+)
 
 
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,6 +45,9 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_sec: Annotated[
         int, Meta(ge=0, description="Seconds after which a finished and delivered task is forgotten")
     ] = 604800
+    max_queued_per_client: Annotated[
+        int, Meta(ge=1, description="Unfinished tasks of one client before its new ones are refused")
+    ] = 5000
 
 
 class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +58,15 @@ class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     )
     port: Annotated[int, Meta(ge=1, le=65535, description="TCP port to listen on")] = 7070
     max_body_bytes: Annotated[int, Meta(ge=256, le=64 * 2**20, description="Largest request body, bytes")] = 1048576
+    request_timeout_sec: Annotated[
+        int, Meta(ge=1, le=3600, description="Seconds from a request's first byte (or a connect) to its last")
+    ] = 15
+    max_connections: Annotated[int, Meta(ge=16, description="Open connections in all before new ones are refused")] = (
+        2000
+    )
+    max_connections_per_client: Annotated[
+        int, Meta(ge=1, description="Open connections of one address before its new ones are refused")
+    ] = 1000
 
 
 class LibvirtSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,17 +85,48 @@ class CallbackSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         86400
     )
     timeout_sec: Annotated[int, Meta(ge=1, le=300, description="Seconds that a callback's receiver may take")] = 10
+    server_ca: Annotated[
+        str, Meta(description="PEM file of the CAs that callback servers are verified by; empty: the system's")
+    ] = ""
+    tls_cert: Annotated[str, Meta(description="PEM certificate that callbacks are sent with; empty: none")] = ""
+    tls_key: Annotated[str, Meta(description="PEM key of that certificate, mode 0600; empty: in tls_cert")] = ""
 
 
 class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who may use the agent."""
+    """Who may use the agent, and where callbacks may go. SIGHUP reads the files anew."""
 
+    tls_cert: Annotated[str, Meta(description="PEM certificate chain of the agent; empty: plain HTTP")] = ""
+    tls_key: Annotated[str, Meta(description="PEM key of tls_cert, mode 0600; empty: in tls_cert")] = ""
+    client_ca: Annotated[str, Meta(description="PEM file of the CA that client certificates must come from")] = ""
+    allowed_names: Annotated[
+        tuple[str, ...],
+        Meta(description="Subject alternative names that are let in; empty: any name that client_ca has signed"),
+    ] = ()
+    tokens_file: Annotated[
+        str, Meta(description="File of bearer tokens, mode 0600, one NAME:SHA256 a line (kvmagent --new-token NAME)")
+    ] = ""
     allow_unauthenticated: Annotated[
         bool, Meta(description="Listen beyond loopback without client authentication; needs allowed_clients")
     ] = False
     allowed_clients: Annotated[
-        tuple[str, ...], Meta(description="Addresses and networks that may connect; empty allows loopback alone")
+        tuple[str, ...],
+        Meta(
+            description="Addresses and networks that may connect; empty: any address where clients are authenticated, "
+            "else loopback alone"
+        ),
     ] = ()
+    allowed_callbacks: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Where callbacks may go: addresses, networks, host names, each with :PORT or for all ports; "
+            "caller: the address that sent the command"
+        ),
+    ] = ("caller",)
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether clients have to say who they are."""
+        return bool(self.client_ca or self.tokens_file)
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,19 +198,97 @@ def _check(values: dict[str, dict[str, Any]]) -> Settings:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise _bad(str(error).replace("$.", "")) from error
-    allowed = settings.security.allowed_clients
-    for network in allowed:
+    _check_security(settings)
+    return settings
+
+
+def _check_security(settings: Settings) -> None:
+    """Refuse what would let someone in who was not meant to be."""
+    security, callback = settings.security, settings.callback
+    for network in security.allowed_clients:
         try:
             ipaddress.ip_network(network)
         except ValueError as error:
             raise _bad(f"security.allowed_clients: {error}") from error
-    if not _is_loopback(settings.http.host) and not (settings.security.allow_unauthenticated and allowed):
+    for entry in security.allowed_callbacks:
+        parse_callback_rule(entry)
+    if security.tls_key and not security.tls_cert:
+        raise _bad("security.tls_key is set and security.tls_cert is not")
+    if callback.tls_key and not callback.tls_cert:
+        raise _bad("callback.tls_key is set and callback.tls_cert is not")
+    if security.client_ca and not security.tls_cert:
+        raise _bad("security.client_ca is set and security.tls_cert is not: client certificates need TLS")
+    if security.allowed_names and not security.client_ca:
+        raise _bad("security.allowed_names is set and security.client_ca is not")
+    if security.allow_unauthenticated and security.authenticates:
+        raise _bad("security.allow_unauthenticated contradicts security.client_ca and security.tokens_file")
+    if not _is_loopback(settings.http.host):
+        _check_beyond_loopback(settings.http.host, security)
+
+
+def _check_beyond_loopback(host: str, security: SecuritySection) -> None:
+    found = f"http.host is {host}, which is not loopback, and"
+    if security.allow_unauthenticated:
+        if not security.allowed_clients:
+            raise AgentError(
+                Code.BAD_CONFIGURATION,
+                f"{found} security.allow_unauthenticated would let any address in",
+                remedy="List the addresses or networks that may connect in security.allowed_clients.",
+            )
+    elif not security.authenticates:
         raise AgentError(
             Code.BAD_CONFIGURATION,
-            f"http.host is {settings.http.host}, which is not loopback, and clients would not be authenticated",
-            remedy="Set http.host = 127.0.0.1, or security.allow_unauthenticated = true with security.allowed_clients.",
+            f"{found} clients would not be authenticated",
+            remedy="Set security.tls_cert and security.client_ca (client certificates), or security.tls_cert and "
+            "security.tokens_file (bearer tokens), or http.host = 127.0.0.1, or security.allow_unauthenticated = true "
+            "with security.allowed_clients.",
         )
-    return settings
+    elif not security.tls_cert:
+        raise AgentError(
+            Code.BAD_CONFIGURATION,
+            f"{found} tokens would cross the network in clear text",
+            remedy="Set security.tls_cert and security.tls_key, or http.host = 127.0.0.1.",
+        )
+
+
+class CallbackRule(msgspec.Struct, frozen=True):
+    """One entry of allowed_callbacks: the caller's own address, a network, or a host by name; None: all ports."""
+
+    port: int | None
+    network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
+    name: str | None = None
+
+    @property
+    def is_caller(self) -> bool:
+        """Whether it stands for the address that sent the command."""
+        return self.network is None and self.name is None
+
+
+def parse_callback_rule(text: str) -> CallbackRule:
+    """Return an entry of allowed_callbacks: caller, an address, a network or a name, each with or without :PORT.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    if text.startswith("["):
+        host, bracket, rest = text[1:].partition("]")
+        is_address, colon, digits = True, rest[:1] if bracket else "?", rest[1:]
+    elif text.count(":") > 1:
+        host, is_address, colon, digits = text, True, "", ""
+    else:
+        (host, colon, digits), is_address = text.partition(":"), False
+    known_port = re.fullmatch(r"[0-9]{1,5}", digits) and 0 < int(digits) <= 65535
+    if not host or colon not in ("", ":") or bool(colon) != bool(known_port):
+        raise _bad(f"security.allowed_callbacks: {text!r} is no address, network or host name, with or without :PORT")
+    port = int(digits) if digits else None
+    if host == "caller":
+        return CallbackRule(port)
+    try:
+        return CallbackRule(port, network=ipaddress.ip_network(host))
+    except ValueError as error:
+        if is_address or not _HOST_NAME.fullmatch(host):
+            raise _bad(f"security.allowed_callbacks: {error}") from error
+        return CallbackRule(port, name=host.lower())
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,6 +16,8 @@ FLOORS = {
     "kvmagent.model": 10,
     "kvmagent.settings": 11,
     "kvmagent.logs": 12,
+    "kvmagent.private": 12,
+    "kvmagent.audit": 13,
     "kvmagent.systemd": 12,
     "kvmagent.hypervisor": 20,
     "kvmagent.tasks.faults": 15,
@@ -34,9 +36,9 @@ OWNERS = {
     "libvirt_qemu": "kvmagent.hypervisor",
     "lxml": "kvmagent.hypervisor.domainxml",
     "sqlite3": "kvmagent.tasks.journalfile",
-    "urllib3": "kvmagent.tasks.delivery",
+    "urllib3": "kvmagent.tasks.callbacks",
     "cherrypy": "kvmagent.api.server",
-    "cheroot": "kvmagent.api.server",
+    "cheroot": "kvmagent.api.listener",
     "simplejson": "kvmagent.api.wire",
 }
 

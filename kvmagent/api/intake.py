@@ -2,12 +2,16 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
 from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
+from kvmagent.audit import audit
+from kvmagent.logs import format_fields
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task
 from kvmagent.tasks.lanes import Lanes
@@ -25,38 +29,54 @@ class Accepted(msgspec.Struct, rename="camel"):
 class Intake:
     """Thread-safe."""
 
-    def __init__(self, journal: Journal, lanes: Lanes, delivery: Delivery) -> None:
+    def __init__(self, journal: Journal, lanes: Lanes, delivery: Delivery, callbacks: Callbacks) -> None:
         self._journal = journal
         self._lanes = lanes
         self._delivery = delivery
+        self._callbacks = callbacks
 
-    def accept(self, command: Command, headers: Mapping[str, str], body: bytes, client: str) -> Accepted:
+    def accept(
+        self, command: Command, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
+    ) -> Accepted:
         """Store a command and return its state; the same task sent again is answered, not done again.
+
+        `client` is the address that sent it, `caller` who that proved to be.
 
         Raises:
             AgentError: everything that refuses a request at once; nothing was stored.
         """
-        task_uuid = parse_task_uuid(headers.get("taskuuid"))
-        callback_url = parse_callback_url(headers.get("callbackurl"))
-        content_type = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if content_type != "application/json":
-            raise AgentError(Code.BAD_CONTENT_TYPE, f"Content-Type is {content_type!r}")
-        request = decode_request(body, command.request)
-        lane = _lane(request.vm_uuid)
-        task, is_new = self._store(
-            Task(
-                task_uuid=task_uuid,
-                command=command.name,
-                lane=lane,
-                request=msgspec.json.encode(request),
-                callback_url=callback_url,
-                client=client,
+        task_uuid, lane = headers.get("taskuuid", "")[:64], ""
+
+        def tell(event: Literal["accepted", "refused"], outcome: str) -> None:
+            audit(event, caller=caller, client=client, what=command.name, vm=lane, task=task_uuid, outcome=outcome)
+
+        try:
+            task_uuid = parse_task_uuid(headers.get("taskuuid"))
+            callback_url = parse_callback_url(headers.get("callbackurl"))
+            _check_content_type(headers.get("content-type", "application/json"))
+            request = decode_request(body, command.request)
+            lane = _lane(request.vm_uuid)
+            self._callbacks.check(callback_url, client)
+            task, is_new = self._store(
+                Task(
+                    task_uuid=task_uuid,
+                    command=command.name,
+                    lane=lane,
+                    request=msgspec.json.encode(request),
+                    callback_url=callback_url,
+                    client=client,
+                    caller=caller,
+                )
             )
-        )
+        except AgentError as error:
+            tell("refused", error.code)
+            raise
         if is_new:
-            log.info("task accepted task=%s vm=%s command=%s client=%s", task_uuid, lane, command.name, client)
+            tell("accepted", "accepted")
+            log.info("task accepted %s", format_fields(task=task_uuid, vm=lane, command=command.name, client=client))
             return Accepted(task_uuid=task_uuid, state="accepted")
-        log.info("task sent again task=%s vm=%s command=%s state=%s", task_uuid, lane, command.name, task.state)
+        tell("accepted", f"known:{task.state}")
+        log.info("task sent again %s", format_fields(task=task_uuid, vm=lane, command=command.name, state=task.state))
         if task.state not in UNFINISHED:
             self._delivery.put(self._journal.owe_again(task_uuid))
         return Accepted(task_uuid=task_uuid, state=task.state)
@@ -65,8 +85,14 @@ class Intake:
         """Store a task for which there is room; one that is known already needs none."""
         if self._journal.find(task.task_uuid) is not None:
             return self._journal.accept(task)
-        with self._lanes.hold_place(task.lane):
+        with self._lanes.hold_place(task):
             return self._journal.accept(task)
+
+
+def _check_content_type(value: str) -> None:
+    content_type = value.partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise AgentError(Code.BAD_CONTENT_TYPE, f"Content-Type is {content_type!r}")
 
 
 def _lane(vm: str) -> str:

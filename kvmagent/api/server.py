@@ -1,48 +1,42 @@
-"""The HTTP server: CherryPy dispatches, cheroot serves. The only user of both.
+"""The HTTP server: the listener hands whole requests in, CherryPy dispatches them. The only user of CherryPy.
 
-    cheroot thread -> CherryPy request -> Routes -> handler -> Answer
-                        unknown path 404, other method 405, AgentError its own status, all as JSON
+    listener -> CherryPy request -> who is it? -> Routes -> handler -> Answer
+                  nobody 401, not allowed 403, unknown path 404, other method 405, AgentError its own status, all JSON
 
 Routes come from the declared commands; a handler is a function from `Call` to `Answer` and knows no CherryPy.
 """
 
-import ipaddress
 import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import cheroot.server
-import cheroot.wsgi
 import cherrypy
 
+from kvmagent.api.listener import NAMES, Listener
+from kvmagent.api.security import Security
 from kvmagent.api.wire import encode, encode_error
+from kvmagent.audit import audit
 from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent.settings import HttpSection, SecuritySection
+from kvmagent.settings import HttpSection
 
 log = logging.getLogger(__name__)
-
-# Immediate answers wait for a shared commit at most, so that few threads serve many clients; reads ask libvirt.
-_THREADS = 16
-# Connects beyond the backlog wait a second or more for the kernel to try again.
-_BACKLOG = 1024
-_MAX_HEADER_BYTES = 16384
-_SOCKET_TIMEOUT_S = 10
-_READ_BYTES = 65536
-# A body that is too large by more than this is not read away: its connection is closed on it.
-_READ_AWAY_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: header names are in lower case, `parts` are the path's variable segments."""
+    """One request: header names are in lower case, `parts` are the path's variable segments.
+
+    `client` is the address that it came from, `caller` who it proved to be.
+    """
 
     headers: Mapping[str, str]
     query: Mapping[str, str]
     parts: tuple[str, ...]
     body: bytes
     client: str
+    caller: str
 
 
 @dataclass(frozen=True)
@@ -60,23 +54,15 @@ Handler = Callable[[Call], Answer]
 class Server:
     """Serves `routes`: (method, path) to handler; a segment of a path that is `*` matches any text."""
 
-    def __init__(self, http: HttpSection, security: SecuritySection, routes: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(self, http: HttpSection, security: Security, routes: Mapping[tuple[str, str], Handler]) -> None:
         self._http = http
-        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(http, security, routes)}})
+        self._security = security
+        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(security, routes)}})
         # CherryPy's own line for each request repeats what the task's lines say.
         application.log.access = lambda: None
         application.log.screen = False
         cherrypy.log.screen = False
-        self._server = _CherootServer(
-            (http.host, http.port),
-            application,
-            numthreads=_THREADS,
-            request_queue_size=_BACKLOG,
-            timeout=_SOCKET_TIMEOUT_S,
-            server_name="kvmagent",
-        )
-        self._server.max_request_header_size = _MAX_HEADER_BYTES
-        self._server.max_request_body_size = http.max_body_bytes + _READ_AWAY_BYTES
+        self._server = Listener(http, security, application)
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
     def bind(self) -> None:
@@ -94,7 +80,8 @@ class Server:
     def start(self) -> None:
         """Serve."""
         self._thread.start()
-        log.info("listening on http://%s:%d", self._http.host, self._http.port)
+        scheme = "http" if self._security.context is None else "https"
+        log.info("listening on %s://%s:%d", scheme, self._http.host, self._http.port)
 
     def stop(self) -> None:
         """Answer what came in, then close."""
@@ -106,9 +93,8 @@ class Server:
 class _Dispatcher:
     """CherryPy's dispatcher: sets the handler of each request. Everything that it refuses is JSON."""
 
-    def __init__(self, http: HttpSection, security: SecuritySection, routes: Mapping[tuple[str, str], Handler]) -> None:
-        self._http = http
-        self._allowed = [ipaddress.ip_network(network) for network in security.allowed_clients]
+    def __init__(self, security: Security, routes: Mapping[tuple[str, str], Handler]) -> None:
+        self._security = security
         self._routes: dict[tuple[str, ...], dict[str, Handler]] = {}
         for (method, path), handler in routes.items():
             self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = handler
@@ -135,16 +121,23 @@ class _Dispatcher:
         return answer.body
 
     def _answer(self, request: Any) -> Answer:
-        self._check_client(request.remote.ip)
-        methods, parts = self._find(request.path_info)
-        handler = methods.get(request.method)
-        if handler is None:
-            allow = ", ".join(sorted(methods))
-            error = AgentError(Code.METHOD_NOT_ALLOWED, f"{request.path_info} takes {allow}, not {request.method}")
-            return _refusal(error, Allow=allow)
         headers = {name.lower(): value for name, value in request.headers.items()}
-        body = self._read_body(request) if request.method == "POST" else b""
-        return handler(Call(headers, request.params, parts, body, request.remote.ip))
+        client, caller = request.remote.ip, ""
+        try:
+            names = request.wsgi_environ.get(NAMES, ())
+            caller = self._security.identify(client, names, headers.get("authorization"))
+            methods, parts = self._find(request.path_info)
+            handler = methods.get(request.method)
+            if handler is None:
+                allow = ", ".join(sorted(methods))
+                message = f"{request.path_info} takes {allow}, not {request.method}"
+                raise AgentError(Code.METHOD_NOT_ALLOWED, message, details={"allow": allow})
+        except AgentError as error:
+            what = f"{request.method} {request.path_info}"
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
+            raise
+        body = request.rfile.read() if request.method == "POST" else b""
+        return handler(Call(headers, request.params, parts, body, client, caller))
 
     def _find(self, path: str) -> tuple[dict[str, Handler], tuple[str, ...]]:
         segments = tuple(path.strip("/").split("/"))
@@ -155,60 +148,15 @@ class _Dispatcher:
                 return methods, tuple(s for p, s in zip(pattern, segments, strict=True) if p == "*")
         raise AgentError(Code.UNKNOWN_PATH, f"nothing is served at {path!r}")
 
-    def _read_body(self, request: Any) -> bytes:
-        """Read the body, keeping no more than the limit; the rest is read away, so that the client sees the answer."""
-        limit = self._http.max_body_bytes
-        kept, size = bytearray(), 0
-        while part := request.rfile.read(_READ_BYTES):
-            size += len(part)
-            if size <= limit:
-                kept += part
-        if size > limit:
-            raise AgentError(Code.BODY_TOO_LARGE, f"the body has {size} bytes, the limit is {limit}")
-        return bytes(kept)
 
-    def _check_client(self, client: str) -> None:
-        address = ipaddress.ip_address(client)
-        if not address.is_loopback and not any(address in network for network in self._allowed):
-            raise AgentError(Code.CLIENT_NOT_ALLOWED, f"{client} is not an allowed client")
-
-
-class _Request(cheroot.server.HTTPRequest):
-    """A request that cheroot itself refuses is told as JSON too."""
-
-    def simple_response(self, status: str, msg: str = "") -> None:
-        number = int(str(status).split()[0])
-        if number >= 400:
-            code = Code.BODY_TOO_LARGE if number == 413 else Code.BAD_HTTP
-            msg = encode_error(AgentError(code, msg or str(status))).decode()
-        head = [
-            f"{self.server.protocol} {status}",
-            f"Content-Length: {len(msg.encode())}",
-            "Content-Type: application/json",
-        ]
-        if number == 413:
-            self.close_connection = True
-            head.append("Connection: close")
-        try:
-            self.conn.wfile.write("\r\n".join([*head, "", msg]).encode())
-        except OSError as error:
-            log.debug("client left before its answer error=%s", error)
-
-
-class _Connection(cheroot.server.HTTPConnection):
-    RequestHandlerClass = _Request
-
-
-class _CherootServer(cheroot.wsgi.Server):
-    ConnectionClass = _Connection
-
-    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
-        log.log(level, "http: %s", msg.strip(), exc_info=traceback)
-
-
-def _refusal(error: AgentError, **headers: str) -> Answer:
+def _refusal(error: AgentError) -> Answer:
+    headers = {}
     if error.status == 503:
         headers["Retry-After"] = "5"
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.code is Code.METHOD_NOT_ALLOWED:
+        headers["Allow"] = str(error.details["allow"])
     return Answer(encode_error(error), status=error.status, headers=headers)
 
 

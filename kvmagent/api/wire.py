@@ -16,6 +16,8 @@ _TASK_UUID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_URL = 2048
 # Deeper than any command; past it the parser would run out of stack.
 _MAX_DEPTH = 32
+# Escapes that may stand for half a character only, which no UTF-8 can hold.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 
@@ -89,7 +91,12 @@ def _parse(body: bytes) -> Any:
     if _depth(text) > _MAX_DEPTH:
         raise AgentError(Code.BAD_JSON, f"the body is nested deeper than {_MAX_DEPTH}")
     try:
-        return simplejson.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = simplejson.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        if _SURROGATE.search(text):
+            simplejson.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise AgentError(Code.BAD_JSON, "a string in the body holds half a character: a lone surrogate") from error
     except simplejson.JSONDecodeError as error:
         raise AgentError(Code.BAD_JSON, f"the body is not JSON: {error}") from error
     except ValueError as error:  # an integer of more digits than Python converts

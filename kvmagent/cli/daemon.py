@@ -1,13 +1,16 @@
 """`kvmagent`: reads the configuration, starts the agent, runs until a signal stops it."""
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 
 from kvmagent import __version__
 from kvmagent.agent import Agent, load_plugins
+from kvmagent.api.security import new_token
 from kvmagent.logs import start_logging
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
@@ -16,6 +19,8 @@ from kvmagent.tasks.faults import Fault, no_fault
 
 log = logging.getLogger(__name__)
 
+_MAX_FILES = 65536
+
 
 def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     """Run the agent; return the exit status: 0 stopped, 1 could not start. `fault`: see tasks.faults."""
@@ -23,7 +28,14 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     if options.sample:
         print(sample_conf(), end="")
         return 0
+    # The journal, its companions and a log file are made by libraries that ask for no mode.
+    os.umask(0o077)
+    _raise_file_limit()
     try:
+        if options.new_token is not None:
+            token, line = new_token(options.new_token)
+            print(f"{line}\n{token}")
+            return 0
         settings = _read_settings(Path(options.config), options.set)
         start_logging(settings.log)
         agent = Agent(settings, load_plugins(settings.agent.plugins), fault=fault)
@@ -39,6 +51,15 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     return 0
 
 
+def _raise_file_limit() -> None:
+    """Take as many descriptors as may be had: each connection needs one, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
+    if soft < wanted:
+        with contextlib.suppress(OSError):  # confined: what the service manager gave is what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kvmagent", description="Host agent for live CPU and memory hotplug of KVM guests."
@@ -50,6 +71,11 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="override one key; may be repeated"
     )
     parser.add_argument("--sample", action="store_true", help="print the configuration with every key and exit")
+    parser.add_argument(
+        "--new-token",
+        metavar="NAME",
+        help="print a line for security.tokens_file and, on a second line, the token that it lets in, and exit",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
 

@@ -34,7 +34,17 @@ class Code(StrEnum):
     UNKNOWN_TASK = "UNKNOWN_TASK"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     TASK_CONFLICT = "TASK_CONFLICT"
+    HEAD_TOO_LARGE = "HEAD_TOO_LARGE"
+    URL_TOO_LONG = "URL_TOO_LONG"
+    REQUEST_TOO_SLOW = "REQUEST_TOO_SLOW"
+    TLS_REQUIRED = "TLS_REQUIRED"
+    # who may do what
+    CREDENTIALS_MISSING = "CREDENTIALS_MISSING"
+    CREDENTIALS_WRONG = "CREDENTIALS_WRONG"
     CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
+    CERTIFICATE_NOT_ALLOWED = "CERTIFICATE_NOT_ALLOWED"
+    CALLBACK_NOT_ALLOWED = "CALLBACK_NOT_ALLOWED"
+    TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
     # the agent
     STOPPING = "STOPPING"
     QUEUE_FULL = "QUEUE_FULL"
@@ -168,6 +178,42 @@ CODES: dict[Code, CodeInfo] = {
         409,
         "The taskuuid belongs to a task with another command, body or callback URL.",
         "Use a fresh taskuuid for each new request.",
+    ),
+    Code.HEAD_TOO_LARGE: CodeInfo(431, "The request's headers are over the limit.", "Send fewer or shorter headers."),
+    Code.URL_TOO_LONG: CodeInfo(414, "The request's URL is over the limit.", "Send a shorter URL."),
+    Code.REQUEST_TOO_SLOW: CodeInfo(
+        408,
+        "The request was not there in time.",
+        "Send the whole request without pauses, or raise http.request_timeout_sec in kvmagent.conf.",
+    ),
+    Code.TLS_REQUIRED: CodeInfo(
+        400, "Plain HTTP came to a port that speaks TLS alone.", "Use https:// in the agent's URL."
+    ),
+    Code.CREDENTIALS_MISSING: CodeInfo(
+        401,
+        "The request names nobody who asks.",
+        "Send Authorization: Bearer with a token of security.tokens_file, or a certificate of security.client_ca.",
+    ),
+    Code.CREDENTIALS_WRONG: CodeInfo(
+        401,
+        "The token is not, or no longer, in security.tokens_file.",
+        "Use a token that is there; make one with: kvmagent --new-token NAME.",
+    ),
+    Code.CERTIFICATE_NOT_ALLOWED: CodeInfo(
+        403,
+        "The client's certificate is good, but carries no name that security.allowed_names lets in.",
+        "Add one of its subject alternative names to security.allowed_names.",
+    ),
+    Code.CALLBACK_NOT_ALLOWED: CodeInfo(
+        403,
+        "The callback URL leads to where callbacks may not go.",
+        "Use a callback URL on the host that sends the command, or add its host, network or port to "
+        "security.allowed_callbacks.",
+    ),
+    Code.TOO_MANY_CONNECTIONS: CodeInfo(
+        503,
+        "The client, or all together, have too many connections open.",
+        "Use fewer connections, or raise http.max_connections_per_client in kvmagent.conf.",
     ),
     Code.CLIENT_NOT_ALLOWED: CodeInfo(
         403, "The client's address is not in security.allowed_clients.", "Add the address to security.allowed_clients."

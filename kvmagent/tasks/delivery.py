@@ -10,7 +10,6 @@ threads, so that a dead or slow server holds up no other. Only ids are kept in m
 journal when it is sent.
 """
 
-import contextlib
 import heapq
 import itertools
 import logging
@@ -21,12 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-import urllib3
-
 from kvmagent.logs import log_context
 from kvmagent.model.errors import AgentError
+from kvmagent.tasks.callbacks import Callbacks, Channel
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journal import Journal, Owed, Task
+from kvmagent.tasks.journal import Journal, Owed
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +33,6 @@ _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.5, 180.0
 _THREADS, _SUSPECT_THREADS = 32, 16
 # A thread or connection that has had nothing to do for so long is ended.
 _IDLE_S = 10.0
-# More of a receiver's answer is not read: it says nothing to the agent.
-_MAX_ANSWER_BYTES = 16384
 
 
 @dataclass
@@ -44,12 +40,12 @@ class _Destination:
     """One callback server and what is owed to it: by VM the ids with the time since when, oldest first.
 
     Every lane has one entry in `due`, but for the one that is `busy`: its first callback is under way. `scheduled_at`
-    is the entry on Delivery's schedule that counts. Guarded by Delivery's lock, but for `pool`, which belongs to the
+    is the entry on Delivery's schedule that counts. Guarded by Delivery's lock, but for `channel`, which belongs to the
     thread that has the callback under way.
     """
 
     url: str
-    pool: urllib3.connectionpool.HTTPConnectionPool
+    channel: Channel
     lanes: dict[str, dict[str, float]] = field(default_factory=dict)
     due: list[tuple[float, int, str]] = field(default_factory=list)
     failures: int = 0
@@ -68,6 +64,7 @@ class Delivery:
     def __init__(
         self,
         journal: Journal,
+        callbacks: Callbacks,
         *,
         timeout_s: float,
         give_up_s: float,
@@ -76,6 +73,7 @@ class Delivery:
         fault: Fault = no_fault,
     ) -> None:
         self._journal = journal
+        self._callbacks = callbacks
         self._timeout_s = timeout_s
         self._give_up_s = give_up_s
         self._clock = clock
@@ -96,14 +94,15 @@ class Delivery:
     def put(self, owed: Owed) -> None:
         """Send a task's reply to its callback URL, soon; one that is owed already is tried again now."""
         parts = urlsplit(owed.callback_url)
-        key = f"{parts.scheme}://{parts.netloc}"
+        # Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
+        key = f"{parts.scheme}://{parts.netloc} of {owed.client}"
         with self._changed:
             if self._stop_at is not None:
                 return
             destination = self._destinations.get(key)
             if destination is None:
-                pool = urllib3.connectionpool.connection_from_url(key, maxsize=1)
-                destination = self._destinations[key] = _Destination(key, pool)
+                channel = self._callbacks.open(owed.callback_url, owed.client)
+                destination = self._destinations[key] = _Destination(key, channel)
             lane = destination.lanes.setdefault(owed.lane, {})
             known = owed.task_uuid in lane
             if not known:
@@ -139,7 +138,7 @@ class Delivery:
             self._changed.wait_for(lambda: not self._threads, timeout=timeout_s + self._timeout_s)
             for destination in self._destinations.values():
                 if destination.busy is None:
-                    destination.pool.close()
+                    destination.channel.close()
 
     # -- the schedule, under the lock
 
@@ -275,7 +274,7 @@ class Delivery:
     def _close_idle(self, now: float) -> None:
         for key, destination in list(self._destinations.items()):
             if not destination.lanes and destination.busy is None and now - destination.used_at >= _IDLE_S:
-                destination.pool.close()
+                destination.channel.close()
                 del self._destinations[key]
 
     def _pause_s(self, failures: int) -> float:
@@ -293,41 +292,21 @@ class Delivery:
             return True, 0.0, True
         attempts = task.attempts + 1
         with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
-            status, error = self._post(destination.pool, task)
+            url = task.callback_url.partition("?")[0]  # a query may hold what is nobody's business
+            status, error = destination.channel.post(task.callback_url, task.reply, task_uuid, self._timeout_s)
             if status is not None and 200 <= status < 300:
                 self._fault("callback:taken")
                 self._journal.settle(task_uuid, "delivered", None, attempts=attempts)
-                log.info("callback delivered url=%s attempts=%d", task.callback_url, attempts)
+                log.info("callback delivered url=%s attempts=%d", url, attempts)
                 return True, 0.0, True
             if status == 404:
                 self._journal.settle(task_uuid, "gone", error, attempts=attempts)
-                log.warning("callback refused for good url=%s error=%r", task.callback_url, error)
+                log.warning("callback refused for good url=%s error=%r", url, error)
                 return True, 0.0, True
             if self._clock() - (task.owed_at or 0.0) >= self._give_up_s:
                 self._journal.settle(task_uuid, "given_up", error, attempts=attempts)
-                log.error("callback given up url=%s attempts=%d error=%r", task.callback_url, attempts, error)
+                log.error("callback given up url=%s attempts=%d error=%r", url, attempts, error)
                 return True, 0.0, status is not None
             self._journal.record_attempt(task_uuid, attempts, error)
-            log.warning("callback not taken url=%s attempts=%d error=%r", task.callback_url, attempts, error)
+            log.warning("callback not taken url=%s attempts=%d error=%r", url, attempts, error)
             return False, self._pause_s(attempts), status is not None
-
-    def _post(self, pool: urllib3.connectionpool.HTTPConnectionPool, task: Task) -> tuple[int | None, str]:
-        """Return the receiver's status, or None and why there is none. Half an answer is none."""
-        headers = {"Content-Type": "application/json", "taskuuid": task.task_uuid}
-        parts = urlsplit(task.callback_url)
-        try:
-            response = pool.urlopen(
-                "POST",
-                (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-                body=task.reply,
-                headers=headers,
-                timeout=self._timeout_s,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-            )
-            with contextlib.closing(response):
-                response.read(_MAX_ANSWER_BYTES)
-        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            return None, f"{type(error).__name__}: {error}"
-        return response.status, f"HTTP {response.status}"

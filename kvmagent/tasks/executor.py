@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from kvmagent.audit import audit
 from kvmagent.logs import log_context
 from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
@@ -143,6 +144,15 @@ class Executor:
                 log.error("task stays in the journal error=%r", failure.message)
                 return
             self._on_finished(owed)
+            audit(
+                "finished",
+                caller=task.caller,
+                client=task.client,
+                what=task.command,
+                vm=task.lane,
+                task=task.task_uuid,
+                outcome=outcome,
+            )
             log.info(
                 "task finished outcome=%s seconds=%.3f%s",
                 outcome,

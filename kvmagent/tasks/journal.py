@@ -55,6 +55,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     request: bytes
     callback_url: str
     client: str
+    caller: str = ""
     seq: int = 0
     state: State = "accepted"
     accepted_at: float = 0.0
@@ -88,6 +89,7 @@ class Owed(msgspec.Struct, frozen=True):
     task_uuid: str
     lane: str
     callback_url: str
+    client: str
     owed_at: float
 
 
@@ -282,23 +284,24 @@ class Journal:
             return known, False
         now = self._clock()
         cursor = db.execute(
-            "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, state, accepted_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, 'accepted', ?)",
-            (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, now),
+            "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, caller, state, accepted_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, 'accepted', ?)",
+            (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, task.caller, now),
         )
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
 
 
 def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
     """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns."""
-    sql = "SELECT state, lane, callback_url, owed_at FROM tasks WHERE task_uuid = ?"
+    sql = "SELECT state, lane, callback_url, client, owed_at FROM tasks WHERE task_uuid = ?"
     row = db.execute(sql, (task_uuid,)).fetchone()
     if row is None or state not in TRANSITIONS[row["state"]]:
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
     columns = ", ".join(f"{name} = ?" for name in ("state", *values))
     db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (state, *values.values(), task_uuid))
-    return Owed(task_uuid, row["lane"], row["callback_url"], values.get("owed_at", row["owed_at"]) or 0.0)
+    owed_at = values.get("owed_at", row["owed_at"]) or 0.0
+    return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], owed_at)
 
 
 def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float) -> None:

@@ -74,6 +74,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Pruning finds the oldest settled tasks without reading the others.
         "CREATE INDEX tasks_settled ON tasks (seq, finished_at) WHERE state IN ('delivered', 'gone', 'given_up')",
     ),
+    (
+        # Who the client proved to be; of older tasks it is not known.
+        "ALTER TABLE tasks ADD COLUMN caller TEXT NOT NULL DEFAULT ''",
+    ),
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256

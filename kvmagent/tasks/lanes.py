@@ -34,16 +34,19 @@ class Lanes:
         workers: int,
         max_queued: int,
         max_queued_per_lane: int,
+        max_queued_per_client: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._workers = workers
         self._max_queued = max_queued
         self._max_queued_per_lane = max_queued_per_lane
+        self._max_queued_per_client = max_queued_per_client
         self._clock = clock
         self._changed = threading.Condition()
-        # Places taken in each lane: tasks that wait, run, or are about to be stored.
+        # Places taken in each lane and by each client: tasks that wait, run, or are about to be stored.
         self._places: Counter[str] = Counter()
+        self._places_of_client: Counter[str] = Counter()
         self._places_taken = 0
         self._waiting: dict[str, deque[Task]] = {}
         self._ready: deque[str] = deque()
@@ -54,32 +57,32 @@ class Lanes:
         self._stopping = False
 
     @contextmanager
-    def hold_place(self, lane: str) -> Iterator[None]:
-        """Hold a place in a lane while a task is being stored, so that no more are accepted than may wait.
+    def hold_place(self, task: Task) -> Iterator[None]:
+        """Hold a place in a task's lane while it is being stored, so that no more are accepted than may wait.
 
         Raises:
             AgentError: STOPPING; QUEUE_FULL.
         """
         with self._changed:
-            self._check_room(lane)
-            self._take_place(lane)
+            self._check_room(task.lane, _client(task))
+            self._take_place(task)
         try:
             yield
         finally:
             with self._changed:
-                self._leave_place(lane)
+                self._leave_place(task)
 
     def check_room(self) -> None:
         """Raise what `hold_place` would for a VM that has no tasks."""
         with self._changed:
-            self._check_room("")
+            self._check_room("", "")
 
     def put(self, task: Task) -> None:
         """Queue a stored task; one that comes while stopping stays in the journal for the next start."""
         with self._changed:
             if self._stopping:
                 return
-            self._take_place(task.lane)
+            self._take_place(task)
             lane = self._waiting.setdefault(task.lane, deque())
             lane.append(task)
             if len(lane) == 1 and task.lane not in self._running:
@@ -125,7 +128,7 @@ class Lanes:
         with self._changed:
             return sum(map(len, self._waiting.values()))
 
-    def _check_room(self, lane: str) -> None:
+    def _check_room(self, lane: str, client: str) -> None:
         if self._stopping:
             raise AgentError(Code.STOPPING, "the agent is stopping")
         if self._places_taken >= self._max_queued:
@@ -138,15 +141,24 @@ class Lanes:
                 f"{places} tasks of VM {lane} are unfinished, the limit is {self._max_queued_per_lane}",
             )
 
-    def _take_place(self, lane: str) -> None:
-        self._places[lane] += 1
-        self._places_taken += 1
+        places = self._places_of_client[client]
+        if places >= self._max_queued_per_client:
+            raise AgentError(
+                Code.QUEUE_FULL,
+                f"{places} tasks of {client} are unfinished, the limit is {self._max_queued_per_client}",
+            )
 
-    def _leave_place(self, lane: str) -> None:
-        self._places[lane] -= 1
+    def _take_place(self, task: Task) -> None:
+        self._places_taken += 1
+        self._places[task.lane] += 1
+        self._places_of_client[_client(task)] += 1
+
+    def _leave_place(self, task: Task) -> None:
         self._places_taken -= 1
-        if not self._places[lane]:
-            del self._places[lane]
+        for places, key in ((self._places, task.lane), (self._places_of_client, _client(task))):
+            places[key] -= 1
+            if not places[key]:
+                del places[key]
 
     def _make_ready(self, lane: str) -> None:
         if not self._ready:
@@ -177,7 +189,7 @@ class Lanes:
                 self._run(task)
             except Exception:
                 log.exception("task ended in an error that nothing expected task=%s vm=%s", task.task_uuid, task.lane)
-            self._release(task.lane)
+            self._release(task)
 
     def _take(self) -> Task | None:
         """Return the next task of a free lane; None when the worker is to end."""
@@ -198,11 +210,17 @@ class Lanes:
             self._running[lane] = (task, self._taken_at)
             return task
 
-    def _release(self, lane: str) -> None:
+    def _release(self, task: Task) -> None:
+        lane = task.lane
         with self._changed:
             del self._running[lane]
-            self._leave_place(lane)
+            self._leave_place(task)
             if self._waiting[lane]:
                 self._make_ready(lane)
             else:
                 del self._waiting[lane]
+
+
+def _client(task: Task) -> str:
+    """Return whose task it is: who they proved to be, and where they came from."""
+    return f"{task.caller or 'unknown'} at {task.client}"

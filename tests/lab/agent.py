@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -40,9 +41,20 @@ class AgentProcess:
     """The agent's executable, with a state directory and a port that last across stop, kill and start.
 
     `settings` is section -> key -> value, over the few that the lab needs; `command` is for another executable.
+    `tls` and `token` are how this class's own requests are sent.
     """
 
-    def __init__(self, *, uri: str, settings: Settings | None = None, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        uri: str,
+        settings: Settings | None = None,
+        command: Sequence[str] | None = None,
+        tls: ssl.SSLContext | None = None,
+        token: str | None = None,
+    ) -> None:
+        self.tls = tls
+        self.token = token
         self.directory = Path(tempfile.mkdtemp(prefix="kvmagent-"))
         self.port = find_free_port()
         self.config_file = self.directory / "kvmagent.conf"
@@ -68,7 +80,7 @@ class AgentProcess:
     @property
     def url(self) -> str:
         """The agent's base URL."""
-        return f"http://{LOOPBACK}:{self.port}"
+        return f"{'http' if self.tls is None else 'https'}://{LOOPBACK}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -137,14 +149,21 @@ class AgentProcess:
         """Read."""
         return self._request("GET", path, None, headers or {})
 
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection to the agent, over TLS where it speaks that."""
+        if self.tls is None:
+            return http.client.HTTPConnection(LOOPBACK, self.port, timeout=REQUEST_TIMEOUT_S)
+        return http.client.HTTPSConnection(LOOPBACK, self.port, timeout=REQUEST_TIMEOUT_S, context=self.tls)
+
     def log(self) -> str:
         """What the agent has written to its standard output and error, over all its starts."""
         return self.log_file.read_text(errors="replace")
 
     def _request(self, method: str, path: str, content: bytes | None, headers: Mapping[str, str]) -> Reply:
-        connection = http.client.HTTPConnection(LOOPBACK, self.port, timeout=REQUEST_TIMEOUT_S)
+        connection = self.connect()
+        credentials = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
         try:
-            connection.request(method, path, content, dict(headers))
+            connection.request(method, path, content, {**credentials, **headers})
             response = connection.getresponse()
             text = response.read().decode()
         finally:
@@ -165,7 +184,7 @@ class AgentProcess:
 
     def _write_configuration(self, uri: str, settings: Settings) -> None:
         state_directory = self.directory / "state"
-        state_directory.mkdir()
+        state_directory.mkdir(mode=0o700)
         configuration = RawConfigParser()
         configuration.read_dict(
             {

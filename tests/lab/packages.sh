@@ -11,10 +11,12 @@ BUILD="gcc libc6-dev libvirt-dev pkg-config"
 # To run a guest. The guest's own files come from packages that are downloaded, never installed (image.py);
 # xz and zstd unpack the kernel modules of newer distributions.
 LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 xz-utils zstd"
+# To hold the unit file to what it promises: systemd-analyze and libseccomp; nothing of it is started.
+UNIT="systemd util-linux"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
-COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd"
+COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv"
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'packages.sh: %s\n' "$*" >&2; exit 1; }
@@ -69,13 +71,13 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     command -v libvirtd >/dev/null || command -v virtqemud >/dev/null || [ -x /usr/sbin/libvirtd ] ||
         [ -x /usr/sbin/virtqemud ] || missing="$missing libvirtd"
     [ -z "$missing" ] || die "this is no Debian or Ubuntu; please install what is missing by hand:$missing
-(on Debian these are the packages: $BUILD $LAB $TOOLS)"
+(on Debian these are the packages: $BUILD $LAB $UNIT $TOOLS)"
     exit 0
 fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $TOOLS $python; do
+for package in $BUILD $LAB $UNIT $TOOLS $python; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0

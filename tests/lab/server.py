@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -64,11 +65,12 @@ def accept_all(_task_uuid: str, _attempt: int) -> Answer:
 class ManagementServer:
     """Records callbacks and answers them as `answer(task_uuid, attempt)` says, which may be replaced at any time.
 
-    The port stays the same when the server is stopped and started again. Threads: any.
+    The port stays the same when the server is stopped and started again. With `tls` it speaks that. Threads: any.
     """
 
-    def __init__(self, answer: Callable[[str, int], Answer] = accept_all) -> None:
+    def __init__(self, answer: Callable[[str, int], Answer] = accept_all, *, tls: ssl.SSLContext | None = None) -> None:
         self.answer = answer
+        self._tls = tls
         self.port = 0
         self._server: CallbackServer | None = None
         self._thread: threading.Thread | None = None
@@ -87,12 +89,14 @@ class ManagementServer:
     @property
     def url(self) -> str:
         """Where callbacks go."""
-        return f"http://{LOOPBACK}:{self.port}/callback"
+        return f"http{'s' if self._tls else ''}://{LOOPBACK}:{self.port}/callback"
 
     def start(self) -> None:
         """Listen; on the earlier port, if there was one."""
         self._server = CallbackServer((LOOPBACK, self.port), self)
         self.port = self._server.server_port
+        if self._tls is not None:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="management-server")
         self._thread.start()
 

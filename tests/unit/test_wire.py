@@ -19,6 +19,8 @@ def refusal_of(body: bytes, shape: type[msgspec.Struct] = HotPlugCpuRequest) -> 
         (b"{", Code.BAD_JSON),
         (b"{'vmUuid': 'a'}", Code.BAD_JSON),
         (b'{"vmUuid": "\xff"}', Code.BAD_JSON),
+        (b'{"vmUuid": "\\ud800", "cpuNum": 2}', Code.BAD_JSON),
+        (b'{"vmUuid": "a", "cpuNum": 2, "\\uDFFF": 2}', Code.BAD_JSON),
         (b'{"vmUuid": "a", "cpuNum": 2} x', Code.BAD_JSON),
         (b"[" * 5000, Code.BAD_JSON),
         (b'[{"vmUuid": "a"}]', Code.NOT_AN_OBJECT),

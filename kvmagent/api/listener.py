@@ -1,0 +1,263 @@
+"""Connections: TLS, the bytes of a request, limits. The only user of cheroot.
+
+    selector -> worker: handshake and bytes, as far as they are there -> not whole yet: back to the selector
+                                                                      -> whole: parse, handler, answer
+
+cheroot's own worker reads from the socket and waits: a client that sends a byte a second keeps it for ever, and with
+TLS cheroot shakes hands in the thread that accepts. Here a worker takes what has come and lets go, so that however
+many clients dribble, a whole request finds a worker at once.
+Source: cheroot 11 server.HTTPConnection.communicate, connections.ConnectionManager.
+"""
+
+import io
+import ipaddress
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import cheroot.makefile
+import cheroot.server
+import cheroot.wsgi
+
+from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
+from kvmagent.api.security import Security, certificate_names
+from kvmagent.api.wire import encode_error
+from kvmagent.audit import audit
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.settings import HttpSection
+
+log = logging.getLogger(__name__)
+
+#: In a request's environment: the names of the client's certificate.
+NAMES = "kvmagent.names"
+
+# Immediate answers wait for a shared commit at most, so that few threads serve many clients; reads ask libvirt.
+_THREADS = 16
+# Connects beyond the backlog wait a second or more for the kernel to try again.
+_BACKLOG = 1024
+# A connection that says nothing for so long is closed, and a client that does not read its answer given up.
+_IDLE_S = 10
+_READ_BYTES = 65536
+_TLS_HANDSHAKE = b"\x16"  # RFC 8446 5.1: the first byte of every TLS connection
+# All addresses that may not connect get an answer that says so, and no more connections than these together.
+_STRANGERS, _MAX_STRANGERS = "strangers", 64
+
+
+class Listener(cheroot.wsgi.Server):
+    """Serves a WSGI application to those whom `security` lets in."""
+
+    def __init__(self, http: HttpSection, security: Security, application: Callable[..., Any]) -> None:
+        super().__init__(
+            (http.host, http.port),
+            application,
+            numthreads=_THREADS,
+            request_queue_size=_BACKLOG,
+            timeout=_IDLE_S,
+            server_name="kvmagent",
+        )
+        self.ConnectionClass = _Connection
+        self.max_request_header_size = MAX_HEAD_BYTES
+        self.max_request_body_size = http.max_body_bytes + READ_AWAY_BYTES
+        self.keep_alive_conn_limit = http.max_connections
+        self.http = http
+        self.security = security
+        self._lock = threading.Lock()
+        self._open: Counter[str] = Counter()
+
+    def enter(self, address: str) -> None:
+        """Count a connection in.
+
+        Raises:
+            AgentError: TOO_MANY_CONNECTIONS; then it is not counted.
+        """
+        key, limit = self._limit(address)
+        with self._lock:
+            if self._open[key] >= limit or self._open.total() >= self.http.max_connections:
+                found = f"{self._open[key]} connections of {key} are open, {self._open.total()} in all"
+                limits = f"the limits are {limit} and {self.http.max_connections}"
+                raise AgentError(Code.TOO_MANY_CONNECTIONS, f"{found}; {limits}")
+            self._open[key] += 1
+
+    def leave(self, address: str) -> None:
+        """Count a connection out that was counted in."""
+        key, _ = self._limit(address)
+        with self._lock:
+            self._open[key] -= 1
+            if not self._open[key]:
+                del self._open[key]
+
+    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
+        log.log(level, "http: %s", msg.strip(), exc_info=traceback)
+
+    def _limit(self, address: str) -> tuple[str, int]:
+        if not self.security.is_allowed_address(address):
+            return _STRANGERS, _MAX_STRANGERS
+        return address, self.http.max_connections_per_client
+
+
+class _Request(cheroot.server.HTTPRequest):
+    """A request that cheroot itself refuses is told as JSON too."""
+
+    def simple_response(self, status: str, msg: str = "") -> None:
+        number = int(str(status).split()[0])
+        if number < 400:
+            self.conn.send(f"{self.server.protocol} {status}\r\n\r\n".encode())
+        else:
+            self.conn.refuse(AgentError(Code.BAD_HTTP, msg or str(status)))
+
+
+class _Inbox(io.BytesIO):
+    """One whole request, for cheroot to read; `more` says whether bytes of the next one are there already."""
+
+    more = False
+
+    def has_data(self) -> bool:
+        return self.more
+
+
+class _Connection(cheroot.server.HTTPConnection):
+    """One client's connection. On one worker at a time, or with the selector."""
+
+    RequestHandlerClass = _Request
+    server: Listener
+
+    def __init__(self, server: Listener, sock: socket.socket, makefile: Any = None) -> None:
+        super().__init__(server, sock, _make_file)
+        self._framing = Framing(server.http.max_body_bytes)
+        self._context = server.security.context
+        self._has_shaken_hands = self._context is None
+        self._is_counted = False
+        # By when the request must be whole that is under way, if one is; the first one with its handshake.
+        self._deadline: float | None = time.monotonic() + server.http.request_timeout_sec
+
+    def communicate(self) -> bool:
+        """Go on with what has come in; return whether the connection stays open."""
+        try:
+            if not self._is_counted:
+                self._enter()
+            if not self._receive():
+                return False
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if self._deadline is None or time.monotonic() < self._deadline:
+                return True
+            seconds = self.server.http.request_timeout_sec
+            self.refuse(AgentError(Code.REQUEST_TOO_SLOW, f"the request was not whole after {seconds} s"))
+            return False
+        except AgentError as error:
+            self.refuse(error)
+            return False
+        except OSError as error:
+            log.debug("client left client=%s error=%s", self.remote_addr, error)
+            return False
+        finally:
+            self.socket.settimeout(self.server.timeout)
+        return bool(super().communicate())  # type: ignore[no-untyped-call]
+
+    def send(self, data: bytes) -> None:
+        """Send a few bytes; a client that is gone gets none."""
+        try:
+            self.wfile.write(data)
+        except OSError as error:
+            log.debug("client left before its answer client=%s error=%s", self.remote_addr, error)
+
+    def refuse(self, error: AgentError) -> None:
+        """Answer what is no request, or may not become one; the connection is of no use after it."""
+        audit("refused", caller="", client=self.remote_addr, what="connection", outcome=error.code)
+        if not self._has_shaken_hands and error.code is not Code.TLS_REQUIRED:
+            return  # a TLS client that has shaken no hands can read nothing
+        body = encode_error(error)
+        status = HTTPStatus(error.status)
+        head = (
+            f"{self.server.protocol} {status} {status.phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n"
+            + ("Retry-After: 5\r\n\r\n" if error.status == 503 else "\r\n")
+        )
+        self.socket.settimeout(self.server.timeout)
+        self.send(head.encode() + body)
+        self._read_away()
+
+    def close(self) -> None:
+        """Close, and make room for another."""
+        if self._is_counted:
+            self._is_counted = False
+            self.server.leave(self.remote_addr)
+        super().close()
+
+    def _enter(self) -> None:
+        address = ipaddress.ip_address(self.remote_addr)
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+            self.remote_addr = str(address.ipv4_mapped)
+        self.server.enter(self.remote_addr)
+        self._is_counted = True
+
+    def _receive(self) -> bool:
+        """Take in what is there; return True once a request is whole, False when the client is done.
+
+        Raises:
+            BlockingIOError, ssl.SSLWantReadError: more is needed.
+            AgentError: what came in is not taken.
+        """
+        self.socket.settimeout(0)
+        if not self._has_shaken_hands and not self._shake_hands():
+            return False
+        if self._context is not self.server.security.context and self._framing.is_empty:
+            return False  # shaken under certificates that have been replaced: the client connects anew
+        while (request := self._framing.take()) is None:
+            if self._framing.take_expectation():
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            data = self.socket.recv(_READ_BYTES)
+            if not data and self._framing.is_empty:
+                return False
+            if not data:
+                raise AgentError(Code.BAD_HTTP, "the connection ended inside a request")
+            if self._deadline is None:
+                self._deadline = time.monotonic() + self.server.http.request_timeout_sec
+            self._framing.feed(data)
+        self._deadline = None
+        self.rfile = _Inbox(request)
+        self.rfile.more = not self._framing.is_empty
+        return True
+
+    def _shake_hands(self) -> bool:
+        """Go on with the TLS handshake; return False when the client has ended it."""
+        assert self._context is not None
+        if not isinstance(self.socket, ssl.SSLSocket):
+            first = self.socket.recv(1, socket.MSG_PEEK)
+            if first != _TLS_HANDSHAKE:
+                if first:
+                    raise AgentError(Code.TLS_REQUIRED, "this port speaks TLS, and plain text came in")
+                return False
+            self.socket = self._context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+            self.wfile = _make_file(self.socket, "wb")
+        try:
+            self.socket.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            log.info("TLS handshake failed client=%s error=%r", self.remote_addr, error.reason or str(error))
+            audit("refused", caller="", client=self.remote_addr, what="TLS", outcome=error.reason or "TLS_FAILED")
+            return False
+        self._has_shaken_hands = True
+        self.ssl_env = {"wsgi.url_scheme": "https", NAMES: certificate_names(self.socket.getpeercert())}
+        return True
+
+    def _read_away(self) -> None:
+        """Say that no more comes and take what is there: else closing would reset the answer away."""
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+            self.socket.settimeout(0)
+            while self.socket.recv(_READ_BYTES):
+                pass
+        except OSError:
+            pass
+
+
+def _make_file(sock: socket.socket, mode: str = "rb", _bufsize: int = 0) -> Any:
+    """cheroot's hook: what a connection is read from, and written to."""
+    return _Inbox() if "r" in mode else cheroot.makefile.StreamWriter(sock, mode)

@@ -1,0 +1,253 @@
+"""Slow, greedy and broken clients: what they cost is theirs to pay."""
+
+import contextlib
+import http.client
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.tasks.journal import Task
+from kvmagent.tasks.lanes import Lanes
+from tests.lab.agent import LOOPBACK, AgentProcess, new_task_uuid
+from tests.lab.pki import Authority
+from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
+
+DRIBBLERS = 200
+HEAD = b"POST /vm/hotplug/cpu HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+# One byte of these a moment: a head that never ends, a body that does not, a handshake of which the first byte came.
+SLOW = {
+    "head": HEAD + b"X-Slow: " + b"x" * 10000,
+    "body": HEAD + b"Content-Length: 4000\r\n\r\n" + b" " * 4000,
+    "chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nfa0\r\n" + b" " * 4000,
+    "handshake": b"\x16\x03\x01\x40\x00" + b"x" * 10000,
+    "nothing": b"",
+}
+
+
+class Dribblers:
+    """Clients that send a byte each in turn, for as long as the block lasts."""
+
+    def __init__(self, port: int, parts: list[bytes]) -> None:
+        self._stop = threading.Event()
+        self._parts = parts
+        self.sockets = [socket.create_connection((LOOPBACK, port), timeout=10) for _ in parts]
+        self._thread = threading.Thread(target=self._dribble)
+
+    def __enter__(self) -> "Dribblers":
+        for connection, part in zip(self.sockets, self._parts, strict=True):
+            connection.sendall(part[: part.find(b"x") + 1 if b"x" in part[:200] else len(part) // 2])
+            connection.settimeout(0)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for connection in self.sockets:
+            connection.close()
+
+    def _dribble(self) -> None:
+        while not self._stop.wait(0.1):
+            for connection, part in zip(self.sockets, self._parts, strict=True):
+                if part:
+                    with contextlib.suppress(OSError):
+                        connection.send(part[-1:])
+
+
+def slowest_s(agent: AgentProcess, server: ManagementServer, seconds: float) -> float:
+    """The longest that a healthy client waited, for an answer or for a command to be accepted."""
+    slowest, until = 0.0, time.monotonic() + seconds
+    while (started := time.monotonic()) < until:
+        task = new_task_uuid()
+        body = {"vmUuid": "vm1", "cpuNum": 1, "dryRun": True}
+        assert agent.post("/vm/hotplug/cpu", body, task_uuid=task, callback_url=server.url).status == 200
+        assert agent.get("/healthz").status == 200
+        slowest = max(slowest, time.monotonic() - started)
+    return slowest
+
+
+@pytest.mark.parametrize("slow", ["head", "body", "chunk", "nothing"])
+def test_200_dribbling_connections_hold_up_no_healthy_client(
+    agent: AgentProcess, server: ManagementServer, slow: str
+) -> None:
+    with Dribblers(agent.port, [SLOW[slow]] * DRIBBLERS):
+        assert slowest_s(agent, server, 3) < 2
+
+
+def test_200_handshakes_that_do_not_end_hold_up_no_healthy_client(
+    node_uri: str, server: ManagementServer, tmp_path: Path
+) -> None:
+    own = Authority(tmp_path)
+    security = {"tls_cert": str(own.issue(LOOPBACK)), "client_ca": str(own.ca_file)}
+    tls = own.client(own.issue("server.example"))
+    with AgentProcess(uri=node_uri, settings={"security": security}, tls=tls) as agent:
+        with Dribblers(agent.port, [SLOW["handshake"], SLOW["nothing"]] * (DRIBBLERS // 2)):
+            assert slowest_s(agent, server, 3) < 2
+        # Beside them a whole handshake with half a request behind it.
+        with contextlib.ExitStack() as half:
+            for _ in range(20):
+                plain = half.enter_context(socket.create_connection((LOOPBACK, agent.port), timeout=10))
+                half.enter_context(tls.wrap_socket(plain, server_hostname=LOOPBACK)).sendall(HEAD)
+            assert slowest_s(agent, server, 1) < 2
+
+
+@pytest.fixture(scope="module")
+def strict(node_uri: str) -> Iterator[AgentProcess]:
+    """An agent with little patience."""
+    http_section = {"request_timeout_sec": "1", "max_connections_per_client": "20", "max_body_bytes": "4096"}
+    with AgentProcess(uri=node_uri, settings={"http": http_section}) as running:
+        yield running
+
+
+@pytest.mark.parametrize("slow", ["head", "body", "chunk"])
+def test_a_request_that_is_not_whole_in_time_is_told_so_and_closed(strict: AgentProcess, slow: str) -> None:
+    with Dribblers(strict.port, [SLOW[slow]]) as dribblers:
+        connection = dribblers.sockets[0]
+        answer = b""
+
+        def read() -> bool:
+            nonlocal answer
+            with contextlib.suppress(BlockingIOError):
+                part = connection.recv(65536)
+                answer += part
+                return not part
+            return False
+
+        wait_for(read, timeout_s=10, what="the end of the connection")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"REQUEST_TOO_SLOW" in answer
+
+
+def test_a_client_has_so_many_connections_and_gets_more_when_it_closes_some(strict: AgentProcess) -> None:
+    def is_full() -> bool:
+        try:
+            reply = strict.get("/healthz")
+        except OSError:
+            return True
+        assert reply.status in (200, 503)
+        return reply.status == 503 and reply.body["errorCode"] == "TOO_MANY_CONNECTIONS"
+
+    with contextlib.ExitStack() as many:
+        for _ in range(20):
+            many.enter_context(socket.create_connection((LOOPBACK, strict.port), timeout=10))
+        wait_for(is_full, timeout_s=5, what="the limit")
+    wait_for(lambda: not is_full(), timeout_s=5, what="room")
+
+
+def test_a_client_has_so_many_unfinished_tasks_and_others_have_theirs() -> None:
+    go_on = threading.Event()
+    lanes = Lanes(
+        lambda _task: go_on.wait(20),
+        workers=8,
+        max_queued=100,
+        max_queued_per_lane=100,
+        max_queued_per_client=2,
+    )
+
+    def put(number: int, client: str) -> None:
+        task = Task(
+            task_uuid=f"t{number}",
+            command="HotPlugCpu",
+            lane=f"vm{number}",
+            request=b"{}",
+            callback_url="http://127.0.0.1/",
+            client=client,
+            caller="token:zstack",
+        )
+        with lanes.hold_place(task):
+            lanes.put(task)
+
+    try:
+        put(1, "192.0.2.1")
+        put(2, "192.0.2.1")
+        with pytest.raises(AgentError) as caught:
+            put(3, "192.0.2.1")
+        assert caught.value.code is Code.QUEUE_FULL
+        assert "token:zstack at 192.0.2.1" in caught.value.message
+        put(4, "192.0.2.2")
+        go_on.set()
+        wait_for(lambda: not lanes.running(), timeout_s=5, what="the tasks")
+        put(5, "192.0.2.1")
+    finally:
+        go_on.set()
+        lanes.stop(5)
+
+
+def test_kept_connections_are_answered_in_order_and_pipelined_requests_too(agent: AgentProcess) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    with socket.create_connection((LOOPBACK, agent.port), timeout=10) as connection:
+        connection.sendall(request * 3 + request[:10])
+        answers = b""
+        while answers.count(b"HTTP/1.1 200") < 3:
+            answers += connection.recv(65536)
+        connection.sendall(request[10:])
+        while answers.count(b"HTTP/1.1 200") < 4:
+            answers += connection.recv(65536)
+
+
+def test_a_client_that_waits_for_100_continue_is_told_to_go_on(agent: AgentProcess, server: ManagementServer) -> None:
+    task, body = new_task_uuid(), json.dumps({"vmUuid": "vm1", "cpuNum": 1}).encode()
+    head = HEAD + f"taskuuid: {task}\r\ncallbackurl: {server.url}\r\nContent-Length: {len(body)}\r\n".encode()
+    with socket.create_connection((LOOPBACK, agent.port), timeout=10) as connection:
+        connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "code"),
+    [
+        (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414, "URL_TOO_LONG"),
+        (b"GET /" + b"a" * 5000, 414, "URL_TOO_LONG"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 17000 + b"\r\n\r\n", 431, "HEAD_TOO_LARGE"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n" + b"X: a\r\n" * 4000, 431, "HEAD_TOO_LARGE"),
+        (HEAD + b"Content-Length: 99999999999\r\n\r\n", 413, "BODY_TOO_LARGE"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\n", 413, "BODY_TOO_LARGE"),
+        (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Content-Length: -1\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Content-Length: +5\r\n\r\n12345", 400, "BAD_HTTP"),
+        (HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\nab0\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nA: b\r\n\r\n", 400, "BAD_HTTP"),
+        (HEAD + b"taskuuid: a\r\ntaskuuid: b\r\n\r\n", 400, "BAD_HTTP"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: a\r\n folded\r\n\r\n", 400, "BAD_HTTP"),
+        (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400, "BAD_HTTP"),
+        (b"GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n", 400, "BAD_HTTP"),
+        (b"\x16\x03\x01\x02\x00\x01", 400, "BAD_HTTP"),
+    ],
+)
+def test_what_is_too_long_or_can_be_read_in_two_ways_is_refused(
+    agent: AgentProcess, request_bytes: bytes, status: int, code: str
+) -> None:
+    with socket.create_connection((LOOPBACK, agent.port), timeout=10) as connection:
+        connection.sendall(request_bytes)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == status
+        assert json.loads(response.read())["errorCode"] == code
+
+
+def test_a_client_that_resets_a_handshake_costs_nothing(node_uri: str, tmp_path: Path) -> None:
+    own = Authority(tmp_path)
+    security = {"tls_cert": str(own.issue(LOOPBACK)), "client_ca": str(own.ca_file)}
+    tls = own.client(own.issue("server.example"))
+    with AgentProcess(uri=node_uri, settings={"security": security}, tls=tls) as agent:
+        for data in (b"", b"\x16", b"\x16\x03\x01\x00\x05xxxxx", b"\x15\x03\x01\x00\x02\x02\x28"):
+            with socket.create_connection((LOOPBACK, agent.port), timeout=10) as connection:
+                connection.sendall(data)
+        with socket.create_connection((LOOPBACK, agent.port)) as plain, pytest.raises((ssl.SSLError, OSError)):
+            ssl.create_default_context().wrap_socket(plain, server_hostname=LOOPBACK)
+        assert agent.get("/healthz").status == 200
+        assert "Traceback" not in agent.log()

@@ -1,0 +1,91 @@
+"""The agent without privileges: how the unit confines it, and that it works so."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.lab.agent import AgentProcess, find_command, new_task_uuid
+from tests.lab.confined import confine, find_allowed_calls, read_service
+from tests.lab.server import ManagementServer
+
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "init.d/kvmagent.service"
+EXPOSURE = 20  # tenths
+
+
+def test_the_unit_leaves_little_to_an_attacker() -> None:
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", f"--threshold={EXPOSURE}", str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_unit_runs_as_the_user_that_polkit_lets_manage_vms() -> None:
+    service = read_service(UNIT)
+    assert service["User"] == ["kvmagent"]
+    assert service["SupplementaryGroups"] == ["libvirt"]
+    assert 'subject.user == "kvmagent"' in (ROOT / "conf/50-kvmagent.rules").read_text()
+    assert "m kvmagent libvirt" in (ROOT / "conf/kvmagent.sysusers").read_text()
+
+
+def test_the_filter_of_system_calls_is_one() -> None:
+    allowed = find_allowed_calls(UNIT)
+    assert {"read", "openat", "clone3", "epoll_wait", "flock"} <= allowed
+    assert not {"ptrace", "mount", "init_module", "bpf", "keyctl", "setuid", "chroot"} & allowed
+
+
+def test_the_agent_works_without_capabilities_and_within_the_filter(node_uri: str, server: ManagementServer) -> None:
+    with AgentProcess(uri=node_uri, command=confine(UNIT, find_command())) as agent:
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{agent.pid}/status").read_text().splitlines())
+        assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh")} == {0}
+        assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+        task = new_task_uuid()
+        body = {"vmUuid": "vm1", "cpuNum": 3}
+        assert agent.post("/vm/hotplug/cpu", body, task_uuid=task, callback_url=server.url).status == 200
+        assert server.wait(task, 20)["cpuNum"] == 3
+        assert agent.stop() == 0
+        assert "Traceback" not in agent.log()
+
+
+def test_the_state_is_the_agent_s_alone(node_uri: str, server: ManagementServer) -> None:
+    with AgentProcess(uri=node_uri) as agent:
+        state = agent.directory / "state"
+        agent.stop()
+        state.chmod(0o755)
+        (state / "journal.sqlite").chmod(0o644)
+        agent.start()
+        agent.post("/vm/hotplug/cpu", {"vmUuid": "vm1", "cpuNum": 1}, task_uuid="t", callback_url=server.url)
+        assert state.stat().st_mode & 0o777 == 0o700
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in state.iterdir()}
+        assert set(modes.values()) == {"0o600"}, modes
+        assert "journal.sqlite-wal" in modes
+        assert "closed to others" in agent.log()
+
+
+@pytest.mark.parametrize(
+    ("key", "mode"), [("tokens_file", 0o640), ("tokens_file", 0o604), ("tls_cert", 0o644), ("tls_key", 0o660)]
+)
+def test_a_secret_that_others_can_read_stops_the_start(node_uri: str, tmp_path: Path, key: str, mode: int) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("zstack:" + "0" * 64)
+    secret.chmod(mode)
+    section = {key: str(secret), **({"tls_cert": str(tmp_path / "cert")} if key == "tls_key" else {})}
+    with pytest.raises(RuntimeError, match=rf"security.{key} .* has mode {mode:04o}, needed is 0600"):
+        AgentProcess(uri=node_uri, settings={"security": section}).__enter__()
+
+
+def test_nothing_secret_is_on_the_command_line_or_in_the_log(node_uri: str, tmp_path: Path) -> None:
+    made = subprocess.run([*find_command(), "--new-token", "zstack"], capture_output=True, text=True, check=True)
+    line, token = made.stdout.splitlines()
+    tokens = tmp_path / "tokens"
+    tokens.touch(mode=0o600)
+    tokens.write_text(f"{line}\n")
+    with AgentProcess(uri=node_uri, settings={"security": {"tokens_file": str(tokens)}}, token=token) as agent:
+        agent.get("/tasks")
+        agent.get("/tasks", headers={"Authorization": f"Basic {token}"})
+        digest = line.partition(":")[2]
+        seen = Path(f"/proc/{agent.pid}/cmdline").read_text() + agent.log()
+        assert token not in seen
+        assert digest not in seen
+        assert os.environ.get("HOME", "") not in ("", str(agent.directory))
