@@ -75,6 +75,17 @@ def test_what_an_earlier_run_did_is_told_as_done_and_not_as_unchanged(agent: Age
     assert reply["steps"][0]["step"] == "SetVcpus"
 
 
+def test_facts_that_another_version_recorded_are_unknown_and_stop_nothing(agent: Agent) -> None:
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
+    agent.point = "step:begun"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(msgspec.structs.replace(left, before=b'{"of": "long ago"}'))
+    reply = agent.reply()
+    assert (reply["outcome"], reply["before"]["cpuNum"], reply["after"]["cpuNum"]) == ("online", None, 2)
+
+
 @pytest.mark.parametrize("call", ["setVcpusFlags", "XMLDesc"])
 def test_a_connection_lost_in_any_call_is_survived(agent: Agent, call: str) -> None:
     task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
