@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvmagent.settings import CallbackSection, parse_callback_rule
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal, Owed, Task
 from tests.lab.processes import wait_for
@@ -22,8 +24,9 @@ class Sender:
         self.now = 1000.0
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None, clock=lambda: self.now)
         self.journal.start()
+        callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection())
         self.delivery = Delivery(
-            self.journal, timeout_s=timeout_s, give_up_s=100.0, clock=lambda: self.now, jitter=lambda: 0.5
+            self.journal, callbacks, timeout_s=timeout_s, give_up_s=100.0, clock=lambda: self.now, jitter=lambda: 0.5
         )
 
     def finish(self, task_uuid: str, url: str, vm: str = "vm1", reply: bytes = b'{"success": true}') -> Owed:

@@ -30,6 +30,7 @@ class Work:
             workers=workers,
             max_queued=max_queued,
             max_queued_per_lane=max_queued_per_lane,
+            max_queued_per_client=max_queued,
             clock=lambda: self.now,
         )
 
@@ -104,17 +105,17 @@ def test_threads_above_the_limit_end_when_what_hung_goes_on(work: Work) -> None:
 def test_limits_hold_for_each_vm_and_in_all() -> None:
     work = Work(workers=1, max_queued=5, max_queued_per_lane=3)
     for n in range(3):
-        with work.lanes.hold_place("hang"):
+        with work.lanes.hold_place(make_task("hang")):
             work.lanes.put(make_task("hang", n))
     with pytest.raises(AgentError, match="3 tasks of VM hang are unfinished, the limit is 3") as caught:
-        work.lanes.hold_place("hang").__enter__()
+        work.lanes.hold_place(make_task("hang")).__enter__()
     assert caught.value.code is Code.QUEUE_FULL
     with ExitStack() as held:
-        held.enter_context(work.lanes.hold_place("b"))
-        held.enter_context(work.lanes.hold_place("c"))
+        held.enter_context(work.lanes.hold_place(make_task("b")))
+        held.enter_context(work.lanes.hold_place(make_task("c")))
         with pytest.raises(AgentError, match="5 tasks are unfinished, the limit is 5"):
-            work.lanes.hold_place("d").__enter__()
-    with work.lanes.hold_place("d"):
+            work.lanes.hold_place(make_task("d")).__enter__()
+    with work.lanes.hold_place(make_task("d")):
         pass
     work.close()
 
