@@ -274,7 +274,7 @@ class Executor:
             )
             if task.goal is not None:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
-                run.before = msgspec.json.decode(task.before or b"null", type=Facts | None)
+                run.before = _read_facts(task.before)
                 run.reports = [_read_report(step) for step in self._journal.steps(task.task_uuid)]
                 log.info("task goes on from its recorded goal steps=%d", len(run.reports))
         except msgspec.MsgspecError as error:
@@ -495,6 +495,15 @@ def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> N
             details={"step": msgspec.to_builtins(again)},
             expected=False,
         )
+
+
+def _read_facts(recorded: bytes | None) -> Facts | None:
+    """Return what was so before; None, which is unknown, where an agent of another version wrote it otherwise."""
+    try:
+        return None if recorded is None else msgspec.json.decode(recorded, type=Facts)
+    except msgspec.ValidationError as error:
+        log.warning("what was so before the task cannot be read error=%r", str(error))
+        return None
 
 
 def _read_report(record: StepRecord) -> StepReport:

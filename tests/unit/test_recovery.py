@@ -1,0 +1,126 @@
+"""The executor over interruptions: it goes on from what it finds, and believes no error whose effect is there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvmagent.tasks.executor import Executor
+from kvmagent.tasks.journal import Journal, Task
+from tests.fakes.agent import COMMANDS, MIB, make_domain, make_node
+from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
+from tests.lab.domainxml import GuestSpec
+
+LOST = libvirt_error(1, 7, "internal error: client socket is closed")
+
+
+class Killed(BaseException):
+    """The agent dies: nothing handles this."""
+
+
+class Agent:
+    """An executor that can be killed at a point and followed by another on the same journal."""
+
+    def __init__(self, directory: Path) -> None:
+        self.domain: FakeDomain = make_domain(GuestSpec(name="vm1"))
+        self.point = ""
+        self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
+        self.journal.start()
+        self.executor = Executor(
+            make_node(self.domain),
+            self.journal,
+            COMMANDS,
+            on_finished=lambda owed: None,
+            libvirt_wait_s=5.0,
+            fault=self._fault,
+        )
+
+    def _fault(self, name: str) -> None:
+        if name == self.point:
+            self.point = ""
+            raise Killed
+
+    def accept(self, command: str, **fields: Any) -> Task:
+        request = msgspec.json.encode(fields)
+        url = "http://127.0.0.1:9/"
+        task = Task(task_uuid="t1", command=command, lane="vm1", request=request, callback_url=url, client="127.0.0.1")
+        return self.journal.accept(task)[0]
+
+    def reply(self) -> dict[str, Any]:
+        task = self.journal.find("t1")
+        assert task is not None
+        assert task.reply is not None
+        return dict(msgspec.json.decode(task.reply))
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    made = Agent(tmp_path)
+    yield made
+    made.journal.stop()
+
+
+def test_what_an_earlier_run_did_is_told_as_done_and_not_as_unchanged(agent: Agent) -> None:
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2, affect="live", guestOnline=False)
+    agent.point = "step:done"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    reply = agent.reply()
+    assert (reply["recovered"], reply["before"]["cpuNum"], reply["after"]["cpuNum"]) == (True, 1, 2)
+    assert reply["outcome"] == "plugged"
+    assert reply["steps"][0]["step"] == "SetVcpus"
+
+
+def test_facts_that_another_version_recorded_are_unknown_and_stop_nothing(agent: Agent) -> None:
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
+    agent.point = "step:begun"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(msgspec.structs.replace(left, before=b'{"of": "long ago"}'))
+    reply = agent.reply()
+    assert (reply["outcome"], reply["before"]["cpuNum"], reply["after"]["cpuNum"]) == ("online", None, 2)
+
+
+@pytest.mark.parametrize("call", ["setVcpusFlags", "XMLDesc"])
+def test_a_connection_lost_in_any_call_is_survived(agent: Agent, call: str) -> None:
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
+    agent.domain.fail_next[call] = LOST
+    agent.executor.run(task)
+    reply = agent.reply()
+    assert (reply["outcome"], reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == ("online", 2, 2)
+    assert "LIBVIRT_UNAVAILABLE" not in [warning["code"] for warning in reply["warnings"]]
+
+
+def test_an_attach_that_took_effect_after_its_connection_was_lost_is_no_failure(agent: Agent) -> None:
+    """libvirtd carries out a call whose client is gone: seen too late, its repetition is refused by the alias."""
+    attach, calls = agent.domain.attachDeviceFlags, []
+
+    def lose_then_refuse(xml: str, flags: int) -> None:
+        calls.append(xml)
+        if len(calls) == 1:
+            raise LOST
+        attach(xml, flags)
+        raise qemu_error(67, "unsupported configuration: non unique alias detected: ua-kvmagent-t1-0")
+
+    agent.domain.attachDeviceFlags = lose_then_refuse  # type: ignore[method-assign]
+    agent.executor.run(agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=384 * MIB))
+    reply = agent.reply()
+    assert (reply["outcome"], reply["memorySize"]) == ("online", 384 * MIB)
+    assert len(calls) == 2
+
+
+def test_an_error_after_an_interruption_is_told_where_its_effect_is_not_there(agent: Agent) -> None:
+    errors = [LOST, qemu_error(1, "internal error: unable to execute QEMU command 'object-add'")]
+
+    def fail(xml: str, flags: int) -> None:
+        raise errors.pop(0)
+
+    agent.domain.attachDeviceFlags = fail  # type: ignore[method-assign]
+    agent.executor.run(agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=384 * MIB))
+    reply = agent.reply()
+    assert (reply["success"], reply["errorCode"], reply["outcome"]) == (False, "LIBVIRT_REFUSED", "refused")
