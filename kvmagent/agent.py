@@ -43,7 +43,6 @@ _LAST_CALLBACKS_S = 5.0
 # How long closing HTTP, journal and libvirt may take beside that.
 _CLOSE_S = 30.0
 _TICK_S = 1.0
-# A part of the agent that has had work and done none of it for so long makes no progress.
 _STALLED_S = 30.0
 
 
@@ -76,13 +75,17 @@ def load_plugins(names: tuple[str, ...]) -> list[Plugin]:
 class Agent:
     """One agent. `start`, then `run_until_signal` or, from another thread, `stop`.
 
-    `fault` is called at the points that tasks.faults names.
+    `fault` is called at the points that tasks.faults names. A part that has had work and done none of it for
+    `stalled_s` makes no progress.
     """
 
-    def __init__(self, settings: Settings, plugins: list[Plugin], *, fault: Fault = no_fault) -> None:
+    def __init__(
+        self, settings: Settings, plugins: list[Plugin], *, fault: Fault = no_fault, stalled_s: float = _STALLED_S
+    ) -> None:
         self._settings = settings
         self._state_dir = Path(settings.agent.state_dir)
         self._lock_fd: int | None = None
+        self._stalled_s = stalled_s
         self._stalls: dict[str, str] = {}
         self._commands = _by_name(plugins)
         self._wake = threading.Event()
@@ -220,7 +223,9 @@ class Agent:
             "writer": self._journal.stalled_s(),
             "delivery": self._delivery.stalled_s(),
         }
-        return {name: f"no progress for {seconds:.0f} s" for name, seconds in stalled.items() if seconds > _STALLED_S}
+        return {
+            name: f"no progress for {seconds:.0f} s" for name, seconds in stalled.items() if seconds > self._stalled_s
+        }
 
     def _close(self) -> None:
         """Undo `_start`, as far as it came."""

@@ -163,7 +163,10 @@ class Channel:
                 decode_content=False,
             )
             with contextlib.closing(response):
-                response.read(_MAX_ANSWER_BYTES)
+                # An answer that was cut off shows only when it is read to its end.
+                left = _MAX_ANSWER_BYTES
+                while left > 0 and (part := response.read(left)):
+                    left -= len(part)
         except (HTTPError, OSError, ValueError) as error:
             return None, f"{type(error).__name__}: {error}"
         return response.status, f"HTTP {response.status}"

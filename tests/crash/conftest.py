@@ -1,5 +1,7 @@
 """An agent that can be killed at named points, and VMs that outlive it."""
 
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -9,6 +11,7 @@ import libvirt
 import pytest
 
 from tests.lab.agent import AgentProcess, Settings
+from tests.lab.guest import Guest
 from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.server import ManagementServer
 
@@ -29,6 +32,14 @@ StartAgent = Callable[..., "MortalAgent"]
 class MortalAgent(AgentProcess):
     """An agent that ends at a named point, and comes back on the same state and port."""
 
+    def start_to_die(self, fault: str) -> None:
+        """Start it again, to be killed at this point; empty: it lives."""
+        os.environ["KVMAGENT_FAULT"] = fault
+        try:
+            self.start()
+        finally:
+            del os.environ["KVMAGENT_FAULT"]
+
     def wait_killed(self, timeout_s: float = 20.0) -> None:
         """Wait for the fault to strike."""
         assert self._child is not None
@@ -44,11 +55,18 @@ class MortalAgent(AgentProcess):
         return len(list(Path(f"/proc/{self.pid}/{what}").iterdir()))
 
 
+def find_dimms(guest: Guest) -> tuple[list[str], list[str]]:
+    """The aliases of the dimms that tasks gave to the running VM, and to its persistent definition."""
+    pattern = r"<alias name='(ua-kvmagent-[^']+)'"
+    return re.findall(pattern, guest.live_xml()), re.findall(pattern, guest.persistent_xml())
+
+
 class Host:
     """libvirt's test driver inside a daemon of its own: unlike in the agent's process, its VMs outlive the agent."""
 
     def __init__(self, daemon: PrivateLibvirtd) -> None:
         self.uri = daemon.uri.replace("qemu+unix:///session", "test+unix:///default")
+        self.pause, self.resume = daemon.pause, daemon.resume
         # The driver's state lives as long as somebody is connected.
         self._connection = libvirt.open(self.uri)
 
@@ -83,17 +101,15 @@ def server() -> Iterator[ManagementServer]:
 
 
 @pytest.fixture
-def make_agent(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartAgent]:
+def make_agent() -> Iterator[StartAgent]:
     """Make an agent that is killed at `fault` (none: it lives) and start it; `settings` as AgentProcess takes them."""
     with ExitStack() as agents:
 
         def make(uri: str, *, fault: str = "", settings: Settings | None = None) -> MortalAgent:
-            monkeypatch.setenv("KVMAGENT_FAULT", fault)
             command = [sys.executable, str(Path(__file__).with_name("mortal_agent.py"))]
             agent = MortalAgent(uri=uri, settings=settings, command=command)
             agents.callback(agent.remove)
-            agent.start()
-            monkeypatch.delenv("KVMAGENT_FAULT")
+            agent.start_to_die(fault)
             return agent
 
         yield make

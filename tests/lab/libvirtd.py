@@ -32,9 +32,11 @@ XDG_DIRECTORIES = {"XDG_RUNTIME_DIR": "r", "XDG_CONFIG_HOME": "c", "XDG_CACHE_HO
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
+# keepalive_interval: a test process that has an event loop registered and not running would be taken for dead.
 DAEMON_CONF = """\
 auth_unix_rw = "none"
 log_outputs = "2:stderr"
+keepalive_interval = -1
 """
 
 # stdio_handler: with its default, libvirtd starts a virtlogd that outlives it by minutes.

@@ -192,6 +192,8 @@ class CallbackHandler(BaseHTTPRequestHandler):
     server: CallbackServer
     protocol_version = "HTTP/1.1"
     timeout = IDLE_TIMEOUT_S
+    # Head and body go out in two writes; the second must not wait for the first to be acknowledged.
+    disable_nagle_algorithm = True
 
     def do_POST(self) -> None:
         """Record the callback, then answer it."""

@@ -1,0 +1,103 @@
+"""The connection that libvirt's events come over: opened at the start, and again whenever it is lost.
+
+    thread: open -> keep-alive, close callback -> register -> wait for the loss -> again, with backoff
+
+It has no other work, so that no call holds up an event. Events are lost while it is away: `on_gap` says so after it is
+there again, and whoever waits for an event also looks for itself now and then.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import libvirt
+
+from kvmagent.hypervisor.connection import KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S
+from kvmagent.hypervisor.libvirterrors import translate
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+_STOP_WAIT_S = 5.0
+
+# Has a new connection report its events; returns the ids that libvirt gave to the callbacks. The callbacks run on
+# libvirt's event loop: they hand over and never call libvirt.
+Register = Callable[[libvirt.virConnect], list[int]]
+
+
+class EventConnection:
+    """Owns one connection and the thread that looks after it. Needs the event loop of `Connection`."""
+
+    def __init__(
+        self,
+        uri: str,
+        registers: tuple[Register, ...],
+        *,
+        on_gap: Callable[[str], None] = lambda _reason: None,
+        open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open,
+    ) -> None:
+        self._uri = uri
+        self._registers = registers
+        self._on_gap = on_gap
+        self._open_libvirt = open_libvirt
+        self._changed = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="libvirt-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to listen; returns at once, whether libvirt is there or not."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Close the connection and end the thread, but for one that a hung daemon holds in an open."""
+        self._stopping.set()
+        self._changed.set()
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_WAIT_S)
+
+    def _run(self) -> None:
+        pause_s, was_there = _FIRST_RETRY_S, False
+        while not self._stopping.is_set():
+            self._changed.clear()
+            try:
+                connection = self._open_libvirt(self._uri)
+            except libvirt.libvirtError as error:
+                log.debug("no events: %s", translate(error, f"connecting to {self._uri}").message)
+                self._stopping.wait(pause_s)
+                pause_s = min(pause_s * 2, _LONGEST_RETRY_S)
+                continue
+            pause_s = _FIRST_RETRY_S
+            try:
+                ids = self._listen(connection)
+            except libvirt.libvirtError as error:
+                self._close(connection, [])
+                if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+                    log.info("no events from this driver uri=%s", self._uri)
+                    return
+                continue
+            if was_there:
+                self._on_gap("libvirt was away")
+            was_there = True
+            self._wait_lost(connection)
+            self._close(connection, ids)
+
+    def _listen(self, connection: libvirt.virConnect) -> list[int]:
+        """A driver inside this process (test:) has no wire to keep alive, and nobody else who could change its VMs."""
+        connection.setKeepAlive(KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT)
+        connection.registerCloseCallback(lambda _connection, _reason, _opaque: self._changed.set(), None)
+        return [number for register in self._registers for number in register(connection)]
+
+    def _wait_lost(self, connection: libvirt.virConnect) -> None:
+        while not self._stopping.is_set() and connection.isAlive():
+            self._changed.wait(_LONGEST_RETRY_S)
+            self._changed.clear()
+
+    def _close(self, connection: libvirt.virConnect, ids: list[int]) -> None:
+        """End what was registered first: a callback keeps the connection open."""
+        try:
+            for number in ids:
+                connection.domainEventDeregisterAny(number)
+            connection.unregisterCloseCallback()
+            connection.close()
+        except libvirt.libvirtError as error:
+            log.debug("closing the event connection error=%s", error)

@@ -1,0 +1,254 @@
+"""Delivery: every outcome arrives, in order for each VM, whatever becomes of its receiver."""
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmagent.settings import CallbackSection, parse_callback_rule
+from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.delivery import Delivery
+from kvmagent.tasks.journal import Journal, Owed, Task
+from tests.lab.processes import wait_for
+from tests.lab.server import Answer, ManagementServer
+
+
+class Sender:
+    """Delivery on a journal of its own; `now` is set by hand and tells a callback's age alone."""
+
+    def __init__(self, directory: Path, *, timeout_s: float = 1.0) -> None:
+        self.now = 1000.0
+        self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None, clock=lambda: self.now)
+        self.journal.start()
+        callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection())
+        self.delivery = Delivery(
+            self.journal, callbacks, timeout_s=timeout_s, give_up_s=100.0, clock=lambda: self.now, jitter=lambda: 0.5
+        )
+
+    def finish(self, task_uuid: str, url: str, vm: str = "vm1", reply: bytes = b'{"success": true}') -> Owed:
+        self.journal.accept(
+            Task(task_uuid=task_uuid, command="C", lane=vm, request=b"{}", callback_url=url, client="127.0.0.1")
+        )
+        return self.journal.finish(task_uuid, reply, "plugged")
+
+    def send(self, task_uuid: str, url: str, vm: str = "vm1") -> None:
+        self.delivery.put(self.finish(task_uuid, url, vm))
+
+    def state(self, task_uuid: str) -> str:
+        task = self.journal.find(task_uuid)
+        assert task is not None
+        return task.state
+
+    def wait(self, task_uuid: str, state: str, timeout_s: float = 10.0) -> None:
+        wait_for(lambda: self.state(task_uuid) == state, timeout_s=timeout_s, what=f"{task_uuid} to be {state}")
+
+    def close(self) -> None:
+        self.delivery.stop(0.1)
+        self.journal.stop()
+
+
+@pytest.fixture
+def sender(tmp_path: Path) -> Iterator[Sender]:
+    made = Sender(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ManagementServer]:
+    with ManagementServer() as running:
+        yield running
+
+
+class Dead:
+    """A port that takes connections and never answers."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/"
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def delivery_threads() -> int:
+    return sum(thread.name.startswith("delivery-") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("status", [200, 202, 204])
+def test_any_2xx_is_delivered(sender: Sender, server: ManagementServer, status: int) -> None:
+    server.answer = lambda task, attempt: Answer(status=status, body=b"")
+    sender.send("t1", f"{server.url}?server=7")
+    sender.wait("t1", "delivered")
+    (callback,) = server.callbacks("t1")
+    assert (callback.path, callback.body) == ("/callback?server=7", {"success": True})
+    assert callback.headers["content-type"] == "application/json"
+
+
+def test_404_ends_it(sender: Sender, server: ManagementServer) -> None:
+    server.answer = lambda task, attempt: Answer(status=404)
+    sender.send("t1", server.url)
+    sender.wait("t1", "gone")
+    task = sender.journal.find("t1")
+    assert task is not None
+    assert (task.attempts, task.delivery_error) == (1, "HTTP 404")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Answer(status=500),
+        Answer(status=302, headers={"Location": "http://127.0.0.1:9/"}),
+        Answer(fault="reset"),
+        Answer(fault="half", body=b'{"some": "answer"}'),
+        Answer(hang_s=3.0),
+    ],
+    ids=["500", "302", "reset", "half", "hang"],
+)
+def test_anything_else_is_sent_again(sender: Sender, server: ManagementServer, failure: Answer) -> None:
+    server.answer = lambda task, attempt: failure if attempt < 3 else Answer()
+    sender.send("t1", server.url)
+    sender.wait("t1", "delivered")
+    task = sender.journal.find("t1")
+    assert task is not None
+    assert task.attempts == len(server.callbacks("t1")) == 3
+    assert all(callback.body == {"success": True} for callback in server.callbacks("t1"))
+
+
+def test_callbacks_of_a_vm_keep_their_order_over_failures(sender: Sender, server: ManagementServer) -> None:
+    server.answer = lambda task, attempt: Answer(status=500 if task.endswith("0") and attempt == 1 else 200)
+    tasks = [f"{vm}-{n}" for n in range(10) for vm in ("a", "b")]
+    for task in tasks:
+        sender.send(task, server.url, vm=task[0])
+    for task in tasks:
+        sender.wait(task, "delivered")
+    order = [callback.task_uuid for callback in server.callbacks()]
+    for vm in ("a", "b"):
+        last_seen = [uuid for n, uuid in enumerate(order) if uuid not in order[n + 1 :] and uuid.startswith(vm)]
+        assert last_seen == [f"{vm}-{n}" for n in range(10)]
+
+
+def test_dead_and_slow_servers_hold_up_no_other(sender: Sender, server: ManagementServer) -> None:
+    dead = [Dead() for _ in range(40)]
+    for n, other in enumerate(dead):
+        sender.send(f"dead{n}", other.url, vm=f"dead{n}")
+    # All threads may be at a dead server for the first time limit; from then on these have half of the threads.
+    wait_for(lambda: attempted(sender, 40) >= 32, timeout_s=10, what="the dead servers to be found out")
+    began = time.monotonic()
+    for n in range(50):
+        sender.send(f"t{n}", server.url)
+    for n in range(50):
+        sender.wait(f"t{n}", "delivered")
+    assert time.monotonic() - began < 2.0
+    assert delivery_threads() <= 32
+    for other in dead:
+        other.close()
+
+
+def attempted(sender: Sender, count: int) -> int:
+    tasks = [sender.journal.find(f"dead{n}") for n in range(count)]
+    return sum(task is not None and task.attempts > 0 for task in tasks)
+
+
+def test_a_server_that_is_away_is_not_tried_once_for_each_callback(sender: Sender, server: ManagementServer) -> None:
+    server.stop()
+    for n in range(200):
+        sender.send(f"t{n}", server.url, vm=f"vm{n}")
+    wait_for(lambda: total_attempts(sender, 200) >= 3, timeout_s=10, what="three attempts")
+    assert total_attempts(sender, 200) < 10
+    server.start()
+    for n in range(200):
+        sender.wait(f"t{n}", "delivered")
+
+
+def total_attempts(sender: Sender, count: int) -> int:
+    tasks = [sender.journal.find(f"t{n}") for n in range(count)]
+    return sum(task.attempts for task in tasks if task is not None)
+
+
+def test_it_is_given_up_after_the_time_limit(sender: Sender, server: ManagementServer) -> None:
+    server.answer = lambda task, attempt: Answer(status=500)
+    sender.send("t1", server.url)
+    server.wait("t1", 10)
+    sender.now += 101
+    sender.wait("t1", "given_up")
+
+
+def test_all_that_a_silent_server_is_owed_too_long_is_given_up_together(
+    sender: Sender, server: ManagementServer
+) -> None:
+    server.stop()
+    for n in range(50):
+        sender.send(f"t{n}", server.url, vm=f"vm{n % 7}")
+    sender.now += 101
+    sender.send("young", server.url, vm="vm0")
+    for n in range(50):
+        sender.wait(f"t{n}", "given_up")
+    server.start()
+    sender.wait("young", "delivered")
+    assert sender.delivery.owed() == 0
+
+
+def test_asked_for_again_it_is_sent_at_once_whatever_the_pause(sender: Sender, server: ManagementServer) -> None:
+    server.stop()
+    sender.send("t1", server.url)
+    wait_for(lambda: attempts(sender, "t1") >= 5, timeout_s=20, what="a long pause")
+    server.start()
+    began = time.monotonic()
+    sender.delivery.put(sender.journal.owe_again("t1"))
+    sender.wait("t1", "delivered")
+    assert time.monotonic() - began < 1.0
+    sender.delivery.put(sender.journal.owe_again("t1"))
+    server.wait("t1", 10, attempt=2)
+
+
+def attempts(sender: Sender, task_uuid: str) -> int:
+    task = sender.journal.find(task_uuid)
+    return 0 if task is None else task.attempts
+
+
+def test_ten_thousand_owed_callbacks_cost_little_memory_and_go_out_in_order(tmp_path: Path) -> None:
+    first = Sender(tmp_path)
+    server = ManagementServer()
+    server.start()
+    server.stop()
+    reply = b'{"filler": "%s"}' % (b"x" * 4000)
+    owed = [first.finish(f"t{n}", server.url, f"vm{n % 100}", reply) for n in range(10_000)]
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for one in owed:
+        first.delivery.put(one)
+    wait_for(lambda: attempts(first, "t0") >= 2, timeout_s=10, what="attempts")
+    assert first.delivery.owed() == 10_000
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    assert grown_kib < 10_000, f"{grown_kib} KiB for callbacks of 40 MB"
+    assert delivery_threads() <= 32
+    server.start()
+    first.delivery.put(first.journal.owe_again("t0"))
+    wait_for(lambda: first.delivery.owed() == 0, timeout_s=120, what="all callbacks")
+    order = [int(callback.task_uuid[1:]) for callback in server.callbacks()]
+    for vm in range(100):
+        mine = [n for n in order if n % 100 == vm]
+        assert mine == sorted(mine)
+    assert len(set(order)) == 10_000
+    first.close()
+    server.stop()
+
+
+def test_no_thread_is_left_after_stop(tmp_path: Path, server: ManagementServer) -> None:
+    threads = {thread for thread in threading.enumerate() if not thread.name.startswith("Thread-")}
+    made = Sender(tmp_path)
+    dead = Dead()
+    for n in range(20):
+        made.send(f"t{n}", server.url if n % 2 else dead.url, vm=f"vm{n}")
+    made.wait("t1", "delivered")
+    made.close()
+    dead.close()
+
+    def left() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if not t.name.startswith("Thread-")} - threads
+
+    wait_for(lambda: not left(), timeout_s=5, what="threads to end")
