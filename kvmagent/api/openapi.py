@@ -10,6 +10,7 @@ from kvmagent import __version__
 from kvmagent.api.intake import Accepted
 from kvmagent.model.command import Command
 from kvmagent.model.errors import CODES, Code
+from kvmagent.model.host import Query
 
 _SCHEMES = {"token": {"type": "http", "scheme": "bearer"}, "certificate": {"type": "mutualTLS"}}
 _REF = "#/components/schemas/{name}"
@@ -36,12 +37,12 @@ class Read(NamedTuple):
     query: Mapping[str, Any] = MappingProxyType({})
 
 
-def build_openapi(commands: Iterable[Command], reads: Iterable[Read]) -> dict[str, Any]:
+def build_openapi(declared: Iterable[Command | Query], reads: Iterable[Read]) -> dict[str, Any]:
     """Return the document."""
-    commands = list(commands)
-    shapes = [Accepted, Refusal, *(shape for command in commands for shape in (command.request, command.reply))]
+    declared = list(declared)
+    shapes = [Accepted, Refusal, *(shape for one in declared for shape in (one.request, one.reply))]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
-    paths: dict[str, Any] = {command.path: {"post": _operation(command)} for command in commands}
+    paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
     paths |= {read.path: {"get": _read(read)} for read in reads}
     return {
         "openapi": "3.1.0",
@@ -62,7 +63,10 @@ def build_openapi(commands: Iterable[Command], reads: Iterable[Read]) -> dict[st
     }
 
 
-def _operation(command: Command) -> dict[str, Any]:
+def _operation(command: Command | Query) -> dict[str, Any]:
+    if isinstance(command, Query) and command.sync:
+        return _sync_operation(command)
+    refusals = f"; refusals: {', '.join(command.refusals)}" if isinstance(command, Command) else ""
     return {
         "operationId": command.name,
         "summary": command.summary,
@@ -79,7 +83,7 @@ def _operation(command: Command) -> dict[str, Any]:
             "outcome": {
                 "{$request.header.callbackurl}": {
                     "post": {
-                        "summary": f"The outcome of {command.name}; refusals: {', '.join(command.refusals)}",
+                        "summary": f"The outcome of {command.name}{refusals}",
                         "parameters": [_header("taskuuid", {"type": "string"})],
                         "requestBody": {"required": True, "content": _json(command.reply)},
                         "responses": {
@@ -89,6 +93,18 @@ def _operation(command: Command) -> dict[str, Any]:
                     }
                 }
             }
+        },
+    }
+
+
+def _sync_operation(query: Query) -> dict[str, Any]:
+    return {
+        "operationId": query.name,
+        "summary": query.summary,
+        "requestBody": {"required": False, "content": _json(query.request)},
+        "responses": {
+            "200": {"description": "The answer", "content": _json(query.reply)},
+            **_refusals(_ANY),
         },
     }
 

@@ -12,8 +12,12 @@ from kvmagent.api.wire import decode_request, encode
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
+from kvmagent.settings import CallbackSection
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, Task
+from kvmagent.tasks.questions import Questions
+from kvmagent.tasks.servermemory import ServerMemory
 from kvmagent_plugins.vm_plugin import PLUGIN
 from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, send_to_agent
 from tests.lab.domainxml import GuestSpec, format_domain
@@ -61,10 +65,13 @@ class FakeAgent:
         self.finished: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
+        node = make_node(*domains)
         self.executor = Executor(
-            make_node(*domains),
+            node,
             self.journal,
             COMMANDS,
+            {},
+            Questions(node, ServerMemory(directory / "server.json"), Callbacks((), CallbackSection())),
             on_finished=lambda owed: self.finished.append(owed.task_uuid),
             libvirt_wait_s=0.0,
         )
