@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test lint
+.PHONY: help setup packages image demo test lint fuzz audit
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
 	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
 	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
 	@echo "make lint    ruff and mypy"
+	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
+	@echo "make audit   known holes in the Python packages that are installed"
 
 setup: packages $(STAMP) image
 
@@ -43,3 +45,14 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict kvmagent plugins
+
+SECONDS := 60
+FUZZED := wire framing domainxml
+
+fuzz: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	@for target in $(FUZZED); do $(BIN)/python -m tests.fuzz.coverage_guided $$target $(SECONDS) || exit 1; done
+
+audit: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[audit]'
+	@$(BIN)/pip-audit --skip-editable

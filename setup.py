@@ -31,6 +31,8 @@ setup(
         "urllib3>=2.0",
     ],
     extras_require={
+        "audit": ["pip-audit>=2.7"],
+        "fuzz": ["atheris>=2.3"],
         "test": [
             "hypothesis>=6.100",
             "lxml-stubs",

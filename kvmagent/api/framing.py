@@ -71,6 +71,7 @@ class Framing:
     def _start_over(self) -> None:
         self._head_bytes = 0
         self._searched = 0
+        self._has_skipped = False
         self._expects = False
         self._is_chunked = False
         self._is_too_large = False
@@ -80,9 +81,11 @@ class Framing:
         self._position = 0  # in the buffer, behind what has been read of the request
 
     def _read_head(self) -> bool:
-        if self._buffer.startswith(b"\r\n"):  # RFC 9112 2.2: one empty line before a request is no error
+        if self._buffer.startswith(b"\r\n") and not self._has_skipped:  # RFC 9112 2.2: one empty line is no error
             del self._buffer[:2]
-        if self._buffer and not self._buffer[:1].isalpha() and self._buffer[:1] != b"\r":
+            self._has_skipped = True
+        half_a_line = self._buffer == b"\r" and not self._has_skipped
+        if self._buffer and not self._buffer[:1].isalpha() and not half_a_line:
             raise AgentError(Code.BAD_HTTP, "what came in is no HTTP request")
         end = self._buffer.find(_END, self._searched)
         self._check_sizes(end)

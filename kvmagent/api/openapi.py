@@ -1,7 +1,8 @@
 """The OpenAPI document, from the same declarations that the agent runs on."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -11,9 +12,11 @@ from kvmagent.model.command import Command
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.host import Query
 
+_SCHEMES = {"token": {"type": "http", "scheme": "bearer"}, "certificate": {"type": "mutualTLS"}}
 _REF = "#/components/schemas/{name}"
-# What any command may be refused with at once, by status.
-_STATUSES = (400, 403, 405, 409, 413, 503)
+# What any request may be refused with, by status; what a command may be beside that, and a read.
+_ANY = (400, 401, 403, 405, 408, 413, 414, 431, 500, 503)
+_COMMAND, _READ = (409,), (404,)
 
 
 class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
@@ -26,14 +29,21 @@ class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
     details: dict[str, Any] = {}
 
 
-def build_openapi(declared: Iterable[Command | Query], reads: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Return the document. `reads` are the GET paths with what each answers."""
+class Read(NamedTuple):
+    """A GET path, what it answers, and the schemas of its query's parameters."""
+
+    path: str
+    summary: str
+    query: Mapping[str, Any] = MappingProxyType({})
+
+
+def build_openapi(declared: Iterable[Command | Query], reads: Iterable[Read]) -> dict[str, Any]:
+    """Return the document."""
     declared = list(declared)
     shapes = [Accepted, Refusal, *(shape for one in declared for shape in (one.request, one.reply))]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
     paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
-    for path, summary in reads:
-        paths[path] = {"get": _read(path, summary)}
+    paths |= {read.path: {"get": _read(read)} for read in reads}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -43,7 +53,9 @@ def build_openapi(declared: Iterable[Command | Query], reads: Iterable[tuple[str
             "to the callback URL.",
         },
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas, "securitySchemes": _SCHEMES},
+        # Which of them an agent asks for is its configuration's; on loopback it may be none.
+        "security": [{}, *({name: []} for name in _SCHEMES)],
         "x-error-codes": {
             code.value: {"status": info.status, "meaning": info.meaning, "remedy": info.remedy}
             for code, info in CODES.items()
@@ -65,7 +77,7 @@ def _operation(command: Command | Query) -> dict[str, Any]:
         "requestBody": {"required": True, "content": _json(command.request)},
         "responses": {
             "200": {"description": "The task is on disk", "content": _json(Accepted)},
-            **{str(status): {"description": "Refused at once", "content": _json(Refusal)} for status in _STATUSES},
+            **_refusals(_ANY + _COMMAND),
         },
         "callbacks": {
             "outcome": {
@@ -92,25 +104,28 @@ def _sync_operation(query: Query) -> dict[str, Any]:
         "requestBody": {"required": False, "content": _json(query.request)},
         "responses": {
             "200": {"description": "The answer", "content": _json(query.reply)},
-            **{str(status): {"description": "Refused at once", "content": _json(Refusal)} for status in _STATUSES},
+            **_refusals(_ANY),
         },
     }
 
 
-def _read(path: str, summary: str) -> dict[str, Any]:
-    names = [segment[1:-1] for segment in path.split("/") if segment.startswith("{")]
-    operation: dict[str, Any] = {
-        "summary": summary,
+def _read(read: Read) -> dict[str, Any]:
+    names = [segment[1:-1] for segment in read.path.split("/") if segment.startswith("{")]
+    return {
+        "summary": read.summary,
+        "parameters": [
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
+            *({"name": name, "in": "query", "schema": schema} for name, schema in read.query.items()),
+        ],
         "responses": {
-            "200": {"description": summary, "content": {"application/json": {"schema": {}}}},
-            "default": {"description": "Refused", "content": _json(Refusal)},
+            "200": {"description": read.summary, "content": {"application/json": {"schema": {}}}},
+            **_refusals(_ANY + _READ),
         },
     }
-    if names:
-        operation["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
-    return operation
+
+
+def _refusals(statuses: Iterable[int]) -> dict[str, Any]:
+    return {str(status): {"description": "Refused", "content": _json(Refusal)} for status in statuses}
 
 
 def _header(name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
-from kvmagent.api.openapi import build_openapi
+from kvmagent.api.openapi import Read, build_openapi
 from kvmagent.api.server import Answer, Call, Handler
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
@@ -18,15 +18,23 @@ from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal, State, Task
 from kvmagent.tasks.lanes import Lanes
 
-_PATHS = (
-    ("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug"),
-    ("/vms/{vmUuid}", "One VM: facts, headroom, blockers"),
-    ("/tasks", "Tasks, newest first; query: vm, state, limit"),
-    ("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery"),
-    ("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
-    ("/openapi.json", "This document"),
-)
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
+_PATHS = (
+    Read("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug"),
+    Read("/vms/{vmUuid}", "One VM: facts, headroom, blockers"),
+    Read(
+        "/tasks",
+        "Tasks, newest first",
+        {
+            "vm": {"type": "string"},
+            "state": {"enum": list(get_args(State))},
+            "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT},
+        },
+    ),
+    Read("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery"),
+    Read("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
+    Read("/openapi.json", "This document"),
+)
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
 # once, so that commands are accepted whatever hangs.
 _VM_WAIT_S, _CHECK_WAIT_S, _AT_ONCE = 10.0, 3.0, 12

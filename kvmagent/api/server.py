@@ -136,6 +136,9 @@ class _Dispatcher:
             what = f"{request.method} {request.path_info}"
             audit("refused", caller=caller, client=client, what=what, outcome=error.code)
             raise
+        repeated = [name for name, value in request.params.items() if not isinstance(value, str)]
+        if repeated:
+            raise AgentError(Code.BAD_QUERY, f"query parameter {repeated[0]!r} stands more than once")
         body = request.rfile.read() if request.method == "POST" else b""
         return handler(Call(headers, request.params, parts, body, client, caller))
 

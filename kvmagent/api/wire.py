@@ -3,6 +3,7 @@
 Refused beside what is no JSON: NaN and Infinity, a key twice, unknown fields, numbers as strings.
 """
 
+import math
 import re
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -91,7 +92,9 @@ def _parse(body: bytes) -> Any:
     if _depth(text) > _MAX_DEPTH:
         raise AgentError(Code.BAD_JSON, f"the body is nested deeper than {_MAX_DEPTH}")
     try:
-        value = simplejson.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+        value = simplejson.loads(
+            text, parse_float=_finite, parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+        )
         if _SURROGATE.search(text):
             simplejson.dumps(value, ensure_ascii=False).encode()
         return value
@@ -114,6 +117,13 @@ def _depth(text: str) -> int:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise AgentError(Code.NOT_A_JSON_NUMBER, f"the body holds {name}")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise AgentError(Code.OUT_OF_RANGE, "a number in the body is too large for any field")
+    return number
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ _UNITS = {"b": 1, "bytes": 1, "KiB": KIB, "k": KIB, "MiB": MIB, "M": MIB, "GiB":
 _DEFAULT_PHYS_BITS = 40
 # libvirt keeps an alias that a user gave only with this beginning.
 USER_ALIAS = "ua-"
+# Far more than any machine type of QEMU takes.
+_MAX_CPUS = 65536
 _AGENT_CHANNEL = "./devices/channel/target[@type='virtio'][@name='org.qemu.guest_agent.0']"
 
 
@@ -135,8 +137,15 @@ def _vcpu_counts(root: etree._Element) -> tuple[int, int]:
     vcpu = root.find("./vcpu")
     if vcpu is None or not vcpu.text:
         raise ValueError("domain XML without <vcpu>")
-    maximum = int(vcpu.text)
+    maximum = _check_count(int(vcpu.text))
     return int(vcpu.get("current", maximum)), maximum
+
+
+def _check_count(count: int) -> int:
+    """Return a number of CPUs that a machine may have: a list is made of it."""
+    if count > _MAX_CPUS:
+        raise ValueError(f"domain XML with {count} CPUs")
+    return count
 
 
 def _vcpus(root: etree._Element, current: int, maximum: int) -> tuple[Vcpu, ...]:
@@ -207,7 +216,7 @@ def _parse_ids(text: str) -> frozenset[int]:
     ids: set[int] = set()
     for part in filter(None, text.split(",")):
         first, _, last = part.removeprefix("^").partition("-")
-        span = range(int(first), int(last or first) + 1)
+        span = range(int(first), _check_count(int(last or first)) + 1)
         ids = ids - set(span) if part.startswith("^") else ids | set(span)
     return frozenset(ids)
 

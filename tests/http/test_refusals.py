@@ -90,6 +90,7 @@ def test_what_is_no_http_is_answered_in_json(agent: AgentProcess, line: bytes) -
         ("/tasks?limit=x", 400, "BAD_QUERY"),
         ("/tasks?state=lost", 400, "BAD_QUERY"),
         ("/tasks?order=asc", 400, "BAD_QUERY"),
+        ("/tasks?limit=1&limit=2", 400, "BAD_QUERY"),
         ("/vms?x=%ff", 404, "BAD_HTTP"),
     ],
 )

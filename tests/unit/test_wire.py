@@ -43,6 +43,7 @@ def refusal_of(body: bytes, shape: type[msgspec.Struct] = HotPlugCpuRequest) -> 
         (b'{"vmUuid": "a", "cpuNum": -1}', Code.OUT_OF_RANGE),
         (b'{"vmUuid": "a", "cpuNum": 9223372036854775808}', Code.OUT_OF_RANGE),
         (b'{"vmUuid": "a", "cpuNum": 1' + b"0" * 5000 + b"}", Code.OUT_OF_RANGE),
+        (b'{"vmUuid": "a", "cpuNum": 1e999}', Code.OUT_OF_RANGE),
         (b'{"vmUuid": "", "cpuNum": 2}', Code.OUT_OF_RANGE),
         (b'{"vmUuid": "a/../b", "cpuNum": 2}', Code.OUT_OF_RANGE),
         (b'{"vmUuid": "a\\nb", "cpuNum": 2}', Code.OUT_OF_RANGE),
