@@ -88,7 +88,7 @@ def _edit_max_memory(root: etree._Element, shape: Shape) -> None:
 def _edit_devices(devices: etree._Element) -> None:
     """A balloon and a guest-agent channel, where there is none; libvirt adds the controllers that they need."""
     for balloon in devices.findall("./memballoon[@model='none']"):
-        devices.remove(balloon)
+        balloon.set("model", "virtio")
     if devices.find("./memballoon") is None:
         _insert(devices, etree.Element("memballoon", model="virtio"))
     if devices.find(f"./channel/target[@name='{_AGENT_NAME}']") is None:
