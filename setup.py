@@ -51,5 +51,11 @@ setup(
             "vm = kvmagent_plugins.vm_plugin:PLUGIN",
         ],
     },
-    data_files=[("share/kvmagent/conf", ["conf/kvmagent.conf"])],
+    data_files=[
+        (
+            "share/kvmagent/conf",
+            ["conf/kvmagent.conf", "conf/50-kvmagent.rules", "conf/kvmagent.sysusers"],
+        ),
+        ("share/kvmagent/init.d", ["init.d/kvmagent", "init.d/kvmagent.service"]),
+    ],
 )

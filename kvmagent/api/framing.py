@@ -41,6 +41,11 @@ class Framing:
         """Whether nothing of a next request is there."""
         return not self._buffer and self._head_bytes == 0
 
+    @property
+    def size(self) -> int:
+        """How many bytes are kept for a request that is not whole."""
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> None:
         """Add what came in."""
         self._buffer += data

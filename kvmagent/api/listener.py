@@ -45,6 +45,8 @@ _BACKLOG = 1024
 _IDLE_S = 10
 _READ_BYTES = 65536
 _TLS_HANDSHAKE = b"\x16"  # RFC 8446 5.1: the first byte of every TLS connection
+# Requests that are not whole take so much memory together, beside one of the largest.
+_MAX_HELD_BYTES = 64 * 2**20
 # All addresses that may not connect get an answer that says so, and no more connections than these together.
 _STRANGERS, _MAX_STRANGERS = "strangers", 64
 
@@ -69,6 +71,7 @@ class Listener(cheroot.wsgi.Server):
         self.security = security
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
+        self._held_bytes = 0
 
     def enter(self, address: str) -> None:
         """Count a connection in.
@@ -91,6 +94,19 @@ class Listener(cheroot.wsgi.Server):
             self._open[key] -= 1
             if not self._open[key]:
                 del self._open[key]
+
+    def hold(self, before: int, now: int) -> None:
+        """Count the bytes that a connection keeps of a request which is not whole.
+
+        Raises:
+            AgentError: TOO_MANY_CONNECTIONS: all together keep too many; they are counted all the same.
+        """
+        with self._lock:
+            self._held_bytes += now - before
+            held, limit = self._held_bytes, _MAX_HELD_BYTES + self.http.max_body_bytes
+        if now > before and held > limit:
+            message = f"{held} bytes of requests that are not whole are kept, the limit is {limit}"
+            raise AgentError(Code.TOO_MANY_CONNECTIONS, message)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
         log.log(level, "http: %s", msg.strip(), exc_info=traceback)
@@ -133,6 +149,7 @@ class _Connection(cheroot.server.HTTPConnection):
         self._context = server.security.context
         self._has_shaken_hands = self._context is None
         self._is_counted = False
+        self._held_bytes = 0
         # By when the request must be whole that is under way, if one is; the first one with its handshake.
         self._deadline: float | None = time.monotonic() + server.http.request_timeout_sec
 
@@ -141,14 +158,12 @@ class _Connection(cheroot.server.HTTPConnection):
         try:
             if not self._is_counted:
                 self._enter()
-            if not self._receive():
-                return False
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            if self._deadline is None or time.monotonic() < self._deadline:
+            try:
+                if not self._receive():
+                    return False
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                self._wait()
                 return True
-            seconds = self.server.http.request_timeout_sec
-            self.refuse(AgentError(Code.REQUEST_TOO_SLOW, f"the request was not whole after {seconds} s"))
-            return False
         except AgentError as error:
             self.refuse(error)
             return False
@@ -184,10 +199,27 @@ class _Connection(cheroot.server.HTTPConnection):
 
     def close(self) -> None:
         """Close, and make room for another."""
+        self._hold(0)
         if self._is_counted:
             self._is_counted = False
             self.server.leave(self.remote_addr)
         super().close()
+
+    def _wait(self) -> None:
+        """Let go until more comes.
+
+        Raises:
+            AgentError: REQUEST_TOO_SLOW, TOO_MANY_CONNECTIONS: nothing more is waited for.
+        """
+        self._hold(self._framing.size)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            seconds = self.server.http.request_timeout_sec
+            raise AgentError(Code.REQUEST_TOO_SLOW, f"the request was not whole after {seconds} s")
+
+    def _hold(self, size: int) -> None:
+        before, self._held_bytes = self._held_bytes, size
+        if size != before:
+            self.server.hold(before, size)
 
     def _enter(self) -> None:
         address = ipaddress.ip_address(self.remote_addr)
@@ -220,6 +252,7 @@ class _Connection(cheroot.server.HTTPConnection):
                 self._deadline = time.monotonic() + self.server.http.request_timeout_sec
             self._framing.feed(data)
         self._deadline = None
+        self._hold(0)
         self.rfile = _Inbox(request)
         self.rfile.more = not self._framing.is_empty
         return True

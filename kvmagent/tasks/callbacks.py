@@ -268,8 +268,20 @@ class _Lookups:
 
 
 def _host_and_port(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    return (parts.hostname or "").lower().rstrip("."), parts.port or _PORTS[parts.scheme]
+    """Return where a URL leads to; a URL may come from a header that was checked, or from a body that was not.
+
+    Raises:
+        AgentError: BAD_CALLBACK_URL.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise AgentError(Code.BAD_CALLBACK_URL, f"the URL is {url!r}: {error}") from error
+    plain = url.isascii() and url.isprintable() and " " not in url
+    if parts.scheme not in _PORTS or not host or port == 0 or not plain or parts.username is not None:
+        raise AgentError(Code.BAD_CALLBACK_URL, f"{url!r} is no absolute http or https URL")
+    return host.lower().rstrip("."), port or _PORTS[parts.scheme]
 
 
 def _parse_address(text: str) -> Address | None:

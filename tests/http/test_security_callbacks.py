@@ -85,6 +85,15 @@ def test_is_refused_at_acceptance_where_it_can_be_known(
 
 
 @pytest.mark.parametrize(
+    "url", ["", "x", "/cb", "ftp://a/", "http://", "http://a:b/", "http://[/", "http://a\r\nb/", "http://u@a/"]
+)
+def test_what_is_no_url_is_no_place_to_go(url: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        make_callbacks("caller").check(url, CALLER)
+    assert caught.value.code is Code.BAD_CALLBACK_URL
+
+
+@pytest.mark.parametrize(
     ("rules", "client", "host"),
     [
         (["caller"], CALLER, "127.0.0.1"),

@@ -181,6 +181,41 @@ def test_a_client_has_so_many_unfinished_tasks_and_others_have_theirs() -> None:
         lanes.stop(5)
 
 
+def test_bodies_that_do_not_end_take_so_much_memory_and_no_more(agent_of_large_bodies: AgentProcess) -> None:
+    agent, size = agent_of_large_bodies, 8 * 2**20
+    head = HEAD + f"Content-Length: {size}\r\n\r\n".encode()
+    with contextlib.ExitStack() as many:
+        connections = []
+        for _ in range(12):
+            connection = many.enter_context(socket.create_connection((LOOPBACK, agent.port), timeout=10))
+            with contextlib.suppress(OSError):
+                connection.sendall(head + b" " * (size - 1))
+            connections.append(connection)
+        assert agent.get("/healthz").status == 200
+        refused = 0
+        for connection in connections:
+            connection.settimeout(0.5)
+            with contextlib.suppress(OSError):
+                refused += b"TOO_MANY_CONNECTIONS" in connection.recv(65536)
+        assert refused >= 1
+        kib = int(Path(f"/proc/{agent.pid}/status").read_text().partition("VmRSS:")[2].split()[0])
+        assert kib < 256 * 1024
+    wait_for(lambda: can_send(agent, head, size), timeout_s=10, what="room for a body")
+
+
+def can_send(agent: AgentProcess, head: bytes, size: int) -> bool:
+    with socket.create_connection((LOOPBACK, agent.port), timeout=10) as connection:
+        connection.sendall(head + b" " * size)
+        return b"MISSING_TASK_UUID" in connection.recv(65536)
+
+
+@pytest.fixture
+def agent_of_large_bodies(node_uri: str) -> Iterator[AgentProcess]:
+    settings = {"http": {"max_body_bytes": str(8 * 2**20), "request_timeout_sec": "60"}}
+    with AgentProcess(uri=node_uri, settings=settings) as running:
+        yield running
+
+
 def test_kept_connections_are_answered_in_order_and_pipelined_requests_too(agent: AgentProcess) -> None:
     request = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
     with socket.create_connection((LOOPBACK, agent.port), timeout=10) as connection:

@@ -112,6 +112,14 @@ def test_a_host_is_echoed_connected_and_described(zstack: ZStack) -> None:
 NOT_STRINGS = {"success", "ipAddresses", "libvirtCapabilities", "virtualizerInfo"}
 
 
+@pytest.mark.parametrize("url", ["", "not a url", "http://[::1/", "ftp://127.0.0.1/", "http://192.0.2.9/send"])
+def test_a_server_that_cannot_be_told_anything_is_not_remembered(zstack: ZStack, url: str) -> None:
+    reply = connect(zstack, sendCommandUrl=url)
+    assert reply["success"] is False
+    assert reply["error"]
+    assert zstack.call("/host/ping", {})["hostUuid"] is None
+
+
 def test_ping_tells_who_connected_also_after_a_restart(zstack: ZStack) -> None:
     assert zstack.call("/host/ping", {"hostUuid": HOST})["hostUuid"] is None
     connect(zstack)

@@ -11,12 +11,13 @@ BUILD="gcc libc6-dev libvirt-dev pkg-config"
 # To run a guest. The guest's own files come from packages that are downloaded, never installed (image.py);
 # xz and zstd unpack the kernel modules of newer distributions.
 LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 xz-utils zstd"
-# To hold the unit file to what it promises: systemd-analyze and libseccomp; nothing of it is started.
-UNIT="systemd util-linux"
+# To hold the unit file and SECURITY.md to what they promise: systemd-analyze and libseccomp, of which nothing is
+# started, and openssl.
+UNIT="systemd util-linux openssl"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
-COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv"
+COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv openssl"
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'packages.sh: %s\n' "$*" >&2; exit 1; }

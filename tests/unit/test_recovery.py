@@ -7,12 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvmagent.settings import CallbackSection
-from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, Task
-from kvmagent.tasks.questions import Questions
-from kvmagent.tasks.servermemory import ServerMemory
 from tests.fakes.agent import COMMANDS, MIB, make_domain, make_node
 from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
 from tests.lab.domainxml import GuestSpec
@@ -32,14 +28,13 @@ class Agent:
         self.point = ""
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
-        node = make_node(self.domain)
+        node = make_node(directory, self.domain)
         self.executor = Executor(
             node,
             self.journal,
             COMMANDS,
-            {},
-            Questions(node, ServerMemory(directory / "server.json"), Callbacks((), CallbackSection())),
             on_finished=lambda owed: None,
+            on_pending=lambda task_uuid: None,
             libvirt_wait_s=5.0,
             fault=self._fault,
         )
