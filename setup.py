@@ -18,6 +18,7 @@ setup(
     packages=[
         *find_packages(include=["kvmagent", "kvmagent.*"]),
         "kvmagent_plugins",
+        "kvmagent_plugins.host",
         "kvmagent_plugins.vm",
     ],
     package_dir={"kvmagent_plugins": "plugins"},
@@ -43,7 +44,10 @@ setup(
     },
     entry_points={
         "console_scripts": ["kvmagent = kvmagent.cli.daemon:main"],
-        "kvmagent.plugins": ["vm = kvmagent_plugins.vm_plugin:PLUGIN"],
+        "kvmagent.plugins": [
+            "host = kvmagent_plugins.host_plugin:PLUGIN",
+            "vm = kvmagent_plugins.vm_plugin:PLUGIN",
+        ],
     },
     data_files=[("share/kvmagent/conf", ["conf/kvmagent.conf"])],
 )

@@ -26,8 +26,10 @@ from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
+from kvmagent.hypervisor.vmevents import VmEvents
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import Query, VmEvent
 from kvmagent.private import make_private_directory
 from kvmagent.settings import Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
@@ -37,6 +39,9 @@ from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.late import LateRemovals
+from kvmagent.tasks.questions import Questions
+from kvmagent.tasks.reports import Reports
+from kvmagent.tasks.servermemory import ServerMemory
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +95,16 @@ class Agent:
         self._lock_fd: int | None = None
         self._stalled_s = stalled_s
         self._stalls: dict[str, str] = {}
-        self._commands = _by_name(plugins)
+        self._commands, self._queries = _by_name(plugins)
         self._wake = threading.Event()
         self._connection = Connection(settings.libvirt.uri)
+        self._reporters = plugins
         events = DeviceEvents()
-        self._event_connection = EventConnection(settings.libvirt.uri, (events.register,))
+        self._events = EventConnection(
+            settings.libvirt.uri,
+            (events.register, VmEvents(self._report_event).register),
+            on_gap=self._report_gap,
+        )
         node = Node(self._connection, events=events, former_xml_dir=self._state_dir / "former-xml")
         self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
         rules = map(parse_callback_rule, settings.security.allowed_callbacks)
@@ -107,10 +117,15 @@ class Agent:
             fault=fault,
         )
         self._late = LateRemovals(self._journal, self._put)
+        self._memory = ServerMemory(self._state_dir / "server.json")
+        self._reports = Reports(self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
+        questions = Questions(node, self._memory, self._callbacks)
         self._executor = Executor(
             node,
             self._journal,
             self._commands,
+            self._queries,
+            questions,
             on_finished=self._delivery.put,
             on_pending=self._late.add,
             libvirt_wait_s=settings.libvirt.wait_sec,
@@ -123,19 +138,20 @@ class Agent:
             max_queued_per_lane=settings.agent.max_queued_per_vm,
             max_queued_per_client=settings.agent.max_queued_per_client,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks)
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, questions)
         reads = Reads(
             node,
             self._journal,
             self._lanes,
             self._delivery,
-            self._commands.values(),
+            [*self._commands.values(), *self._queries.values()],
             describe_vm=self._describe_vm,
             find_stalls=self._find_stalls,
         )
-        commands = {("POST", command.path): _accept(intake, command) for command in self._commands.values()}
+        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
+        posts = {("POST", one.path): _handle(intake, one) for one in declared}
         self._security = Security(settings.security)
-        self._server = Server(settings.http, self._security, {**commands, **reads.routes()})
+        self._server = Server(settings.http, self._security, {**posts, **reads.routes()})
 
     def start(self) -> None:
         """Start, and take up what the journal left.
@@ -157,8 +173,10 @@ class Agent:
         # A port that is taken is found out before any VM is touched.
         self._server.bind()
         self._journal.start()
+        self._memory.load()
+        self._reports.start()
         self._connection.start()
-        self._event_connection.start()
+        self._events.start()
         unfinished, owed = self._journal.unfinished(), self._journal.owed()
         for task in unfinished:
             self._lanes.put(task)
@@ -241,14 +259,30 @@ class Agent:
         """Undo `_start`, as far as it came."""
         self._server.stop()
         self._journal.stop()
-        self._event_connection.stop()
+        self._events.stop()
         self._connection.stop()
+        self._reports.stop()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)
+
+    def _report_event(self, event: VmEvent) -> None:
+        """Tell the management server what happened to a VM. Called on libvirt's event loop: only hands over."""
+        server = self._memory.get()
+        log.info("vm event vm=%s kind=%s", event.name, event.kind)
+        for plugin in self._reporters:
+            if plugin.report_event is not None and server is not None:
+                self._reports.put(*plugin.report_event(event, server))
+
+    def _report_gap(self, reason: str) -> None:
+        """Tell the management server that events may have been missed."""
+        server = self._memory.get()
+        for plugin in self._reporters:
+            if plugin.report_gap is not None and server is not None:
+                self._reports.put(*plugin.report_gap(reason, server))
 
     def _describe_vm(self, vm: str) -> msgspec.Struct:
         """Return what ReadyForHotplug says of a VM: facts, headroom, blockers."""
@@ -258,23 +292,29 @@ class Agent:
         return self._executor.ask(command, command.request(vm_uuid=vm))
 
 
-def _by_name(plugins: list[Plugin]) -> dict[str, Command]:
+def _by_name(plugins: list[Plugin]) -> tuple[dict[str, Command], dict[str, Query]]:
     commands: dict[str, Command] = {}
-    paths: set[str] = set()
+    queries: dict[str, Query] = {}
+    taken: set[str] = set()
     for plugin in plugins:
-        for command in plugin.commands:
-            if command.name in commands or command.path in paths:
+        declared: tuple[Command | Query, ...] = (*plugin.commands, *plugin.queries)
+        for one in declared:
+            if {one.name, one.path} & taken:
                 raise AgentError(
-                    Code.BAD_CONFIGURATION, f"plugin {plugin.name!r}: {command.name} at {command.path} is there already"
+                    Code.BAD_CONFIGURATION, f"plugin {plugin.name!r}: {one.name} at {one.path} is there already"
                 )
-            commands[command.name] = command
-            paths.add(command.path)
-    return commands
+            taken |= {one.name, one.path}
+        commands |= {command.name: command for command in plugin.commands}
+        queries |= {query.name: query for query in plugin.queries}
+    return commands, queries
 
 
-def _accept(intake: Intake, command: Command) -> Handler:
+def _handle(intake: Intake, declared: Command | Query) -> Handler:
     def handle(call: Call) -> Answer:
-        return Answer(encode(intake.accept(command, call.headers, call.body, client=call.client, caller=call.caller)))
+        if isinstance(declared, Query) and declared.sync:
+            reply = intake.answer(declared, call.headers, call.body, client=call.client, caller=call.caller)
+            return Answer(encode(reply))
+        return Answer(encode(intake.accept(declared, call.headers, call.body, client=call.client, caller=call.caller)))
 
     return handle
 

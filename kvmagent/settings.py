@@ -31,7 +31,7 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=1, le=1024, description="VMs that are changed side by side, at most")] = 32
     plugins: Annotated[
         tuple[str, ...], Meta(description="Plugins to load, in this order, by their entry point in kvmagent.plugins")
-    ] = ("vm",)
+    ] = ("vm", "host")
     stop_timeout_sec: Annotated[
         int, Meta(ge=1, le=3600, description="Seconds that a stopping agent waits for running tasks")
     ] = 90

@@ -8,6 +8,7 @@ from .vm.memory import HOT_PLUG_MEMORY
 from .vm.readiness import READY_FOR_HOTPLUG
 from .vm.unplugcpu import HOT_UNPLUG_CPU
 from .vm.unplugmemory import HOT_UNPLUG_MEMORY
+from .vm.zstack import INCREASE_CPU, INCREASE_MEMORY
 
 PLUGIN = Plugin(
     name="vm",
@@ -18,5 +19,7 @@ PLUGIN = Plugin(
         HOT_UNPLUG_CPU,
         HOT_UNPLUG_MEMORY,
         READY_FOR_HOTPLUG,
+        INCREASE_CPU,
+        INCREASE_MEMORY,
     ),
 )

@@ -11,10 +11,12 @@ from kvmagent.audit import audit
 from kvmagent.logs import format_fields
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import Query
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task
 from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.questions import Questions
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +31,17 @@ class Accepted(msgspec.Struct, rename="camel"):
 class Intake:
     """Thread-safe."""
 
-    def __init__(self, journal: Journal, lanes: Lanes, delivery: Delivery, callbacks: Callbacks) -> None:
+    def __init__(
+        self, journal: Journal, lanes: Lanes, delivery: Delivery, callbacks: Callbacks, questions: Questions
+    ) -> None:
+        self._questions = questions
         self._journal = journal
         self._lanes = lanes
         self._delivery = delivery
         self._callbacks = callbacks
 
     def accept(
-        self, command: Command, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
+        self, command: Command | Query, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
     ) -> Accepted:
         """Store a command and return its state; the same task sent again is answered, not done again.
 
@@ -54,8 +59,7 @@ class Intake:
             task_uuid = parse_task_uuid(headers.get("taskuuid"))
             callback_url = parse_callback_url(headers.get("callbackurl"))
             _check_content_type(headers.get("content-type", "application/json"))
-            request = decode_request(body, command.request)
-            lane = _lane(request.vm_uuid)
+            request, lane = _read(command, body)
             self._callbacks.check(callback_url, client)
             task, is_new = self._store(
                 Task(
@@ -81,6 +85,31 @@ class Intake:
             self._delivery.put(self._journal.owe_again(task_uuid))
         return Accepted(task_uuid=task_uuid, state=task.state)
 
+    def answer(
+        self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
+    ) -> msgspec.Struct:
+        """Answer a question at once.
+
+        Raises:
+            AgentError: everything that refuses a request at once.
+        """
+        try:
+            if "taskuuid" in headers:
+                raise AgentError(
+                    Code.BAD_TASK_UUID,
+                    f"{query.path} answers at once and takes no taskuuid header",
+                    remedy="Leave the taskuuid header out; the answer is in the body.",
+                )
+            _check_content_type(headers.get("content-type", "application/json"))
+            request, _ = _read(query, body)
+        except AgentError as error:
+            audit("refused", caller=caller, client=client, what=query.name, outcome=error.code)
+            raise
+        reply, failure = self._questions.answer(query, request, client)
+        outcome = failure.code if failure else "answered"
+        audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
+        return reply
+
     def _store(self, task: Task) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none."""
         if self._journal.find(task.task_uuid) is not None:
@@ -93,6 +122,14 @@ def _check_content_type(value: str) -> None:
     content_type = value.partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise AgentError(Code.BAD_CONTENT_TYPE, f"Content-Type is {content_type!r}")
+
+
+def _read(declared: Command | Query, body: bytes) -> tuple[msgspec.Struct, str]:
+    """Return the request and its lane: its VM's, or for a question to the host the question's own."""
+    if isinstance(declared, Query):
+        return decode_request(body or b"{}", declared.request), f"host/{declared.name}"
+    request = decode_request(body, declared.request)
+    return request, _lane(request.vm_uuid)
 
 
 def _lane(vm: str) -> str:

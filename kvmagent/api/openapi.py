@@ -9,6 +9,7 @@ from kvmagent import __version__
 from kvmagent.api.intake import Accepted
 from kvmagent.model.command import Command
 from kvmagent.model.errors import CODES, Code
+from kvmagent.model.host import Query
 
 _REF = "#/components/schemas/{name}"
 # What any command may be refused with at once, by status.
@@ -25,12 +26,12 @@ class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
     details: dict[str, Any] = {}
 
 
-def build_openapi(commands: Iterable[Command], reads: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def build_openapi(declared: Iterable[Command | Query], reads: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Return the document. `reads` are the GET paths with what each answers."""
-    commands = list(commands)
-    shapes = [Accepted, Refusal, *(shape for command in commands for shape in (command.request, command.reply))]
+    declared = list(declared)
+    shapes = [Accepted, Refusal, *(shape for one in declared for shape in (one.request, one.reply))]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
-    paths: dict[str, Any] = {command.path: {"post": _operation(command)} for command in commands}
+    paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
     for path, summary in reads:
         paths[path] = {"get": _read(path, summary)}
     return {
@@ -50,7 +51,10 @@ def build_openapi(commands: Iterable[Command], reads: Iterable[tuple[str, str]])
     }
 
 
-def _operation(command: Command) -> dict[str, Any]:
+def _operation(command: Command | Query) -> dict[str, Any]:
+    if isinstance(command, Query) and command.sync:
+        return _sync_operation(command)
+    refusals = f"; refusals: {', '.join(command.refusals)}" if isinstance(command, Command) else ""
     return {
         "operationId": command.name,
         "summary": command.summary,
@@ -67,7 +71,7 @@ def _operation(command: Command) -> dict[str, Any]:
             "outcome": {
                 "{$request.header.callbackurl}": {
                     "post": {
-                        "summary": f"The outcome of {command.name}; refusals: {', '.join(command.refusals)}",
+                        "summary": f"The outcome of {command.name}{refusals}",
                         "parameters": [_header("taskuuid", {"type": "string"})],
                         "requestBody": {"required": True, "content": _json(command.reply)},
                         "responses": {
@@ -77,6 +81,18 @@ def _operation(command: Command) -> dict[str, Any]:
                     }
                 }
             }
+        },
+    }
+
+
+def _sync_operation(query: Query) -> dict[str, Any]:
+    return {
+        "operationId": query.name,
+        "summary": query.summary,
+        "requestBody": {"required": False, "content": _json(query.request)},
+        "responses": {
+            "200": {"description": "The answer", "content": _json(query.reply)},
+            **{str(status): {"description": "Refused at once", "content": _json(Refusal)} for status in _STATUSES},
         },
     }
 

@@ -13,6 +13,7 @@ from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import Query
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal, State, Task
 from kvmagent.tasks.lanes import Lanes
@@ -43,7 +44,7 @@ class Reads:
         journal: Journal,
         lanes: Lanes,
         delivery: Delivery,
-        commands: Iterable[Command],
+        declared: Iterable[Command | Query],
         *,
         describe_vm: Callable[[str], Any],
         find_stalls: Callable[[], Mapping[str, str]],
@@ -55,7 +56,7 @@ class Reads:
         self._describe_vm = describe_vm
         self._find_stalls = find_stalls
         self._asker = Asker(at_once=_AT_ONCE)
-        self._openapi = encode(build_openapi(commands, _PATHS))
+        self._openapi = encode(build_openapi(declared, _PATHS))
 
     def routes(self) -> Mapping[tuple[str, str], Handler]:
         """Return the GET paths and what answers them."""

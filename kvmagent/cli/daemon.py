@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import faulthandler
 import logging
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +30,9 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     if options.sample:
         print(sample_conf(), end="")
         return 0
+    # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        faulthandler.register(number, all_threads=True)
     # The journal, its companions and a log file are made by libraries that ask for no mode.
     os.umask(0o077)
     _raise_file_limit()

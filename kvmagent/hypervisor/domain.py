@@ -30,7 +30,7 @@ from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB
 
-_STATES: dict[int, VmState] = {
+STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_BLOCKED: "running",
     libvirt.VIR_DOMAIN_PAUSED: "paused",
@@ -78,7 +78,7 @@ class VmHandle:
     def read(self) -> tuple[Domain, bool | None]:
         """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel)."""
         with libvirt_errors("reading the VM"):
-            state = _STATES.get(self._domain.state()[0], "other")
+            state = STATES.get(self._domain.state()[0], "other")
             live_xml = None if state in _OFF else self._domain.XMLDesc(0)
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None

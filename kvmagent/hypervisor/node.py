@@ -13,9 +13,11 @@ from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_host
+from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.host import HostView
 from kvmagent.model.steps import AnyStep
 
 
@@ -57,6 +59,20 @@ class Node:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
+
+    def view_host(self, needs: frozenset[str]) -> HostView:
+        """Return what is so of the host now; `needs` ("host", "vms") is what to look at.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        if not needs:
+            return HostView()
+        with self._connection.lease() as connection:
+            return HostView(
+                host=read_host_facts(connection) if "host" in needs else None,
+                vms=list_vms(connection) if "vms" in needs else None,
+            )
 
     def get_uuid(self, vm: str) -> str:
         """Return the UUID of a VM, which is the same whatever form it was named in."""

@@ -17,6 +17,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.host import ManagementServer, Query, Report, VmEvent
 from kvmagent.model.steps import AnyStep
 
 Affect = Literal["both", "live", "config"]
@@ -125,7 +126,14 @@ class Command:
 
 @dataclass(frozen=True)
 class Plugin:
-    """What an entry point of the group kvmagent.plugins resolves to."""
+    """What an entry point of the group kvmagent.plugins resolves to.
+
+    `report_event` says what the management server is told of something that happened to a VM, `report_gap` what it is
+    told, with a reason, when events may have been missed.
+    """
 
     name: str
     commands: tuple[Command, ...]
+    queries: tuple[Query, ...] = ()
+    report_event: Callable[[VmEvent, ManagementServer], tuple[Report, ...]] | None = None
+    report_gap: Callable[[str, ManagementServer], tuple[Report, ...]] | None = None

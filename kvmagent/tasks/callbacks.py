@@ -15,7 +15,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -147,7 +147,9 @@ class Channel:
         pool_class = _HttpsPool if urlsplit(url).scheme == "https" else _HttpPool
         self._pool = pool_class(host, port, maxsize=1, open_socket=connect, get_context=context)
 
-    def post(self, url: str, body: bytes | None, task_uuid: str, timeout_s: float) -> tuple[int | None, str]:
+    def post(
+        self, url: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> tuple[int | None, str]:
         """Return the receiver's status, or None and why there is none. Half an answer is none."""
         parts = urlsplit(url)
         try:
@@ -155,7 +157,7 @@ class Channel:
                 "POST",
                 (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
                 body=body,
-                headers={"Content-Type": "application/json", "taskuuid": task_uuid},
+                headers={"Content-Type": "application/json", **headers},
                 timeout=timeout_s,
                 retries=False,
                 redirect=False,

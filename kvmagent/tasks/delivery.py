@@ -293,7 +293,8 @@ class Delivery:
         attempts = task.attempts + 1
         with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
             url = task.callback_url.partition("?")[0]  # a query may hold what is nobody's business
-            status, error = destination.channel.post(task.callback_url, task.reply, task_uuid, self._timeout_s)
+            headers = {"taskuuid": task_uuid}
+            status, error = destination.channel.post(task.callback_url, task.reply, headers, self._timeout_s)
             if status is not None and 200 <= status < 300:
                 self._fault("callback:taken")
                 self._journal.settle(task_uuid, "delivered", None, attempts=attempts)

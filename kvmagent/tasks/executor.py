@@ -35,9 +35,11 @@ from kvmagent.logs import log_context
 from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.host import Query
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Owed, StepRecord, Task
+from kvmagent.tasks.questions import Questions
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ class Executor:
         node: VmNode,
         journal: Journal,
         commands: dict[str, Command],
+        queries: dict[str, Query],
+        questions: Questions,
         *,
         on_finished: Callable[[Owed], None],
         on_pending: Callable[[str], None],
@@ -132,6 +136,8 @@ class Executor:
         self._node = node
         self._journal = journal
         self._commands = commands
+        self._queries = queries
+        self._questions = questions
         self._on_finished = on_finished
         self._on_pending = on_pending
         self._libvirt_wait_s = libvirt_wait_s
@@ -226,6 +232,8 @@ class Executor:
             AgentError: JOURNAL_UNAVAILABLE, when the journal was closed.
             _Stopped: the task is left to the next start.
         """
+        if (query := self._queries.get(task.command)) is not None:
+            return self._answer(query, task)
         try:
             run = self._take_up(task)
         except AgentError as error:
@@ -254,6 +262,14 @@ class Executor:
                 task, AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
             )
         return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error
+
+    def _answer(self, query: Query, task: Task) -> tuple[bytes, str, AgentError | None]:
+        try:
+            request = msgspec.json.decode(task.request, type=query.request)
+        except msgspec.MsgspecError as error:
+            return _bare_reply(task, AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}"))
+        reply, failure = self._questions.answer(query, request, task.client)
+        return msgspec.json.encode(reply), "refused" if failure else "answered", failure
 
     def _take_up(self, task: Task) -> _Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.

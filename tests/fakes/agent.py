@@ -16,8 +16,12 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
+from kvmagent.settings import CallbackSection
+from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, Task
+from kvmagent.tasks.questions import Questions
+from kvmagent.tasks.servermemory import ServerMemory
 from kvmagent_plugins.vm_plugin import PLUGIN
 from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, send_to_agent
 from tests.lab.domainxml import GuestSpec, format_domain
@@ -106,10 +110,13 @@ class FakeAgent:
         self.pending: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
+        node = make_node(directory, *domains, **host)
         self.executor = Executor(
-            make_node(directory, *domains, **host),
+            node,
             self.journal,
             COMMANDS,
+            {},
+            make_questions(node, directory),
             on_finished=lambda owed: self.finished.append(owed.task_uuid),
             on_pending=self.pending.append,
             libvirt_wait_s=0.0,
@@ -141,6 +148,11 @@ class FakeAgent:
         return Done(goal=goal, reply=msgspec.json.decode(done.reply))
 
 
+def make_questions(node: Node, directory: Path) -> Questions:
+    """Questions to the host, which no command on a VM asks."""
+    return Questions(node, ServerMemory(directory / "server.json"), Callbacks((), CallbackSection()))
+
+
 class NoJournal:
     """Takes everything and keeps the reply."""
 
@@ -159,6 +171,8 @@ def carry_out(node: Node, command: str, task_uuid: str = "task-1", /, **fields: 
         node,
         journal,  # type: ignore[arg-type]
         COMMANDS,
+        {},
+        make_questions(node, Path()),
         on_finished=lambda owed: None,
         on_pending=lambda task: None,
         libvirt_wait_s=0,

@@ -199,6 +199,12 @@ CASES = {
         arrange=inflate_balloon(200),
     ),
     "memory-auto-balloon-then-dimm": Case(MEMORY, {"memorySize": 512 * MIB}, arrange=inflate_balloon(200)),
+    "memory-auto-dead-balloon-then-dimm": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "timeoutSec": 1},
+        guest={"balloon_driver": False},
+        arrange=inflate_balloon(200),
+    ),
     "memory-auto-within-balloon": Case(MEMORY, {"memorySize": 220 * MIB}, arrange=inflate_balloon(200)),
     "memory-refused-strict": Case(MEMORY, {"memorySize": 300 * MIB, "strict": True}),
     "memory-refused-dimm-size": Case(MEMORY, {"memorySize": 512 * MIB, "dimmSize": 100 * MIB}),

@@ -100,7 +100,7 @@ def test_no_connection_is_made_to_an_address_that_is_not_allowed(rules: list[str
     NAMES.setdefault("127.0.0.1", ["127.0.0.1"])
     with ManagementServer() as server:
         url = f"http://{host}:{server.port}/callback"
-        status, error = make_callbacks(*rules).open(url, client).post(url, b"{}", "t", 5)
+        status, error = make_callbacks(*rules).open(url, client).post(url, b"{}", {"taskuuid": "t"}, 5)
         assert status is None
         assert "may not go" in error
         assert server.callbacks() == []
@@ -112,7 +112,7 @@ def test_a_name_that_leads_elsewhere_later_is_checked_again() -> None:
     with ManagementServer() as server:
         url = f"http://rebound.example:{server.port}/callback"
         callbacks.check(url, CALLER)
-        status, error = callbacks.open(url, CALLER).post(url, b"{}", "t", 5)
+        status, error = callbacks.open(url, CALLER).post(url, b"{}", {"taskuuid": "t"}, 5)
         assert status is None
         assert "127.0.0.1" in error
         assert server.callbacks() == []
@@ -122,7 +122,7 @@ def test_connects_to_the_checked_address_and_names_the_host() -> None:
     with ManagementServer() as server:
         url = f"http://inside.example:{server.port}/callback?a=b"
         channel = make_callbacks("caller").open(url, "127.0.0.1")
-        assert channel.post(url, b"{}", "t", 5) == (200, "HTTP 200")
+        assert channel.post(url, b"{}", {"taskuuid": "t"}, 5) == (200, "HTTP 200")
         channel.close()
         (callback,) = server.callbacks("t")
         assert callback.headers["host"] == f"inside.example:{server.port}"
@@ -171,7 +171,7 @@ def test_the_receiver_is_verified_by_its_name_and_may_verify_the_agent(
     with ManagementServer(tls=tls) as server:
         url = f"https://inside.example:{server.port}/callback"
         channel = callbacks.open(url, "127.0.0.1")
-        status, error = channel.post(url, b"{}", "t", 5)
+        status, error = channel.post(url, b"{}", {"taskuuid": "t"}, 5)
         channel.close()
         assert (status == 200) is taken, error
         assert len(server.callbacks()) == (1 if taken else 0)

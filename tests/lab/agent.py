@@ -88,8 +88,8 @@ class AgentProcess:
         assert self._child is not None
         return self._child.pid
 
-    def start(self) -> None:
-        """Start the agent and wait until it says that it is ready.
+    def start(self, *, health: int = 200) -> None:
+        """Start the agent and wait until /healthz answers with this status: 200 ready, 503 up and not ready.
 
         Raises:
             RuntimeError: it ended at once; the text has its log.
@@ -109,7 +109,7 @@ class AgentProcess:
                 start_new_session=True,
             )
         try:
-            wait_for(self._is_ready, timeout_s=START_TIMEOUT_S, what="the agent to be ready")
+            wait_for(lambda: self._has_health(health), timeout_s=START_TIMEOUT_S, what="the agent to be ready")
         except TimeoutError as error:
             raise TimeoutError(f"{error}; its log:\n{self.log()[-4000:]}") from None
 
@@ -173,12 +173,12 @@ class AgentProcess:
         except ValueError:
             return Reply(response.status, text)
 
-    def _is_ready(self) -> bool:
+    def _has_health(self, status: int) -> bool:
         assert self._child is not None
         if self._child.poll() is not None:
             raise RuntimeError(f"the agent ended with {self._child.returncode}; its log:\n{self.log()[-4000:]}")
         try:
-            return self.get("/healthz").status == 200
+            return self.get("/healthz").status == status
         except OSError:
             return False
 

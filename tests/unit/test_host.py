@@ -1,30 +1,133 @@
-"""What is read of the compute node, from files as its kernel writes them."""
-
+import uuid
 from pathlib import Path
 
-from kvmagent.hypervisor.host import read_host
-from tests.fakes.agent import MIB, make_host
+import libvirt
+import pytest
+
+from kvmagent.hypervisor.hostfacts import read_host_facts
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import HostView, ManagementServer, VmEvent, VmSummary
+from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent_plugins.host.answers import QUERIES, check_states, report_event, report_gap, vm_sync
+from kvmagent_plugins.host.messages import VmListRequest
+
+SERVER = ManagementServer("h1", "http://127.0.0.1/send", "4.8.0")
+VM = "0123456789abcdef0123456789abcdef"
 
 
-def test_reads_memory_nodes_hugepages_and_address_bits(tmp_path: Path) -> None:
-    host = read_host(288, make_host(tmp_path, available_mib=1000, node_free_mib=600, free_hugepages=7))
-    assert (host.memory_available_bytes, host.vcpu_limit, host.phys_bits) == (1000 * MIB, 288, 46)
-    (node,) = host.nodes
-    assert (node.id, node.free_bytes, node.free_hugepages) == (0, 600 * MIB, {2 * MIB: 7})
-    assert host.hugepage_bytes == 2 * MIB
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for path, text in {
+        "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.50GHz\ncpu MHz\t\t: 2494.140\n"
+        "cache size\t: 36608 KB\nflags\t\t: fpu vmx ept\n\nprocessor\t: 1\nmodel name\t: Other\n",
+        "proc/meminfo": "MemTotal:       1048576 kB\nMemFree:  1 kB\n",
+        "proc/uptime": "4242.42 1.0\n",
+        "etc/os-release": 'ID=debian\nVERSION_ID="12"\nVERSION_CODENAME=bookworm\n',
+        "sys/class/dmi/id/product_name": "Server 9\n",
+        "sys/devices/system/cpu/cpu0/topology/physical_package_id": "0\n",
+        "sys/devices/system/cpu/cpu1/topology/physical_package_id": "1\n",
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    return tmp_path
 
 
-def test_the_limit_of_the_vms_cgroup_counts(tmp_path: Path) -> None:
-    make_host(tmp_path, available_mib=1000)
-    slice_dir = tmp_path / "sys/fs/cgroup/machine.slice"
-    slice_dir.mkdir(parents=True)
-    (slice_dir / "memory.max").write_text("max\n")
-    (slice_dir / "memory.current").write_text(f"{100 * MIB}\n")
-    assert read_host(None, tmp_path).memory_available_bytes == 1000 * MIB
-    (slice_dir / "memory.max").write_text(f"{300 * MIB}\n")
-    assert read_host(None, tmp_path).memory_available_bytes == 200 * MIB
+def test_reads_the_host_from_its_kernel_and_firmware(root: Path) -> None:
+    connection = libvirt.open("test:///default")
+    host = read_host_facts(connection, root=root)
+    connection.close()
+    assert (host.cpu_model, host.cpu_mhz, host.cpu_cache) == ("Some CPU @ 2.50GHz", 2494, "36608 KB")
+    assert (host.hvm_flag, host.has_ept, host.cpu_sockets) == ("vmx", True, 2)
+    assert (host.os_name, host.os_version, host.os_release) == ("debian", "12", "bookworm")
+    assert (host.memory_total_bytes, host.uptime_s) == (2**30, 4242.42)
+    assert host.dmi == {"product_name": "Server 9"}
 
 
-def test_what_cannot_be_read_is_unknown(tmp_path: Path) -> None:
-    host = read_host(None, tmp_path)
-    assert (host.memory_available_bytes, host.vcpu_limit, host.phys_bits, host.nodes) == (None, None, None, ())
+def test_what_the_host_does_not_tell_is_unknown(tmp_path: Path) -> None:
+    connection = libvirt.open("test:///default")
+    host = read_host_facts(connection, root=tmp_path)
+    connection.close()
+    assert (host.cpu_model, host.cpu_mhz, host.os_name, host.uptime_s) == (None, None, None, None)
+    assert host.hvm_flag == ""
+    assert host.memory_total_bytes > 0
+
+
+def summary(name: str, state: str) -> VmSummary:
+    return VmSummary(name=name, uuid=str(uuid.uuid5(uuid.NAMESPACE_OID, name)), state=state, vcpus=1, memory_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [("running", "Running"), ("paused", "Paused"), ("pmsuspended", "Paused"), ("shutoff", "Shutdown"),
+     ("crashed", "Crashed"), ("other", "NoState")],
+)  # fmt: skip
+def test_states_have_the_server_s_names(state: str, name: str) -> None:
+    view = HostView(vms=(summary(VM, state), summary("somebody else's", "running")))
+    assert vm_sync(None, view).states == {VM: name}
+    assert check_states(VmListRequest(vm_uuids=[VM, "1" * 32]), view).states == {VM: name}
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "path"),
+    [
+        ("started", "Running", "/kvm/reportvmstart"),
+        ("stopped", "Shutdown", "/kvm/reportvmshutdown"),
+        ("crashed", "Crashed", "/kvm/reportvmcrash"),
+        ("paused", "Paused", None),
+        ("resumed", "Running", None),
+        ("shutdown-by-guest", None, "/kvm/reportvmshutdown/from/guest"),
+        ("rebooted", None, "/kvm/reportvmreboot"),
+    ],
+)
+def test_events_are_told_by_the_server_s_paths(kind: str, state: str | None, path: str | None) -> None:
+    told = {report.command_path: report.body for report in report_event(VmEvent(VM, "u", kind), SERVER)}
+    wanted = {}
+    if state:
+        wanted["/kvm/reportvmstate"] = {"hostUuid": "h1", "vmUuid": VM, "vmState": state}
+    if path:
+        wanted[path] = {"vmUuid": VM}
+    assert told == wanted
+
+
+def test_events_of_vms_that_are_not_the_server_s_are_not_told() -> None:
+    assert report_event(VmEvent("build-vm", "u", "started"), SERVER) == ()
+    assert report_event(VmEvent(VM, "u", "defined"), SERVER) == ()
+
+
+def test_a_gap_in_the_events_asks_the_server_to_connect_again() -> None:
+    (report,) = report_gap("libvirtd restarted", SERVER)
+    assert (report.command_path, report.body["hostUuid"]) == ("/kvm/reconnectme", "h1")
+
+
+def test_the_server_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "server.json"
+    memory = ServerMemory(path)
+    memory.load()
+    assert memory.get() is None
+    memory.remember(SERVER)
+    assert path.stat().st_mode & 0o777 == 0o600
+    again = ServerMemory(path)
+    again.load()
+    assert again.get() == SERVER
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"host_uuid": 7}'])
+def test_a_memory_that_cannot_be_read_is_forgotten_not_fatal(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "server.json"
+    path.write_bytes(content)
+    memory = ServerMemory(path)
+    memory.load()
+    assert memory.get() is None
+
+
+def test_what_cannot_be_remembered_is_told(tmp_path: Path) -> None:
+    with pytest.raises(AgentError) as caught:
+        ServerMemory(tmp_path / "absent" / "server.json").remember(SERVER)
+    assert caught.value.code is Code.JOURNAL_UNAVAILABLE
+
+
+def test_every_failed_answer_says_so() -> None:
+    for query in QUERIES:
+        reply = query.fail("libvirt is away")
+        assert isinstance(reply, query.reply)
+        assert (reply.success, reply.error) == (False, "libvirt is away")

@@ -10,8 +10,8 @@ from kvmagent.model.errors import AgentError, Code
 
 
 def test_loads_what_is_listed_in_order() -> None:
-    (plugin,) = load_plugins(("vm",))
-    assert plugin.name == "vm"
+    plugin, other = load_plugins(("vm", "host"))
+    assert (plugin.name, other.name) == ("vm", "host")
     assert {"HotPlugCpu", "HotPlugMemory", "ReadyForHotplug"} <= {command.name for command in plugin.commands}
 
 
@@ -39,7 +39,7 @@ def test_the_command_line_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> N
     conf = tmp_path / "kvmagent.conf"
     conf.write_text("[agent]\nplugins = nope\n")
     for arguments, words in (
-        (["--config", str(conf)], "no plugin 'nope' is installed; installed: vm"),
+        (["--config", str(conf)], "no plugin 'nope' is installed; installed: host, vm"),
         (["--config", str(tmp_path / "absent")], "No such file"),
         (["--config", str(conf), "--set", "http.host=0.0.0.0"], "not loopback"),
     ):

@@ -1,0 +1,146 @@
+"""Reads the compute node: libvirt's capabilities, and what the kernel and the firmware tell under /proc and /sys.
+
+What cannot be read is None; nothing here is guessed.
+Source: proc(5); sysfs class dmi; os-release(5); libvirt formatcaps.
+"""
+
+import fcntl
+import re
+import socket
+import struct
+import subprocess
+from pathlib import Path
+
+import libvirt
+
+from kvmagent.hypervisor.domain import STATES
+from kvmagent.hypervisor.libvirterrors import libvirt_errors
+from kvmagent.model.facts import VmState
+from kvmagent.model.host import HostFacts, VmSummary
+from kvmagent.model.units import KIB
+
+_QEMU_IMG_TIMEOUT_S = 5
+_SIOCGIFADDR = 0x8915
+_DMI = ("sys_vendor", "product_name", "product_serial", "product_uuid", "bios_vendor", "bios_version", "bios_date")
+
+
+def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -> HostFacts:
+    """Return what is known of the node that this connection leads to; `root` is where its /proc and /sys are."""
+    with libvirt_errors("reading the host"):
+        arch, memory_mib, cpus, _, _, sockets, _, _ = connection.getInfo()
+        libvirt_version, hypervisor_version = connection.getLibVersion(), connection.getVersion()
+    cpu = _read_fields(root / "proc/cpuinfo")
+    flags = set(cpu.get("flags", "").split())
+    os_release = _read_os_release(root / "etc/os-release")
+    uptime = _read(root / "proc/uptime")
+    return HostFacts(
+        libvirt_version=_version(libvirt_version),
+        hypervisor_version=_version(hypervisor_version),
+        qemu_img_version=_read_qemu_img_version(),
+        arch=arch,
+        cpu_model=cpu.get("model name"),
+        cpu_mhz=int(float(cpu["cpu MHz"])) if "cpu MHz" in cpu else None,
+        cpu_cache=cpu.get("cache size"),
+        cpus=cpus,
+        cpu_sockets=_count_sockets(root) or sockets,
+        hvm_flag=next((flag for flag in ("vmx", "svm") if flag in flags), ""),
+        has_ept=bool(flags & {"ept", "npt"}),
+        memory_total_bytes=_read_memory_total(root) or memory_mib * 1024 * KIB,
+        memory_slots=None,
+        os_name=os_release.get("ID"),
+        os_version=os_release.get("VERSION_ID"),
+        os_release=os_release.get("VERSION_CODENAME"),
+        uptime_s=float(uptime.split()[0]) if uptime else None,
+        dmi={name: value for name in _DMI if (value := _read(root / "sys/class/dmi/id" / name))},
+        addresses=_addresses(),
+    )
+
+
+def list_vms(connection: libvirt.virConnect) -> tuple[VmSummary, ...]:
+    """Return all VMs of the host. One that vanishes while it is read is left out."""
+    with libvirt_errors("listing VMs"):
+        domains = connection.listAllDomains()
+    found = []
+    for domain in domains:
+        try:
+            state, maximum_kib, _, vcpus, _ = domain.info()
+            found.append(
+                VmSummary(
+                    name=domain.name(),
+                    uuid=domain.UUIDString(),
+                    state=_state(state),
+                    vcpus=vcpus,
+                    memory_bytes=maximum_kib * KIB,
+                )
+            )
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                with libvirt_errors("reading a VM"):
+                    raise
+    return tuple(found)
+
+
+def _state(number: int) -> VmState:
+    """A VM that is shutting down still runs for whoever changes it; in a list it is off, for it will not come back."""
+    return "shutoff" if number == libvirt.VIR_DOMAIN_SHUTDOWN else STATES.get(number, "other")
+
+
+def _version(number: int) -> str:
+    """libvirt packs a version into one number: 9000000 is 9.0.0."""
+    return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+def _read_qemu_img_version() -> str | None:
+    try:
+        done = subprocess.run(
+            ["qemu-img", "--version"], capture_output=True, text=True, timeout=_QEMU_IMG_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"version (\d+(?:\.\d+)+)", done.stdout)
+    return found.group(1) if found else None
+
+
+def _count_sockets(root: Path) -> int:
+    ids = {_read(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/physical_package_id")}
+    return len(ids - {None})
+
+
+def _read_memory_total(root: Path) -> int | None:
+    total = _read_fields(root / "proc/meminfo").get("MemTotal")
+    return int(total.split()[0]) * KIB if total else None
+
+
+def _read_os_release(path: Path) -> dict[str, str]:
+    lines = (_read(path) or "").splitlines()
+    return {name: value.strip("\"'") for name, _, value in (line.partition("=") for line in lines)}
+
+
+def _addresses() -> tuple[str, ...]:
+    """Return the first IPv4 address of each interface but loopback. Source: netdevice(7), SIOCGIFADDR."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # an interface without an IPv4 address
+            found.append(socket.inet_ntoa(answer[20:24]))
+    return tuple(address for address in found if not address.startswith("127."))
+
+
+def _read_fields(path: Path) -> dict[str, str]:
+    """Return the first value of each "name: value" line."""
+    fields: dict[str, str] = {}
+    for line in (_read(path) or "").splitlines():
+        name, colon, value = line.partition(":")
+        if colon:
+            fields.setdefault(name.strip(), value.strip())
+    return fields
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None

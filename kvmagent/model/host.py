@@ -1,0 +1,105 @@
+"""What is known of the compute node, and what a plugin answers about it.
+
+A `Query` asks the host, not a VM: it changes nothing but what the agent remembers of its management server.
+`None` means unknown. Sizes are bytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from kvmagent.model.facts import VmState
+
+
+class VmSummary(msgspec.Struct, frozen=True):
+    """One VM of the host, as far as a list of VMs tells."""
+
+    name: str
+    uuid: str
+    state: VmState
+    vcpus: int
+    memory_bytes: int
+
+
+class ManagementServer(msgspec.Struct, frozen=True):
+    """What the management server told of itself and of this host when it connected; remembered over a restart.
+
+    `client` is the address that it came from: it may have reports sent to where its callbacks may go.
+    """
+
+    host_uuid: str
+    send_command_url: str
+    version: str | None = None
+    client: str = ""
+
+
+class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """The compute node. `hvm_flag` is vmx, svm, or empty where the processor has neither."""
+
+    libvirt_version: str
+    hypervisor_version: str
+    qemu_img_version: str | None
+    arch: str
+    cpu_model: str | None
+    cpu_mhz: int | None
+    cpu_cache: str | None
+    cpus: int
+    cpu_sockets: int
+    hvm_flag: str
+    has_ept: bool
+    memory_total_bytes: int
+    memory_slots: int | None
+    os_name: str | None
+    os_version: str | None
+    os_release: str | None
+    uptime_s: float | None
+    dmi: dict[str, str]
+    addresses: tuple[str, ...]
+
+
+class HostView(msgspec.Struct, frozen=True):
+    """What a query may look at: the parts that it declared in `needs`, the others None."""
+
+    server: ManagementServer | None = None
+    host: HostFacts | None = None
+    vms: tuple[VmSummary, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question to the host, declared once. A `sync` one is answered in the HTTP answer itself, without a task.
+
+    `remember` returns what the agent is to know of its management server from this request on; it comes before the
+    look at the host. `needs` names what to look at: "host", "vms". `notice` returns what the operator is told, once,
+    of such a request. `fail` makes the reply of a look that failed.
+    """
+
+    name: str
+    path: str
+    summary: str
+    request: type[msgspec.Struct]
+    reply: type[msgspec.Struct]
+    sync: bool
+    needs: frozenset[str]
+    answer: Callable[[Any, HostView], msgspec.Struct]
+    fail: Callable[[str], msgspec.Struct]
+    remember: Callable[[Any, ManagementServer | None], ManagementServer | None] = lambda _request, _known: None
+    notice: Callable[[Any], str | None] = lambda _request: None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Something that the management server is told without having asked: the path that it handles it by, and what."""
+
+    command_path: str
+    body: dict[str, Any]
+
+
+class VmEvent(msgspec.Struct, frozen=True):
+    """Something that happened to a VM: `kind` is started, stopped, crashed, paused, resumed, shutdown-by-guest,
+    rebooted."""
+
+    name: str
+    uuid: str
+    kind: str

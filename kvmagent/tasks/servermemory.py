@@ -1,0 +1,61 @@
+"""What the management server told of itself, kept over a restart in a small file of its own.
+
+It is no task: nothing is owed for it, and the last word counts. So it is replaced as a whole, on disk before it is
+believed.
+"""
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import ManagementServer
+
+log = logging.getLogger(__name__)
+
+
+class ServerMemory:
+    """Thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._server: ManagementServer | None = None
+
+    def load(self) -> None:
+        """Read what was remembered. A file that cannot be read is told and forgotten: the server connects again."""
+        try:
+            self._server = msgspec.json.decode(self._path.read_bytes(), type=ManagementServer)
+        except FileNotFoundError:
+            return
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("the management server is forgotten path=%s error=%r", self._path, str(error))
+
+    def get(self) -> ManagementServer | None:
+        """Return the management server that connected last."""
+        with self._lock:
+            return self._server
+
+    def remember(self, server: ManagementServer) -> None:
+        """Remember a server, on disk first.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE, when the state directory cannot be written.
+        """
+        with self._lock:
+            if server == self._server:
+                return
+            fresh = self._path.with_suffix(".new")
+            try:
+                with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                    file.write(msgspec.json.encode(server))
+                    file.flush()
+                    os.fsync(file.fileno())
+                fresh.replace(self._path)
+            except OSError as error:
+                raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {error}", expected=False) from error
+            self._server = server
+        log.info("management server host_uuid=%s url=%s", server.host_uuid, server.send_command_url)

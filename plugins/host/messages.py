@@ -1,0 +1,134 @@
+"""What a ZStack management server sends to a host and reads from it. Fields that we do not know are ignored.
+
+Sizes are bytes. Its parser makes a missing number 0 and a missing success true, so both are always there.
+"""
+
+from typing import Any
+
+import msgspec
+
+
+class HostRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What every request to a host may carry."""
+
+    host_uuid: str | None = None
+
+
+class EchoRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing: is the agent there?"""
+
+
+class ConnectRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
+    """The server takes the host into its care. `iptables_rules` is never run."""
+
+    host_uuid: str
+    send_command_url: str
+    version: str | None = None
+    iptables_rules: list[str] | None = None
+
+
+class UpdateConfigurationRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
+    """The server has moved."""
+
+    host_uuid: str
+    send_command_url: str
+
+
+class VmListRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
+    """A question about these VMs."""
+
+    vm_uuids: list[str] | None = None
+
+
+class HostReply(msgspec.Struct, kw_only=True, rename="camel"):
+    """What every answer has."""
+
+    success: bool = True
+    error: str = ""
+
+
+class EchoReply(HostReply, kw_only=True):
+    """The agent is there."""
+
+
+class ConnectReply(HostReply, kw_only=True, rename="camel"):
+    """What the host runs on."""
+
+    libvirt_version: str = "unknown"
+    qemu_version: str = "unknown"
+
+
+class PingReply(HostReply, kw_only=True, rename="camel"):
+    """Who connected last; the server connects again where it is another."""
+
+    host_uuid: str | None = None
+    send_command_url: str | None = None
+    version: str | None = None
+
+
+class VirtualizerInfo(msgspec.Struct, kw_only=True):
+    """The hypervisor of a host or VM."""
+
+    uuid: str
+    virtualizer: str = "qemu-kvm"
+    version: str = "unknown"
+
+
+class VirtualizerReply(HostReply, kw_only=True, rename="camel"):
+    """The hypervisor of this host and of each VM asked for."""
+
+    host_info: VirtualizerInfo | None = None
+    vm_info_list: list[VirtualizerInfo] = []
+
+
+class FactReply(HostReply, kw_only=True, rename="camel"):
+    """The host, in strings; "unknown" where it cannot be told."""
+
+    os_distribution: str = "unknown"
+    os_version: str = "unknown"
+    os_release: str = "unknown"
+    qemu_img_version: str = "unknown"
+    libvirt_version: str = "unknown"
+    hvm_cpu_flag: str = ""
+    ept_flag: str = "unknown"
+    cpu_architecture: str = "unknown"
+    cpu_model_name: str = "unknown"
+    host_cpu_model_name: str = "unknown"
+    cpu_ghz: str = msgspec.field(default="unknown", name="cpuGHz")
+    cpu_processor_num: str = "unknown"
+    cpu_cache: str = "unknown"
+    memory_slots_maximum: str = "unknown"
+    uptime: str = "unknown"
+    system_product_name: str = "unknown"
+    system_serial_number: str = "unknown"
+    system_manufacturer: str = "unknown"
+    system_uuid: str = msgspec.field(default="unknown", name="systemUUID")
+    bios_vendor: str = "unknown"
+    bios_version: str = "unknown"
+    bios_release_date: str = "unknown"
+    ip_addresses: list[str] = []
+    libvirt_capabilities: list[str] = []
+    virtualizer_info: VirtualizerInfo | None = None
+
+
+class CapacityReply(HostReply, kw_only=True, rename="camel"):
+    """How much the host has, and how much of it running VMs take. Speeds are MHz."""
+
+    cpu_num: int = 0
+    cpu_speed: int = 0
+    used_cpu: int = 0
+    total_memory: int = 0
+    used_memory: int = 0
+    cpu_sockets: int = 0
+
+
+class VmStatesReply(HostReply, kw_only=True, rename="camel"):
+    """The state of each VM by its name. A VM that is missing is taken for stopped."""
+
+    states: dict[str, str] = {}
+    vm_in_shutdowns: list[str] = []
+
+
+def failure(reply: type[HostReply], error: str) -> Any:
+    """Return the reply of a question that could not be answered."""
+    return reply(success=False, error=error)

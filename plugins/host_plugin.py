@@ -1,0 +1,7 @@
+"""The host plugin: what a ZStack management server asks of a host before it uses it, and is told of its VMs."""
+
+from kvmagent.model.command import Plugin
+
+from .host.answers import QUERIES, report_event, report_gap
+
+PLUGIN = Plugin(name="host", commands=(), queries=QUERIES, report_event=report_event, report_gap=report_gap)

@@ -1,0 +1,58 @@
+"""The hotplug commands as a ZStack management server sends and reads them: other paths, the same planners.
+
+It may send fields that are not ours; they are ignored. It writes the numbers of a success over its own record, so
+they are always there and true. It shows `error` to its user, so that what to do about it is part of the words.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+
+from kvmagent.model.command import Ending
+
+from .cpu import HOT_PLUG_CPU
+from .memory import HOT_PLUG_MEMORY
+from .requests import HotPlugCpuRequest, HotPlugMemoryRequest, Method, VmReply
+
+
+class IncreaseCpuRequest(HotPlugCpuRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False):
+    """Bring a VM up to a number of vCPUs."""
+
+
+class IncreaseMemoryRequest(
+    HotPlugMemoryRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False
+):
+    """Bring a VM up to an amount of memory: boot memory and dimms, whatever its balloon holds back."""
+
+    method: Method = "dimm"
+
+
+def in_its_words(conclude: Callable[[Ending], msgspec.Struct]) -> Callable[[Ending], msgspec.Struct]:
+    """Return a `conclude` whose `error` says what to do as well."""
+
+    def conclude_in_its_words(ending: Ending) -> msgspec.Struct:
+        reply = conclude(ending)
+        if isinstance(reply, VmReply) and reply.error and reply.remedy:
+            reply.error = f"{reply.error}. {reply.remedy}"
+        return reply
+
+    return conclude_in_its_words
+
+
+INCREASE_CPU = replace(
+    HOT_PLUG_CPU,
+    name="IncreaseCpu",
+    path="/vm/increase/cpu",
+    summary="HotPlugCpu, as a ZStack management server sends it",
+    request=IncreaseCpuRequest,
+    conclude=in_its_words(HOT_PLUG_CPU.conclude),
+)
+INCREASE_MEMORY = replace(
+    HOT_PLUG_MEMORY,
+    name="IncreaseMemory",
+    path="/vm/increase/mem",
+    summary="HotPlugMemory by dimm, as a ZStack management server sends it",
+    request=IncreaseMemoryRequest,
+    conclude=in_its_words(HOT_PLUG_MEMORY.conclude),
+)
