@@ -314,6 +314,11 @@ CASES = {
     "less-memory-exact-fit": Case(LESS_MEMORY, {"memorySize": 512 * MIB}, arrange=plug(128, 256, 512)),
     "less-memory-not-exact": Case(LESS_MEMORY, {"memorySize": 300 * MIB}, arrange=plug(128, 256)),
     "less-memory-virtio-mem": Case(LESS_MEMORY, {"memorySize": 384 * MIB}, arrange=plug(512, model="virtio-mem")),
+    "less-memory-dimm-and-virtio-mem-exactly": Case(
+        LESS_MEMORY,
+        {"memorySize": 424 * MIB},
+        arrange=then(plug(256), plug(512, model="virtio-mem", alias="ua-vm")),
+    ),
     "less-memory-dimm-then-balloon": Case(LESS_MEMORY, {"memorySize": 200 * MIB}, arrange=plug(128)),
     "less-memory-config-only": Case(LESS_MEMORY, {"memorySize": 256 * MIB, "affect": "config"}, arrange=plug(128)),
     "less-memory-live-only": Case(LESS_MEMORY, {"memorySize": 256 * MIB, "affect": "live"}, arrange=plug(128)),
