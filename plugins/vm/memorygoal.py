@@ -147,26 +147,33 @@ def find_stalled(
 
 
 def _find_dead_balloon(goal: MemoryGoal, facts: Facts) -> AgentError | None:
-    actual = facts.domain.balloon_bytes
-    if goal.balloon_bytes is None or not goal.balloon_live or actual is None or actual >= goal.balloon_bytes:
+    actual, wanted = facts.domain.balloon_bytes, _balloon_wanted(goal, facts)
+    if not goal.balloon_live or actual is None or actual >= wanted:
         return None
     return AgentError(
         Code.BALLOON_NOT_ANSWERING,
-        f"the balloon was asked for {format_size(goal.balloon_bytes)}, it is at {format_size(actual)}",
+        f"the balloon was asked for {format_size(wanted)}, it is at {format_size(actual)}",
     )
+
+
+def _balloon_wanted(goal: MemoryGoal, facts: Facts) -> int:
+    """Return where the balloon is to be: it counts the dimms of this task as soon as they are attached."""
+    live = facts.domain.live
+    attached = (dimm.size_bytes for dimm in goal.dimms if dimm.live and live and live.find_device(dimm.alias))
+    return (goal.balloon_bytes or 0) + sum(attached)
 
 
 def _balloon_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     """The guest moves the balloon: its actual size, not the call, tells what was reached; the definition follows."""
     if goal.balloon_bytes is None:
         return ()
-    actual = facts.domain.balloon_bytes
-    if goal.balloon_live and actual is not None and actual < goal.balloon_bytes:
+    actual, wanted = facts.domain.balloon_bytes, _balloon_wanted(goal, facts)
+    if goal.balloon_live and actual is not None and actual < wanted:
         if AwaitBalloon.__name__ in spent:
             return ()
         return (
-            SetBalloon(size_bytes=goal.balloon_bytes, target="live"),
-            AwaitBalloon(size_bytes=goal.balloon_bytes, timeout_sec=goal.timeout_sec),
+            SetBalloon(size_bytes=wanted, target="live"),
+            AwaitBalloon(size_bytes=wanted, timeout_sec=goal.timeout_sec),
         )
     attached = sum(dimm.size_bytes for dimm in goal.dimms if dimm.config and _in_config(dimm, facts))
     if goal.balloon_config and facts.get_config().current_bytes < goal.balloon_bytes + attached:

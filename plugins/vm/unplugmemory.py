@@ -1,6 +1,6 @@
 """HotUnplugMemory: less memory for a running VM, its persistent definition, or both.
 
-virtio-mem devices shrink first, then the dimms leave that fit, and below the boot memory the balloon takes the rest.
+virtio-mem devices shrink, dimms leave where that is not enough, and below the boot memory the balloon takes the rest.
 """
 
 from dataclasses import replace
@@ -45,9 +45,9 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
             Code.TARGET_ABOVE_CURRENT,
             f"{format_size(request.memory_size)} were asked for, VM {facts.domain.name} has {format_size(usable)}",
         )
-    resizes, surplus = _decide_resizes(request.affect, facts, surplus)
     removals = _decide_removals(request, facts, definition, surplus)
     surplus -= sum(removal.size_bytes for removal in removals)
+    resizes, surplus = _decide_resizes(request.affect, facts, surplus)
     balloon = _decide_balloon(request, facts, definition, removals, surplus)
     total = (
         usable
@@ -117,27 +117,37 @@ def _decide_resizes(affect: Affect, facts: Facts, surplus: int) -> tuple[tuple[P
 def _decide_removals(
     request: HotUnplugMemoryRequest, facts: Facts, definition: Definition, surplus: int
 ) -> tuple[PlannedRemoval, ...]:
-    """Return the dimms that come nearest to the surplus and not above, those that the guest will not refuse.
+    """Return the dimms that leave: with what the virtio-mem devices can give, nearest to the surplus and not above.
 
     Raises:
         AgentError: GUEST_MEMORY_IN_USE, when the guest's own blocks say that the best fit would be refused.
     """
     dimms = _dimms(definition)
     quantum = block_bytes(facts)
-    best = Sums([dimm.size_bytes for dimm in dimms], quantum).best_below(surplus)
+    fine = sum(device.plugged_bytes for device in definition.virtio_mems)
+    best = _fit(Sums([dimm.size_bytes for dimm in dimms], quantum), surplus, fine)
     free = [dimm for dimm in dimms if not _kept_blocks(dimm, facts)]
     sums = Sums([dimm.size_bytes for dimm in free], quantum)
-    if request.affect != "config" and sums.best_below(surplus) < best:
+    fit = _fit(sums, surplus, fine)
+    if request.affect != "config" and fit < best:
         kept = next(dimm for dimm in dimms if _kept_blocks(dimm, facts))
         raise AgentError(
             Code.GUEST_MEMORY_IN_USE,
             f"the guest says that memory of {kept.alias} cannot go offline; without it "
-            f"{format_size(sums.best_below(surplus))} of {format_size(surplus)} could be removed",
+            f"{format_size(fit + min(fine, surplus - fit))} of {format_size(surplus)} could be removed",
         )
-    picked = [free[n] for n in sums.pick(sums.best_below(surplus))]
+    picked = [free[n] for n in sums.pick(fit)]
     return tuple(
         plan_removal(dimm, facts, live=request.affect != "config", config=request.affect != "live") for dimm in picked
     )
+
+
+def _fit(sums: Sums, surplus: int, fine: int) -> int:
+    """Return what dimms are to give of a surplus of which `fine` can be had to the page: as little as is needed."""
+    if surplus <= fine:
+        return 0
+    enough = sums.next_above(surplus - fine - 1)
+    return enough if enough is not None and enough <= surplus else sums.best_below(surplus)
 
 
 def _decide_balloon(
@@ -208,10 +218,12 @@ def _not_exact(ending: Ending) -> Problem:
 
 
 def _reachable(facts: Facts, definition: Definition, usable: int, target: int) -> list[int]:
-    """Return the totals next to the target, above and below, that whole dimms make."""
+    """Return the totals next to the target, above and below, that the devices make."""
     sums = Sums([dimm.size_bytes for dimm in _dimms(definition)], block_bytes(facts))
-    below = sums.next_above(usable - target)
-    above = usable - sums.best_below(usable - target)
+    fine, surplus = sum(device.plugged_bytes for device in definition.virtio_mems), usable - target
+    fit = _fit(sums, surplus, fine)
+    below = sums.next_above(surplus)
+    above = usable - fit - min(fine, align_down(surplus - fit, VIRTIO_MEM_BLOCK_BYTES))
     return [*([above] if above < usable else []), *([usable - below] if below is not None else [])]
 
 

@@ -27,10 +27,12 @@ class Vm:
     host: dict[str, int]
     tasks: int = field(default=0)
 
+    def __post_init__(self) -> None:
+        self.node = make_node(Path(tempfile.gettempdir()) / "kvmagent-properties", self.domain, **self.host)
+
     def send(self, command: str, **fields: Any) -> dict[str, Any]:
         self.tasks += 1
-        node = make_node(Path(tempfile.gettempdir()) / "kvmagent-properties", self.domain, **self.host)
-        return carry_out(node, command, f"t{self.tasks}", vmUuid="vm1", timeoutSec=1, **fields)
+        return carry_out(self.node, command, f"t{self.tasks}", vmUuid="vm1", timeoutSec=1, **fields)
 
     def xml(self) -> tuple[str, str]:
         return self.domain.XMLDesc(0), self.domain.XMLDesc(2)
@@ -77,7 +79,7 @@ commands = st.one_of(
     st.tuples(st.just("HotUnplugMemory"), st.fixed_dictionaries({"memorySize": sizes})),
     st.tuples(st.just("HotPlugCpuMemory"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12), "memorySize": sizes})),
 )
-examples = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+examples = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @examples
