@@ -81,10 +81,10 @@ class Query:
     summary: str
     request: type[msgspec.Struct]
     reply: type[msgspec.Struct]
-    sync: bool
     needs: frozenset[str]
     answer: Callable[[Any, HostView], msgspec.Struct]
     fail: Callable[[str], msgspec.Struct]
+    sync: bool = False
     remember: Callable[[Any, ManagementServer | None], ManagementServer | None] = lambda _request, _known: None
     notice: Callable[[Any], str | None] = lambda _request: None
 

@@ -2,7 +2,10 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from kvmagent.model.facts import VmState
 from kvmagent.model.host import HostFacts, HostView, ManagementServer, Query, Report, VmEvent, VmSummary
@@ -207,107 +210,81 @@ def _fails(reply: type[HostReply]) -> functools.partial[HostReply]:
 
 _HOST, _VMS = frozenset({"host"}), frozenset({"vms"})
 
+
+def _query(
+    name: str,
+    path: str,
+    summary: str,
+    request: type[msgspec.Struct],
+    reply: type[HostReply],
+    answer: Callable[[Any, HostView], HostReply],
+    *,
+    needs: frozenset[str] = frozenset(),
+    **others: Any,
+) -> Query:
+    """Return an async query; `others` are the fields of Query that few have."""
+    return Query(name, path, summary, request, reply, needs=needs, answer=answer, fail=_fails(reply), **others)
+
+
 QUERIES = (
-    Query(
-        name="HostEcho",
-        path="/host/echo",
-        summary="Is the agent there?",
-        request=EchoRequest,
-        reply=EchoReply,
-        sync=True,
-        needs=frozenset(),
-        answer=echo,
-        fail=_fails(EchoReply),
-    ),
-    Query(
-        name="HostConnect",
-        path="/host/connect",
-        summary="The management server takes the host into its care",
-        request=ConnectRequest,
-        reply=ConnectReply,
-        sync=True,
+    _query("HostEcho", "/host/echo", "Is the agent there?", EchoRequest, EchoReply, echo, sync=True),
+    _query(
+        "HostConnect",
+        "/host/connect",
+        "The management server takes the host into its care",
+        ConnectRequest,
+        ConnectReply,
+        connect,
         needs=_HOST,
-        answer=connect,
-        fail=_fails(ConnectReply),
+        sync=True,
         remember=remember_connect,
         notice=notice_rules,
     ),
-    Query(
-        name="HostPing",
-        path="/host/ping",
-        summary="Who connected last?",
-        request=HostRequest,
-        reply=PingReply,
-        sync=False,
-        needs=frozenset(),
-        answer=ping,
-        fail=_fails(PingReply),
-    ),
-    Query(
-        name="HostUpdateConfiguration",
-        path="/host/update/configuration",
-        summary="The management server has moved",
-        request=UpdateConfigurationRequest,
-        reply=HostReply,
-        sync=False,
-        needs=frozenset(),
-        answer=update_configuration,
-        fail=_fails(HostReply),
+    _query("HostPing", "/host/ping", "Who connected last?", HostRequest, PingReply, ping),
+    _query(
+        "HostUpdateConfiguration",
+        "/host/update/configuration",
+        "The management server has moved",
+        UpdateConfigurationRequest,
+        HostReply,
+        update_configuration,
         remember=remember_configuration,
     ),
-    Query(
-        name="HostFact",
-        path="/host/fact",
-        summary="Describe the host",
-        request=HostRequest,
-        reply=FactReply,
-        sync=False,
-        needs=_HOST,
-        answer=fact,
-        fail=_fails(FactReply),
-    ),
-    Query(
-        name="HostCapacity",
-        path="/host/capacity",
-        summary="How much the host has and how much of it is taken",
-        request=HostRequest,
-        reply=CapacityReply,
-        sync=False,
+    _query("HostFact", "/host/fact", "Describe the host", HostRequest, FactReply, fact, needs=_HOST),
+    _query(
+        "HostCapacity",
+        "/host/capacity",
+        "How much the host has and how much of it is taken",
+        HostRequest,
+        CapacityReply,
+        capacity,
         needs=_HOST | _VMS,
-        answer=capacity,
-        fail=_fails(CapacityReply),
     ),
-    Query(
-        name="VmGetVirtualizerInfo",
-        path="/vm/getvirtualizerinfo",
-        summary="The hypervisor of the host and of VMs",
-        request=VmListRequest,
-        reply=VirtualizerReply,
-        sync=False,
+    _query(
+        "VmGetVirtualizerInfo",
+        "/vm/getvirtualizerinfo",
+        "The hypervisor of the host and of VMs",
+        VmListRequest,
+        VirtualizerReply,
+        virtualizer_info,
         needs=_HOST | _VMS,
-        answer=virtualizer_info,
-        fail=_fails(VirtualizerReply),
     ),
-    Query(
-        name="VmSync",
-        path="/vm/vmsync",
-        summary="The states of all VMs of the management server",
-        request=HostRequest,
-        reply=VmStatesReply,
-        sync=False,
+    _query(
+        "VmSync",
+        "/vm/vmsync",
+        "The states of all VMs of the management server",
+        HostRequest,
+        VmStatesReply,
+        vm_sync,
         needs=_VMS,
-        answer=vm_sync,
-        fail=_fails(VmStatesReply),
     ),
-    Query(
-        name="VmCheckState",
-        path="/vm/checkstate",
-        summary="The states of the VMs asked for",
-        request=VmListRequest,
-        reply=VmStatesReply,
-        sync=False,
+    _query(
+        "VmCheckState",
+        "/vm/checkstate",
+        "The states of the VMs asked for",
+        VmListRequest,
+        VmStatesReply,
+        check_states,
         needs=_VMS,
-        answer=check_states,
-        fail=_fails(VmStatesReply),
     ),
 )
