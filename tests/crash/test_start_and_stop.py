@@ -241,7 +241,7 @@ class TestServiceManager:
                 assert told.startswith(b"STOPPING=1\nWATCHDOG_USEC=")
 
     def test_the_unit_gives_the_stop_its_time_and_restarts_whatever_ended_it(self) -> None:
-        unit = configparser.ConfigParser(interpolation=None)
+        unit = configparser.ConfigParser(interpolation=None, strict=False)
         unit.read(UNIT)
         service = dict(unit["Service"])
         assert (service["type"], service["restart"]) == ("notify", "always")
