@@ -19,7 +19,7 @@ DIMM = "<memory model='dimm'><target><size unit='MiB'>128</size><node>0</node></
 
 @pytest.fixture(scope="module")
 def guest(boot_module: Callable[[GuestSpec], Guest]) -> Guest:
-    return boot_module(GuestSpec(name="lab"))
+    return boot_module(GuestSpec(name="lab", machine="pc"))
 
 
 def block_states(guest: Guest) -> list[str]:
@@ -34,7 +34,7 @@ def ping(guest: Guest) -> None:
 
 def test_runs_commands_in_the_guest_and_tells_how_they_end(guest: Guest) -> None:
     assert guest.cpus_online() == "0"
-    assert guest.run("echo out; echo err >&2; printf '\\033\\t end'") == "out\nerr\n\033\t end"
+    assert guest.run("echo out; echo err >&2\nprintf '\\033\\t end'") == "out\nerr\n\033\t end"
     with pytest.raises(GuestCommandError, match="ended with 3 in the guest: why") as caught:
         guest.run("echo why; exit 3")
     assert caught.value.status == 3

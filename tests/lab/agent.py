@@ -55,11 +55,11 @@ class AgentProcess:
     ) -> None:
         self.tls = tls
         self.token = token
+        self._command = list(command or find_command())
         self.directory = Path(tempfile.mkdtemp(prefix="kvmagent-"))
         self.port = find_free_port()
         self.config_file = self.directory / "kvmagent.conf"
         self.log_file = self.directory / "kvmagent.log"
-        self._command = list(command or find_command())
         self._child: subprocess.Popen[bytes] | None = None
         self._guard = Guard(self.directory)
         self._write_configuration(uri, settings or {})

@@ -31,7 +31,8 @@ SPEC = GuestSpec(name="demo", vcpus=1, max_vcpus=4, memory_mib=256)
 TARGET_CPUS = 3
 ADDED_MIB = 256
 TARGET_MIB = SPEC.memory_mib + ADDED_MIB
-CALLBACK_TIMEOUT_S = 60.0
+#: Longer than the agent waits for a guest that does nothing: its own word on that is worth more.
+CALLBACK_TIMEOUT_S = 100.0
 #: The guest's kernel may describe new memory inside that memory, and then gains a little less than was plugged.
 LEAST_GAIN = 0.95
 MIB = 2**20

@@ -8,7 +8,6 @@ The agent under test has no part in this path, so what it reports can be held ag
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import re
@@ -34,8 +33,6 @@ PING_TIMEOUT_S = 2
 COMMAND_TIMEOUT_S = 30.0
 #: How much later than in the guest a command's limit is up on the host.
 ANSWER_GRACE_S = 10.0
-#: The guest's terminal buffers 4 KiB of a line that it has not yet read.
-COMMAND_LIMIT_BYTES = 2048
 KILLED = 128 + 9
 
 
@@ -118,7 +115,10 @@ class Guest:
         self.wait_booted(timeout_s=timeout_s)
 
     def reboot(self, *, timeout_s: float = BOOT_TIMEOUT_S) -> None:
-        """Reboot from within: the same QEMU, with all that has been plugged into it."""
+        """Reboot from within: the same QEMU, with all that has been plugged into it.
+
+        Observed: with the QEMU 6.2 of Ubuntu 22.04 a q35 guest stays in its firmware, one of machine "pc" comes back.
+        """
         self._run_later("reboot -f")
         self.wait_booted(timeout_s=timeout_s)
 
@@ -257,11 +257,9 @@ class Guest:
         return harness
 
     def _request(self, harness: socket.socket, command: str, timeout_s: float) -> str:
-        if len(command.encode()) > COMMAND_LIMIT_BYTES:
-            raise ValueError(f"a command of more than {COMMAND_LIMIT_BYTES} bytes does not fit the guest's terminal")
         token = secrets.token_hex(8)
-        encoded = base64.b64encode(command.encode()).decode()
-        harness.sendall(f"{token} {max(1, round(timeout_s))} {encoded}\n".encode())
+        line = command.replace("\\", "\\\\").replace("\n", "\\n")
+        harness.sendall(f"{token} {max(1, round(timeout_s))} {line}\n".encode())
         return token
 
 
@@ -271,7 +269,7 @@ def read_answer(harness: socket.socket, token: str, timeout_s: float) -> tuple[i
     Raises:
         TimeoutError: no answer, or the guest went away.
     """
-    pattern = re.compile(rf"^{token} begin\n(.*?)^{token} end (\d+)\n".encode(), re.MULTILINE | re.DOTALL)
+    pattern = re.compile(rf"{token} begin\n(.*)\n{token} end (\d+)\n".encode(), re.DOTALL)
     deadline = time.monotonic() + timeout_s
     received = b""
     while not (match := pattern.search(received)):
@@ -283,4 +281,4 @@ def read_answer(harness: socket.socket, token: str, timeout_s: float) -> tuple[i
         if not data:
             raise TimeoutError("the guest was switched off before it answered")
         received += data
-    return int(match.group(2)), base64.b64decode(match.group(1)).decode(errors="replace")
+    return int(match.group(2)), match.group(1).decode(errors="replace")

@@ -84,7 +84,12 @@ done
 [ -n "$missing" ] || exit 0
 
 say "installing distribution packages:$missing"
-as_root apt-get update -qq
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 # shellcheck disable=SC2086  # a list of words
-as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends \
-    -o Dpkg::Use-Pty=0 $missing >/dev/null
+if ! { as_root apt-get update -qq &&
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $missing; } \
+    >"$log" 2>&1; then
+    cat "$log" >&2
+    die "apt-get failed, its words are above"
+fi
