@@ -22,22 +22,21 @@ finds. While libvirt is away it waits, up to a limit; when the agent is stopped 
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
 from kvmagent.audit import audit
 from kvmagent.logs import log_context
-from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
+from kvmagent.model.command import Command, Ending, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journal import Journal, Owed, StepRecord, Task
+from kvmagent.tasks.journal import Journal, Owed, Task
+from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
+from kvmagent.tasks.vmlocks import VmLocks
 
 log = logging.getLogger(__name__)
 
@@ -75,42 +74,6 @@ class _Stopped(Exception):
     """The agent stops, and the task can go on after its next start. Raised while a task waits for libvirt."""
 
 
-@dataclass
-class _Run:
-    """One task under way: what a reply is made from, as far as it has come.
-
-    `interrupted`: a step may have taken effect without having been told of.
-    """
-
-    command: Command
-    request: VmRequest
-    recovered: bool
-    interrupted: bool
-    goal: Goal | None = None
-    before: Facts | None = None
-    after: Facts | None = None
-    reports: list[StepReport] = field(default_factory=list)
-    error: AgentError | None = None
-    planned: tuple[AnyStep, ...] | None = None
-    preview: str = ""
-    late: bool = False
-    started: float = 0.0
-
-    def end(self) -> Ending:
-        return Ending(
-            request=self.request,
-            goal=self.goal,
-            before=self.before,
-            after=self.after,
-            reports=tuple(self.reports),
-            error=self.error,
-            planned=self.planned,
-            preview=self.preview,
-            recovered=self.recovered,
-            late=self.late,
-        )
-
-
 class Executor:
     """Thread-safe: one call of `run` for each task, on its lane's thread.
 
@@ -137,7 +100,7 @@ class Executor:
         self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
-        self._locks = _VmLocks()
+        self._locks = VmLocks()
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -200,7 +163,7 @@ class Executor:
         try:
             run = self._take_up(task)
             run.late = True
-            spent = {word for report in run.reports if report.problem for word in _spent_by(report)}
+            spent = {word for report in run.reports if report.problem for word in spent_by(report)}
             with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
                 run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
                 steps = run.command.advance(run.goal, run.after, frozenset(spent))
@@ -230,7 +193,7 @@ class Executor:
             run = self._take_up(task)
         except AgentError as error:
             log.error("task cannot be read error=%r", error.message)
-            return _bare_reply(task, error)
+            return bare_reply(task, error)
         try:
             self._pursue_through_outages(task, run)
         except AgentError as error:
@@ -250,12 +213,10 @@ class Executor:
             reply = run.command.conclude(run.end())
         except Exception as error:
             log.exception("no reply could be made")
-            return _bare_reply(
-                task, AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
-            )
+            return bare_reply(task, AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
         return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error
 
-    def _take_up(self, task: Task) -> _Run:
+    def _take_up(self, task: Task) -> Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
 
         Raises:
@@ -265,7 +226,7 @@ class Executor:
         if command is None:
             raise AgentError(Code.TASK_UNREADABLE, f"no plugin declares {task.command}")
         try:
-            run = _Run(
+            run = Run(
                 command,
                 msgspec.json.decode(task.request, type=command.request),
                 recovered=task.recovered,
@@ -274,14 +235,14 @@ class Executor:
             )
             if task.goal is not None:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
-                run.before = _read_facts(task.before)
-                run.reports = [_read_report(step) for step in self._journal.steps(task.task_uuid)]
+                run.before = read_facts(task.before)
+                run.reports = [read_report(step) for step in self._journal.steps(task.task_uuid)]
                 log.info("task goes on from its recorded goal steps=%d", len(run.reports))
         except msgspec.MsgspecError as error:
             raise AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}") from error
         return run
 
-    def _pursue_through_outages(self, task: Task, run: _Run) -> None:
+    def _pursue_through_outages(self, task: Task, run: Run) -> None:
         """Pursue the goal; when libvirt is lost on the way, wait for it and go on from what is found then."""
         give_up_at: float | None = None
         while True:
@@ -314,7 +275,7 @@ class Executor:
                 return True
         raise _Stopped
 
-    def _pursue(self, task: Task, run: _Run) -> None:
+    def _pursue(self, task: Task, run: Run) -> None:
         vm, command = run.request.vm_uuid, run.command
         run.after = self._node.observe(vm, command.observe_guest)
         fresh = run.goal is None
@@ -334,7 +295,7 @@ class Executor:
                 self._retreat(task, run, error)
             raise
 
-    def _reach_goal(self, task: Task, run: _Run) -> None:
+    def _reach_goal(self, task: Task, run: Run) -> None:
         """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
@@ -357,7 +318,7 @@ class Executor:
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
 
     def _perform_round(
-        self, task: Task, run: _Run, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
+        self, task: Task, run: Run, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
     ) -> None:
         """Perform steps up to the first that fails: what follows it was planned for its success."""
         for step in steps:
@@ -369,12 +330,12 @@ class Executor:
                 run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
                 return
             if problem is not None:
-                spent.update(_spent_by(run.reports[-1]))
+                spent.update(spent_by(run.reports[-1]))
                 return
             if not step.soft:
                 confirmed.add(step)
 
-    def _retreat(self, task: Task, run: _Run, error: AgentError) -> None:
+    def _retreat(self, task: Task, run: Run, error: AgentError) -> None:
         """Go where the command wants to be after this failure, as far as it can be reached.
 
         Raises:
@@ -395,11 +356,11 @@ class Executor:
                 raise
             log.warning("task cannot retreat error_code=%s error=%r", failure.code, failure.message)
 
-    def _record_goal(self, task: Task, run: _Run, steps: tuple[AnyStep, ...]) -> None:
+    def _record_goal(self, task: Task, run: Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
         self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), len(run.reports))
 
-    def _is_done_anyway(self, run: _Run, step: AnyStep, error: AgentError) -> bool:
+    def _is_done_anyway(self, run: Run, step: AnyStep, error: AgentError) -> bool:
         """Return whether a step that failed after an interruption has its effect nevertheless.
 
         A call that was cut off may still be carried out by libvirt after it was looked for, and then its repetition
@@ -413,7 +374,7 @@ class Executor:
         log.info("step failed and is there already step=%s error=%r", type(step).__name__, error.message)
         return True
 
-    def _perform(self, task: Task, run: _Run, step: AnyStep) -> Problem | None:
+    def _perform(self, task: Task, run: Run, step: AnyStep) -> Problem | None:
         """Perform and journal one step; return a soft step's problem.
 
         Raises:
@@ -445,7 +406,7 @@ class Executor:
             )
         return problem
 
-    def _look_again(self, run: _Run) -> None:
+    def _look_again(self, run: Run) -> None:
         """After a failure only a fresh look tells how far it came; unknown is better than stale."""
         if not run.reports:
             return
@@ -454,35 +415,6 @@ class Executor:
         except AgentError as error:
             log.warning("the VM cannot be read after the failure error=%r", error.message)
             run.after = None
-
-
-class _VmLocks:
-    """One lock for each VM that is worked on: two names of one VM are two lanes, and still one VM."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[str, threading.Lock] = {}
-        self._users: Counter[str] = Counter()
-
-    @contextmanager
-    def hold(self, uuid: str) -> Iterator[None]:
-        with self._lock:
-            lock = self._held.setdefault(uuid, threading.Lock())
-            self._users[uuid] += 1
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                self._users[uuid] -= 1
-                if not self._users[uuid]:
-                    del self._users[uuid], self._held[uuid]
-
-
-def _spent_by(report: StepReport) -> tuple[str, str]:
-    """Return what a soft step's failure gives up, and that with why."""
-    assert report.problem is not None
-    return report.step.key, f"{report.step.key} {report.problem.code}"
 
 
 def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:
@@ -495,36 +427,3 @@ def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> N
             details={"step": msgspec.to_builtins(again)},
             expected=False,
         )
-
-
-def _read_facts(recorded: bytes | None) -> Facts | None:
-    """Return what was so before; None, which is unknown, where an agent of another version wrote it otherwise."""
-    try:
-        return None if recorded is None else msgspec.json.decode(recorded, type=Facts)
-    except msgspec.ValidationError as error:
-        log.warning("what was so before the task cannot be read error=%r", str(error))
-        return None
-
-
-def _read_report(record: StepRecord) -> StepReport:
-    """Return what the journal says of a step as the run that began it would have reported it."""
-    return StepReport(
-        step=msgspec.json.decode(record.step, type=AnyStep),
-        elapsed_ms=record.elapsed_ms,
-        problem=msgspec.json.decode(record.problem, type=Problem) if record.problem else None,
-    )
-
-
-def _bare_reply(task: Task, error: AgentError) -> tuple[bytes, str, AgentError]:
-    """Return a reply for a task whose command can make none."""
-    outcome = "refused" if task.goal is None else "partial"
-    fields: dict[str, Any] = {
-        "success": False,
-        "error": error.message,
-        "errorCode": error.code,
-        "remedy": error.remedy,
-        "outcome": outcome,
-    }
-    if task.recovered:
-        fields["recovered"] = True
-    return msgspec.json.encode(fields), outcome, error

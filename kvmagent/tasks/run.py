@@ -1,0 +1,90 @@
+"""A task under way: what a reply is made from, and how it is read back from the journal after an interruption."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
+from kvmagent.model.errors import AgentError
+from kvmagent.model.facts import Facts
+from kvmagent.model.steps import AnyStep
+from kvmagent.tasks.journal import StepRecord, Task
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One task under way: what a reply is made from, as far as it has come.
+
+    `interrupted`: a step may have taken effect without having been told of.
+    """
+
+    command: Command
+    request: VmRequest
+    recovered: bool
+    interrupted: bool
+    goal: Goal | None = None
+    before: Facts | None = None
+    after: Facts | None = None
+    reports: list[StepReport] = field(default_factory=list)
+    error: AgentError | None = None
+    planned: tuple[AnyStep, ...] | None = None
+    preview: str = ""
+    late: bool = False
+    started: float = 0.0
+
+    def end(self) -> Ending:
+        return Ending(
+            request=self.request,
+            goal=self.goal,
+            before=self.before,
+            after=self.after,
+            reports=tuple(self.reports),
+            error=self.error,
+            planned=self.planned,
+            preview=self.preview,
+            recovered=self.recovered,
+            late=self.late,
+        )
+
+
+def spent_by(report: StepReport) -> tuple[str, str]:
+    """Return what a soft step's failure gives up, and that with why."""
+    assert report.problem is not None
+    return report.step.key, f"{report.step.key} {report.problem.code}"
+
+
+def read_facts(recorded: bytes | None) -> Facts | None:
+    """Return what was so before; None, which is unknown, where an agent of another version wrote it otherwise."""
+    try:
+        return None if recorded is None else msgspec.json.decode(recorded, type=Facts)
+    except msgspec.ValidationError as error:
+        log.warning("what was so before the task cannot be read error=%r", str(error))
+        return None
+
+
+def read_report(record: StepRecord) -> StepReport:
+    """Return what the journal says of a step as the run that began it would have reported it."""
+    return StepReport(
+        step=msgspec.json.decode(record.step, type=AnyStep),
+        elapsed_ms=record.elapsed_ms,
+        problem=msgspec.json.decode(record.problem, type=Problem) if record.problem else None,
+    )
+
+
+def bare_reply(task: Task, error: AgentError) -> tuple[bytes, str, AgentError]:
+    """Return a reply for a task whose command can make none."""
+    outcome = "refused" if task.goal is None else "partial"
+    fields: dict[str, Any] = {
+        "success": False,
+        "error": error.message,
+        "errorCode": error.code,
+        "remedy": error.remedy,
+        "outcome": outcome,
+    }
+    if task.recovered:
+        fields["recovered"] = True
+    return msgspec.json.encode(fields), outcome, error
