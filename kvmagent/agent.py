@@ -29,7 +29,7 @@ from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.vmevents import VmEvents
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.host import Query, VmEvent
+from kvmagent.model.host import Query
 from kvmagent.private import make_private_directory
 from kvmagent.settings import Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
@@ -98,17 +98,18 @@ class Agent:
         self._commands, self._queries = _by_name(plugins)
         self._wake = threading.Event()
         self._connection = Connection(settings.libvirt.uri)
-        self._reporters = plugins
+        rules = map(parse_callback_rule, settings.security.allowed_callbacks)
+        self._callbacks = Callbacks(rules, settings.callback)
+        self._memory = ServerMemory(self._state_dir / "server.json")
+        self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
         device_events = DeviceEvents()
         self._events = EventConnection(
             settings.libvirt.uri,
-            (device_events.register, VmEvents(self._report_event).register),
-            on_gap=self._report_gap,
+            (device_events.register, VmEvents(self._reports.tell_event).register),
+            on_gap=self._reports.tell_gap,
         )
         node = Node(self._connection, events=device_events, former_xml_dir=self._state_dir / "former-xml")
         self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
-        rules = map(parse_callback_rule, settings.security.allowed_callbacks)
-        self._callbacks = Callbacks(rules, settings.callback)
         self._delivery = Delivery(
             self._journal,
             self._callbacks,
@@ -116,8 +117,6 @@ class Agent:
             give_up_s=settings.callback.give_up_sec,
             fault=fault,
         )
-        self._memory = ServerMemory(self._state_dir / "server.json")
-        self._reports = Reports(self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
         self._questions = Questions(
             node, self._journal, self._queries, self._memory, self._callbacks, on_finished=self._delivery.put
         )
@@ -128,6 +127,7 @@ class Agent:
             self._commands,
             on_finished=self._delivery.put,
             on_pending=self._late.add,
+            on_progress=self._reports.tell_progress,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
         )
@@ -271,21 +271,6 @@ class Agent:
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)
-
-    def _report_event(self, event: VmEvent) -> None:
-        """Tell the management server what happened to a VM. Called on libvirt's event loop: only hands over."""
-        server = self._memory.get()
-        log.info("vm event vm=%s kind=%s", event.name, event.kind)
-        for plugin in self._reporters:
-            if plugin.report_event is not None and server is not None:
-                self._reports.put(*plugin.report_event(event, server))
-
-    def _report_gap(self, reason: str) -> None:
-        """Tell the management server that events may have been missed."""
-        server = self._memory.get()
-        for plugin in self._reporters:
-            if plugin.report_gap is not None and server is not None:
-                self._reports.put(*plugin.report_gap(reason, server))
 
     def _describe_vm(self, vm: str) -> msgspec.Struct:
         """Return what ReadyForHotplug says of a VM: facts, headroom, blockers."""

@@ -2,6 +2,13 @@
 
 from kvmagent.model.command import Plugin
 
-from .host.answers import QUERIES, report_event, report_gap
+from .host.answers import QUERIES, report_event, report_gap, report_progress
 
-PLUGIN = Plugin(name="host", commands=(), queries=QUERIES, report_event=report_event, report_gap=report_gap)
+PLUGIN = Plugin(
+    name="host",
+    commands=(),
+    queries=QUERIES,
+    report_event=report_event,
+    report_gap=report_gap,
+    report_progress=report_progress,
+)

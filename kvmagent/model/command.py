@@ -17,7 +17,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.host import ManagementServer, Query, Report, VmEvent
+from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
 from kvmagent.model.steps import AnyStep
 
 Affect = Literal["both", "live", "config"]
@@ -107,7 +107,8 @@ class Command:
 
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the
     keys of the soft steps that failed in this run and are not to be tried again, each also followed by its error code.
-    A failed soft step ends its round: what follows it in the plan may count on its success.
+    A failed soft step ends its round: what follows it in the plan may count on its success. `tells_progress`: the
+    management server that connected is told of each step as it begins.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Command:
     conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
     retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
+    tells_progress: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Plugin:
     """What an entry point of the group kvmagent.plugins resolves to.
 
     `report_event` says what the management server is told of something that happened to a VM, `report_gap` what it is
-    told, with a reason, when events may have been missed.
+    told, with a reason, when events may have been missed, `report_progress` how far a task has come.
     """
 
     name: str
@@ -137,3 +139,4 @@ class Plugin:
     queries: tuple[Query, ...] = ()
     report_event: Callable[[VmEvent, ManagementServer], tuple[Report, ...]] | None = None
     report_gap: Callable[[str, ManagementServer], tuple[Report, ...]] | None = None
+    report_progress: Callable[[Progress, ManagementServer], tuple[Report, ...]] | None = None

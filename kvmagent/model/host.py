@@ -103,3 +103,12 @@ class VmEvent(msgspec.Struct, frozen=True):
     name: str
     uuid: str
     kind: str
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a task has come: `percent` of the steps that are known of, and the step that begins."""
+
+    command: str
+    vm: str
+    percent: int
+    step: str

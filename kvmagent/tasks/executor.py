@@ -32,6 +32,7 @@ from kvmagent.logs import log_context
 from kvmagent.model.command import Command, Ending, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.host import Progress
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Owed, Task
@@ -88,6 +89,7 @@ class Executor:
         *,
         on_finished: Callable[[Owed], None],
         on_pending: Callable[[str], None],
+        on_progress: Callable[[Progress], None] = lambda _progress: None,
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
@@ -97,6 +99,7 @@ class Executor:
         self._commands = commands
         self._on_finished = on_finished
         self._on_pending = on_pending
+        self._on_progress = on_progress
         self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
@@ -321,7 +324,11 @@ class Executor:
         self, task: Task, run: Run, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
     ) -> None:
         """Perform steps up to the first that fails: what follows it was planned for its success."""
-        for step in steps:
+        for n, step in enumerate(steps):
+            if run.command.tells_progress:
+                done, left = len(run.reports), len(steps) - n
+                percent = 100 * done // (done + left)
+                self._on_progress(Progress(task.command, run.request.vm_uuid, percent, type(step).__name__))
             try:
                 problem = self._perform(task, run, step)
             except AgentError as error:

@@ -1,6 +1,6 @@
 """Tells the management server what it did not ask for: the events of VMs, in order.
 
-    put(report)  ->  one thread  ->  POST sendCommandUrl, header commandpath
+    tell_...(news)  ->  the plugins' reports  ->  one thread  ->  POST sendCommandUrl, header commandpath
 
 A report is worth little once it is old: the server asks for all states every minute. So it is tried a few times and
 then dropped with a line in the log, and a server that is away holds up nothing but reports.
@@ -9,11 +9,13 @@ then dropped with a line in the log, and a server that is away holds up nothing 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import msgspec
 
-from kvmagent.model.host import ManagementServer, Report
+from kvmagent.model.command import Plugin
+from kvmagent.model.host import ManagementServer, Progress, Report, VmEvent
 from kvmagent.tasks.callbacks import Callbacks, Channel
 
 log = logging.getLogger(__name__)
@@ -22,13 +24,21 @@ _TRIES, _PAUSE_S = 3, 1.0
 # More that wait are dropped, the oldest first.
 _MOST = 10_000
 
+News = TypeVar("News")
+
 
 class Reports:
     """Thread-safe. `get_server` returns who is to be told, None while nobody has connected."""
 
     def __init__(
-        self, get_server: Callable[[], ManagementServer | None], callbacks: Callbacks, *, timeout_s: float
+        self,
+        plugins: Iterable[Plugin],
+        get_server: Callable[[], ManagementServer | None],
+        callbacks: Callbacks,
+        *,
+        timeout_s: float,
     ) -> None:
+        self._plugins = tuple(plugins)
         self._get_server = get_server
         self._callbacks = callbacks
         self._channel: tuple[ManagementServer, Channel] | None = None
@@ -50,8 +60,24 @@ class Reports:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def put(self, *reports: Report) -> None:
-        """Send reports, soon."""
+    def tell_event(self, event: VmEvent) -> None:
+        """Tell what happened to a VM. Only hands over: libvirt's event loop calls this."""
+        log.info("vm event vm=%s kind=%s", event.name, event.kind)
+        self._put(event, [plugin.report_event for plugin in self._plugins])
+
+    def tell_gap(self, reason: str) -> None:
+        """Tell that events may have been missed."""
+        self._put(reason, [plugin.report_gap for plugin in self._plugins])
+
+    def tell_progress(self, progress: Progress) -> None:
+        """Tell how far a task has come."""
+        self._put(progress, [plugin.report_progress for plugin in self._plugins])
+
+    def _put(self, news: News, makers: Iterable[Callable[[News, ManagementServer], tuple[Report, ...]] | None]) -> None:
+        server = self._get_server()
+        if server is None:
+            return
+        reports = [report for make in makers if make is not None for report in make(news, server)]
         with self._changed:
             self._waiting.extend(reports)
             self._changed.notify_all()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from kvmagent.model.facts import VmState
-from kvmagent.model.host import HostFacts, HostView, ManagementServer, Query, Report, VmEvent, VmSummary
+from kvmagent.model.host import HostFacts, HostView, ManagementServer, Progress, Query, Report, VmEvent, VmSummary
 
 from .messages import (
     CapacityReply,
@@ -185,6 +185,18 @@ def report_event(event: VmEvent, server: ManagementServer) -> tuple[Report, ...]
 def report_gap(reason: str, server: ManagementServer) -> tuple[Report, ...]:
     """Return what the server is told when events may have been missed: to connect again, and so to look itself."""
     return (Report("/kvm/reconnectme", {"hostUuid": server.host_uuid, "reason": reason}),)
+
+
+def report_progress(progress: Progress, server: ManagementServer) -> tuple[Report, ...]:
+    """Return what the server is told of a task's way: its type is the command's name, its resource the VM."""
+    body = {
+        "progress": str(progress.percent),
+        "processType": progress.command,
+        "resourceUuid": progress.vm,
+        "serverUuid": server.host_uuid,
+        "detail": progress.step,
+    }
+    return (Report("/progress/report", body),)
 
 
 # By kind of event: the state that the VM has now, and the path of the event's own report.

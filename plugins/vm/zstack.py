@@ -54,6 +54,7 @@ INCREASE_CPU = replace(
     summary="HotPlugCpu, as a ZStack management server sends it",
     request=IncreaseCpuRequest,
     conclude=in_its_words(HOT_PLUG_CPU.conclude),
+    tells_progress=True,
 )
 INCREASE_MEMORY = replace(
     HOT_PLUG_MEMORY,
@@ -62,6 +63,7 @@ INCREASE_MEMORY = replace(
     summary="HotPlugMemory by dimm, as a ZStack management server sends it",
     request=IncreaseMemoryRequest,
     conclude=in_its_words(HOT_PLUG_MEMORY.conclude),
+    tells_progress=True,
 )
 CHANGE_CPU_MEMORY = replace(
     HOT_PLUG_CPU_MEMORY,
@@ -70,4 +72,5 @@ CHANGE_CPU_MEMORY = replace(
     summary="HotPlugCpuMemory, as a ZStack management server sends it",
     request=ChangeCpuMemoryRequest,
     conclude=in_its_words(HOT_PLUG_CPU_MEMORY.conclude),
+    tells_progress=True,
 )

@@ -167,6 +167,17 @@ def test_cpu_is_increased_as_it_sends_and_reads_it(zstack: ZStack, extra: dict[s
     assert (again["success"], again["cpuNum"], again["outcome"]) == (True, 2, "unchanged")
 
 
+def test_the_way_of_a_task_is_reported_step_by_step(zstack: ZStack) -> None:
+    connect(zstack)
+    zstack.call("/vm/increase/cpu", {"vmUuid": VM, "cpuNum": 2})
+    reports = wait_for(
+        lambda: len(told := zstack.reports("/progress/report")) == 2 and told, timeout_s=10, what="two steps' reports"
+    )
+    assert [report["progress"] for report in reports] == ["0", "50"]
+    assert {report["resourceUuid"] for report in reports} == {VM}
+    assert {report["processType"] for report in reports} == {"IncreaseCpu"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [
