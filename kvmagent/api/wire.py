@@ -36,24 +36,24 @@ def parse_task_uuid(value: str | None) -> str:
     return value
 
 
-def parse_callback_url(value: str | None, what: str = "callbackurl") -> str:
-    """Return a URL that the agent is to send to; `what` names it in messages.
+def parse_callback_url(value: str | None) -> str:
+    """Return the callbackurl header.
 
     Raises:
         AgentError: MISSING_CALLBACK_URL; BAD_CALLBACK_URL.
     """
     if not value:
-        raise AgentError(Code.MISSING_CALLBACK_URL, f"the request has no {what}")
+        raise AgentError(Code.MISSING_CALLBACK_URL, "the request has no callbackurl header")
     try:
         parts = urlsplit(value)
         port = parts.port
     except ValueError as error:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"{what} is {_shown(value)}: {error}") from error
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(value)}: {error}") from error
     plain = value.isascii() and value.isprintable() and " " not in value
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain or len(value) > _MAX_URL:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"{what} is {_shown(value)}")
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(value)}")
     if parts.username is not None or parts.password is not None or parts.fragment:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"{what} holds a user name, a password or a fragment")
+        raise AgentError(Code.BAD_CALLBACK_URL, "callbackurl holds a user name, a password or a fragment")
     return value
 
 

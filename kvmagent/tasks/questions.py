@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kvmagent.api.wire import parse_callback_url
 from kvmagent.audit import audit
 from kvmagent.logs import log_context
 from kvmagent.model.errors import AgentError, Code
@@ -86,8 +85,7 @@ class Questions:
         try:
             server = query.remember(request, self._memory.get())
             if server is not None:
-                url = parse_callback_url(server.send_command_url, "sendCommandUrl")
-                self._callbacks.check(url, client)
+                self._callbacks.check(server.send_command_url, client)
                 self._memory.remember(msgspec.structs.replace(server, client=client))
             view = self._node.view_host(query.needs)
             return query.answer(request, msgspec.structs.replace(view, server=self._memory.get())), None

@@ -229,13 +229,14 @@ def test_ten_thousand_owed_callbacks_cost_little_memory_and_go_out_in_order(tmp_
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for one in owed:
         first.delivery.put(one)
-    wait_for(lambda: attempts(first, owed[0].task_uuid) >= 2, timeout_s=10, what="attempts")
+    # Which VM's first callback is tried while the server is away depends on how fast they came in.
+    wait_for(lambda: sum(attempts(first, f"t{vm}") for vm in range(100)) >= 2, timeout_s=10, what="attempts")
     assert first.delivery.owed() == 10_000
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
     assert grown_kib < 10_000, f"{grown_kib} KiB for callbacks of 40 MB"
     assert delivery_threads() <= 32
     server.start()
-    first.delivery.put(first.journal.owe_again(owed[0].task_uuid))
+    first.delivery.put(first.journal.owe_again("t0"))
     wait_for(lambda: first.delivery.owed() == 0, timeout_s=120, what="all callbacks")
     order = [int(callback.task_uuid[1:]) for callback in server.callbacks()]
     for vm in range(100):
