@@ -18,6 +18,9 @@ from tests.lab.domainxml import GuestSpec
 BLOCK_MIB = 128
 SUCCESS = {"online", "plugged", "configured", "unchanged"}
 
+# What the hosts of all examples are read from; gone when the tests end.
+FILES = tempfile.TemporaryDirectory(prefix="kvmagent-")
+
 
 @dataclass
 class Vm:
@@ -28,7 +31,7 @@ class Vm:
     tasks: int = field(default=0)
 
     def __post_init__(self) -> None:
-        self.node = make_node(Path(tempfile.gettempdir()) / "kvmagent-properties", self.domain, **self.host)
+        self.node = make_node(Path(FILES.name), self.domain, **self.host)
 
     def send(self, command: str, **fields: Any) -> dict[str, Any]:
         self.tasks += 1
