@@ -258,11 +258,6 @@ class CallbackRule(msgspec.Struct, frozen=True):
     network: ipaddress.IPv4Network | ipaddress.IPv6Network | None = None
     name: str | None = None
 
-    @property
-    def is_caller(self) -> bool:
-        """Whether it stands for the address that sent the command."""
-        return self.network is None and self.name is None
-
 
 def parse_callback_rule(text: str) -> CallbackRule:
     """Return an entry of allowed_callbacks: caller, an address, a network or a name, each with or without :PORT.

@@ -34,6 +34,8 @@ _NEEDED_AGENT_COMMANDS = frozenset(
     }
 )
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
+# What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
+STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY)
 
 
 def block_bytes(facts: Facts) -> int:

@@ -15,7 +15,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import format_ids
 
-from .checks import check_cpu, check_state, refuse_first
+from .checks import STATE_REFUSALS, check_cpu, check_state, refuse_first
 from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
 from .requests import HotPlugCpuRequest, Stage, VmReply
 
@@ -159,10 +159,7 @@ HOT_PLUG_CPU = Command(
     advance=advance,
     conclude=conclude,
     refusals=(
-        Code.VM_NOT_FOUND,
-        Code.VM_NOT_RUNNING,
-        Code.VM_TRANSIENT,
-        Code.LIBVIRT_BUSY,
+        *STATE_REFUSALS,
         Code.TARGET_BELOW_CURRENT,
         Code.NO_ACPI,
         Code.MACHINE_NOT_SUPPORTED,

@@ -11,6 +11,7 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import KIB, MIB, align_down, align_up, format_size
 
 from .checks import (
+    STATE_REFUSALS,
     block_bytes,
     check_balloon,
     check_dimm_room,
@@ -310,10 +311,7 @@ HOT_PLUG_MEMORY = Command(
     advance=advance,
     conclude=conclude,
     refusals=(
-        Code.VM_NOT_FOUND,
-        Code.VM_NOT_RUNNING,
-        Code.VM_TRANSIENT,
-        Code.LIBVIRT_BUSY,
+        *STATE_REFUSALS,
         Code.TARGET_BELOW_CURRENT,
         Code.MACHINE_NOT_SUPPORTED,
         Code.NO_ACPI,

@@ -8,7 +8,7 @@ from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
-from .checks import check_state, refuse_first
+from .checks import STATE_REFUSALS, check_state, refuse_first
 from .cpu import cpu_stages
 from .reply import find_failure, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
@@ -135,10 +135,7 @@ HOT_UNPLUG_CPU = Command(
     advance=advance,
     conclude=conclude,
     refusals=(
-        Code.VM_NOT_FOUND,
-        Code.VM_NOT_RUNNING,
-        Code.VM_TRANSIENT,
-        Code.LIBVIRT_BUSY,
+        *STATE_REFUSALS,
         Code.TARGET_ABOVE_CURRENT,
         Code.CPU_NOT_REMOVABLE,
         Code.CPU_REMOVAL_UNSAFE,

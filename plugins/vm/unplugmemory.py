@@ -11,7 +11,7 @@ from kvmagent.model.facts import Definition, Facts, MemoryDevice
 from kvmagent.model.steps import Target
 from kvmagent.model.units import align_down, align_up, format_size
 
-from .checks import block_bytes, check_balloon, check_state, refuse_first
+from .checks import STATE_REFUSALS, block_bytes, check_balloon, check_state, refuse_first
 from .exactfit import Sums
 from .guestmemory import (
     BALLOON_FLOOR_BYTES,
@@ -270,10 +270,7 @@ HOT_UNPLUG_MEMORY = Command(
     advance=advance,
     conclude=conclude,
     refusals=(
-        Code.VM_NOT_FOUND,
-        Code.VM_NOT_RUNNING,
-        Code.VM_TRANSIENT,
-        Code.LIBVIRT_BUSY,
+        *STATE_REFUSALS,
         Code.TARGET_ABOVE_CURRENT,
         Code.MEMORY_NOT_REMOVABLE,
         Code.GUEST_MEMORY_IN_USE,
