@@ -64,6 +64,8 @@ class _Process:
         self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self.log_output = LogOutput()
         self.manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
+        # A crash of a C library leaves the threads' stacks in the log.
+        faulthandler.enable(self.log_output.dump_fd)
         # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, _frame: self.signals.put(number))
@@ -126,7 +128,8 @@ def _read_settings(path: Path, overrides: list[str]) -> Settings:
         raise AgentError(
             Code.BAD_CONFIGURATION,
             f"{path}: {error}",
-            remedy="Write the file (kvmagent --sample prints one), or name another with --config.",
+            remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name another "
+            "with --config.",
         ) from error
     return parse_settings(text, overrides)
 
