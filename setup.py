@@ -56,6 +56,7 @@ setup(
             "share/kvmagent/conf",
             ["conf/kvmagent.conf", "conf/50-kvmagent.rules", "conf/kvmagent.sysusers"],
         ),
+        ("share/kvmagent/conf/logrotate.d", ["conf/logrotate.d/kvmagent"]),
         ("share/kvmagent/init.d", ["init.d/kvmagent", "init.d/kvmagent.service"]),
     ],
 )

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,14 @@ _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its 
 
 @dataclass(frozen=True)
 class _Write:
+    """A change on its way; `context` is the log context of who made it."""
+
     name: str
     change: Change
     keep: bool
     done: Future[Any]
     then: Callable[[Any], None] | None
+    context: Context
 
 
 class JournalFile:
@@ -163,7 +167,7 @@ class JournalFile:
         with self._lock:
             if self._closed:
                 raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: closed")
-            self._writes.put(_Write(name, change, keep, done, then))
+            self._writes.put(_Write(name, change, keep, done, then, copy_context()))
         return done
 
     def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[Row]:
@@ -236,7 +240,7 @@ class JournalFile:
         for write, result, failure in outcomes:
             if failure is None:
                 self._fault(f"journal.{write.name}:committed")
-                self._tell(write, result)
+                write.context.run(self._tell, write, result)
         for write, result, failure in outcomes:
             write.done.set_exception(failure) if failure else write.done.set_result(result)
         return None
@@ -254,7 +258,7 @@ class JournalFile:
             # Proves with nothing else to write that the file can be written again.
             self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         for write in batch:
-            outcomes.append((write, *_attempt(write, self._db)))
+            outcomes.append((write, *write.context.run(_attempt, write, self._db)))
             self._fault(f"journal.{write.name}:written")
         self._db.execute("COMMIT")
         return outcomes

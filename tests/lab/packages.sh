@@ -14,10 +14,12 @@ LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 xz-utils zstd"
 # To hold the unit file and SECURITY.md to what they promise: systemd-analyze and libseccomp, of which nothing is
 # started, and openssl.
 UNIT="systemd util-linux openssl"
+# To turn a log over as the hosts do.
+LOGS="logrotate"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
-COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv openssl"
+COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv openssl logrotate"
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'packages.sh: %s\n' "$*" >&2; exit 1; }
@@ -72,13 +74,13 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     command -v libvirtd >/dev/null || command -v virtqemud >/dev/null || [ -x /usr/sbin/libvirtd ] ||
         [ -x /usr/sbin/virtqemud ] || missing="$missing libvirtd"
     [ -z "$missing" ] || die "this is no Debian or Ubuntu; please install what is missing by hand:$missing
-(on Debian these are the packages: $BUILD $LAB $UNIT $TOOLS)"
+(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $TOOLS)"
     exit 0
 fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $UNIT $TOOLS $python; do
+for package in $BUILD $LAB $UNIT $LOGS $TOOLS $python; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
