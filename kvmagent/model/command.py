@@ -18,6 +18,7 @@ import msgspec
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
+from kvmagent.model.shapes import settle
 from kvmagent.model.steps import AnyStep
 
 Affect = Literal["both", "live", "config"]
@@ -124,6 +125,9 @@ class Command:
     refusals: tuple[Code, ...]
     retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
     tells_progress: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self.request, self.goal)
 
 
 @dataclass(frozen=True)
