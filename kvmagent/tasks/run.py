@@ -1,18 +1,18 @@
 """A task under way: what a reply is made from, and how it is read back from the journal after an interruption."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from kvmagent.logs import Log
 from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.journal import StepRecord, Task
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # Made here and once, for the reason that model.shapes gives.
 _FACTS = msgspec.json.Decoder(Facts)
@@ -67,7 +67,7 @@ def read_facts(recorded: bytes | None) -> Facts | None:
     try:
         return None if recorded is None else _FACTS.decode(recorded)
     except msgspec.ValidationError as error:
-        log.warning("what was so before the task cannot be read error=%r", str(error))
+        log.warning("what was so before the task cannot be read", error=str(error))
         return None
 
 
