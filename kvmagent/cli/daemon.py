@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     if options.sample:
         print(sample_conf(), end="")
         return 0
+    # A crash of a C library leaves the threads' stacks in the log.
+    faulthandler.enable()
     # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         faulthandler.register(number, all_threads=True)
@@ -92,7 +94,8 @@ def _read_settings(path: Path, overrides: list[str]) -> Settings:
         raise AgentError(
             Code.BAD_CONFIGURATION,
             f"{path}: {error}",
-            remedy="Write the file (kvmagent --sample prints one), or name another with --config.",
+            remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name another "
+            "with --config.",
         ) from error
     return parse_settings(text, overrides)
 
