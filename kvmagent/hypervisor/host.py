@@ -4,6 +4,7 @@ Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping
 Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v2.rst, memory.max.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def _read_node(path: Path) -> HostNode:
     return HostNode(id=int(path.name.removeprefix("node")), free_bytes=free_bytes, free_hugepages=free)
 
 
+@functools.cache  # of the processor: it stays, and the file is long on a large host
 def _read_phys_bits(path: Path) -> int | None:
     found = re.search(r"^address sizes\s*: (\d+) bits physical", _read(path), re.MULTILINE)
     return int(found.group(1)) if found else None

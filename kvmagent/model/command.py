@@ -106,10 +106,10 @@ def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
 class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
-    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the
-    keys of the soft steps that failed in this run and are not to be tried again, each also followed by its error code.
-    A failed soft step ends its round: what follows it in the plan may count on its success. `tells_progress`: the
-    management server that connected is told of each step as it begins.
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent"; with "memory" the host's memory
+    is looked at too. `spent` (of advance) holds the keys of the soft steps that failed in this run and are not to be
+    tried again, each also followed by its error code. A failed soft step ends its round: what follows it in the plan
+    may count on its success. `tells_progress`: the management server that connected is told of each step as it begins.
     """
 
     name: str
