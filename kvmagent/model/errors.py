@@ -65,6 +65,7 @@ class Code(StrEnum):
     VM_PAUSED = "VM_PAUSED"
     VM_TRANSIENT = "VM_TRANSIENT"
     VM_CRASHED = "VM_CRASHED"
+    NOT_AS_EXPECTED = "NOT_AS_EXPECTED"
     TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
     TARGET_ABOVE_CURRENT = "TARGET_ABOVE_CURRENT"
     NO_ACPI = "NO_ACPI"
@@ -307,6 +308,12 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
+    ),
+    Code.NOT_AS_EXPECTED: CodeInfo(
+        409,
+        "The VM has not what the caller said that it has now (expectedCpuNum, expectedMemorySize).",
+        "Read the VM again (the reply's numbers, or GET /vms/{vmUuid}), work out the target anew, and send it with a "
+        "fresh taskuuid.",
     ),
     Code.TARGET_BELOW_CURRENT: CodeInfo(
         400,

@@ -10,7 +10,8 @@ from tests.lab.processes import wait_for
 from tests.lab.server import Answer, ManagementServer
 
 TASK = "task-1"
-REQUEST = {"vmUuid": "vm1", "cpuNum": 3}
+# What is expected is so before the task, and no longer after its first step.
+REQUEST = {"vmUuid": "vm1", "cpuNum": 3, "expectedCpuNum": 1}
 # Two steps: the running VM, then its persistent definition.
 ON_THE_WAY = [
     *(f"journal.{name}:{when}" for name in ("start_task", "record_goal") for when in ("written", "committed")),
