@@ -12,6 +12,7 @@ from kvmagent.logs import format_fields
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.vmname import parse_uuid
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task
@@ -129,10 +130,5 @@ def _read(declared: Command | Query, body: bytes) -> tuple[msgspec.Struct, str]:
     if isinstance(declared, Query):
         return decode_request(body or b"{}", declared.request), f"host/{declared.name}"
     request = decode_request(body, declared.request)
-    return request, _lane(request.vm_uuid)
-
-
-def _lane(vm: str) -> str:
-    """Return the lane of a VM: one for all ways to write a UUID."""
-    bare = vm.replace("-", "").lower()
-    return bare if len(bare) == 32 and all(digit in "0123456789abcdef" for digit in bare) else vm
+    # One lane for all ways to write a UUID.
+    return request, parse_uuid(request.vm_uuid) or request.vm_uuid
