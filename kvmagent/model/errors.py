@@ -34,6 +34,8 @@ class Code(StrEnum):
     UNKNOWN_TASK = "UNKNOWN_TASK"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     TASK_CONFLICT = "TASK_CONFLICT"
+    TASK_NOT_CANCELLABLE = "TASK_NOT_CANCELLABLE"
+    CANCELLED = "CANCELLED"
     HEAD_TOO_LARGE = "HEAD_TOO_LARGE"
     URL_TOO_LONG = "URL_TOO_LONG"
     REQUEST_TOO_SLOW = "REQUEST_TOO_SLOW"
@@ -198,6 +200,16 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.METHOD_NOT_ALLOWED: CodeInfo(
         405, "The path does not take this HTTP method.", "Use the method in the Allow header."
+    ),
+    Code.TASK_NOT_CANCELLABLE: CodeInfo(
+        409,
+        "The task has begun to change its VM, or has ended: it cannot be taken back any more.",
+        "Wait for its callback, then send a command that brings the VM where it should be.",
+    ),
+    Code.CANCELLED: CodeInfo(
+        409,
+        "The task was taken back (POST /tasks/{taskUuid}/cancel) before it touched anything.",
+        "Send the command with a fresh taskuuid if it is wanted after all.",
     ),
     Code.TASK_CONFLICT: CodeInfo(
         409,
