@@ -45,6 +45,7 @@ from kvmagent.tasks.late import LateRemovals
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.reports import Reports
 from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
 
@@ -157,18 +158,24 @@ class Agent:
             max_queued_per_lane=settings.agent.max_queued_per_vm,
             max_queued_per_client=settings.agent.max_queued_per_client,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions)
+        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
+        withdrawal = Withdrawal(
+            self._journal, self._lanes, {one.name: one for one in declared}, on_finished=self._delivery.put
+        )
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal)
         reads = Reads(
             node,
             self._journal,
             self._lanes,
             self._delivery,
-            [*self._commands.values(), *self._queries.values()],
+            declared,
             describe_vm=self._describe_vm,
             find_stalls=self._find_stalls,
         )
-        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
         posts = {("POST", one.path): _handle(intake, one) for one in declared}
+        posts["POST", "/tasks/*/cancel"] = lambda call: Answer(
+            encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
+        )
         self._security = Security(settings.security)
         self._server = Server(settings.http, self._security, {**posts, **reads.routes()})
 
