@@ -52,6 +52,8 @@ def conclude(ending: Ending) -> ReadinessReply:
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
         **shared_fields(ending, outcome, []),
+        name=facts.domain.name,
+        state=facts.domain.state,
         ready=not blockers,
         ready_after_restart=not lasting,
         blockers=blockers,

@@ -6,6 +6,7 @@ import msgspec
 
 from kvmagent.model.command import Outcome, Problem, VmRequest
 from kvmagent.model.errors import Code
+from kvmagent.model.facts import VmState
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
@@ -186,8 +187,13 @@ class Clamp(msgspec.Struct, frozen=True):
 
 
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
-    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way."""
+    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
 
+    `name` is the domain's name, however the VM was asked for.
+    """
+
+    name: str | None = None
+    state: VmState | None = None
     ready: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []
