@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 from kvmagent import __version__
-from kvmagent.agent import Agent, load_plugins
+from kvmagent.agent import Agent
 from kvmagent.api.security import new_token
+from kvmagent.cli.configfile import read_settings
 from kvmagent.logs import start_logging
-from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
+from kvmagent.model.errors import AgentError
+from kvmagent.plugins import load_plugins
+from kvmagent.settings import DEFAULT_PATH, sample_conf
 from kvmagent.systemd import ServiceManager
 from kvmagent.tasks.faults import Fault, no_fault
 
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
             token, line = new_token(options.new_token)
             print(f"{line}\n{token}")
             return 0
-        settings = _read_settings(Path(options.config), options.set)
+        settings = read_settings(Path(options.config), options.set)
         start_logging(settings.log)
         agent = Agent(settings, load_plugins(settings.agent.plugins), fault=fault)
         agent.start()
@@ -83,18 +85,6 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
-
-
-def _read_settings(path: Path, overrides: list[str]) -> Settings:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AgentError(
-            Code.BAD_CONFIGURATION,
-            f"{path}: {error}",
-            remedy="Write the file (kvmagent --sample prints one), or name another with --config.",
-        ) from error
-    return parse_settings(text, overrides)
 
 
 if __name__ == "__main__":

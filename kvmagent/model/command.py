@@ -108,7 +108,8 @@ class Command:
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the
     keys of the soft steps that failed in this run and are not to be tried again, each also followed by its error code.
     A failed soft step ends its round: what follows it in the plan may count on its success. `tells_progress`: the
-    management server that connected is told of each step as it begins.
+    management server that connected is told of each step as it begins. `subcommand` is what kvmagentctl calls
+    it; empty: kvmagentctl does not offer it.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Command:
     refusals: tuple[Code, ...]
     retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
     tells_progress: bool = False
+    subcommand: str = ""
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,7 @@ def _headroom(facts: Facts) -> Headroom | None:
 
 READY_FOR_HOTPLUG = Command(
     name="ReadyForHotplug",
+    subcommand="ready",
     path="/vm/hotplug/ready",
     summary="Tell whether a VM can be hot-plugged, and everything that stands in the way",
     request=ReadyForHotplugRequest,

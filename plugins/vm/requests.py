@@ -33,9 +33,9 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
             "attaches dimms; virtio-mem attaches a device where there is none with room"
         ),
     ] = "auto"
-    node: Annotated[int, msgspec.Meta(ge=0, le=1023)] | None = None
-    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    strict: bool = False
+    node: Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that is to have it")] | None = None
+    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Size of each dimm, bytes")] | None = None
+    strict: Annotated[bool, msgspec.Meta(description="Refuse an amount that had to be rounded")] = False
 
 
 class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -65,9 +65,11 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     cpu_num: CpuNum | None = None
     memory_size: MemorySize | None = None
     prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
-    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192)] | None = None
-    max_memory_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    slots: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192, description="vCPUs to prepare for")] | None = None
+    max_memory_size: (
+        Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
+    ) = None
+    slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
 
 
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):
