@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     if options.sample:
         print(sample_conf(), end="")
         return 0
+    # A crash of a C library leaves the threads' stacks in the log.
+    faulthandler.enable()
     # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         faulthandler.register(number, all_threads=True)
