@@ -19,7 +19,7 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
         raise AgentError(
             Code.BAD_CONFIGURATION,
             f"{path}: {error}",
-            remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name another "
-            "with --config.",
+            remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name "
+            "another with --config.",
         ) from error
     return parse_settings(text, overrides)
