@@ -1,6 +1,6 @@
 """The audit trail: one line for each command that was accepted, refused or finished, whatever log level is set.
 
-    audit event=accepted caller=token:zstack client=10.0.0.5 what=HotPlugCpu vm=db-7 task=9f1c outcome=accepted command=HotPlugCpu
+    audit event=accepted caller=token:zstack client=10.0.0.5 what=HotPlugCpu vm=db-7 task=9f1c outcome=accepted ...
 
 `caller` is who they proved to be, `client` the address that they came from; what is not known is left out,
 and a value that could be mistaken for two fields is quoted as JSON is.

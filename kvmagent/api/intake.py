@@ -110,7 +110,7 @@ class Intake:
             raise
         outcome = Code.CANCELLED
         audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
-        log.info("task taken back %s", format_fields(task=task_uuid, vm=task.lane, command=task.command))
+        log.info("task taken back", task=task_uuid, vm=task.lane, command=task.command)
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(

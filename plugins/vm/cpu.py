@@ -150,6 +150,7 @@ def find_shortfall(goal: CpuGoal, facts: Facts) -> AgentError | None:
 
 HOT_PLUG_CPU = Command(
     name="HotPlugCpu",
+    subcommand="plug-cpu",
     path="/vm/hotplug/cpu",
     summary="Bring a VM up to a total of vCPUs, online in the guest",
     request=HotPlugCpuRequest,

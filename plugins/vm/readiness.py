@@ -53,6 +53,8 @@ def conclude(ending: Ending) -> ReadinessReply:
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
         **shared_fields(ending, outcome, []),
+        name=facts.domain.name,
+        state=facts.domain.state,
         ready=not blockers,
         ready_after_restart=not lasting,
         blockers=blockers,
@@ -148,6 +150,7 @@ def _headroom(facts: Facts) -> Headroom | None:
 
 READY_FOR_HOTPLUG = Command(
     name="ReadyForHotplug",
+    subcommand="ready",
     path="/vm/hotplug/ready",
     summary="Tell whether a VM can be hot-plugged, and everything that stands in the way",
     request=ReadyForHotplugRequest,

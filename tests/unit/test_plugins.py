@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmagent.agent import load_plugins
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.plugins import load_plugins
 
 
 def test_loads_what_is_listed_in_order() -> None:
