@@ -6,6 +6,7 @@ import msgspec
 
 from kvmagent.model.command import Outcome, Problem, VmRequest
 from kvmagent.model.errors import Code
+from kvmagent.model.facts import VmState
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
@@ -185,9 +186,22 @@ class Clamp(msgspec.Struct, frozen=True):
     why: str
 
 
-class ReadinessReply(VmReply, kw_only=True, rename="camel"):
-    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way."""
+class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
+    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell."""
 
+    cpu_num: int | None = None
+    memory_size: int | None = None
+
+
+class ReadinessReply(VmReply, kw_only=True, rename="camel"):
+    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
+
+    `vmName` is the domain's name, however the request named it. `warnings` say what is plugged and offline.
+    """
+
+    vm_name: str | None = None
+    vm_state: VmState | None = None
+    plugged_offline: PluggedOffline | None = None
     ready: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []
