@@ -4,7 +4,6 @@ With `prepare` the persistent definition is edited so that the next start is rea
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
@@ -49,13 +48,14 @@ def conclude(ending: Ending) -> ReadinessReply:
     """Return the answer: ready when nothing stands in the way, all blockers when something does."""
     facts, goal = ending.after, ending.goal
     if facts is None or ending.error is not None:
-        return ReadinessReply(**shared_fields(ending, settle(ending) or "refused", []), **_identity(facts))
+        return ReadinessReply(**shared_fields(ending, settle(ending) or "refused", []))
     outcome: Outcome = settle(ending) or "configured"
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
         **shared_fields(ending, outcome, _offline_warnings(facts)),
-        **_identity(facts),
+        name=facts.domain.name,
+        state=facts.domain.state,
         plugged_offline=_find_offline(facts),
         ready=not blockers,
         ready_after_restart=not lasting,
@@ -66,10 +66,6 @@ def conclude(ending: Ending) -> ReadinessReply:
         diff=_find_diff(ending),
         restart_required=_needs_restart(facts) if ending.request.prepare else None,
     )
-
-
-def _identity(facts: Facts | None) -> dict[str, Any]:
-    return {} if facts is None else {"vm_name": facts.domain.name, "vm_state": facts.domain.state}
 
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:

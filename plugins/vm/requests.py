@@ -196,11 +196,11 @@ class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
 
-    `vmName` is the domain's name, however the request named it. `warnings` say what is plugged and offline.
+    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline.
     """
 
-    vm_name: str | None = None
-    vm_state: VmState | None = None
+    name: str | None = None
+    state: VmState | None = None
     plugged_offline: PluggedOffline | None = None
     ready: bool = False
     ready_after_restart: bool = False
