@@ -210,14 +210,22 @@ class Clamp(msgspec.Struct, frozen=True):
     why: str
 
 
+class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
+    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell."""
+
+    cpu_num: int | None = None
+    memory_size: int | None = None
+
+
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
 
-    `name` is the domain's name, however the VM was asked for.
+    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline.
     """
 
     name: str | None = None
     state: VmState | None = None
+    plugged_offline: PluggedOffline | None = None
     ready: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []
