@@ -6,7 +6,6 @@ stop    new tasks refused, running ones finished, due callbacks sent, HTTP, jour
 """
 
 import fcntl
-import importlib.metadata
 import os
 import queue
 import signal
@@ -45,42 +44,16 @@ from kvmagent.tasks.late import LateRemovals
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.reports import Reports
 from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
 
-_PLUGIN_GROUP = "kvmagent.plugins"
 # How long a stopping agent still sends the callbacks that are due.
 _LAST_CALLBACKS_S = 5.0
 # How long closing HTTP, journal and libvirt may take beside that.
 _CLOSE_S = 30.0
 _TICK_S = 1.0
 _STALLED_S = 30.0
-
-
-def load_plugins(names: tuple[str, ...]) -> list[Plugin]:
-    """Return the plugins of these entry points, in order.
-
-    Raises:
-        AgentError: BAD_CONFIGURATION, with the plugin's name and why it cannot be had.
-    """
-    found = {point.name: point for point in importlib.metadata.entry_points(group=_PLUGIN_GROUP)}
-    plugins = []
-    for name in names:
-        if name not in found:
-            have = ", ".join(sorted(found)) or "none"
-            raise AgentError(
-                Code.BAD_CONFIGURATION, f"agent.plugins: no plugin {name!r} is installed; installed: {have}"
-            )
-        try:
-            plugin = found[name].load()
-        except Exception as error:
-            raise AgentError(Code.BAD_CONFIGURATION, f"agent.plugins: {name!r} cannot be loaded: {error}") from error
-        if not isinstance(plugin, Plugin):
-            raise AgentError(
-                Code.BAD_CONFIGURATION, f"agent.plugins: {name!r} is a {type(plugin).__name__}, not a Plugin"
-            )
-        plugins.append(plugin)
-    return plugins
 
 
 class Process(Protocol):
@@ -157,18 +130,24 @@ class Agent:
             max_queued_per_lane=settings.agent.max_queued_per_vm,
             max_queued_per_client=settings.agent.max_queued_per_client,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions)
+        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
+        withdrawal = Withdrawal(
+            self._journal, self._lanes, {one.name: one for one in declared}, on_finished=self._delivery.put
+        )
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal)
         reads = Reads(
             node,
             self._journal,
             self._lanes,
             self._delivery,
-            [*self._commands.values(), *self._queries.values()],
+            declared,
             describe_vm=self._describe_vm,
             find_stalls=self._find_stalls,
         )
-        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
         posts = {("POST", one.path): _handle(intake, one) for one in declared}
+        posts["POST", "/tasks/*/cancel"] = lambda call: Answer(
+            encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
+        )
         self._security = Security(settings.security)
         self._server = Server(settings.http, self._security, {**posts, **reads.routes()})
 

@@ -16,6 +16,7 @@ FLOORS = {
     "kvmagent.model": 10,
     "kvmagent.settings": 11,
     "kvmagent.logs": 12,
+    "kvmagent.plugins": 12,
     "kvmagent.private": 13,
     "kvmagent.audit": 13,
     "kvmagent.systemd": 13,
@@ -40,6 +41,7 @@ OWNERS = {
     "cherrypy": "kvmagent.api.server",
     "cheroot": "kvmagent.api.listener",
     "simplejson": "kvmagent.api.wire",
+    "click": "kvmagent.cli.ctl",
 }
 
 # What nothing pure may touch: time, chance, environment, files, sockets, threads, logs, processes.

@@ -1,4 +1,4 @@
-"""Takes a command in: checks it, stores it, and only then says that it is accepted."""
+"""Takes a command in: checks it, stores it, and only then says that it is accepted; and takes it back, if in time."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -11,17 +11,19 @@ from kvmagent.logs import Log, log_context
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.vmname import parse_uuid
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.questions import Questions
+from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
 
 
 class Accepted(msgspec.Struct, rename="camel"):
-    """The immediate answer: the task is on disk."""
+    """The immediate answer: the task is on disk, in this state."""
 
     task_uuid: str
     state: str
@@ -31,8 +33,15 @@ class Intake:
     """Thread-safe."""
 
     def __init__(
-        self, journal: Journal, lanes: Lanes, delivery: Delivery, callbacks: Callbacks, questions: Questions
+        self,
+        journal: Journal,
+        lanes: Lanes,
+        delivery: Delivery,
+        callbacks: Callbacks,
+        questions: Questions,
+        withdrawal: Withdrawal,
     ) -> None:
+        self._withdrawal = withdrawal
         self._questions = questions
         self._journal = journal
         self._lanes = lanes
@@ -87,6 +96,23 @@ class Intake:
                 self._delivery.put(self._journal.owe_again(task_uuid))
             return Accepted(task_uuid=task_uuid, state=task.state)
 
+    def cancel(self, task_uuid: str, *, client: str, caller: str) -> Accepted:
+        """Take a task back that has not touched anything yet; again changes nothing.
+
+        Raises:
+            AgentError: UNKNOWN_TASK; TASK_NOT_CANCELLABLE, with what the task is doing.
+        """
+        what = f"cancel {task_uuid}"
+        try:
+            task = self._withdrawal.withdraw(task_uuid)
+        except AgentError as error:
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
+            raise
+        outcome = Code.CANCELLED
+        audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
+        log.info("task taken back", task=task_uuid, vm=task.lane, command=task.command)
+        return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
+
     def answer(
         self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
     ) -> msgspec.Struct:
@@ -133,10 +159,5 @@ def _read(declared: Command | Query, body: bytes) -> tuple[msgspec.Struct, str]:
     if isinstance(declared, Query):
         return decode_request(body or b"{}", declared.request), f"host/{declared.name}"
     request = decode_request(body, declared.request)
-    return request, _lane(request.vm_uuid)
-
-
-def _lane(vm: str) -> str:
-    """Return the lane of a VM: one for all ways to write a UUID."""
-    bare = vm.replace("-", "").lower()
-    return bare if len(bare) == 32 and all(digit in "0123456789abcdef" for digit in bare) else vm
+    # One lane for all ways to write a UUID.
+    return request, parse_uuid(request.vm_uuid) or request.vm_uuid

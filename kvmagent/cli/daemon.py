@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 from kvmagent import __version__
-from kvmagent.agent import Agent, load_plugins
+from kvmagent.agent import Agent
 from kvmagent.api.security import new_token
+from kvmagent.cli.configfile import read_settings
 from kvmagent.logs import Log, LogOutput, error_fields
-from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
+from kvmagent.model.errors import AgentError
+from kvmagent.plugins import load_plugins
+from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 from kvmagent.systemd import ServiceManager
 from kvmagent.tasks.faults import Fault, no_fault
 
@@ -78,7 +80,7 @@ class _Process:
         Raises:
             AgentError: BAD_CONFIGURATION.
         """
-        return _read_settings(self._path, self._overrides)
+        return read_settings(self._path, self._overrides)
 
     def read_log_settings(self) -> None:
         self.log_output.open(self.read_settings().log)
@@ -119,19 +121,6 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
-
-
-def _read_settings(path: Path, overrides: list[str]) -> Settings:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AgentError(
-            Code.BAD_CONFIGURATION,
-            f"{path}: {error}",
-            remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name "
-            "another with --config.",
-        ) from error
-    return parse_settings(text, overrides)
 
 
 if __name__ == "__main__":

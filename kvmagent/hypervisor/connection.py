@@ -109,24 +109,29 @@ class Connection:
             return self._changed.wait_for(lambda: not self._lost and self._find_trouble() is None, timeout_s)
 
     def _take(self) -> libvirt.virConnect:
-        deadline = time.monotonic() + _OPEN_WAIT_S
         dead: list[libvirt.virConnect] = []
         with self._changed:
-            self._wanted += 1
-            self._changed.notify_all()
-            if self._opener.ident is None:
-                self._opener.start()
-            try:
-                while (connection := self._find_alive(dead)) is None:
-                    if self._stopping:
-                        raise AgentError(Code.STOPPING, "the libvirt connection is closed")
-                    if trouble := self._find_trouble():
-                        raise AgentError(Code.LIBVIRT_UNAVAILABLE, trouble)
-                    self._changed.wait(max(0.0, deadline - time.monotonic()))
-            finally:
-                self._wanted -= 1
+            connection = self._find_alive(dead) or self._await_one(dead)
         for old in dead:
             self._close(old)
+        return connection
+
+    def _await_one(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect:
+        """Have the opener open a connection, unless one is given back before."""
+        deadline = time.monotonic() + _OPEN_WAIT_S
+        self._wanted += 1
+        self._changed.notify_all()
+        if self._opener.ident is None:
+            self._opener.start()
+        try:
+            while (connection := self._find_alive(dead)) is None:
+                if self._stopping:
+                    raise AgentError(Code.STOPPING, "the libvirt connection is closed")
+                if trouble := self._find_trouble():
+                    raise AgentError(Code.LIBVIRT_UNAVAILABLE, trouble)
+                self._changed.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            self._wanted -= 1
         return connection
 
     def _find_alive(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect | None:
@@ -151,7 +156,8 @@ class Connection:
                 return
             if not self._stopping and len(self._idle) < _MOST_IDLE and connection.isAlive():
                 self._idle.append(connection)
-                self._changed.notify_all()
+                if self._wanted:
+                    self._changed.notify_all()
                 return
         self._close(connection)
 

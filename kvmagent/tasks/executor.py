@@ -125,6 +125,9 @@ class Executor:
                 log.warning("task waits for libvirt at stop and stays in the journal")
                 return
             except AgentError as failure:
+                if failure.code is Code.CANCELLED:
+                    log.info("task was taken back, nothing was touched")
+                    return
                 # The journal was closed under it: the next start finds the task unfinished and carries it out.
                 log.error("task stays in the journal", **error_fields(failure))
                 return
@@ -188,7 +191,7 @@ class Executor:
         """Return the reply as JSON, its outcome, and the error that it tells.
 
         Raises:
-            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed.
+            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back.
             _Stopped: the task is left to the next start.
         """
         try:
@@ -199,7 +202,7 @@ class Executor:
         try:
             self._pursue_through_outages(task, run)
         except AgentError as error:
-            if error.code is Code.JOURNAL_UNAVAILABLE:
+            if error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED):
                 raise
             run.error = error
         except _Stopped:

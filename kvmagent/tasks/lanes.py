@@ -92,6 +92,19 @@ class Lanes:
                 else:
                     self._add_worker()
 
+    def withdraw(self, task: Task) -> None:
+        """Take a task out of its lane, where it still waits there."""
+        with self._changed:
+            lane = self._waiting.get(task.lane, deque())
+            waiting = next((one for one in lane if one.task_uuid == task.task_uuid), None)
+            if waiting is None:
+                return
+            lane.remove(waiting)
+            self._leave_place(waiting)
+            if not lane and task.lane not in self._running:
+                self._ready.remove(task.lane)
+                del self._waiting[task.lane]
+
     def relieve(self) -> None:
         """Give ready lanes threads in place of those that long tasks occupy. To be called every second or so."""
         with self._changed:

@@ -58,6 +58,9 @@ class Questions:
                 outcome = "refused" if failure else "answered"
                 owed = self._journal.finish(task.task_uuid, msgspec.json.encode(reply), outcome)
             except AgentError as error:
+                if error.code is Code.CANCELLED:
+                    log.info("task was taken back")
+                    return
                 # The journal was closed under it: the next start finds the task unfinished and answers it.
                 log.error("task stays in the journal", **error_fields(error))
                 return
