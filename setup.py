@@ -28,6 +28,7 @@ setup(
         "libvirt-python>=8.0",
         "lxml>=4.9",
         "msgspec>=0.18",
+        "prometheus_client>=0.19",
         "simplejson>=3.17",
         "urllib3>=2.0",
     ],

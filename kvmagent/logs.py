@@ -95,7 +95,8 @@ def error_fields(error: AgentError) -> dict[str, object]:
 @contextlib.contextmanager
 def log_context(**fields: str) -> Iterator[None]:
     """Put fields (task=, vm=, command=, caller=) on every line that this thread logs inside the block."""
-    token = _context.set({**_context.get(), **fields})
+    outer = {name: value for name, value in _context.get().items() if name not in fields}
+    token = _context.set({**outer, **fields})
     try:
         yield
     finally:

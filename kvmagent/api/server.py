@@ -18,6 +18,7 @@ from kvmagent.api.security import Security
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.meters import Meters
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.settings import HttpSection
 
@@ -54,15 +55,23 @@ Handler = Callable[[Call], Answer]
 class Server:
     """Serves `routes`: (method, path) to handler; a segment of a path that is `*` matches any text."""
 
-    def __init__(self, http: HttpSection, security: Security, routes: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(
+        self,
+        http: HttpSection,
+        security: Security,
+        routes: Mapping[tuple[str, str], Handler],
+        *,
+        meters: Meters | None = None,
+    ) -> None:
+        meters = meters or Meters()
         self._http = http
         self._security = security
-        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(security, routes)}})
+        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(security, routes, meters)}})
         # CherryPy's own line for each request repeats what the task's lines say.
         application.log.access = lambda: None
         application.log.screen = False
         cherrypy.log.screen = False
-        self._server = Listener(http, security, application)
+        self._server = Listener(http, security, application, meters)
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
     def bind(self) -> None:
@@ -93,8 +102,9 @@ class Server:
 class _Dispatcher:
     """CherryPy's dispatcher: sets the handler of each request. Everything that it refuses is JSON."""
 
-    def __init__(self, security: Security, routes: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(self, security: Security, routes: Mapping[tuple[str, str], Handler], meters: Meters) -> None:
         self._security = security
+        self._meters = meters
         self._routes: dict[tuple[str, ...], dict[str, Handler]] = {}
         for (method, path), handler in routes.items():
             self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = handler
@@ -112,6 +122,7 @@ class _Dispatcher:
         try:
             answer = self._answer(request)
         except AgentError as error:
+            self._meters.refused(error.code)
             log.debug("request refused", **asked, **error_fields(error))
             answer = _refusal(error)
         except Exception as error:

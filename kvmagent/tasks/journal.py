@@ -11,11 +11,13 @@ is full: what was accepted may have to wait, and is never lost.
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
+from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault, no_fault
@@ -118,8 +120,9 @@ class Journal:
         on_accepted: Callable[[Task], None],
         clock: Callable[[], float] = time.time,
         fault: Fault = no_fault,
+        meters: Meters | None = None,
     ) -> None:
-        self._file = JournalFile(path, fault=fault)
+        self._file = JournalFile(path, fault=fault, meters=meters or Meters())
         self._on_accepted = on_accepted
         self._clock = clock
         self._pruned_at = 0.0
@@ -189,13 +192,13 @@ class Journal:
             _move(db, task_uuid, "running", goal=goal, before=before)
             _start_step(db, task_uuid, n, first_step, self._clock())
 
-        self._file.write("record_goal", change).result()
+        _wait(self._file.write("record_goal", change))
 
     def start_step(self, task_uuid: str, n: int, step: bytes, *, wait: bool) -> None:
         """Store that a step begins; waits for the disk only where told to."""
         writing = self._file.write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
         if wait:
-            writing.result()
+            _wait(writing)
 
     def finish_step(self, task_uuid: str, n: int, elapsed_ms: float, problem: Problem | None) -> None:
         """Store that a step ended; does not wait for the disk."""
@@ -214,7 +217,7 @@ class Journal:
             now = self._clock()
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
 
-        owed: Owed = self._file.write("finish", change).result()
+        owed: Owed = _wait(self._file.write("finish", change))
         return owed
 
     def cancel(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
@@ -263,7 +266,7 @@ class Journal:
             db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
             return None
 
-        callback: Owed | None = self._file.write("finish_late", change).result()
+        callback: Owed | None = _wait(self._file.write("finish_late", change))
         return callback
 
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
@@ -366,6 +369,11 @@ class Journal:
             (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, task.caller, now),
         )
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
+
+
+def _wait(writing: Future[Any]) -> Any:
+    with phase("journal"):
+        return writing.result()
 
 
 def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmagent.logs import Log, error_fields
+from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault
 
@@ -104,8 +105,9 @@ class _Write:
 class JournalFile:
     """Thread-safe."""
 
-    def __init__(self, path: Path, *, fault: Fault) -> None:
+    def __init__(self, path: Path, *, fault: Fault, meters: Meters) -> None:
         self._path = path
+        self._meters = meters
         self._fault = fault
         self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -198,10 +200,11 @@ class JournalFile:
         while not stopping:
             gathered, stopping = self._gather(None if self.failure is None else pause_s)
             pending += gathered
-            self._busy_since = time.monotonic()
+            self._busy_since = started = time.monotonic()
             error = self._commit(pending)
             self._busy_since = None
             if error is None:
+                self._meters.committed(time.monotonic() - started, len(pending))
                 pending, pause_s = [], _FIRST_PAUSE_S
                 continue
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
