@@ -81,6 +81,7 @@ class Code(StrEnum):
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
     CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
+    REMOVAL_LOST = "REMOVAL_LOST"
     # memory
     NO_MAX_MEMORY = "NO_MAX_MEMORY"
     MEMORY_ABOVE_MAXIMUM = "MEMORY_ABOVE_MAXIMUM"
@@ -381,6 +382,11 @@ CODES: dict[Code, CodeInfo] = {
         200,
         "The guest has neither given up the vCPUs nor can it be told to have refused.",
         "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
+    ),
+    Code.REMOVAL_LOST: CodeInfo(
+        200,
+        "The VM was powered off before its guest had given up what was to be removed: the request ended with that run.",
+        "Send the command again to the VM as it runs now.",
     ),
     Code.NO_MAX_MEMORY: CodeInfo(400, "The VM has no <maxMemory>, so no memory device can be attached.", _USE_PREPARE),
     Code.MEMORY_ABOVE_MAXIMUM: CodeInfo(

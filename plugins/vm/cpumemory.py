@@ -152,6 +152,7 @@ def _undo_memory(goal: MemoryGoal, facts: Facts) -> ShrinkGoal:
         total_bytes=goal.total_bytes,
         guest_online=True,
         timeout_sec=goal.timeout_sec,
+        run=facts.run,
     )
 
 

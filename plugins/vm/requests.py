@@ -135,7 +135,8 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     """What every command on a VM answers.
 
     `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
-    before.
+    before. `sameRun`: at the end the VM still is in the run that it was in at the beginning, neither powered off nor
+    migrated; no command ever does either. Null where that is not known, and for a VM that is off.
     """
 
     success: bool
@@ -153,6 +154,7 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     stages: list[Stage] = []
     steps: list[dict[str, Any]] = []
     drift: list[Drift] = []
+    same_run: bool | None = None
     recovered: bool | msgspec.UnsetType = msgspec.UNSET
     late: bool | msgspec.UnsetType = msgspec.UNSET
 

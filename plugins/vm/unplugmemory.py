@@ -68,6 +68,7 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
         total_bytes=total if balloon is None else balloon,
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
+        run=facts.run,
     )
     if request.affect != "config":
         check_guest_can_spare(facts, _taken_bytes(goal, facts))

@@ -142,6 +142,7 @@ class FakeDomain:
         self.live = _normalise(etree.fromstring(xml)) if running else None
         self.guest = guest or FakeGuest()
         self.paused = False
+        self.number = 1
         self.calls: list[str] = []
         self.fail_next: dict[str, Exception] = {}
         self.tell: Callable[[int, str], None] = lambda event_id, alias: None
@@ -175,6 +176,7 @@ class FakeDomain:
             for graphics in root.iterfind("./devices/graphics"):
                 graphics.attrib.pop("passwd", None)
         if not inactive:
+            root.set("id", str(self.number))
             for target in root.iterfind("./devices/channel/target"):
                 target.set("state", "disconnected" if self.guest.agent == "stopped" else "connected")
         return etree.tostring(root, encoding="unicode")
@@ -184,6 +186,15 @@ class FakeDomain:
 
     def jobStats(self, flags: int) -> dict[str, int]:
         return {"type": libvirt.VIR_DOMAIN_JOB_NONE}
+
+    def power_cycle(self, *, start: bool = True) -> None:
+        """Off, and on again from the persistent definition; each dimm has another place then."""
+        self.live = copy.deepcopy(self.config) if start else None
+        self.number += 1
+        base = FIRST_DIMM_BASE + 1024 * MIB
+        for device in self.live.iterfind("./devices/memory[@model='dimm']") if start else ():
+            device.find("address").set("base", hex(base))
+            base += _size(device.find("./target/size"))
 
     # changes
 

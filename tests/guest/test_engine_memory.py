@@ -59,7 +59,7 @@ def test_balloon_then_dimm_then_virtio_mem_and_all_the_way_back(boot: Boot, send
     assert guest.mem_total_kib() >= start_kib
 
 
-def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: Send) -> None:
+def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: Send, server: ManagementServer) -> None:
     guest = boot(GuestSpec(name="eng2"))
     assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "online"
     # Kernel memory that cannot move, in all of what is online.
@@ -78,6 +78,18 @@ def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: 
     assert (reply["outcome"], reply["errorCode"]) == ("refused", "MEMORY_REMOVAL_REFUSED"), reply
     assert "model='dimm'" in guest.persistent_xml()
     assert guest.mem_total_kib() == total_kib
+
+    # A guest that does not run answers nothing; it refuses once it does, and that is told as well.
+    with guest.domain() as domain:
+        domain.suspend()
+    reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB, timeoutSec=1, lateCallback=True, task="late-no")
+    assert (reply["outcome"], reply["errorCode"]) == ("pending", "MEMORY_REMOVAL_PENDING"), reply
+    with guest.domain() as domain:
+        domain.resume()
+    reply = server.wait("late-no", 60, attempt=2)
+    assert (reply["success"], reply["outcome"], reply["late"]) == (False, "refused", True), reply
+    assert (reply["errorCode"], reply["sameRun"]) == ("MEMORY_REMOVAL_REFUSED", True)
+    assert "model='dimm'" in guest.persistent_xml()
 
 
 def test_a_removal_that_the_guest_does_late_is_told_by_a_second_callback(
