@@ -1,6 +1,5 @@
 """Takes a command in: checks it, stores it, and only then says that it is accepted; and takes it back, if in time."""
 
-import logging
 from collections.abc import Mapping
 from typing import Literal
 
@@ -8,7 +7,7 @@ import msgspec
 
 from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
 from kvmagent.audit import audit
-from kvmagent.logs import format_fields
+from kvmagent.logs import Log, log_context
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
@@ -20,7 +19,7 @@ from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.withdrawal import Withdrawal
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Accepted(msgspec.Struct, rename="camel"):
@@ -61,17 +60,17 @@ class Intake:
         """
         task_uuid, lane = headers.get("taskuuid", "")[:64], ""
 
-        def tell(event: Literal["accepted", "refused"], outcome: str) -> None:
-            audit(event, caller=caller, client=client, what=command.name, vm=lane, task=task_uuid, outcome=outcome)
+        def tell(event: Literal["accepted", "refused"], outcome: str, error: str = "") -> None:
+            who = {"caller": caller, "client": client}
+            audit(event, **who, what=command.name, vm=lane, task=task_uuid, outcome=outcome, error=error)
 
-        try:
-            task_uuid = parse_task_uuid(headers.get("taskuuid"))
-            callback_url = parse_callback_url(headers.get("callbackurl"))
-            _check_content_type(headers.get("content-type", "application/json"))
-            request, lane = _read(command, body)
-            self._callbacks.check(callback_url, client)
-            task, is_new = self._store(
-                Task(
+        with log_context(task=task_uuid, command=command.name):
+            try:
+                task_uuid = parse_task_uuid(headers.get("taskuuid"))
+                callback_url = parse_callback_url(headers.get("callbackurl"))
+                _check_content_type(headers.get("content-type", "application/json"))
+                request, lane = _read(command, body)
+                task = Task(
                     task_uuid=task_uuid,
                     command=command.name,
                     lane=lane,
@@ -80,19 +79,22 @@ class Intake:
                     client=client,
                     caller=caller,
                 )
-            )
-        except AgentError as error:
-            tell("refused", error.code)
-            raise
-        if is_new:
-            tell("accepted", "accepted")
-            log.info("task accepted %s", format_fields(task=task_uuid, vm=lane, command=command.name, client=client))
-            return Accepted(task_uuid=task_uuid, state="accepted")
-        tell("accepted", f"known:{task.state}")
-        log.info("task sent again %s", format_fields(task=task_uuid, vm=lane, command=command.name, state=task.state))
-        if task.state not in UNFINISHED:
-            self._delivery.put(self._journal.owe_again(task_uuid))
-        return Accepted(task_uuid=task_uuid, state=task.state)
+                with log_context(**task.log_fields):
+                    self._callbacks.check(callback_url, client)
+                    task, is_new = self._store(task)
+            except AgentError as error:
+                tell("refused", error.code, error.message)
+                raise
+        with log_context(**task.log_fields):
+            if is_new:
+                tell("accepted", "accepted")
+                log.info("task accepted", client=client)
+                return Accepted(task_uuid=task_uuid, state="accepted")
+            tell("accepted", f"known:{task.state}")
+            log.info("task sent again", client=client, state=task.state)
+            if task.state not in UNFINISHED:
+                self._delivery.put(self._journal.owe_again(task_uuid))
+            return Accepted(task_uuid=task_uuid, state=task.state)
 
     def cancel(self, task_uuid: str, *, client: str, caller: str) -> Accepted:
         """Take a task back that has not touched anything yet; again changes nothing.
@@ -104,11 +106,12 @@ class Intake:
         try:
             task = self._withdrawal.withdraw(task_uuid)
         except AgentError as error:
-            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
         outcome = Code.CANCELLED
         audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
-        log.info("task taken back %s", format_fields(task=task_uuid, vm=task.lane, command=task.command))
+        with log_context(**task.log_fields):
+            log.info("task taken back")
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(
@@ -119,22 +122,24 @@ class Intake:
         Raises:
             AgentError: everything that refuses a request at once.
         """
-        try:
-            if "taskuuid" in headers:
-                raise AgentError(
-                    Code.BAD_TASK_UUID,
-                    f"{query.path} answers at once and takes no taskuuid header",
-                    remedy="Leave the taskuuid header out; the answer is in the body.",
-                )
-            _check_content_type(headers.get("content-type", "application/json"))
-            request, _ = _read(query, body)
-        except AgentError as error:
-            audit("refused", caller=caller, client=client, what=query.name, outcome=error.code)
-            raise
-        reply, failure = self._questions.answer(query, request, client)
-        outcome = failure.code if failure else "answered"
-        audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
-        return reply
+        with log_context(command=query.name):
+            try:
+                if "taskuuid" in headers:
+                    raise AgentError(
+                        Code.BAD_TASK_UUID,
+                        f"{query.path} answers at once and takes no taskuuid header",
+                        remedy="Leave the taskuuid header out; the answer is in the body.",
+                    )
+                _check_content_type(headers.get("content-type", "application/json"))
+                request, _ = _read(query, body)
+            except AgentError as error:
+                who = {"caller": caller, "client": client}
+                audit("refused", **who, what=query.name, outcome=error.code, error=error.message)
+                raise
+            reply, failure = self._questions.answer(query, request, client)
+            outcome = failure.code if failure else "answered"
+            audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
+            return reply
 
     def _store(self, task: Task) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none."""

@@ -158,13 +158,25 @@ class Reads:
         return Answer(encode(body), status=503 if down else 200)
 
 
+class _Told(msgspec.Struct, rename="camel"):
+    """What went wrong, as far as a reply tells it; a plugin of another's may have it in any shape."""
+
+    error: Any = None
+    error_code: Any = None
+    remedy: Any = None
+
+
 def _summary(task: Task) -> dict[str, Any]:
+    told = msgspec.json.decode(task.reply, type=_Told) if task.reply else _Told()
     return {
         "taskUuid": task.task_uuid,
         "command": task.command,
         "vm": task.lane,
         "state": task.state,
         "outcome": task.outcome,
+        "error": told.error or None,
+        "errorCode": told.error_code,
+        "remedy": told.remedy,
         "acceptedAt": task.accepted_at,
         "startedAt": task.started_at,
         "finishedAt": task.finished_at,

@@ -4,6 +4,7 @@ Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping
 Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v2.rst, memory.max.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -26,8 +27,14 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
         phys_bits=_read_phys_bits(root / "proc/cpuinfo"),
         nodes=tuple(_read_node(path) for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))),
         hugepage_bytes=meminfo.get("Hugepagesize"),
-        boot_id=read_text(root / "proc/sys/kernel/random/boot_id"),
+        boot_id=read_boot_id(root),
     )
+
+
+@functools.cache
+def read_boot_id(root: Path) -> str | None:
+    """Return what tells this start of the host from others. Source: random(4)."""
+    return read_text(root / "proc/sys/kernel/random/boot_id")
 
 
 def _read_node(path: Path) -> HostNode:
@@ -41,6 +48,7 @@ def _read_node(path: Path) -> HostNode:
     return HostNode(id=int(path.name.removeprefix("node")), free_bytes=free_bytes, free_hugepages=free)
 
 
+@functools.cache  # of the processor: it stays, and the file is long on a large host
 def _read_phys_bits(path: Path) -> int | None:
     found = re.match(r"(\d+) bits physical", read_fields(path).get("address sizes", ""))
     return int(found.group(1)) if found else None

@@ -70,6 +70,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     owed_at: float | None = None
     recovered: bool = False
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What every line carries that is logged while somebody works on the task."""
+        return {
+            "task": self.task_uuid,
+            "vm": self.lane,
+            "command": self.command,
+            "caller": self.caller or "unknown",
+        }
+
 
 class StepRecord(msgspec.Struct, frozen=True):
     """One step as the journal has it; `elapsed_ms` is None while it runs, or ran when the agent died.

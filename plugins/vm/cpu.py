@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from kvmagent.model.command import Command, Ending, Goal, Problem
 from kvmagent.model.errors import CPU_ONLINE_HINT, AgentError, Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, GuestVcpu
 from kvmagent.model.steps import (
     AnyStep,
     AwaitGuestVcpus,
@@ -123,16 +123,22 @@ def find_warnings(goal: CpuGoal | None, facts: Facts | None) -> list[Problem]:
         return [silence_warning(guest, CPU_ONLINE_HINT)]
     if guest.vcpus is None:
         return [refused_warning(guest, "guest-get-vcpus", CPU_ONLINE_HINT)]
+    found = idle_warnings(guest.vcpus, count, frozenset(goal.known or ()))
+    if not goal.guest_online and any(not cpu.online for cpu in guest.vcpus):
+        found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
+    return found
+
+
+def idle_warnings(vcpus: tuple[GuestVcpu, ...], count: int, known: frozenset[int] = frozenset()) -> list[Problem]:
+    """Return which of the VM's `count` vCPUs the guest does not list or use; `known` were there before a task."""
     found = []
-    if len(guest.vcpus) < count:
-        found.append(warning(Code.GUEST_CPU_NOT_SEEN, f"the VM has {count} vCPUs, the guest lists {len(guest.vcpus)}"))
-    offline = frozenset(cpu.id for cpu in guest.vcpus if not cpu.online)
+    if len(vcpus) < count:
+        found.append(warning(Code.GUEST_CPU_NOT_SEEN, f"the VM has {count} vCPUs, the guest lists {len(vcpus)}"))
+    offline = frozenset(cpu.id for cpu in vcpus if not cpu.online)
     if offline:
-        kept = offline & frozenset(goal.known or ())
+        kept = offline & known
         whose = f"; {format_ids(kept)} were so before and are left to the guest's owner" if kept else ""
         found.append(warning(Code.GUEST_CPU_OFFLINE, f"CPUs {format_ids(offline)} are offline in the guest{whose}"))
-        if not goal.guest_online:
-            found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
     return found
 
 
@@ -150,6 +156,7 @@ def find_shortfall(goal: CpuGoal, facts: Facts) -> AgentError | None:
 
 HOT_PLUG_CPU = Command(
     name="HotPlugCpu",
+    subcommand="plug-cpu",
     path="/vm/hotplug/cpu",
     summary="Bring a VM up to a total of vCPUs, online in the guest",
     request=HotPlugCpuRequest,

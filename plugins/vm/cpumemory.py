@@ -169,6 +169,7 @@ def _undo_cpus(goal: CpuMemoryGoal, facts: Facts) -> tuple[UnplugCpuGoal, ...]:
 
 HOT_PLUG_CPU_MEMORY = Command(
     name="HotPlugCpuMemory",
+    subcommand="plug",
     path="/vm/hotplug/cpumem",
     summary="Bring a VM up to a total of vCPUs and of memory: both or neither",
     request=HotPlugCpuMemoryRequest,

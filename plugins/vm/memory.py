@@ -303,6 +303,7 @@ def _below_current(facts: Facts, target_bytes: int, current_bytes: int, addition
 
 HOT_PLUG_MEMORY = Command(
     name="HotPlugMemory",
+    subcommand="plug-memory",
     path="/vm/hotplug/memory",
     summary="Bring a VM up to a total of memory, online in the guest",
     request=HotPlugMemoryRequest,

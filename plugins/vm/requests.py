@@ -6,6 +6,7 @@ import msgspec
 
 from kvmagent.model.command import Outcome, Problem, VmRequest
 from kvmagent.model.errors import Code
+from kvmagent.model.facts import VmState
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
@@ -48,9 +49,9 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
             "attaches dimms; virtio-mem attaches a device where there is none with room"
         ),
     ] = "auto"
-    node: Annotated[int, msgspec.Meta(ge=0, le=1023)] | None = None
-    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    strict: bool = False
+    node: Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that is to have it")] | None = None
+    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Size of each dimm, bytes")] | None = None
+    strict: Annotated[bool, msgspec.Meta(description="Refuse an amount that had to be rounded")] = False
 
 
 class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -86,9 +87,11 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     expected_cpu_num: ExpectedCpuNum = None
     expected_memory_size: ExpectedMemorySize = None
     prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
-    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192)] | None = None
-    max_memory_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    slots: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192, description="vCPUs to prepare for")] | None = None
+    max_memory_size: (
+        Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
+    ) = None
+    slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
 
 
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):
@@ -209,9 +212,22 @@ class Clamp(msgspec.Struct, frozen=True):
     why: str
 
 
-class ReadinessReply(VmReply, kw_only=True, rename="camel"):
-    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way."""
+class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
+    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell."""
 
+    cpu_num: int | None = None
+    memory_size: int | None = None
+
+
+class ReadinessReply(VmReply, kw_only=True, rename="camel"):
+    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
+
+    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline.
+    """
+
+    name: str | None = None
+    state: VmState | None = None
+    plugged_offline: PluggedOffline | None = None
     ready: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []

@@ -130,6 +130,7 @@ def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
 
 HOT_UNPLUG_CPU = Command(
     name="HotUnplugCpu",
+    subcommand="unplug-cpu",
     path="/vm/hotunplug/cpu",
     summary="Bring a VM down to a total of vCPUs",
     request=HotUnplugCpuRequest,

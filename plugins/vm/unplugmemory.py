@@ -262,6 +262,7 @@ def _main(affect: Affect) -> Target:
 
 HOT_UNPLUG_MEMORY = Command(
     name="HotUnplugMemory",
+    subcommand="unplug-memory",
     path="/vm/hotunplug/memory",
     summary="Bring a VM down to a total of memory, never below it",
     request=HotUnplugMemoryRequest,

@@ -392,6 +392,7 @@ CASES = {
     "prepare-refused-below": Case(READY, {"prepare": True, "maxCpuNum": 1}, spec={"vcpus": 2}),
     "ready-not-set-commands": Case(READY, {}, guest={"refuses": frozenset({"guest-set-memory-blocks"})}),
     "ready": Case(READY, {}),
+    "ready-plugged-offline": Case(READY, {}, arrange=then(plug(128, alias="ua-a"), offline_plugged)),
     "ready-for-totals": Case(READY, {"cpuNum": 4, "memorySize": 1 * GIB}),
     "ready-not-bare-vm": Case(
         READY,
