@@ -80,7 +80,7 @@ class Node:
             return handle.uuid
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
-        """Return what is so now; `parts` ("cpus", "memory", "agent") is what to ask the guest itself.
+        """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
 
         The host's memory is looked at where the guest's is.
 

@@ -119,6 +119,8 @@ class Code(StrEnum):
     GUEST_CPU_IN_USE = "GUEST_CPU_IN_USE"
     GUEST_MEMORY_IN_USE = "GUEST_MEMORY_IN_USE"
     GUEST_FREE_SHOWS_LESS = "GUEST_FREE_SHOWS_LESS"
+    GUEST_OS_UNABLE = "GUEST_OS_UNABLE"
+    GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
 
 
@@ -544,6 +546,16 @@ CODES: dict[Code, CodeInfo] = {
         "The guest's free shows less than the VM has: firmware, the kernel, its page map (about 1.6 %) and a crash "
         "kernel take their part before MemTotal is counted.",
         "Nothing to do: compare growth, not totals.",
+    ),
+    Code.GUEST_OS_UNABLE: CodeInfo(
+        400,
+        "The guest's operating system cannot do this while it runs.",
+        'Send "affect": "config" and power the VM off and on.',
+    ),
+    Code.GUEST_OS_LIMITED: CodeInfo(
+        200,
+        "The guest's operating system is known not to do all of this by itself.",
+        "Look in the guest whether it uses what was plugged.",
     ),
     Code.DRIFT: CodeInfo(
         200,

@@ -156,12 +156,20 @@ class GuestBlock(msgspec.Struct, frozen=True):
     can_offline: bool
 
 
+class GuestOs(msgspec.Struct, frozen=True):
+    """The guest's operating system: its own name, and where it is known its family and the kernel's first numbers."""
+
+    name: str
+    family: Literal["linux", "windows", "freebsd"] | None = None
+    kernel: tuple[int, int] | None = None
+
+
 class Guest(msgspec.Struct, frozen=True):
     """What the guest says of itself through its agent.
 
     `silence` is why it says nothing at all: one of the GUEST_AGENT codes. A single part that could not be had
     (a blocked command, say) is None, and `refused` names the commands with the agent's words. `disabled` are the
-    commands that the agent's configuration blocks, where it was asked for them.
+    commands that the agent's configuration blocks, and `os` the operating system, where it was asked for them.
     """
 
     silence: Code | None = None
@@ -173,6 +181,7 @@ class Guest(msgspec.Struct, frozen=True):
     mem_available_bytes: int | None = None
     refused: dict[str, str] = {}
     disabled: frozenset[str] = frozenset()
+    os: GuestOs | None = None
 
     @property
     def cpus_online(self) -> int | None:

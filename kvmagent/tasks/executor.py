@@ -289,8 +289,8 @@ class Executor:
 
     def _pursue(self, task: Task, run: Run) -> None:
         vm, command = run.request.vm_uuid, run.command
-        run.after = self._node.observe(vm, command.observe_guest)
         fresh = run.goal is None
+        run.after = self._node.observe(vm, command.observe_guest | (command.observe_first if fresh else frozenset()))
         if run.goal is None:
             run.before = run.after
             run.goal = command.decide(run.request, run.after, task.task_uuid)

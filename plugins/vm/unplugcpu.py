@@ -10,6 +10,7 @@ from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_expected, check_state, refuse_first
 from .cpu import cpu_stages
+from .guestos import check_gives_up
 from .reply import find_failure, find_lost, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
 
@@ -115,6 +116,7 @@ def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
         raise AgentError(
             Code.CPU_REMOVAL_UNSAFE, f"VM {facts.domain.name} is emulated: none of its vCPUs can be removed safely"
         )
+    refuse_first(check_gives_up(facts.guest.os))
     fixed = sum(vcpu.enabled and not vcpu.hotpluggable for vcpu in live.vcpus)
     if cpu_num < fixed:
         raise AgentError(
@@ -137,6 +139,7 @@ HOT_UNPLUG_CPU = Command(
     reply=VmReply,
     goal=UnplugCpuGoal,
     observe_guest=frozenset({"cpus"}),
+    observe_first=frozenset({"os"}),
     decide=decide,
     advance=advance,
     conclude=conclude,
@@ -147,5 +150,6 @@ HOT_UNPLUG_CPU = Command(
         Code.CPU_NOT_REMOVABLE,
         Code.CPU_REMOVAL_UNSAFE,
         Code.GUEST_CPU_IN_USE,
+        Code.GUEST_OS_UNABLE,
     ),
 )

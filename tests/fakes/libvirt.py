@@ -40,6 +40,15 @@ def qemu_error(code: int, message: str) -> libvirt.libvirtError:
     return libvirt_error(code, libvirt.VIR_FROM_QEMU, message)
 
 
+#: What guest-get-osinfo says in Debian 12 (in part).
+DEBIAN = {
+    "id": "debian",
+    "pretty-name": "Debian GNU/Linux 12 (bookworm)",
+    "kernel-release": "6.1.0-18-amd64",
+    "kernel-version": "#1 SMP PREEMPT_DYNAMIC Debian 6.1.76-1",
+}
+
+
 @dataclass
 class FakeGuest:
     """What runs inside a domain: its kernel's CPUs and memory blocks, and its agent.
@@ -67,6 +76,7 @@ class FakeGuest:
     fixed_cpus: frozenset[int] = frozenset({0})
     unplugs: str = "lets go"
     virtio_mem_limit: int = 1 << 60
+    os: dict[str, str] = field(default_factory=lambda: dict(DEBIAN))
     asked: list[str] = field(default_factory=list)
 
     def answer(self, request: dict[str, Any]) -> Any:
@@ -126,6 +136,9 @@ class FakeGuest:
 
     def _guest_file_close(self, handle: int) -> Any:
         return {}
+
+    def _guest_get_osinfo(self) -> Any:
+        return self.os
 
     def _guest_info(self) -> Any:
         names = [name[1:].replace("_", "-") for name in dir(FakeGuest) if name.startswith("_guest_")]

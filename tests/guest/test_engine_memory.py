@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.processes import wait_for
@@ -90,6 +91,27 @@ def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: 
     assert (reply["success"], reply["outcome"], reply["late"]) == (False, "refused", True), reply
     assert (reply["errorCode"], reply["sameRun"]) == ("MEMORY_REMOVAL_REFUSED", True)
     assert "model='dimm'" in guest.persistent_xml()
+
+
+def test_what_a_reboot_left_offline_is_told_and_the_same_target_brings_it_back(
+    boot: Boot, send: Send, agent: AgentProcess
+) -> None:
+    guest = boot(GuestSpec(name="eng5", machine="pc"))
+    assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "online"
+    total_kib = guest.mem_total_kib()
+    guest.reboot()
+    assert guest.mem_total_kib() <= total_kib - 128 * 1024
+    told = agent.get(f"/vms/{guest.uuid}").body
+    assert told["pluggedOffline"]["memorySize"] == 128 * MIB
+    assert told["guestOs"]["family"] == "linux"
+    remedies = {one["code"]: one["remedy"] for one in told["warnings"]}
+    assert "memhp_default_state=online" in remedies["GUEST_MEMORY_OFFLINE"]
+
+    reply = send("/vm/hotplug/memory", guest, memorySize=384 * MIB)
+    assert (reply["success"], reply["outcome"], reply["sameRun"]) == (True, "online", True), reply
+    assert [step["step"] for step in reply["steps"]] == ["OnlineGuestMemory"]
+    assert guest.mem_total_kib() == total_kib
+    assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "unchanged"
 
 
 def test_a_removal_that_the_guest_does_late_is_told_by_a_second_callback(
