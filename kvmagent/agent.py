@@ -94,7 +94,7 @@ class Agent:
         self._callbacks = Callbacks(rules, settings.callback)
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
-        device_events = DeviceEvents()
+        device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
         self._events = EventConnection(
             settings.libvirt.uri,
             (device_events.register, VmEvents(self._reports.tell_event).register),
