@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "audit": ["pip-audit>=2.7"],
+        "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
         "test": [
             "hypothesis>=6.100",

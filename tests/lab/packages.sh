@@ -14,6 +14,8 @@ LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 xz-utils zstd"
 # To hold the unit file and SECURITY.md to what they promise: systemd-analyze and libseccomp, of which nothing is
 # started, and openssl.
 UNIT="systemd util-linux openssl"
+# To build the Debian package, for the distribution's own python3, and to look into it; a fresh tree to install it in.
+DEB="debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
@@ -78,7 +80,7 @@ fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $UNIT $TOOLS $python; do
+for package in $BUILD $LAB $UNIT $DEB $TOOLS $python; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
