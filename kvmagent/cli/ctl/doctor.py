@@ -106,11 +106,15 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
         message = f"libvirt {libvirt} counts a virtio-mem device against the memory slots"
         yield Finding("qemu", "note", message, "Prepare VMs with a slot more than they need for dimms.")
     if not found.offers_kvm:
-        remedy = "See the finding on KVM; then: systemctl restart libvirtd (or virtqemud)."
+        remedy = (
+            "See the finding on kvm, let QEMU's user open /dev/kvm, then: systemctl restart libvirtd (or virtqemud)."
+        )
         yield Finding("qemu", "warning", "libvirt offers no KVM: VMs are emulated", remedy)
     emulated = [vm.name for vm in found.running if vm.hypervisor == "qemu"]
     if emulated:
-        message = f"{_names(emulated)} emulated (no KVM): vCPUs can be added and not be taken away again while running"
+        message = (
+            f"{_names(emulated)}: emulated, without KVM; vCPUs can be added and not be taken away again while running"
+        )
         yield Finding("qemu", "note", message, "Define them with <domain type='kvm'> where KVM can be used.")
 
 
