@@ -25,6 +25,7 @@ setup(
     install_requires=[
         "cherrypy>=18.8",
         "click>=8.1",
+        "cryptography>=42",
         "libvirt-python>=8.0",
         "lxml>=4.9",
         "msgspec>=0.18",

@@ -158,11 +158,11 @@ CODES: dict[Code, CodeInfo] = {
     Code.MISSING_CALLBACK_URL: CodeInfo(
         400,
         "An async command came without the callbackurl header.",
-        "Send a callbackurl header: an absolute http or https URL that takes the outcome.",
+        "Send a callbackurl header: an absolute http or https URL that takes the outcome, or none to have it read.",
     ),
     Code.BAD_CALLBACK_URL: CodeInfo(
         400,
-        "The callbackurl header is not an absolute http or https URL.",
+        "The callbackurl header is neither an absolute http or https URL nor the word none.",
         "Send an absolute URL such as http://server:8080/callback.",
     ),
     Code.BAD_HTTP: CodeInfo(400, "The request breaks HTTP.", "Send a well-formed HTTP/1.1 request."),
