@@ -4,10 +4,12 @@ Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping
 Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v2.rst, memory.max.
 """
 
+import os
 import re
 from pathlib import Path
 
 from kvmagent.model.facts import Host, HostNode
+from kvmagent.model.host import HostLoad
 from kvmagent.model.units import KIB
 
 # systemd's slice for VMs: all of libvirt's system VMs are below it.
@@ -25,6 +27,19 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
         phys_bits=_read_phys_bits(root / "proc/cpuinfo"),
         nodes=tuple(_read_node(path) for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))),
         hugepage_bytes=meminfo.get("Hugepagesize"),
+    )
+
+
+def read_host_load(root: Path) -> HostLoad:
+    """Return what the host has left; a part that cannot be read is None."""
+    meminfo = _read_meminfo(root / "proc/meminfo")
+    load = _read(root / "proc/loadavg").split()
+    return HostLoad(
+        name=os.uname().nodename,
+        cpus=os.cpu_count(),
+        load=float(load[0]) if load else None,
+        memory_total=meminfo.get("MemTotal"),
+        memory_available=meminfo.get("MemAvailable"),
     )
 
 
