@@ -15,7 +15,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import format_ids
 
-from .checks import STATE_REFUSALS, check_cpu, check_state, refuse_first
+from .checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
 from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
 from .requests import HotPlugCpuRequest, Stage, VmReply
 
@@ -39,6 +39,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         AgentError: VM_NOT_RUNNING, VM_TRANSIENT, TARGET_BELOW_CURRENT, CPU_ABOVE_MAXIMUM, NO_ACPI, ...
     """
     refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, None))
     live, config = request.affect != "config", request.affect != "live"
     current = (facts.get_live() if live else facts.get_config()).vcpu_current
     if request.cpu_num < current:
@@ -155,6 +156,7 @@ def find_shortfall(goal: CpuGoal, facts: Facts) -> AgentError | None:
 
 HOT_PLUG_CPU = Command(
     name="HotPlugCpu",
+    subcommand="plug-cpu",
     path="/vm/hotplug/cpu",
     summary="Bring a VM up to a total of vCPUs, online in the guest",
     request=HotPlugCpuRequest,
@@ -166,6 +168,7 @@ HOT_PLUG_CPU = Command(
     conclude=conclude,
     refusals=(
         *STATE_REFUSALS,
+        Code.NOT_AS_EXPECTED,
         Code.TARGET_BELOW_CURRENT,
         Code.NO_ACPI,
         Code.MACHINE_NOT_SUPPORTED,

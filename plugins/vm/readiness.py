@@ -18,6 +18,7 @@ from .checks import (
     check_cpu,
     check_dimm_room,
     check_dimm_support,
+    check_expected,
     check_guest,
     check_state,
 )
@@ -120,6 +121,7 @@ def _needs_restart(facts: Facts) -> bool:
 def _blockers(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker]:
     """What stands in the way now."""
     yield from check_state(facts.domain, request.affect)
+    yield from check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size)
     yield from _definition_blockers(request, facts, request.affect)
     if facts.domain.live is not None:
         yield from check_guest(facts.guest)
@@ -178,6 +180,7 @@ def _headroom(facts: Facts) -> Headroom | None:
 
 READY_FOR_HOTPLUG = Command(
     name="ReadyForHotplug",
+    subcommand="ready",
     path="/vm/hotplug/ready",
     summary="Tell whether a VM can be hot-plugged, and everything that stands in the way",
     request=ReadyForHotplugRequest,

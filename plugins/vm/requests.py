@@ -15,17 +15,33 @@ LateCallback = Annotated[
     bool, msgspec.Meta(description="Send a second callback when a removal that was pending completes later")
 ]
 
+ExpectedCpuNum = (
+    Annotated[
+        int,
+        msgspec.Meta(ge=1, le=8192, description="Refuse unless the VM has so many now, as cpuNum of replies"),
+    ]
+    | None
+)
+ExpectedMemorySize = (
+    Annotated[
+        int, msgspec.Meta(ge=1, le=2**53 - 1, description="Refuse unless the VM has this now, as memorySize of replies")
+    ]
+    | None
+)
+
 
 class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM up to a number of vCPUs."""
 
     cpu_num: CpuNum
+    expected_cpu_num: ExpectedCpuNum = None
 
 
 class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM up to an amount of memory."""
 
     memory_size: MemorySize
+    expected_memory_size: ExpectedMemorySize = None
     method: Annotated[
         Method,
         msgspec.Meta(
@@ -33,9 +49,9 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
             "attaches dimms; virtio-mem attaches a device where there is none with room"
         ),
     ] = "auto"
-    node: Annotated[int, msgspec.Meta(ge=0, le=1023)] | None = None
-    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    strict: bool = False
+    node: Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that is to have it")] | None = None
+    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Size of each dimm, bytes")] | None = None
+    strict: Annotated[bool, msgspec.Meta(description="Refuse an amount that had to be rounded")] = False
 
 
 class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -43,12 +59,15 @@ class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="came
 
     cpu_num: CpuNum
     memory_size: MemorySize
+    expected_cpu_num: ExpectedCpuNum = None
+    expected_memory_size: ExpectedMemorySize = None
 
 
 class HotUnplugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM down to a number of vCPUs."""
 
     cpu_num: CpuNum
+    expected_cpu_num: ExpectedCpuNum = None
     late_callback: LateCallback = False
 
 
@@ -56,6 +75,7 @@ class HotUnplugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     """Bring a VM down to an amount of memory, never below it."""
 
     memory_size: MemorySize
+    expected_memory_size: ExpectedMemorySize = None
     late_callback: LateCallback = False
 
 
@@ -64,10 +84,14 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
 
     cpu_num: CpuNum | None = None
     memory_size: MemorySize | None = None
+    expected_cpu_num: ExpectedCpuNum = None
+    expected_memory_size: ExpectedMemorySize = None
     prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
-    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192)] | None = None
-    max_memory_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    slots: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192, description="vCPUs to prepare for")] | None = None
+    max_memory_size: (
+        Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
+    ) = None
+    slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
 
 
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):

@@ -19,6 +19,8 @@ UNIT="systemd util-linux openssl"
 BROWSER="chromium chromium-driver fonts-inter"
 # shellcheck disable=SC1091
 [ "$(. /etc/os-release 2>/dev/null && echo "${ID:-}")" = ubuntu ] && BROWSER=""
+# To build the Debian package, for the distribution's own python3, and to look into it; a fresh tree to install it in.
+DEB="debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
@@ -83,7 +85,7 @@ fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $UNIT $BROWSER $TOOLS $python; do
+for package in $BUILD $LAB $UNIT $BROWSER $DEB $TOOLS $python; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0

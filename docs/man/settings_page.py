@@ -1,0 +1,91 @@
+"""Prints kvmagent.conf(5), made from the table of settings: what conf/kvmagent.conf says, and types and ranges."""
+
+import re
+import textwrap
+from typing import Any, Literal, get_args, get_origin
+
+import msgspec
+
+from kvmagent.settings import DEFAULT_PATH, Settings
+
+HEAD = f"""\
+.Dd November 23, 2026
+.Dt KVMAGENT.CONF 5
+.Os
+.Sh NAME
+.Nm kvmagent.conf
+.Nd configuration of kvmagent
+.Sh SYNOPSIS
+.Nm {DEFAULT_PATH}
+.Sh DESCRIPTION
+An INI file: sections in brackets, one
+.Ql key = value
+a line, comments after
+.Ql # .
+Every key has a default, so that the file may be empty; an unknown section or
+key stops the start.
+A list is written with commas.
+.Pp
+.Ic kvmagent --sample
+prints the file with every key at its default.
+.Ic kvmagent --set Ar section.key=value
+overrides one key.
+"""
+
+TAIL = """\
+.Sh FILES
+.Bl -tag -width Ds
+.It Pa /etc/kvmagent/kvmagent.conf
+this file
+.El
+.Sh SEE ALSO
+.Xr kvmagent 8
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    print(HEAD, end="")
+    for section in msgspec.structs.fields(Settings):
+        print(f".Sh SECTION {section.name.upper()}\n{_text((section.type.__doc__ or '').strip())}")
+        print(".Bl -tag -width Ds")
+        for field in msgspec.structs.fields(section.type):
+            print(_item(field.name, field.type, field.default))
+        print(".El")
+    print(TAIL, end="")
+
+
+def _item(name: str, annotation: Any, default: Any) -> str:
+    kind, *metas = get_args(annotation)
+    facts = [_kind(kind), *(_range(meta) for meta in metas), f"default: {_value(default)}"]
+    description = next(meta.description for meta in metas if meta.description)
+    return f".It Ic {name}\n{_text(f'{description}.')}\n.br\n{_text('(' + '; '.join(filter(None, facts)) + ')')}"
+
+
+def _kind(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    return "list" if get_origin(kind) is tuple else {str: "text", int: "number", bool: "true or false"}[kind]
+
+
+def _range(meta: msgspec.Meta) -> str:
+    if meta.ge is not None and meta.le is not None:
+        return f"{meta.ge} to {meta.le}"
+    return "" if meta.ge is None else f"at least {meta.ge}"
+
+
+def _value(default: Any) -> str:
+    if isinstance(default, bool):
+        return str(default).lower()
+    return (", ".join(default) if isinstance(default, tuple) else str(default)) or "empty"
+
+
+def _text(text: str) -> str:
+    """Return text as mdoc wants it: each sentence on lines of its own, nothing that troff takes for its own."""
+    sentences = re.split(r"(?<=[.:;]) ", text.replace("\\", r"\e").replace("-", r"\-"))
+    lines = (line for sentence in sentences for line in textwrap.wrap(sentence, 78, break_on_hyphens=False))
+    return "\n".join(rf"\&{line}" if line[0] in ".'" else line for line in lines)
+
+
+if __name__ == "__main__":
+    main()
