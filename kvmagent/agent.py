@@ -18,6 +18,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.intake import Intake
+from kvmagent.api.page import PUBLIC_PATHS, page_routes
 from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Server
@@ -149,7 +150,8 @@ class Agent:
             encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
         )
         self._security = Security(settings.security)
-        self._server = Server(settings.http, self._security, {**posts, **reads.routes()})
+        routes = {**posts, **reads.routes(), **page_routes()}
+        self._server = Server(settings.http, self._security, routes, public=PUBLIC_PATHS)
 
     def start(self) -> None:
         """Start, and take up what the journal left.

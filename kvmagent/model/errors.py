@@ -46,6 +46,7 @@ class Code(StrEnum):
     CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
     CERTIFICATE_NOT_ALLOWED = "CERTIFICATE_NOT_ALLOWED"
     CALLBACK_NOT_ALLOWED = "CALLBACK_NOT_ALLOWED"
+    WEB_PAGE_NOT_ALLOWED = "WEB_PAGE_NOT_ALLOWED"
     TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
     # the agent
     STOPPING = "STOPPING"
@@ -249,6 +250,13 @@ CODES: dict[Code, CodeInfo] = {
         "The callback URL leads to where callbacks may not go.",
         "Use a callback URL on the host that sends the command, or add its host, network or port to "
         "security.allowed_callbacks.",
+    ),
+    Code.WEB_PAGE_NOT_ALLOWED: CodeInfo(
+        403,
+        "A browser sent a command, or reached an agent without authentication by a host name: a web page of others may "
+        "have made it do so.",
+        "Send commands from something other than a browser; open the status page by address, "
+        "http://127.0.0.1:7070/, or set up authentication (SECURITY.md).",
     ),
     Code.TOO_MANY_CONNECTIONS: CodeInfo(
         503,
