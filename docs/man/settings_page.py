@@ -1,6 +1,7 @@
 """Prints kvmagent.conf(5), made from the table of settings: what conf/kvmagent.conf says, and types and ranges."""
 
 import re
+import sys
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,8 +30,7 @@ A list is written with commas.
 .Ic kvmagent --sample
 prints the file with every key at its default.
 .Ic kvmagent --set Ar section.key=value
-overrides one key.
-"""
+overrides one key."""
 
 TAIL = """\
 .Sh FILES
@@ -43,16 +43,15 @@ this file
 """
 
 
-def main() -> None:
-    """Print the page."""
-    print(HEAD, end="")
+def make_page() -> str:
+    """Return the page, mdoc."""
+    lines = []
     for section in msgspec.structs.fields(Settings):
-        print(f".Sh SECTION {section.name.upper()}\n{_text((section.type.__doc__ or '').strip())}")
-        print(".Bl -tag -width Ds")
-        for field in msgspec.structs.fields(section.type):
-            print(_item(field.name, field.type, field.default))
-        print(".El")
-    print(TAIL, end="")
+        lines += [f".Sh SECTION {section.name.upper()}", _text((section.type.__doc__ or "").strip())]
+        lines += [".Bl -tag -width Ds"]
+        lines += [_item(field.name, field.type, field.default) for field in msgspec.structs.fields(section.type)]
+        lines += [".El"]
+    return "\n".join([HEAD, *lines, TAIL])
 
 
 def _item(name: str, annotation: Any, default: Any) -> str:
@@ -88,4 +87,4 @@ def _text(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(make_page())
