@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test lint fuzz audit deb
+.PHONY: help setup packages image demo test lint bench fuzz audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
 	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
 	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
 	@echo "make lint    ruff and mypy"
+	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
 	@echo "make audit   known holes in the Python packages that are installed"
 	@echo "make deb     the Debian package, in dist/; with the Python packages of $(VENV)"
@@ -46,6 +47,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict kvmagent plugins
+
+bench: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 SECONDS := 60
 FUZZED := wire framing domainxml

@@ -24,6 +24,7 @@ setup(
     package_dir={"kvmagent_plugins": "plugins"},
     install_requires=[
         "cherrypy>=18.8",
+        "click>=8.1",
         "libvirt-python>=8.0",
         "lxml>=4.9",
         "msgspec>=0.18",
@@ -32,6 +33,7 @@ setup(
     ],
     extras_require={
         "audit": ["pip-audit>=2.7"],
+        "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
         "test": [
             "hypothesis>=6.100",
@@ -45,7 +47,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["kvmagent = kvmagent.cli.daemon:main"],
+        "console_scripts": ["kvmagent = kvmagent.cli.daemon:main", "kvmagentctl = kvmagent.cli.ctl.main:main"],
         "kvmagent.plugins": [
             "host = kvmagent_plugins.host_plugin:PLUGIN",
             "vm = kvmagent_plugins.vm_plugin:PLUGIN",

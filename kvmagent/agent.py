@@ -6,13 +6,13 @@ stop    new tasks refused, running ones finished, due callbacks sent, HTTP, jour
 """
 
 import fcntl
-import importlib.metadata
-import logging
 import os
+import queue
 import signal
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -27,6 +27,7 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.vmevents import VmEvents
+from kvmagent.logs import Log, error_fields
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
@@ -34,6 +35,7 @@ from kvmagent.private import make_private_directory
 from kvmagent.settings import Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
+from kvmagent.tasks.dump import dump_state
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task
@@ -42,10 +44,10 @@ from kvmagent.tasks.late import LateRemovals
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.reports import Reports
 from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent.tasks.withdrawal import Withdrawal
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
-_PLUGIN_GROUP = "kvmagent.plugins"
 # How long a stopping agent still sends the callbacks that are due.
 _LAST_CALLBACKS_S = 5.0
 # How long closing HTTP, journal and libvirt may take beside that.
@@ -54,30 +56,21 @@ _TICK_S = 1.0
 _STALLED_S = 30.0
 
 
-def load_plugins(names: tuple[str, ...]) -> list[Plugin]:
-    """Return the plugins of these entry points, in order.
+class Process(Protocol):
+    """What an agent needs of the process that it is in."""
 
-    Raises:
-        AgentError: BAD_CONFIGURATION, with the plugin's name and why it cannot be had.
-    """
-    found = {point.name: point for point in importlib.metadata.entry_points(group=_PLUGIN_GROUP)}
-    plugins = []
-    for name in names:
-        if name not in found:
-            have = ", ".join(sorted(found)) or "none"
-            raise AgentError(
-                Code.BAD_CONFIGURATION, f"agent.plugins: no plugin {name!r} is installed; installed: {have}"
-            )
-        try:
-            plugin = found[name].load()
-        except Exception as error:
-            raise AgentError(Code.BAD_CONFIGURATION, f"agent.plugins: {name!r} cannot be loaded: {error}") from error
-        if not isinstance(plugin, Plugin):
-            raise AgentError(
-                Code.BAD_CONFIGURATION, f"agent.plugins: {name!r} is a {type(plugin).__name__}, not a Plugin"
-            )
-        plugins.append(plugin)
-    return plugins
+    def tick(self, *, well: bool) -> None:
+        """Is called every second with whether everything makes progress."""
+
+    def read_log_settings(self) -> None:
+        """Log as the configuration file says now.
+
+        Raises:
+            AgentError: BAD_CONFIGURATION; what was in force stays.
+        """
+
+    def dump_stacks(self) -> None:
+        """Write what every thread is at to the log, without a lock."""
 
 
 class Agent:
@@ -96,7 +89,6 @@ class Agent:
         self._stalled_s = stalled_s
         self._stalls: dict[str, str] = {}
         self._commands, self._queries = _by_name(plugins)
-        self._wake = threading.Event()
         self._connection = Connection(settings.libvirt.uri)
         rules = map(parse_callback_rule, settings.security.allowed_callbacks)
         self._callbacks = Callbacks(rules, settings.callback)
@@ -138,18 +130,24 @@ class Agent:
             max_queued_per_lane=settings.agent.max_queued_per_vm,
             max_queued_per_client=settings.agent.max_queued_per_client,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions)
+        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
+        withdrawal = Withdrawal(
+            self._journal, self._lanes, {one.name: one for one in declared}, on_finished=self._delivery.put
+        )
+        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal)
         reads = Reads(
             node,
             self._journal,
             self._lanes,
             self._delivery,
-            [*self._commands.values(), *self._queries.values()],
+            declared,
             describe_vm=self._describe_vm,
             find_stalls=self._find_stalls,
         )
-        declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
         posts = {("POST", one.path): _handle(intake, one) for one in declared}
+        posts["POST", "/tasks/*/cancel"] = lambda call: Answer(
+            encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
+        )
         self._security = Security(settings.security)
         self._server = Server(settings.http, self._security, {**posts, **reads.routes()})
 
@@ -185,17 +183,17 @@ class Agent:
         self._late.start()
         self._server.start()
         log.info(
-            "agent ready version=%s pid=%d commands=%s unfinished=%d owed=%d",
-            __version__,
-            os.getpid(),
-            ",".join(self._commands),
-            len(unfinished),
-            len(owed),
+            "agent ready",
+            version=__version__,
+            pid=os.getpid(),
+            commands=",".join(self._commands),
+            unfinished=len(unfinished),
+            owed=len(owed),
         )
 
     def stop(self) -> None:
         """Refuse new tasks, finish what runs, leave the rest in the journal."""
-        log.info("agent stopping running=%d queued=%d", len(self._lanes.running()), self._lanes.depth())
+        log.info("agent stopping", running=len(self._lanes.running()), queued=self._lanes.depth())
         self._executor.stop()
         self._lanes.stop(self._settings.agent.stop_timeout_sec)
         self._delivery.stop(_LAST_CALLBACKS_S)
@@ -209,40 +207,63 @@ class Agent:
             self._settings.agent.stop_timeout_sec + _LAST_CALLBACKS_S + self._settings.callback.timeout_sec + _CLOSE_S
         )
 
-    def run_until_signal(self, feed_watchdog: Callable[[], None]) -> None:
-        """Look after the agent until SIGTERM or SIGINT comes. SIGHUP: certificates and tokens are read anew."""
-        reload = threading.Event()
-        signal.signal(signal.SIGHUP, lambda _number, _frame: reload.set())
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: self._wake.set())
-        while not self._wake.wait(_TICK_S):
-            if reload.is_set():
-                reload.clear()
-                self._reload()
-            if self.look_after():
-                feed_watchdog()
+    def run_until_signal(self, process: Process, signals: "queue.SimpleQueue[int]") -> None:
+        """Look after the agent until SIGTERM or SIGINT comes. `signals` takes the numbers of what comes in.
 
-    def look_after(self) -> bool:
-        """Do what is to be done every second; return whether everything makes progress."""
+        SIGHUP: certificates, tokens and how to log are read anew. SIGUSR1, SIGUSR2: the state is dumped to the log.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # What a handler may touch: this queue takes an entry even in the middle of its own `get`.
+            signal.signal(number, lambda number, _frame: signals.put(number))
+        look_at = time.monotonic() + _TICK_S
+        while True:
+            try:
+                asked = signals.get(timeout=max(0.0, look_at - time.monotonic()))
+            except queue.Empty:
+                look_at = time.monotonic() + _TICK_S
+                process.tick(well=self.look_after(process.dump_stacks))
+                continue
+            if asked in (signal.SIGTERM, signal.SIGINT):
+                return
+            if asked == signal.SIGHUP:
+                self._reload(process.read_log_settings)
+            else:
+                dump_state(self._lanes, self._delivery, self._journal)
+
+    def look_after(self, dump_stacks: Callable[[], None] = lambda: None) -> bool:
+        """Do what is to be done every second; return whether everything makes progress.
+
+        Where something does not, what every thread is at is dumped once: the service manager may end the agent soon.
+        """
         self._lanes.relieve()
         self._late.look_after()
         self._delivery.relieve()
         self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
         stalls = self._find_stalls()
         if stalls.keys() != self._stalls.keys():
-            log.log(logging.ERROR if stalls else logging.INFO, "stalled parts=%s", stalls or "none")
+            if stalls:
+                log.error("parts of the agent are stalled", **stalls)
+                dump_stacks()
+                dump_state(self._lanes, self._delivery, self._journal)
+            else:
+                log.info("all parts of the agent make progress again")
         self._stalls = stalls
         return not stalls
 
-    def _reload(self) -> None:
-        """Read certificates and tokens anew; where one cannot be used, what was in force stays."""
-        for load in (self._security.load, self._callbacks.load):
+    def _reload(self, read_log_settings: Callable[[], None]) -> None:
+        """Read certificates, tokens and how to log anew; where one cannot be used, what was in force stays."""
+        certificates = "certificates and tokens"
+        for what, load in (
+            (certificates, self._security.load),
+            (certificates, self._callbacks.load),
+            ("log settings", read_log_settings),
+        ):
             try:
                 load()
             except AgentError as error:
-                log.error("certificates and tokens stay as they were error=%r", error.message)
+                log.error(f"{what} stay as they were", **error_fields(error))
             else:
-                log.info("certificates and tokens read")
+                log.info(f"{what} read")
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""

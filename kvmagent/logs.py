@@ -1,26 +1,100 @@
-"""The agent's log lines: key=value text or JSON, with the task, VM and command that a line belongs to on each.
+"""The agent's log lines: key=value text or JSON, with the task, VM, command and caller that a line belongs to on each.
 
-A thread that works on a task says so with `log_context`; lines of libraries on that thread carry it too.
+    log = Log(__name__)
+    log.info("step", step="SetVcpus", ms=8.0)
+
+    text   2026-03-01T03:12:45.129Z INFO step step=SetVcpus ms=8.0 task=9f1c vm=db-7 command=HotPlugCpu caller=anonymous
+    JSON   {"time": "2026-03-01T03:12:45.129Z", "level": "info", "logger": "kvmagent.tasks.executor",
+            "message": "step", "step": "SetVcpus", "ms": 8.0, "task": "9f1c", "vm": "db-7", ...}
+
+A thread that works on a task says so with `log_context`; lines of libraries on that thread carry it too. A value that
+could pass for two fields, or for the end of the line, is quoted as JSON is: nothing that comes from outside can make
+a line that the agent did not write. A traceback is as many lines, each with the stamp and the fields of its first.
 """
 
 import json
 import logging
 import logging.handlers
+import os
+import re
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
+from io import TextIOWrapper
+from types import MappingProxyType, TracebackType
+from typing import NamedTuple
 
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import LogSection
+
+#: What no field may be called: the JSON line has these of its own.
+RESERVED = frozenset({"time", "level", "logger", "message", "traceback"})
 
 _NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 _context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=_NO_CONTEXT)
+# What needs no quotes; all that is not printable does.
+_PLAIN = re.compile(r'[^\s"=]+')
+# The query of a callback URL may hold what is nobody's business, and libraries print URLs.
+_QUERY = re.compile(r"""\?[^\s"']+""")
+# Source: sd-daemon(3), syslog(3): a line on standard error that begins with <3> is an error to the journal.
+_PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
+
+
+class Event(NamedTuple):
+    """What a line of the agent tells: a state change by name, and its fields. A field that is None is left out."""
+
+    name: str
+    fields: Mapping[str, object]
+
+    def __str__(self) -> str:
+        return f"{self.name} {format_fields(**self.fields)}".rstrip()
+
+
+class Log:
+    """Writes lines: what happened in a few fixed words, and what differs from line to line in fields."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, event: str, /, **fields: object) -> None:
+        """What only who looks for a fault in the agent wants to see."""
+        self.write(logging.DEBUG, event, **fields)
+
+    def info(self, event: str, /, **fields: object) -> None:
+        """A state change as it should be, an expected refusal among them."""
+        self.write(logging.INFO, event, **fields)
+
+    def warning(self, event: str, /, **fields: object) -> None:
+        """Something that somebody may have to look after; the agent goes on by itself."""
+        self.write(logging.WARNING, event, **fields)
+
+    def error(self, event: str, /, **fields: object) -> None:
+        """Something that somebody has to look after."""
+        self.write(logging.ERROR, event, **fields)
+
+    def failure(self, event: str, cause: BaseException, /, **fields: object) -> None:
+        """An error that nothing expected, with its traceback: told once, by who lets it go no further."""
+        self.write(logging.ERROR, event, cause, **fields)
+
+    def write(self, level: int, event: str, cause: BaseException | None = None, /, **fields: object) -> None:
+        """Write a line of any level."""
+        logger = self._logger
+        if logger.isEnabledFor(level):
+            exc_info = None if cause is None else (type(cause), cause, cause.__traceback__)
+            logger.handle(logger.makeRecord(logger.name, level, "", 0, Event(event, fields), (), exc_info))
+
+
+def error_fields(error: AgentError) -> dict[str, object]:
+    """Return what a line tells of an error: its code, its words, and the one thing to do about it."""
+    return {"error_code": error.code, "error": error.message, "remedy": error.remedy}
 
 
 @contextmanager
 def log_context(**fields: str) -> Iterator[None]:
-    """Put fields (task=, vm=, command=) on every line that this thread logs inside the block."""
+    """Put fields (task=, vm=, command=, caller=) on every line that this thread logs inside the block."""
     token = _context.set({**_context.get(), **fields})
     try:
         yield
@@ -28,41 +102,140 @@ def log_context(**fields: str) -> Iterator[None]:
         _context.reset(token)
 
 
-def start_logging(settings: LogSection) -> None:
-    """Send all log lines to standard error, or to a file that may be moved away under the agent (logrotate)."""
-    handler: logging.Handler
-    handler = logging.handlers.WatchedFileHandler(settings.file) if settings.file else logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if settings.format == "json" else _TextFormatter())
-    logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
-    # A line for each HTTP request and connection says nothing that the task's own lines do not say.
-    for noisy in ("urllib3", "cherrypy"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
 def format_fields(**fields: object) -> str:
     """Return `name=value` pairs, each value so quoted that none can pass for two."""
-    return " ".join(f"{name}={_quote(str(value))}" for name, value in fields.items())
+    return " ".join([f"{name}={_format(value)}" for name, value in fields.items() if value is not None])
+
+
+class LogOutput:
+    """Where log lines go, and what a signal dumps: standard error, or a file that may be moved away (logrotate).
+
+    `dump_fd` is a descriptor of the present output, for writers that know no log: it stays the same when the output
+    changes. One for each process, as logging itself is.
+    """
+
+    def __init__(self) -> None:
+        self.dump_fd = os.dup(2)
+        self._file: _LogFile | None = None
+
+    def open(self, section: LogSection) -> None:
+        """Send all lines there, in this form and from this level on; again to change it while others log.
+
+        Raises:
+            AgentError: BAD_CONFIGURATION, when the file cannot be opened; what was in force stays.
+        """
+        file = None
+        if section.file:
+            try:
+                file = _LogFile(section.file, self.dump_fd)
+            except OSError as error:
+                raise AgentError(Code.BAD_CONFIGURATION, f"log.file: {error}") from error
+        else:
+            os.dup2(2, self.dump_fd, inheritable=False)
+        handler = file or logging.StreamHandler()
+        to_journal = file is None and _is_journal(2, os.environ.get("JOURNAL_STREAM", ""))
+        handler.setFormatter(_JsonFormatter(to_journal) if section.format == "json" else _TextFormatter(to_journal))
+        root = logging.getLogger()
+        # Both at once: a line that is written meanwhile goes to the one or to the other.
+        former, root.handlers = root.handlers, [handler]
+        for old in former:
+            old.close()
+        self._file = file
+        root.setLevel(section.level.upper())
+        # A line for each HTTP request and connection says nothing that the task's own lines do not say.
+        quiet = logging.DEBUG if section.level == "debug" else logging.WARNING
+        for noisy in ("urllib3", "cherrypy", "cherrypy.error"):
+            logging.getLogger(noisy).setLevel(quiet)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_uncaught_in_thread
+
+    @property
+    def is_file(self) -> bool:
+        """Whether lines go to a file."""
+        return self._file is not None
+
+    def follow(self) -> None:
+        """Go on in a new file where the present one was moved away; lines do so themselves, a dump does not."""
+        if self._file is not None:
+            self._file.follow()
+
+
+class _LogFile(logging.handlers.WatchedFileHandler):
+    """Appends to a file. What the file does not take goes to standard error: no caller fails because of its log."""
+
+    def __init__(self, path: str, dump_fd: int) -> None:
+        self._dump_fd = dump_fd
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        os.dup2(stream.fileno(), self._dump_fd, inheritable=False)
+        return stream
+
+    def follow(self) -> None:
+        self.acquire()
+        try:
+            self.reopenIfNeeded()
+        except OSError as error:
+            sys.stderr.write(f"kvmagent: log.file: {error}\n")
+        finally:
+            self.release()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            sys.stderr.write(f"{self.format(record)}\n")
+        else:
+            super().handleError(record)
 
 
 class _TextFormatter(logging.Formatter):
+    def __init__(self, to_journal: bool) -> None:
+        super().__init__()
+        self._to_journal = to_journal
+
     def format(self, record: logging.LogRecord) -> str:
-        context = format_fields(**_context.get())
-        text = f"{_timestamp(record)} {record.levelname} {record.getMessage()}{' ' if context else ''}{context}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        prefix = f"{_priority(record, self._to_journal)}{_timestamp(record)} {record.levelname}"
+        name, fields = _event(record)
+        context = {name: value for name, value in _context.get().items() if name not in fields}
+        line = f"{prefix} {name} {format_fields(**fields, **context)}".rstrip()
+        if not record.exc_info:
+            return line
+        told = format_fields(**context)
+        traceback = self.formatException(record.exc_info).splitlines()
+        return "\n".join([line, *(f"{prefix} | {_printable(part)} {told}".rstrip() for part in traceback)])
 
 
 class _JsonFormatter(logging.Formatter):
+    def __init__(self, to_journal: bool) -> None:
+        super().__init__()
+        self._to_journal = to_journal
+
     def format(self, record: logging.LogRecord) -> str:
-        fields = {
+        name, fields = _event(record)
+        line = {
             "time": _timestamp(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": name,
             **_context.get(),
+            **{name: value for name, value in fields.items() if value is not None},
         }
         if record.exc_info:
-            fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
+            line["traceback"] = self.formatException(record.exc_info)
+        return _priority(record, self._to_journal) + json.dumps(line, default=str)
+
+
+def _event(record: logging.LogRecord) -> tuple[str, Mapping[str, object]]:
+    """Return a line's event and fields; of a library's line its text is a field, for who knows what is in it."""
+    if isinstance(record.msg, Event):
+        return record.msg.name, record.msg.fields
+    return record.name, {"message": _QUERY.sub("?...", record.getMessage())}
 
 
 def _timestamp(record: logging.LogRecord) -> str:
@@ -70,6 +243,37 @@ def _timestamp(record: logging.LogRecord) -> str:
     return f"{seconds}.{int(record.msecs):03d}Z"
 
 
-def _quote(value: str) -> str:
-    plain = value.isprintable() and not any(character in value for character in ' "=')
-    return value if plain else json.dumps(value)
+def _priority(record: logging.LogRecord, to_journal: bool) -> str:
+    return f"<{_PRIORITIES.get(record.levelno, 6)}>" if to_journal else ""
+
+
+def _is_journal(descriptor: int, journal_stream: str) -> bool:
+    """Whether systemd connected a descriptor to its journal. Source: systemd.exec(5), JOURNAL_STREAM."""
+    found = os.fstat(descriptor)
+    return journal_stream == f"{found.st_dev}:{found.st_ino}"
+
+
+def _format(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.isprintable():
+        return text
+    return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else json.dumps(text)[1:-1]
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        Log(__name__).failure("ended by an error that nothing expected", error)
+
+
+def _log_uncaught_in_thread(uncaught: threading.ExceptHookArgs) -> None:
+    if uncaught.exc_value is not None:
+        name = uncaught.thread.name if uncaught.thread else None
+        Log(__name__).failure("thread ended by an error that nothing expected", uncaught.exc_value, thread=name)

@@ -1,13 +1,13 @@
 """What nobody else on the host may read: the state directory, keys and tokens. Checked when the agent starts."""
 
-import logging
 import os
 import stat
 from pathlib import Path
 
+from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -23,7 +23,7 @@ def make_private_directory(path: Path, key: str) -> None:
         for found in (path, *(entry for entry in path.iterdir() if entry.is_file() and not entry.is_symlink())):
             mode = found.stat().st_mode
             if mode & _OTHERS:
-                log.warning("closed to others path=%s mode=%04o", found, stat.S_IMODE(mode))
+                log.warning("closed to others", path=found, mode=f"{stat.S_IMODE(mode):04o}")
                 found.chmod(stat.S_IMODE(mode) & ~_OTHERS)
     except OSError as error:
         raise AgentError(Code.BAD_CONFIGURATION, f"{key} {path}: {error}") from error

@@ -181,6 +181,17 @@ def sample_conf() -> str:
     return "\n".join(lines) + "\n"
 
 
+def list_settings(settings: Settings) -> list[tuple[str, str, str, bool]]:
+    """Return every key as (section, key, value as a file has it, whether that is the default), in order."""
+    listed = []
+    for section in msgspec.structs.fields(Settings):
+        values = getattr(settings, section.name)
+        for field in msgspec.structs.fields(section.type):
+            value = getattr(values, field.name)
+            listed.append((section.name, field.name, _format(value), value == field.default))
+    return listed
+
+
 def _typed(section: str, keys: dict[str, str]) -> dict[str, Any]:
     """Split the values of list keys; the rest is converted with the Struct's own types."""
     struct = next((field.type for field in msgspec.structs.fields(Settings) if field.name == section), None)

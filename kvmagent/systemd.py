@@ -5,10 +5,11 @@ Source: sd_notify(3), systemd.service(5) Type=notify and WatchdogSec=.
 """
 
 import contextlib
-import logging
 import socket
 
-log = logging.getLogger(__name__)
+from kvmagent.logs import Log
+
+log = Log(__name__)
 
 
 class ServiceManager:
@@ -36,4 +37,4 @@ class ServiceManager:
             try:
                 notify.sendto(state.encode(), self._address)
             except OSError as error:
-                log.warning("systemd was not told state=%r error=%r", state, str(error))
+                log.warning("systemd was not told", state=state, error=str(error))

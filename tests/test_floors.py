@@ -16,9 +16,10 @@ FLOORS = {
     "kvmagent.model": 10,
     "kvmagent.settings": 11,
     "kvmagent.logs": 12,
-    "kvmagent.private": 12,
+    "kvmagent.plugins": 12,
+    "kvmagent.private": 13,
     "kvmagent.audit": 13,
-    "kvmagent.systemd": 12,
+    "kvmagent.systemd": 13,
     "kvmagent.hypervisor": 20,
     "kvmagent.tasks.faults": 15,
     "kvmagent.tasks.journalfile": 19,
@@ -40,6 +41,7 @@ OWNERS = {
     "cherrypy": "kvmagent.api.server",
     "cheroot": "kvmagent.api.listener",
     "simplejson": "kvmagent.api.wire",
+    "click": "kvmagent.cli.ctl",
 }
 
 # What nothing pure may touch: time, chance, environment, files, sockets, threads, logs, processes.

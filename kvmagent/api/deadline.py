@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import TypeVar
 
 from kvmagent.model.errors import AgentError, Code
@@ -41,7 +42,8 @@ class Asker:
             finally:
                 self._places.release()
 
-        threading.Thread(target=run, name=f"read {about}", daemon=True).start()
+        # With the log context of who asks.
+        threading.Thread(target=copy_context().run, args=(run,), name=f"read {about}", daemon=True).start()
         try:
             return answer.result(timeout_s)
         except TimeoutError as error:

@@ -1,6 +1,5 @@
-"""Takes a command in: checks it, stores it, and only then says that it is accepted."""
+"""Takes a command in: checks it, stores it, and only then says that it is accepted; and takes it back, if in time."""
 
-import logging
 from collections.abc import Mapping
 from typing import Literal
 
@@ -8,21 +7,23 @@ import msgspec
 
 from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
 from kvmagent.audit import audit
-from kvmagent.logs import format_fields
+from kvmagent.logs import Log, log_context
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.vmname import parse_uuid
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.questions import Questions
+from kvmagent.tasks.withdrawal import Withdrawal
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Accepted(msgspec.Struct, rename="camel"):
-    """The immediate answer: the task is on disk."""
+    """The immediate answer: the task is on disk, in this state."""
 
     task_uuid: str
     state: str
@@ -32,8 +33,15 @@ class Intake:
     """Thread-safe."""
 
     def __init__(
-        self, journal: Journal, lanes: Lanes, delivery: Delivery, callbacks: Callbacks, questions: Questions
+        self,
+        journal: Journal,
+        lanes: Lanes,
+        delivery: Delivery,
+        callbacks: Callbacks,
+        questions: Questions,
+        withdrawal: Withdrawal,
     ) -> None:
+        self._withdrawal = withdrawal
         self._questions = questions
         self._journal = journal
         self._lanes = lanes
@@ -52,17 +60,17 @@ class Intake:
         """
         task_uuid, lane = headers.get("taskuuid", "")[:64], ""
 
-        def tell(event: Literal["accepted", "refused"], outcome: str) -> None:
-            audit(event, caller=caller, client=client, what=command.name, vm=lane, task=task_uuid, outcome=outcome)
+        def tell(event: Literal["accepted", "refused"], outcome: str, error: str = "") -> None:
+            who = {"caller": caller, "client": client}
+            audit(event, **who, what=command.name, vm=lane, task=task_uuid, outcome=outcome, error=error)
 
-        try:
-            task_uuid = parse_task_uuid(headers.get("taskuuid"))
-            callback_url = parse_callback_url(headers.get("callbackurl"))
-            _check_content_type(headers.get("content-type", "application/json"))
-            request, lane = _read(command, body)
-            self._callbacks.check(callback_url, client)
-            task, is_new = self._store(
-                Task(
+        with log_context(task=task_uuid, command=command.name):
+            try:
+                task_uuid = parse_task_uuid(headers.get("taskuuid"))
+                callback_url = parse_callback_url(headers.get("callbackurl"))
+                _check_content_type(headers.get("content-type", "application/json"))
+                request, lane = _read(command, body)
+                task = Task(
                     task_uuid=task_uuid,
                     command=command.name,
                     lane=lane,
@@ -71,19 +79,39 @@ class Intake:
                     client=client,
                     caller=caller,
                 )
-            )
+                with log_context(**task.log_fields):
+                    self._callbacks.check(callback_url, client)
+                    task, is_new = self._store(task)
+            except AgentError as error:
+                tell("refused", error.code, error.message)
+                raise
+        with log_context(**task.log_fields):
+            if is_new:
+                tell("accepted", "accepted")
+                log.info("task accepted", client=client)
+                return Accepted(task_uuid=task_uuid, state="accepted")
+            tell("accepted", f"known:{task.state}")
+            log.info("task sent again", client=client, state=task.state)
+            if task.state not in UNFINISHED:
+                self._delivery.put(self._journal.owe_again(task_uuid))
+            return Accepted(task_uuid=task_uuid, state=task.state)
+
+    def cancel(self, task_uuid: str, *, client: str, caller: str) -> Accepted:
+        """Take a task back that has not touched anything yet; again changes nothing.
+
+        Raises:
+            AgentError: UNKNOWN_TASK; TASK_NOT_CANCELLABLE, with what the task is doing.
+        """
+        what = f"cancel {task_uuid}"
+        try:
+            task = self._withdrawal.withdraw(task_uuid)
         except AgentError as error:
-            tell("refused", error.code)
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
             raise
-        if is_new:
-            tell("accepted", "accepted")
-            log.info("task accepted %s", format_fields(task=task_uuid, vm=lane, command=command.name, client=client))
-            return Accepted(task_uuid=task_uuid, state="accepted")
-        tell("accepted", f"known:{task.state}")
-        log.info("task sent again %s", format_fields(task=task_uuid, vm=lane, command=command.name, state=task.state))
-        if task.state not in UNFINISHED:
-            self._delivery.put(self._journal.owe_again(task_uuid))
-        return Accepted(task_uuid=task_uuid, state=task.state)
+        outcome = Code.CANCELLED
+        audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
+        log.info("task taken back", task=task_uuid, vm=task.lane, command=task.command)
+        return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(
         self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
@@ -93,22 +121,24 @@ class Intake:
         Raises:
             AgentError: everything that refuses a request at once.
         """
-        try:
-            if "taskuuid" in headers:
-                raise AgentError(
-                    Code.BAD_TASK_UUID,
-                    f"{query.path} answers at once and takes no taskuuid header",
-                    remedy="Leave the taskuuid header out; the answer is in the body.",
-                )
-            _check_content_type(headers.get("content-type", "application/json"))
-            request, _ = _read(query, body)
-        except AgentError as error:
-            audit("refused", caller=caller, client=client, what=query.name, outcome=error.code)
-            raise
-        reply, failure = self._questions.answer(query, request, client)
-        outcome = failure.code if failure else "answered"
-        audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
-        return reply
+        with log_context(command=query.name):
+            try:
+                if "taskuuid" in headers:
+                    raise AgentError(
+                        Code.BAD_TASK_UUID,
+                        f"{query.path} answers at once and takes no taskuuid header",
+                        remedy="Leave the taskuuid header out; the answer is in the body.",
+                    )
+                _check_content_type(headers.get("content-type", "application/json"))
+                request, _ = _read(query, body)
+            except AgentError as error:
+                who = {"caller": caller, "client": client}
+                audit("refused", **who, what=query.name, outcome=error.code, error=error.message)
+                raise
+            reply, failure = self._questions.answer(query, request, client)
+            outcome = failure.code if failure else "answered"
+            audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
+            return reply
 
     def _store(self, task: Task) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none."""
@@ -129,10 +159,5 @@ def _read(declared: Command | Query, body: bytes) -> tuple[msgspec.Struct, str]:
     if isinstance(declared, Query):
         return decode_request(body or b"{}", declared.request), f"host/{declared.name}"
     request = decode_request(body, declared.request)
-    return request, _lane(request.vm_uuid)
-
-
-def _lane(vm: str) -> str:
-    """Return the lane of a VM: one for all ways to write a UUID."""
-    bare = vm.replace("-", "").lower()
-    return bare if len(bare) == 32 and all(digit in "0123456789abcdef" for digit in bare) else vm
+    # One lane for all ways to write a UUID.
+    return request, parse_uuid(request.vm_uuid) or request.vm_uuid

@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import Counter
@@ -29,10 +30,11 @@ from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
 from kvmagent.api.security import Security, certificate_names
 from kvmagent.api.wire import encode_error
 from kvmagent.audit import audit
+from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import HttpSection
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 #: In a request's environment: the names of the client's certificate.
 NAMES = "kvmagent.names"
@@ -109,7 +111,7 @@ class Listener(cheroot.wsgi.Server):
             raise AgentError(Code.TOO_MANY_CONNECTIONS, message)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
-        log.log(level, "http: %s", msg.strip(), exc_info=traceback)
+        log.write(level, "http server", sys.exc_info()[1] if traceback else None, error=msg.strip())
 
     def _limit(self, address: str) -> tuple[str, int]:
         if not self.security.is_allowed_address(address):
@@ -168,7 +170,7 @@ class _Connection(cheroot.server.HTTPConnection):
             self.refuse(error)
             return False
         except OSError as error:
-            log.debug("client left client=%s error=%s", self.remote_addr, error)
+            log.debug("client left", client=self.remote_addr, error=str(error))
             return False
         finally:
             self.socket.settimeout(self.server.timeout)
@@ -179,11 +181,18 @@ class _Connection(cheroot.server.HTTPConnection):
         try:
             self.wfile.write(data)
         except OSError as error:
-            log.debug("client left before its answer client=%s error=%s", self.remote_addr, error)
+            log.debug("client left before its answer", client=self.remote_addr, error=str(error))
 
     def refuse(self, error: AgentError) -> None:
         """Answer what is no request, or may not become one; the connection is of no use after it."""
-        audit("refused", caller="", client=self.remote_addr, what="connection", outcome=error.code)
+        audit(
+            "refused",
+            caller="",
+            client=self.remote_addr,
+            what="connection",
+            outcome=error.code,
+            error=error.message,
+        )
         if not self._has_shaken_hands and error.code is not Code.TLS_REQUIRED:
             return  # a TLS client that has shaken no hands can read nothing
         body = encode_error(error)
@@ -273,7 +282,7 @@ class _Connection(cheroot.server.HTTPConnection):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLError as error:
-            log.info("TLS handshake failed client=%s error=%r", self.remote_addr, error.reason or str(error))
+            log.info("TLS handshake failed", client=self.remote_addr, error=error.reason or str(error))
             audit("refused", caller="", client=self.remote_addr, what="TLS", outcome=error.reason or "TLS_FAILED")
             return False
         self._has_shaken_hands = True

@@ -29,21 +29,22 @@ class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
     details: dict[str, Any] = {}
 
 
-class Read(NamedTuple):
-    """A GET path, what it answers, and the schemas of its query's parameters."""
+class OwnPath(NamedTuple):
+    """A path that no plugin declares, what it answers, and the schemas of its query's parameters."""
 
     path: str
     summary: str
     query: Mapping[str, Any] = MappingProxyType({})
+    method: str = "get"
 
 
-def build_openapi(declared: Iterable[Command | Query], reads: Iterable[Read]) -> dict[str, Any]:
+def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -> dict[str, Any]:
     """Return the document."""
     declared = list(declared)
     shapes = [Accepted, Refusal, *(shape for one in declared for shape in (one.request, one.reply))]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
     paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
-    paths |= {read.path: {"get": _read(read)} for read in reads}
+    paths |= {one.path: {one.method: _own(one)} for one in own}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -109,17 +110,17 @@ def _sync_operation(query: Query) -> dict[str, Any]:
     }
 
 
-def _read(read: Read) -> dict[str, Any]:
-    names = [segment[1:-1] for segment in read.path.split("/") if segment.startswith("{")]
+def _own(own: OwnPath) -> dict[str, Any]:
+    names = [segment[1:-1] for segment in own.path.split("/") if segment.startswith("{")]
     return {
-        "summary": read.summary,
+        "summary": own.summary,
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
-            *({"name": name, "in": "query", "schema": schema} for name, schema in read.query.items()),
+            *({"name": name, "in": "query", "schema": schema} for name, schema in own.query.items()),
         ],
         "responses": {
-            "200": {"description": read.summary, "content": {"application/json": {"schema": {}}}},
-            **_refusals(_ANY + _READ),
+            "200": {"description": own.summary, "content": {"application/json": {"schema": {}}}},
+            **_refusals(_ANY + _READ + (_COMMAND if own.method == "post" else ())),
         },
     }
 

@@ -1,4 +1,4 @@
-"""The GET paths: VMs, tasks, health and the OpenAPI document."""
+"""The GET paths: VMs, tasks, health and the OpenAPI document, which tells of all paths."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
@@ -7,7 +7,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
-from kvmagent.api.openapi import Read, build_openapi
+from kvmagent.api.openapi import OwnPath, build_openapi
 from kvmagent.api.server import Answer, Call, Handler
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
@@ -20,9 +20,9 @@ from kvmagent.tasks.lanes import Lanes
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
 _PATHS = (
-    Read("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug"),
-    Read("/vms/{vmUuid}", "One VM: facts, headroom, blockers"),
-    Read(
+    OwnPath("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug"),
+    OwnPath("/vms/{vmUuid}", "One VM: facts, headroom, blockers"),
+    OwnPath(
         "/tasks",
         "Tasks, newest first",
         {
@@ -31,9 +31,15 @@ _PATHS = (
             "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT},
         },
     ),
-    Read("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery"),
-    Read("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
-    Read("/openapi.json", "This document"),
+    OwnPath("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery"),
+    OwnPath(
+        "/tasks/{taskUuid}/cancel",
+        "Take a task back that has not touched its VM yet: it ends as refused, code CANCELLED, and its callback is "
+        "sent; 409 with what it is doing where it is too late",
+        method="post",
+    ),
+    OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
+    OwnPath("/openapi.json", "This document"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
 # once, so that commands are accepted whatever hangs.
@@ -152,13 +158,25 @@ class Reads:
         return Answer(encode(body), status=503 if down else 200)
 
 
+class _Told(msgspec.Struct, rename="camel"):
+    """What went wrong, as far as a reply tells it; a plugin of another's may have it in any shape."""
+
+    error: Any = None
+    error_code: Any = None
+    remedy: Any = None
+
+
 def _summary(task: Task) -> dict[str, Any]:
+    told = msgspec.json.decode(task.reply, type=_Told) if task.reply else _Told()
     return {
         "taskUuid": task.task_uuid,
         "command": task.command,
         "vm": task.lane,
         "state": task.state,
         "outcome": task.outcome,
+        "error": told.error or None,
+        "errorCode": told.error_code,
+        "remedy": told.remedy,
         "acceptedAt": task.accepted_at,
         "startedAt": task.started_at,
         "finishedAt": task.finished_at,

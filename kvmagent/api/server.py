@@ -6,7 +6,6 @@
 Routes come from the declared commands; a handler is a function from `Call` to `Answer` and knows no CherryPy.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +17,11 @@ from kvmagent.api.listener import NAMES, Listener
 from kvmagent.api.security import Security
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.audit import audit
+from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.settings import HttpSection
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Server:
         """Serve."""
         self._thread.start()
         scheme = "http" if self._security.context is None else "https"
-        log.info("listening on %s://%s:%d", scheme, self._http.host, self._http.port)
+        log.info("listening", url=f"{scheme}://{self._http.host}:{self._http.port}")
 
     def stop(self) -> None:
         """Answer what came in, then close."""
@@ -108,12 +108,14 @@ class _Dispatcher:
 
     def _handle(self) -> bytes:
         request, response = cherrypy.serving.request, cherrypy.serving.response
+        asked = {"method": request.method, "path": request.path_info, "client": request.remote.ip}
         try:
             answer = self._answer(request)
         except AgentError as error:
+            log.debug("request refused", **asked, **error_fields(error))
             answer = _refusal(error)
         except Exception as error:
-            log.exception("request failed method=%s path=%r", request.method, request.path_info)
+            log.failure("request failed in a way that nothing expected", error, **asked)
             answer = _refusal(AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
         response.status = answer.status
         response.headers["Content-Type"] = "application/json"
@@ -134,13 +136,14 @@ class _Dispatcher:
                 raise AgentError(Code.METHOD_NOT_ALLOWED, message, details={"allow": allow})
         except AgentError as error:
             what = f"{request.method} {request.path_info}"
-            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
         repeated = [name for name, value in request.params.items() if not isinstance(value, str)]
         if repeated:
             raise AgentError(Code.BAD_QUERY, f"query parameter {repeated[0]!r} stands more than once")
         body = request.rfile.read() if request.method == "POST" else b""
-        return handler(Call(headers, request.params, parts, body, client, caller))
+        with log_context(caller=caller):
+            return handler(Call(headers, request.params, parts, body, client, caller))
 
     def _find(self, path: str) -> tuple[dict[str, Handler], tuple[str, ...]]:
         segments = tuple(path.strip("/").split("/"))

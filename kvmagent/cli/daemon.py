@@ -3,23 +3,25 @@
 import argparse
 import contextlib
 import faulthandler
-import logging
 import os
+import queue
 import resource
 import signal
 import sys
 from pathlib import Path
 
 from kvmagent import __version__
-from kvmagent.agent import Agent, load_plugins
+from kvmagent.agent import Agent
 from kvmagent.api.security import new_token
-from kvmagent.logs import start_logging
-from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import DEFAULT_PATH, Settings, parse_settings, sample_conf
+from kvmagent.cli.configfile import read_settings
+from kvmagent.logs import Log, LogOutput, error_fields
+from kvmagent.model.errors import AgentError
+from kvmagent.plugins import load_plugins
+from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 from kvmagent.systemd import ServiceManager
 from kvmagent.tasks.faults import Fault, no_fault
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _MAX_FILES = 65536
 
@@ -30,9 +32,7 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     if options.sample:
         print(sample_conf(), end="")
         return 0
-    # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        faulthandler.register(number, all_threads=True)
+    process = _Process(Path(options.config), options.set)
     # The journal, its companions and a log file are made by libraries that ask for no mode.
     os.umask(0o077)
     _raise_file_limit()
@@ -41,19 +41,57 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
             token, line = new_token(options.new_token)
             print(f"{line}\n{token}")
             return 0
-        settings = _read_settings(Path(options.config), options.set)
-        start_logging(settings.log)
+        settings = process.read_settings()
+        process.log_output.open(settings.log)
         agent = Agent(settings, load_plugins(settings.agent.plugins), fault=fault)
         agent.start()
     except AgentError as error:
         print(f"kvmagent: {error.code}: {error.message}\nkvmagent: remedy: {error.remedy}", file=sys.stderr)
+        if process.log_output.is_file:
+            log.error("agent cannot start", **error_fields(error))
         return 1
-    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
-    manager.ready()
-    agent.run_until_signal(manager.feed)
-    manager.stopping(agent.stop_within_s)
+    process.manager.ready()
+    agent.run_until_signal(process, process.signals)
+    process.manager.stopping(agent.stop_within_s)
     agent.stop()
     return 0
+
+
+class _Process:
+    """What the agent has of its process: signals, the log's output, the configuration file, the service manager."""
+
+    def __init__(self, path: Path, overrides: list[str]) -> None:
+        self._path = path
+        self._overrides = overrides
+        self.signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.log_output = LogOutput()
+        self.manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
+        # A crash of a C library leaves the threads' stacks in the log.
+        faulthandler.enable(self.log_output.dump_fd)
+        # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda number, _frame: self.signals.put(number))
+            # Before that handler, which needs the main thread: the stacks are written whatever the threads are at.
+            faulthandler.register(number, file=self.log_output.dump_fd, all_threads=True, chain=True)
+
+    def read_settings(self) -> Settings:
+        """Return what the configuration file says now.
+
+        Raises:
+            AgentError: BAD_CONFIGURATION.
+        """
+        return read_settings(self._path, self._overrides)
+
+    def read_log_settings(self) -> None:
+        self.log_output.open(self.read_settings().log)
+
+    def dump_stacks(self) -> None:
+        faulthandler.dump_traceback(self.log_output.dump_fd, all_threads=True)
+
+    def tick(self, *, well: bool) -> None:
+        self.log_output.follow()
+        if well:
+            self.manager.feed()
 
 
 def _raise_file_limit() -> None:
@@ -83,18 +121,6 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=__version__)
     return parser.parse_args(arguments)
-
-
-def _read_settings(path: Path, overrides: list[str]) -> Settings:
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AgentError(
-            Code.BAD_CONFIGURATION,
-            f"{path}: {error}",
-            remedy="Write the file (kvmagent --sample prints one), or name another with --config.",
-        ) from error
-    return parse_settings(text, overrides)
 
 
 if __name__ == "__main__":

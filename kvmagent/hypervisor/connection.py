@@ -13,7 +13,6 @@ Source: libvirt virConnectSetKeepAlive, virEventRegisterDefaultImpl; max_client_
 """
 
 import contextlib
-import logging
 import random
 import threading
 import time
@@ -22,9 +21,10 @@ from collections.abc import Callable, Iterator
 import libvirt
 
 from kvmagent.hypervisor.libvirterrors import translate
+from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError, Code
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A daemon that answers nothing for KEEPALIVE_INTERVAL_S x (KEEPALIVE_COUNT + 1) is given up, its calls fail.
 KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 3, 3
@@ -63,7 +63,7 @@ class Connection:
 
     def start(self) -> None:
         """Start the event loop and try to connect; a libvirt that is down is no reason not to start."""
-        libvirt.registerErrorHandler(lambda _context, _error: None, None)
+        libvirt.registerErrorHandler(_log_error, None)
         libvirt.virEventRegisterDefaultImpl()
         # Wakes the loop, so that it sees the stop.
         self._timer = libvirt.virEventAddTimeout(500, lambda _timer, _opaque: None, None)
@@ -72,7 +72,7 @@ class Connection:
             with self.lease():
                 pass
         except AgentError as error:
-            log.warning("libvirt is not reachable yet uri=%s error=%r", self._uri, error.message)
+            log.info("the agent starts without libvirt", uri=self._uri, **error_fields(error))
 
     def stop(self) -> None:
         """Close the connections and end the threads, but for one that a hung daemon holds in an open."""
@@ -109,24 +109,29 @@ class Connection:
             return self._changed.wait_for(lambda: not self._lost and self._find_trouble() is None, timeout_s)
 
     def _take(self) -> libvirt.virConnect:
-        deadline = time.monotonic() + _OPEN_WAIT_S
         dead: list[libvirt.virConnect] = []
         with self._changed:
-            self._wanted += 1
-            self._changed.notify_all()
-            if self._opener.ident is None:
-                self._opener.start()
-            try:
-                while (connection := self._find_alive(dead)) is None:
-                    if self._stopping:
-                        raise AgentError(Code.STOPPING, "the libvirt connection is closed")
-                    if trouble := self._find_trouble():
-                        raise AgentError(Code.LIBVIRT_UNAVAILABLE, trouble)
-                    self._changed.wait(max(0.0, deadline - time.monotonic()))
-            finally:
-                self._wanted -= 1
+            connection = self._find_alive(dead) or self._await_one(dead)
         for old in dead:
             self._close(old)
+        return connection
+
+    def _await_one(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect:
+        """Have the opener open a connection, unless one is given back before."""
+        deadline = time.monotonic() + _OPEN_WAIT_S
+        self._wanted += 1
+        self._changed.notify_all()
+        if self._opener.ident is None:
+            self._opener.start()
+        try:
+            while (connection := self._find_alive(dead)) is None:
+                if self._stopping:
+                    raise AgentError(Code.STOPPING, "the libvirt connection is closed")
+                if trouble := self._find_trouble():
+                    raise AgentError(Code.LIBVIRT_UNAVAILABLE, trouble)
+                self._changed.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            self._wanted -= 1
         return connection
 
     def _find_alive(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect | None:
@@ -151,7 +156,8 @@ class Connection:
                 return
             if not self._stopping and len(self._idle) < _MOST_IDLE and connection.isAlive():
                 self._idle.append(connection)
-                self._changed.notify_all()
+                if self._wanted:
+                    self._changed.notify_all()
                 return
         self._close(connection)
 
@@ -193,9 +199,9 @@ class Connection:
         """Note how an open ended."""
         with self._changed:
             if failure is not None and self._failure is None:
-                log.warning("libvirt cannot be reached uri=%s error=%r", self._uri, failure)
+                log.warning("libvirt cannot be reached", uri=self._uri, error=failure)
             elif failure is None and (self._failure is not None or self._lost):
-                log.info("libvirt is there again uri=%s", self._uri)
+                log.info("libvirt is there again", uri=self._uri)
             self._failure, self._lost, self._opening_since = failure, False, None
             self._changed.notify_all()
 
@@ -210,15 +216,16 @@ class Connection:
                 self._close(connection)
                 raise
             return connection, True
-        log.debug("libvirt connected uri=%s", self._uri)
+        log.debug("libvirt connected", uri=self._uri)
         return connection, False
 
     def _on_close(self, _connection: libvirt.virConnect, reason: int, _opaque: object) -> None:
         """A connection died by itself: find out at once whether libvirt can be reached. Any thread may call this."""
         if reason == libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT:
             return
-        log.warning("libvirt connection lost uri=%s reason=%r", self._uri, _REASONS.get(reason, str(reason)))
         with self._changed:
+            if not self._lost and self._failure is None:
+                log.warning("libvirt connection lost", uri=self._uri, reason=_REASONS.get(reason, str(reason)))
             self._lost = True
             self._changed.notify_all()
 
@@ -228,8 +235,16 @@ class Connection:
             try:
                 end()
             except libvirt.libvirtError as error:
-                log.debug("closing a libvirt connection error=%s", error)
+                log.debug("closing a libvirt connection", error=str(error))
 
     def _run_loop(self) -> None:
         while not self._ended.is_set():
             libvirt.virEventRunDefaultImpl()
+
+
+def _log_error(_context: object, error: tuple[object, ...]) -> None:
+    """libvirt's own words on every error: each is raised too, and told by who knows what it means.
+
+    Source: libvirt-python libvirt_virErrorFuncHandler: code, domain, message, level, ...
+    """
+    log.debug("libvirt error", code=error[0], domain=error[1], error=error[2])

@@ -29,6 +29,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB
+from kvmagent.model.vmname import parse_uuid
 
 STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
@@ -290,10 +291,8 @@ def find_vm(connection: libvirt.virConnect, vm: str, means: Means) -> VmHandle:
     """
     with libvirt_errors("asking libvirt for its driver"):
         is_test_driver = connection.getType().upper() == "TEST"
-    bare = vm.replace("-", "").lower()
-    is_uuid = len(bare) == 32 and all(digit in "0123456789abcdef" for digit in bare)
     attempts = [(connection.lookupByName, vm)]
-    if is_uuid:
+    if bare := parse_uuid(vm):
         attempts += [(connection.lookupByUUIDString, bare), (connection.lookupByName, bare)]
     for lookup, key in attempts:
         try:

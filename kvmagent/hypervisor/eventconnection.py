@@ -6,7 +6,6 @@ It has no other work, so that no call holds up an event. Events are lost while i
 there again, and whoever waits for an event also looks for itself now and then.
 """
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -14,8 +13,9 @@ import libvirt
 
 from kvmagent.hypervisor.connection import KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S
 from kvmagent.hypervisor.libvirterrors import translate
+from kvmagent.logs import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
 _STOP_WAIT_S = 5.0
@@ -62,7 +62,7 @@ class EventConnection:
             try:
                 connection = self._open_libvirt(self._uri)
             except libvirt.libvirtError as error:
-                log.debug("no events: %s", translate(error, f"connecting to {self._uri}").message)
+                log.debug("no events yet", error=translate(error, f"connecting to {self._uri}").message)
                 self._stopping.wait(pause_s)
                 pause_s = min(pause_s * 2, _LONGEST_RETRY_S)
                 continue
@@ -72,7 +72,7 @@ class EventConnection:
             except libvirt.libvirtError as error:
                 self._close(connection, [])
                 if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-                    log.info("no events from this driver uri=%s", self._uri)
+                    log.info("no events from this driver", uri=self._uri)
                     return
                 continue
             if was_there:
@@ -100,4 +100,4 @@ class EventConnection:
             connection.unregisterCloseCallback()
             connection.close()
         except libvirt.libvirtError as error:
-            log.debug("closing the event connection error=%s", error)
+            log.debug("closing the event connection", error=str(error))

@@ -4,9 +4,11 @@ Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping
 Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v2.rst, memory.max.
 """
 
+import functools
 import re
 from pathlib import Path
 
+from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
 from kvmagent.model.facts import Host, HostNode
 from kvmagent.model.units import KIB
 
@@ -16,7 +18,7 @@ _SLICE = "sys/fs/cgroup/machine.slice"
 
 def read_host(vcpu_limit: int | None, root: Path) -> Host:
     """Return the host's facts, the kernel's files being below `root`; a part that cannot be read is None."""
-    meminfo = _read_meminfo(root / "proc/meminfo")
+    meminfo = read_sizes(root / "proc/meminfo")
     available = meminfo.get("MemAvailable")
     room = _slice_room(root / _SLICE)
     return Host(
@@ -28,36 +30,24 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
     )
 
 
-def _read_meminfo(path: Path) -> dict[str, int]:
-    """Return the sizes of a meminfo file in bytes; a node's has "Node N" in front of each line."""
-    found = re.findall(r"^(?:Node \d+ )?([\w()]+): +(\d+) kB$", _read(path), re.MULTILINE)
-    return {name: int(size) * KIB for name, size in found}
-
-
 def _read_node(path: Path) -> HostNode:
     free = {}
     for pages in path.glob("hugepages/hugepages-*kB"):
         size_kib = int(pages.name.removeprefix("hugepages-").removesuffix("kB"))
-        free[size_kib * KIB] = int(_read(pages / "free_hugepages") or 0)
-    meminfo = _read_meminfo(path / "meminfo")
+        free[size_kib * KIB] = int(read_text(pages / "free_hugepages") or 0)
+    meminfo = read_sizes(path / "meminfo")
     # Page cache that can be dropped is free for a VM. Source: Linux mm/vmscan.c; the node has no MemAvailable.
     free_bytes = sum(meminfo.get(name, 0) for name in ("MemFree", "Inactive(file)", "SReclaimable"))
     return HostNode(id=int(path.name.removeprefix("node")), free_bytes=free_bytes, free_hugepages=free)
 
 
+@functools.cache  # of the processor: it stays, and the file is long on a large host
 def _read_phys_bits(path: Path) -> int | None:
-    found = re.search(r"^address sizes\s*: (\d+) bits physical", _read(path), re.MULTILINE)
+    found = re.match(r"(\d+) bits physical", read_fields(path).get("address sizes", ""))
     return int(found.group(1)) if found else None
 
 
 def _slice_room(path: Path) -> int | None:
     """Return what the VMs' cgroup may still take; None without a limit."""
-    limit, current = _read(path / "memory.max").strip(), _read(path / "memory.current").strip()
+    limit, current = read_text(path / "memory.max") or "", read_text(path / "memory.current") or ""
     return int(limit) - int(current) if limit.isdigit() and current.isdigit() else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -14,6 +14,7 @@ from pathlib import Path
 import libvirt
 
 from kvmagent.hypervisor.domain import STATES
+from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.model.facts import VmState
 from kvmagent.model.host import HostFacts, VmSummary
@@ -29,10 +30,10 @@ def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -
     with libvirt_errors("reading the host"):
         arch, memory_mib, cpus, _, _, sockets, _, _ = connection.getInfo()
         libvirt_version, hypervisor_version = connection.getLibVersion(), connection.getVersion()
-    cpu = _read_fields(root / "proc/cpuinfo")
+    cpu = read_fields(root / "proc/cpuinfo")
     flags = set(cpu.get("flags", "").split())
     os_release = _read_os_release(root / "etc/os-release")
-    uptime = _read(root / "proc/uptime")
+    uptime = read_text(root / "proc/uptime")
     return HostFacts(
         libvirt_version=_version(libvirt_version),
         hypervisor_version=_version(hypervisor_version),
@@ -45,13 +46,13 @@ def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -
         cpu_sockets=_count_sockets(root) or sockets,
         hvm_flag=next((flag for flag in ("vmx", "svm") if flag in flags), ""),
         has_ept=bool(flags & {"ept", "npt"}),
-        memory_total_bytes=_read_memory_total(root) or memory_mib * 1024 * KIB,
+        memory_total_bytes=read_sizes(root / "proc/meminfo").get("MemTotal") or memory_mib * 1024 * KIB,
         memory_slots=None,
         os_name=os_release.get("ID"),
         os_version=os_release.get("VERSION_ID"),
         os_release=os_release.get("VERSION_CODENAME"),
         uptime_s=float(uptime.split()[0]) if uptime else None,
-        dmi={name: value for name in _DMI if (value := _read(root / "sys/class/dmi/id" / name))},
+        dmi={name: value for name in _DMI if (value := read_text(root / "sys/class/dmi/id" / name))},
         addresses=_addresses(),
     )
 
@@ -102,17 +103,12 @@ def _read_qemu_img_version() -> str | None:
 
 
 def _count_sockets(root: Path) -> int:
-    ids = {_read(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/physical_package_id")}
+    ids = {read_text(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/physical_package_id")}
     return len(ids - {None})
 
 
-def _read_memory_total(root: Path) -> int | None:
-    total = _read_fields(root / "proc/meminfo").get("MemTotal")
-    return int(total.split()[0]) * KIB if total else None
-
-
 def _read_os_release(path: Path) -> dict[str, str]:
-    lines = (_read(path) or "").splitlines()
+    lines = (read_text(path) or "").splitlines()
     return {name: value.strip("\"'") for name, _, value in (line.partition("=") for line in lines)}
 
 
@@ -127,20 +123,3 @@ def _addresses() -> tuple[str, ...]:
                 continue  # an interface without an IPv4 address
             found.append(socket.inet_ntoa(answer[20:24]))
     return tuple(address for address in found if not address.startswith("127."))
-
-
-def _read_fields(path: Path) -> dict[str, str]:
-    """Return the first value of each "name: value" line."""
-    fields: dict[str, str] = {}
-    for line in (_read(path) or "").splitlines():
-        name, colon, value = line.partition(":")
-        if colon:
-            fields.setdefault(name.strip(), value.strip())
-    return fields
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None

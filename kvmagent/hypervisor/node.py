@@ -16,7 +16,7 @@ from kvmagent.hypervisor.host import read_host
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
-from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.facts import Definition, Facts, Host
 from kvmagent.model.host import HostView
 from kvmagent.model.steps import AnyStep
 
@@ -80,7 +80,9 @@ class Node:
             return handle.uuid
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
-        """Return what is so now; `parts` ("cpus", "memory") is what to ask the guest itself.
+        """Return what is so now; `parts` ("cpus", "memory", "agent") is what to ask the guest itself.
+
+        The host's memory is looked at where the guest's is.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
@@ -90,7 +92,8 @@ class Node:
             domain, connected = handle.read()
             guest = handle.ask_guest(domain, connected, parts)
             limit = self._vcpu_limit(connection, domain.live or domain.config)
-        return Facts(domain=domain, guest=guest, host=read_host(limit, self._host_root))
+        host = read_host(limit, self._host_root) if "memory" in parts else Host(vcpu_limit=limit)
+        return Facts(domain=domain, guest=guest, host=host)
 
     def perform(self, vm: str, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.
@@ -126,6 +129,8 @@ class Node:
                 if definition.hypervisor == "kvm":
                     limits.append(connection.getMaxVcpus("kvm"))
                 self._vcpu_limits[key] = min((limit for limit in limits if limit), default=None)
-            except libvirt.libvirtError:
-                return None
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                    return None
+                self._vcpu_limits[key] = None
         return self._vcpu_limits[key]

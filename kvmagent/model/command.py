@@ -18,6 +18,7 @@ import msgspec
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
+from kvmagent.model.shapes import settle
 from kvmagent.model.steps import AnyStep
 
 Affect = Literal["both", "live", "config"]
@@ -105,10 +106,11 @@ def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
 class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
-    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent". `spent` (of advance) holds the
-    keys of the soft steps that failed in this run and are not to be tried again, each also followed by its error code.
-    A failed soft step ends its round: what follows it in the plan may count on its success. `tells_progress`: the
-    management server that connected is told of each step as it begins.
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent"; with "memory" the host's memory
+    is looked at too. `spent` (of advance) holds the keys of the soft steps that failed in this run and are not to be
+    tried again, each also followed by its error code. A failed soft step ends its round: what follows it in the plan
+    may count on its success. `tells_progress`: the management server that connected is told of each step as it begins.
+    `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not offer it.
     """
 
     name: str
@@ -124,6 +126,10 @@ class Command:
     refusals: tuple[Code, ...]
     retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
     tells_progress: bool = False
+    subcommand: str = ""
+
+    def __post_init__(self) -> None:
+        settle(self.request, self.goal)
 
 
 @dataclass(frozen=True)

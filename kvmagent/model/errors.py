@@ -34,6 +34,8 @@ class Code(StrEnum):
     UNKNOWN_TASK = "UNKNOWN_TASK"
     METHOD_NOT_ALLOWED = "METHOD_NOT_ALLOWED"
     TASK_CONFLICT = "TASK_CONFLICT"
+    TASK_NOT_CANCELLABLE = "TASK_NOT_CANCELLABLE"
+    CANCELLED = "CANCELLED"
     HEAD_TOO_LARGE = "HEAD_TOO_LARGE"
     URL_TOO_LONG = "URL_TOO_LONG"
     REQUEST_TOO_SLOW = "REQUEST_TOO_SLOW"
@@ -65,6 +67,7 @@ class Code(StrEnum):
     VM_PAUSED = "VM_PAUSED"
     VM_TRANSIENT = "VM_TRANSIENT"
     VM_CRASHED = "VM_CRASHED"
+    NOT_AS_EXPECTED = "NOT_AS_EXPECTED"
     TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
     TARGET_ABOVE_CURRENT = "TARGET_ABOVE_CURRENT"
     NO_ACPI = "NO_ACPI"
@@ -198,6 +201,16 @@ CODES: dict[Code, CodeInfo] = {
     Code.METHOD_NOT_ALLOWED: CodeInfo(
         405, "The path does not take this HTTP method.", "Use the method in the Allow header."
     ),
+    Code.TASK_NOT_CANCELLABLE: CodeInfo(
+        409,
+        "The task has begun to change its VM, or has ended: it cannot be taken back any more.",
+        "Wait for its callback, then send a command that brings the VM where it should be.",
+    ),
+    Code.CANCELLED: CodeInfo(
+        409,
+        "The task was taken back (POST /tasks/{taskUuid}/cancel) before it touched anything.",
+        "Send the command with a fresh taskuuid if it is wanted after all.",
+    ),
     Code.TASK_CONFLICT: CodeInfo(
         409,
         "The taskuuid belongs to a task with another command, body or callback URL.",
@@ -307,6 +320,12 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
+    ),
+    Code.NOT_AS_EXPECTED: CodeInfo(
+        409,
+        "The VM has not what the caller said that it has now (expectedCpuNum, expectedMemorySize).",
+        "Read the VM again (the reply's numbers, or GET /vms/{vmUuid}), work out the target anew, and send it with a "
+        "fresh taskuuid.",
     ),
     Code.TARGET_BELOW_CURRENT: CodeInfo(
         400,

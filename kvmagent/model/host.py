@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from kvmagent.model.facts import VmState
+from kvmagent.model.shapes import settle
 
 
 class VmSummary(msgspec.Struct, frozen=True):
@@ -87,6 +88,9 @@ class Query:
     sync: bool = False
     remember: Callable[[Any, ManagementServer | None], ManagementServer | None] = lambda _request, _known: None
     notice: Callable[[Any], str | None] = lambda _request: None
+
+    def __post_init__(self) -> None:
+        settle(self.request)
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -1,8 +1,13 @@
 """Sizes: every size inside the agent is a count of bytes; libvirt's KiB exist in hypervisor/ alone."""
 
+import re
+
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+_UNITS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+_SIZE = re.compile(r"(?P<amount>[0-9]+(?:\.[0-9]+)?) ?(?:(?P<unit>[KMGT])(?:i?b)?|b)", re.IGNORECASE)
 
 
 def align_up(size_bytes: int, quantum_bytes: int) -> int:
@@ -27,6 +32,28 @@ def format_size(size_bytes: int) -> str:
         if size_bytes >= unit:
             return f"{size_bytes / unit:.1f} {name}"
     return f"{size_bytes} B"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size as people write it; `format_size` gives such. Units are powers of 1024 alone.
+
+    `parse_size("4G")`, `parse_size("4GiB")` and `parse_size("4096 MiB")` are the same.
+
+    Raises:
+        ValueError: no size; the message says why, and what would be one.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None and text.strip().isdecimal():
+        raise ValueError(f"{text.strip()} has no unit: write {text.strip()}M for MiB, or {text.strip()}B for bytes")
+    if found is None:
+        raise ValueError(f"{text!r} is no size: write a number and a unit, as in 4G, 1.5GiB or 512MiB")
+    whole, _, part = found["amount"].partition(".")
+    unit_bytes = _UNITS[(found["unit"] or "").upper()]
+    divisor: int = 10 ** len(part)
+    size_bytes, rest = divmod(int(whole + part) * unit_bytes, divisor)
+    if rest:
+        raise ValueError(f"{text!r} is not a whole number of bytes")
+    return size_bytes
 
 
 def format_ids(ids: "frozenset[int] | tuple[int, ...]") -> str:

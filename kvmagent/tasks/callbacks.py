@@ -10,12 +10,12 @@ redirect, and no proxy of the environment is used.
 
 import contextlib
 import ipaddress
-import logging
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import copy_context
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,11 +23,12 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
+from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
 from kvmagent.settings import CallbackRule, CallbackSection
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Returns the addresses of a host, or raises OSError.
@@ -245,7 +246,8 @@ class _Lookups:
                     return None
                 self._running.add(host)
                 # A resolver cannot be interrupted, so that the agent's end does not wait for this thread.
-                threading.Thread(target=self._look_up, args=(host,), name="callback lookup", daemon=True).start()
+                run = copy_context().run  # with the log context of who asks
+                threading.Thread(target=run, args=(self._look_up, host), name="callback lookup", daemon=True).start()
             if not self._changed.wait_for(lambda: host not in self._running, _RESOLVE_WAIT_S):
                 self._learn(host, None)  # nobody else waits for it meanwhile
             return self._known.get(host, (0.0, None))[1]
@@ -254,7 +256,7 @@ class _Lookups:
         try:
             addresses = [address for text in self._resolve(host) if (address := _parse_address(text))]
         except (OSError, ValueError) as error:
-            log.info("callback host is not known now host=%s error=%r", host, str(error))
+            log.info("callback host is not known now", host=host, error=str(error))
             addresses = None
         with self._changed:
             self._running.discard(host)

@@ -12,21 +12,21 @@ journal when it is sent.
 
 import heapq
 import itertools
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from kvmagent.logs import log_context
+from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.model.errors import AgentError
 from kvmagent.tasks.callbacks import Callbacks, Channel
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Owed
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.5, 180.0
 # Callbacks under way at once; of these to destinations whose last one was not answered.
@@ -56,6 +56,18 @@ class _Destination:
 
     def next_at(self) -> float:
         return max(self.not_before, self.due[0][0])
+
+
+class Backlog(NamedTuple):
+    """What is owed to one destination: how many callbacks, the oldest since when (seconds since the epoch), how often
+    in a row it did not answer, which VM's callback is under way, in how many seconds another is due."""
+
+    destination: str
+    owed: int
+    oldest_at: float
+    failures: int
+    under_way: str | None
+    next_in_s: float | None
 
 
 class Delivery:
@@ -115,6 +127,23 @@ class Delivery:
         """Return how many callbacks wait to be taken."""
         with self._changed:
             return self._owed
+
+    def backlog(self) -> list[Backlog]:
+        """Return what is owed to each destination that is owed anything."""
+        with self._changed:
+            now = time.monotonic()
+            return [
+                Backlog(
+                    destination=destination.url,
+                    owed=sum(map(len, destination.lanes.values())),
+                    oldest_at=min(next(iter(lane.values())) for lane in destination.lanes.values()),
+                    failures=destination.failures,
+                    under_way=destination.busy,
+                    next_in_s=max(0.0, destination.next_at() - now) if destination.due else None,
+                )
+                for destination in self._destinations.values()
+                if destination.lanes
+            ]
 
     def stalled_s(self) -> float:
         """Return for how long a callback has been due although a thread for it is free, or could be made."""
@@ -188,7 +217,7 @@ class Delivery:
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread to give; `relieve` tries again
-            log.error("no thread for delivery error=%r", str(error))
+            log.error("no thread for delivery", error=str(error), owed=self._owed)
             return
         self._threads.add(thread)
 
@@ -201,9 +230,9 @@ class Delivery:
             try:
                 settled, pause_s, answered = self._send(destination, task_uuid)
             except AgentError as error:
-                log.warning("callback waits for the journal vm=%s error=%r", lane, error.message)
-            except Exception:
-                log.exception("delivery failed in a way that nothing expected vm=%s", lane)
+                log.warning("callback waits for the journal", task=task_uuid, vm=lane, **error_fields(error))
+            except Exception as error:
+                log.failure("delivery failed in a way that nothing expected", error, task=task_uuid, vm=lane)
             self._put_back(destination, lane, task_uuid, settled, pause_s, answered)
 
     def _take(self) -> tuple[_Destination, str, str] | None:
@@ -265,7 +294,7 @@ class Delivery:
         for lane, owed in list(destination.lanes.items()):
             for task_uuid in [task_uuid for task_uuid, owed_at in owed.items() if owed_at <= oldest]:
                 with log_context(task=task_uuid, vm=lane):
-                    log.error("callback given up url=%s: no answer", destination.url)
+                    log.error("callback given up", url=destination.url, error="no answer from the receiver")
                 self._journal.settle(task_uuid, "given_up", "no answer from the receiver")
                 self._forget(destination, lane, task_uuid)
         destination.due = [entry for entry in destination.due if entry[2] in destination.lanes]
@@ -291,23 +320,23 @@ class Delivery:
         if task is None or task.state != "finished":
             return True, 0.0, True
         attempts = task.attempts + 1
-        with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
+        with log_context(**task.log_fields):
             url = task.callback_url.partition("?")[0]  # a query may hold what is nobody's business
             headers = {"taskuuid": task_uuid}
             status, error = destination.channel.post(task.callback_url, task.reply, headers, self._timeout_s)
             if status is not None and 200 <= status < 300:
                 self._fault("callback:taken")
                 self._journal.settle(task_uuid, "delivered", None, attempts=attempts)
-                log.info("callback delivered url=%s attempts=%d", url, attempts)
+                log.info("callback delivered", url=url, attempts=attempts)
                 return True, 0.0, True
             if status == 404:
                 self._journal.settle(task_uuid, "gone", error, attempts=attempts)
-                log.warning("callback refused for good url=%s error=%r", url, error)
+                log.warning("callback refused for good", url=url, attempts=attempts, error=error)
                 return True, 0.0, True
             if self._clock() - (task.owed_at or 0.0) >= self._give_up_s:
                 self._journal.settle(task_uuid, "given_up", error, attempts=attempts)
-                log.error("callback given up url=%s attempts=%d error=%r", url, attempts, error)
+                log.error("callback given up", url=url, attempts=attempts, error=error)
                 return True, 0.0, status is not None
             self._journal.record_attempt(task_uuid, attempts, error)
-            log.warning("callback not taken url=%s attempts=%d error=%r", url, attempts, error)
+            log.warning("callback not taken", url=url, attempts=attempts, error=error)
             return False, self._pause_s(attempts), status is not None

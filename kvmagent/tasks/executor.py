@@ -19,7 +19,6 @@ A task that was cut off, by the agent's death or by libvirt's, goes on with the 
 finds. While libvirt is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from typing import Protocol
 import msgspec
 
 from kvmagent.audit import audit
-from kvmagent.logs import log_context
+from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.model.command import Command, Ending, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
@@ -39,7 +38,7 @@ from kvmagent.tasks.journal import Journal, Owed, Task
 from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
 from kvmagent.tasks.vmlocks import VmLocks
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # Rounds of steps after which a plan that still wants more is wrong. A guest that onlines one CPU at a time needs one
 # round for each.
@@ -112,12 +111,12 @@ class Executor:
 
     def run(self, task: Task) -> None:
         """Carry one task out and record its reply."""
-        with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
+        with log_context(**task.log_fields):
             if task.outcome == PENDING:
                 self._look_late(task)
                 return
             started = self._clock()
-            log.info("task started%s", " recovered=true" if task.recovered else "")
+            log.info("task started", recovered=task.recovered or None)
             try:
                 self._journal.start_task(task.task_uuid)
                 reply, outcome, error = self._carry_out(task)
@@ -126,8 +125,11 @@ class Executor:
                 log.warning("task waits for libvirt at stop and stays in the journal")
                 return
             except AgentError as failure:
+                if failure.code is Code.CANCELLED:
+                    log.info("task was taken back, nothing was touched")
+                    return
                 # The journal was closed under it: the next start finds the task unfinished and carries it out.
-                log.error("task stays in the journal error=%r", failure.message)
+                log.error("task stays in the journal", **error_fields(failure))
                 return
             self._on_finished(owed)
             if outcome == PENDING:
@@ -142,10 +144,10 @@ class Executor:
                 outcome=outcome,
             )
             log.info(
-                "task finished outcome=%s seconds=%.3f%s",
-                outcome,
-                self._clock() - started,
-                f" error_code={error.code} error={error.message!r}" if error else "",
+                "task finished",
+                outcome=outcome,
+                seconds=round(self._clock() - started, 3),
+                **(error_fields(error) if error else {}),
             )
 
     def ask(self, command: Command, request: VmRequest) -> msgspec.Struct:
@@ -179,9 +181,9 @@ class Executor:
             owes = bool(getattr(run.request, "late_callback", False))
             owed = self._journal.finish_late(task.task_uuid, msgspec.json.encode(reply), outcome, owed=owes)
         except AgentError as error:
-            log.info("a pending removal cannot be looked at now error_code=%s error=%r", error.code, error.message)
+            log.info("pending removal cannot be looked at now", **error_fields(error))
             return
-        log.info("task ended late outcome=%s callback=%s", outcome, owes)
+        log.info("task ended late", outcome=outcome, callback=owes)
         if owed is not None:
             self._on_finished(owed)
 
@@ -189,18 +191,18 @@ class Executor:
         """Return the reply as JSON, its outcome, and the error that it tells.
 
         Raises:
-            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed.
+            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back.
             _Stopped: the task is left to the next start.
         """
         try:
             run = self._take_up(task)
         except AgentError as error:
-            log.error("task cannot be read error=%r", error.message)
+            log.error("task cannot be read", **error_fields(error))
             return bare_reply(task, error)
         try:
             self._pursue_through_outages(task, run)
         except AgentError as error:
-            if error.code is Code.JOURNAL_UNAVAILABLE:
+            if error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED):
                 raise
             run.error = error
         except _Stopped:
@@ -210,12 +212,12 @@ class Executor:
             run.error.__cause__ = error
         if run.error is not None:
             if not run.error.expected:
-                log.error("task failed error_code=%s", run.error.code, exc_info=run.error)
+                log.failure("task failed", run.error, error_code=run.error.code)
             self._look_again(run)
         try:
             reply = run.command.conclude(run.end())
         except Exception as error:
-            log.exception("no reply could be made")
+            log.failure("no reply could be made", error)
             return bare_reply(task, AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
         return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error
 
@@ -240,7 +242,7 @@ class Executor:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
                 run.before = read_facts(task.before)
                 run.reports = [read_report(step) for step in self._journal.steps(task.task_uuid)]
-                log.info("task goes on from its recorded goal steps=%d", len(run.reports))
+                log.info("task goes on from its recorded goal", steps=len(run.reports))
         except msgspec.MsgspecError as error:
             raise AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}") from error
         return run
@@ -260,7 +262,7 @@ class Executor:
                 if give_up_at is None:
                     give_up_at = now + self._libvirt_wait_s
                 run.interrupted = run.goal is not None
-                log.warning("libvirt is lost, the task waits seconds=%.0f error=%r", give_up_at - now, error.message)
+                log.warning("libvirt is lost, the task waits", seconds=round(give_up_at - now), **error_fields(error))
                 if not self._wait_for_libvirt(give_up_at):
                     raise
 
@@ -353,7 +355,7 @@ class Executor:
             goal = run.command.retreat(run.goal, facts, error)
             if goal is None:
                 return
-            log.info("task retreats error_code=%s error=%r", error.code, error.message)
+            log.info("task retreats", **error_fields(error))
             run.goal = goal
             if steps := run.command.advance(goal, facts, frozenset()):
                 self._record_goal(task, run, steps)
@@ -361,7 +363,7 @@ class Executor:
         except AgentError as failure:
             if failure.code in _NO_WAY_BACK:
                 raise
-            log.warning("task cannot retreat error_code=%s error=%r", failure.code, failure.message)
+            log.warning("task cannot retreat", **error_fields(failure))
 
     def _record_goal(self, task: Task, run: Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
@@ -378,7 +380,7 @@ class Executor:
         facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         if step in run.command.advance(run.goal, facts, frozenset()):
             return False
-        log.info("step failed and is there already step=%s error=%r", type(step).__name__, error.message)
+        log.info("step failed and is there already", step=type(step).__name__, error=error.message)
         return True
 
     def _perform(self, task: Task, run: Run, step: AnyStep) -> Problem | None:
@@ -406,10 +408,11 @@ class Executor:
             run.reports.append(StepReport(step, elapsed_ms, problem, (ended - run.started) * 1000, told))
             self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem)
             log.info(
-                "step step=%s ms=%.1f%s",
-                type(step).__name__,
-                elapsed_ms,
-                f" problem={problem.code} message={problem.message!r}" if problem else "",
+                "step",
+                step=type(step).__name__,
+                ms=round(elapsed_ms, 1),
+                problem=problem and problem.code,
+                error=problem and problem.message,
             )
         return problem
 
@@ -420,7 +423,7 @@ class Executor:
         try:
             run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
         except AgentError as error:
-            log.warning("the VM cannot be read after the failure error=%r", error.message)
+            log.warning("the VM cannot be read after the failure", **error_fields(error))
             run.after = None
 
 

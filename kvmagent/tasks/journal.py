@@ -70,6 +70,16 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     owed_at: float | None = None
     recovered: bool = False
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What every line carries that is logged while somebody works on the task."""
+        return {
+            "task": self.task_uuid,
+            "vm": self.lane,
+            "command": self.command,
+            "caller": self.caller or "unknown",
+        }
+
 
 class StepRecord(msgspec.Struct, frozen=True):
     """One step as the journal has it; `elapsed_ms` is None while it runs, or ran when the agent died.
@@ -97,7 +107,8 @@ class Journal:
     """Thread-safe. `on_accepted` is called on the writer's thread, in order of acceptance, after the commit.
 
     Every method may raise AgentError JOURNAL_UNAVAILABLE: reads when the file cannot be read, `accept` when it cannot
-    be written (`owe_again` likewise), the other writes only when the journal is stopped before they were on disk.
+    be written (`cancel` and `owe_again` likewise), the other writes only when the journal is stopped before they were
+    on disk.
     """
 
     def __init__(
@@ -157,17 +168,24 @@ class Journal:
 
     def start_task(self, task_uuid: str) -> None:
         """accepted -> running; does not wait for the disk: a task that is started again loses nothing."""
-        self._file.write("start_task", lambda db: _move(db, task_uuid, "running", started_at=self._clock()))
+
+        def change(db: Database) -> None:
+            _refuse_withdrawn(db, task_uuid)
+            _move(db, task_uuid, "running", started_at=self._clock())
+
+        self._file.write("start_task", change)
 
     def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes, n: int = 0) -> None:
         """Store where the task is going, what was so before, and that its first step begins, ahead of that step.
 
         A task that turns back has another goal after `n` steps.
 
-        Whatever the agent dies of, a task that may have touched its VM has a goal and a step on disk.
+        Whatever the agent dies of, a task that may have touched its VM has a goal and a step on disk. Raises AgentError
+        CANCELLED when the task was taken back before.
         """
 
         def change(db: Database) -> None:
+            _refuse_withdrawn(db, task_uuid)
             _move(db, task_uuid, "running", goal=goal, before=before)
             _start_step(db, task_uuid, n, first_step, self._clock())
 
@@ -186,13 +204,45 @@ class Journal:
         self._file.write("finish_step", lambda db: db.execute(sql, (elapsed_ms, words, task_uuid, n)))
 
     def finish(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
-        """-> finished: the result, and with it the callback that is owed."""
+        """-> finished: the result, and with it the callback that is owed.
+
+        Raises AgentError CANCELLED when the task was taken back before: it has its result.
+        """
 
         def change(db: Database) -> Owed:
+            _refuse_withdrawn(db, task_uuid, reply)
             now = self._clock()
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
 
         owed: Owed = self._file.write("finish", change).result()
+        return owed
+
+    def cancel(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
+        """-> finished, for a task that has touched nothing yet: it has no goal. Its callback is owed as of any other.
+
+        Raises AgentError TASK_NOT_CANCELLABLE with what the task is doing; JOURNAL_UNAVAILABLE, at once.
+        """
+
+        def change(db: Database) -> Owed:
+            row = db.execute("SELECT state, outcome, goal FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
+            if row["state"] not in UNFINISHED:
+                raise AgentError(
+                    Code.TASK_NOT_CANCELLABLE,
+                    f"task {task_uuid} has ended: {row['outcome']}",
+                    details={"state": row["state"], "outcome": row["outcome"]},
+                )
+            if row["goal"] is not None:
+                sql = "SELECT json_extract(CAST(step AS TEXT), '$.step') FROM steps WHERE task_uuid = ? ORDER BY n DESC"
+                (step,) = db.execute(sql, (task_uuid,)).fetchone()
+                raise AgentError(
+                    Code.TASK_NOT_CANCELLABLE,
+                    f"task {task_uuid} has begun to change its VM, it is at {step}",
+                    details={"state": row["state"], "step": step},
+                )
+            now = self._clock()
+            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
+
+        owed: Owed = self._file.write("cancel", change, keep=False).result(_ACCEPT_WAIT_S)
         return owed
 
     def finish_late(self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool) -> Owed | None:
@@ -329,6 +379,16 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
     db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (state, *values.values(), task_uuid))
     owed_at = values.get("owed_at", row["owed_at"]) or 0.0
     return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], owed_at)
+
+
+def _refuse_withdrawn(db: Database, task_uuid: str, reply: bytes | None = None) -> None:
+    """Whoever carries a task out finds it unfinished, unless its caller has taken it back.
+
+    Or with its own reply: a commit that failed may have come to disk all the same, and is tried again.
+    """
+    row = db.execute("SELECT state, reply FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
+    if row is not None and row["state"] not in UNFINISHED and row["reply"] != reply:
+        raise AgentError(Code.CANCELLED, f"task {task_uuid} was taken back")
 
 
 def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float) -> None:

@@ -10,7 +10,6 @@ goes on by itself. Reads have a connection of their own.
 """
 
 import contextlib
-import logging
 import os
 import queue
 import sqlite3
@@ -22,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 Database = sqlite3.Connection
 Row = sqlite3.Row
@@ -226,12 +226,12 @@ class JournalFile:
             outcomes = self._transact(batch)
         except (sqlite3.Error, OSError) as error:
             if self.failure != str(error):
-                log.error("journal write failed path=%s waiting=%d error=%r", self._path, len(batch), str(error))
+                log.error("journal cannot be written", waiting=len(batch), **error_fields(self._unavailable(error)))
             self.failure = str(error)
             self._close_db()
             return error
         if self.failure is not None:
-            log.info("journal can be written again path=%s", self._path)
+            log.info("journal can be written again", path=self._path)
             self.failure = None
         for write, result, failure in outcomes:
             if failure is None:
@@ -263,8 +263,8 @@ class JournalFile:
         if write.then is not None:
             try:
                 write.then(result)
-            except Exception:
-                log.exception("journal: what follows %s failed", write.name)
+            except Exception as error:
+                log.failure("what follows a journal write failed", error, write=write.name)
 
     # -- the file
 
@@ -320,12 +320,12 @@ def _attempt(write: _Write, db: Database) -> tuple[Any, Exception | None]:
         return write.change(db), None
     except AgentError as error:
         if not error.expected:
-            log.error("journal: %s: %s", write.name, error.message)
+            log.error("journal write refused", write=write.name, **error_fields(error))
         return None, error
     except Exception as error:
         if isinstance(error, sqlite3.Error) and not isinstance(error, _OWN_ERRORS):
             raise
-        log.exception("journal: %s failed", write.name)
+        log.failure("journal write failed in a way that nothing expected", error, write=write.name)
         return None, AgentError(Code.INTERNAL_ERROR, f"journal: {write.name}: {error}", expected=False)
 
 
@@ -344,4 +344,4 @@ def _migrate(db: Database, path: Path) -> None:
             db.execute(statement)
         db.execute(f"PRAGMA user_version = {version}")
         db.execute("COMMIT")
-        log.info("journal schema path=%s version=%d", path, version)
+        log.info("journal schema", path=path, version=version)

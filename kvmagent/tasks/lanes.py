@@ -5,17 +5,17 @@ A lane whose task has run for long, because a guest or a hypervisor hangs, count
 its place, so that hanging VMs hold up themselves and no other.
 """
 
-import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from kvmagent.logs import Log, log_context
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.journal import Task
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A worker with nothing to do waits so long for more before it ends.
 _IDLE_S = 10.0
@@ -92,6 +92,19 @@ class Lanes:
                 else:
                     self._add_worker()
 
+    def withdraw(self, task: Task) -> None:
+        """Take a task out of its lane, where it still waits there."""
+        with self._changed:
+            lane = self._waiting.get(task.lane, deque())
+            waiting = next((one for one in lane if one.task_uuid == task.task_uuid), None)
+            if waiting is None:
+                return
+            lane.remove(waiting)
+            self._leave_place(waiting)
+            if not lane and task.lane not in self._running:
+                self._ready.remove(task.lane)
+                del self._waiting[task.lane]
+
     def relieve(self) -> None:
         """Give ready lanes threads in place of those that long tasks occupy. To be called every second or so."""
         with self._changed:
@@ -113,8 +126,9 @@ class Lanes:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._threads, timeout=timeout_s)
             left = dict(self._running)
-        for lane, (task, _) in left.items():
-            log.warning("task still runs at stop and stays in the journal task=%s vm=%s", task.task_uuid, lane)
+        for task, _ in left.values():
+            with log_context(**task.log_fields):
+                log.warning("task still runs at stop and stays in the journal")
         return not left
 
     def running(self) -> dict[str, tuple[Task, float]]:
@@ -123,10 +137,14 @@ class Lanes:
             now = self._clock()
             return {lane: (task, now - since) for lane, (task, since) in self._running.items()}
 
+    def queued(self) -> dict[str, int]:
+        """Return how many tasks wait in each lane that has any."""
+        with self._changed:
+            return {lane: len(waiting) for lane, waiting in self._waiting.items() if waiting}
+
     def depth(self) -> int:
         """Return how many tasks wait."""
-        with self._changed:
-            return sum(map(len, self._waiting.values()))
+        return sum(self.queued().values())
 
     def _check_room(self, lane: str, client: str) -> None:
         if self._stopping:
@@ -178,7 +196,7 @@ class Lanes:
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread to give; `relieve` tries again
-            log.error("no thread for a lane error=%r ready=%d", str(error), len(self._ready))
+            log.error("no thread for a lane", error=str(error), ready=len(self._ready))
             return False
         self._threads.add(thread)
         return True
@@ -187,8 +205,9 @@ class Lanes:
         while (task := self._take()) is not None:
             try:
                 self._run(task)
-            except Exception:
-                log.exception("task ended in an error that nothing expected task=%s vm=%s", task.task_uuid, task.lane)
+            except Exception as error:
+                with log_context(**task.log_fields):
+                    log.failure("task ended in an error that nothing expected", error)
             self._release(task)
 
     def _take(self) -> Task | None:

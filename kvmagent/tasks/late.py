@@ -6,15 +6,15 @@ Every look is a task's turn in its VM's lane, so that nothing else changes the V
 journal says what is still to be watched.
 """
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 
+from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError
 from kvmagent.tasks.journal import Journal, Task
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A look comes after a quarter of the time that the removal has been pending, within these.
 _SHORTEST_S, _LONGEST_S = 1.0, 60.0
@@ -56,7 +56,7 @@ class LateRemovals:
             try:
                 task = self._journal.find(task_uuid)
             except AgentError as error:
-                log.warning("pending tasks cannot be read now error=%r", error.message)
+                log.warning("pending tasks cannot be read now", **error_fields(error))
                 return
             age_s = 0.0 if task is None else now - (task.finished_at or now)
             with self._lock:

@@ -4,21 +4,20 @@ answer(query, ...)   at once, in the HTTP answer
 run(task)            as a task: on its lane's thread, recorded and delivered like any other
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import msgspec
 
 from kvmagent.audit import audit
-from kvmagent.logs import log_context
+from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, Query
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.journal import Journal, Owed, Task
 from kvmagent.tasks.servermemory import ServerMemory
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class HostNode(Protocol):
@@ -52,15 +51,18 @@ class Questions:
     def run(self, task: Task) -> None:
         """Answer one task and record its reply. Answering twice does no harm: there is nothing to go on from."""
         query = self._queries[task.command]
-        with log_context(task=task.task_uuid, vm=task.lane, command=task.command):
+        with log_context(**task.log_fields):
             try:
                 self._journal.start_task(task.task_uuid)
                 reply, failure = self._answer_task(query, task)
                 outcome = "refused" if failure else "answered"
                 owed = self._journal.finish(task.task_uuid, msgspec.json.encode(reply), outcome)
             except AgentError as error:
+                if error.code is Code.CANCELLED:
+                    log.info("task was taken back")
+                    return
                 # The journal was closed under it: the next start finds the task unfinished and answers it.
-                log.error("task stays in the journal error=%r", error.message)
+                log.error("task stays in the journal", **error_fields(error))
                 return
             self._on_finished(owed)
             audit(
@@ -81,7 +83,7 @@ class Questions:
         notice = query.notice(request)
         if notice is not None and notice not in self._noticed:
             self._noticed.add(notice)
-            log.warning("%s command=%s", notice, query.name)
+            log.warning("part of a request is ignored", notice=notice, command=query.name)
         try:
             server = query.remember(request, self._memory.get())
             if server is not None:
@@ -90,9 +92,10 @@ class Questions:
             view = self._node.view_host(query.needs)
             return query.answer(request, msgspec.structs.replace(view, server=self._memory.get())), None
         except AgentError as error:
+            log.info("question cannot be answered", command=query.name, **error_fields(error))
             return query.fail(f"{error.message}. {error.remedy}"), error
         except Exception as error:
-            log.exception("a question failed in a way that nothing expected command=%s", query.name)
+            log.failure("question failed in a way that nothing expected", error, command=query.name)
             words = f"{type(error).__name__}: {error}"
             return query.fail(words), AgentError(Code.INTERNAL_ERROR, words, expected=False)
 

@@ -6,7 +6,6 @@ A report is worth little once it is old: the server asks for all states every mi
 then dropped with a line in the log, and a server that is away holds up nothing but reports.
 """
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -14,11 +13,12 @@ from typing import TypeVar
 
 import msgspec
 
+from kvmagent.logs import Log
 from kvmagent.model.command import Plugin
 from kvmagent.model.host import ManagementServer, Progress, Report, VmEvent
 from kvmagent.tasks.callbacks import Callbacks, Channel
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _TRIES, _PAUSE_S = 3, 1.0
 # More that wait are dropped, the oldest first.
@@ -62,7 +62,7 @@ class Reports:
 
     def tell_event(self, event: VmEvent) -> None:
         """Tell what happened to a VM. Only hands over: libvirt's event loop calls this."""
-        log.info("vm event vm=%s kind=%s", event.name, event.kind)
+        log.info("vm event", vm=event.name, kind=event.kind)
         self._put(event, [plugin.report_event for plugin in self._plugins])
 
     def tell_gap(self, reason: str) -> None:
@@ -103,9 +103,9 @@ class Reports:
             body = msgspec.json.encode(report.body)
             status, error = self._open(server).post(server.send_command_url, body, headers, self._timeout_s)
             if status is not None and 200 <= status < 300:
-                log.info("reported path=%s vm=%s", report.command_path, report.body.get("vmUuid", ""))
+                log.info("reported", path=report.command_path, vm=report.body.get("vmUuid"))
                 return
-        log.warning("report dropped path=%s body=%s error=%r", report.command_path, report.body, error)
+        log.warning("report dropped", path=report.command_path, body=report.body, error=error)
 
     def _open(self, server: ManagementServer) -> Channel:
         """Return the channel to a server, the one that is open where it is the same."""

@@ -1,18 +1,23 @@
 """A task under way: what a reply is made from, and how it is read back from the journal after an interruption."""
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from kvmagent.logs import Log
 from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.journal import StepRecord, Task
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
+
+# Made here and once, for the reason that model.shapes gives.
+_FACTS = msgspec.json.Decoder(Facts)
+_STEP: msgspec.json.Decoder[AnyStep] = msgspec.json.Decoder(AnyStep)
+_PROBLEM = msgspec.json.Decoder(Problem)
 
 
 @dataclass
@@ -60,18 +65,18 @@ def spent_by(report: StepReport) -> tuple[str, str]:
 def read_facts(recorded: bytes | None) -> Facts | None:
     """Return what was so before; None, which is unknown, where an agent of another version wrote it otherwise."""
     try:
-        return None if recorded is None else msgspec.json.decode(recorded, type=Facts)
+        return None if recorded is None else _FACTS.decode(recorded)
     except msgspec.ValidationError as error:
-        log.warning("what was so before the task cannot be read error=%r", str(error))
+        log.warning("what was so before the task cannot be read", error=str(error))
         return None
 
 
 def read_report(record: StepRecord) -> StepReport:
     """Return what the journal says of a step as the run that began it would have reported it."""
     return StepReport(
-        step=msgspec.json.decode(record.step, type=AnyStep),
+        step=_STEP.decode(record.step),
         elapsed_ms=record.elapsed_ms,
-        problem=msgspec.json.decode(record.problem, type=Problem) if record.problem else None,
+        problem=_PROBLEM.decode(record.problem) if record.problem else None,
     )
 
 

@@ -4,17 +4,17 @@ It is no task: nothing is owed for it, and the last word counts. So it is replac
 believed.
 """
 
-import logging
 import os
 import threading
 from pathlib import Path
 
 import msgspec
 
+from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import ManagementServer
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class ServerMemory:
@@ -32,7 +32,7 @@ class ServerMemory:
         except FileNotFoundError:
             return
         except (OSError, msgspec.MsgspecError) as error:
-            log.warning("the management server is forgotten path=%s error=%r", self._path, str(error))
+            log.warning("the management server is forgotten", path=self._path, error=str(error))
 
     def get(self) -> ManagementServer | None:
         """Return the management server that connected last."""
@@ -58,4 +58,4 @@ class ServerMemory:
             except OSError as error:
                 raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {error}", expected=False) from error
             self._server = server
-        log.info("management server host_uuid=%s url=%s", server.host_uuid, server.send_command_url)
+        log.info("management server", host_uuid=server.host_uuid, url=server.send_command_url)

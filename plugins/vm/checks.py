@@ -72,6 +72,27 @@ def check_state(domain: Domain, affect: Affect) -> Iterator[Blocker]:
         yield blocker(Code.LIBVIRT_BUSY, f"VM {domain.name} has a {domain.job} job in progress")
 
 
+def check_expected(facts: Facts, affect: Affect, cpu_num: int | None, memory_size: int | None) -> Iterator[Blocker]:
+    """The VM must have what the caller believes it to have, or its target was worked out from something else.
+
+    Only a task's own decision asks this: one that goes on after an interruption has its goal, and is not refused by
+    what it has done itself.
+    """
+    definition = facts.domain.config if affect == "config" else facts.domain.live
+    if definition is None:
+        return
+    if cpu_num is not None and cpu_num != definition.vcpu_current:
+        yield blocker(
+            Code.NOT_AS_EXPECTED,
+            f"{cpu_num} vCPUs were expected, VM {facts.domain.name} has {definition.vcpu_current}",
+        )
+    if memory_size is not None and memory_size != definition.memory_bytes:
+        yield blocker(
+            Code.NOT_AS_EXPECTED,
+            f"{memory_size} bytes of memory were expected, VM {facts.domain.name} has {definition.memory_bytes}",
+        )
+
+
 def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
     """Each definition to be changed must allow `cpu_num` vCPUs, and the host its maximum."""
     for name, definition in _definitions(facts.domain, affect):

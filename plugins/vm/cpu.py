@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from kvmagent.model.command import Command, Ending, Goal, Problem
 from kvmagent.model.errors import CPU_ONLINE_HINT, AgentError, Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, GuestVcpu
 from kvmagent.model.steps import (
     AnyStep,
     AwaitGuestVcpus,
@@ -15,7 +15,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import format_ids
 
-from .checks import STATE_REFUSALS, check_cpu, check_state, refuse_first
+from .checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
 from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
 from .requests import HotPlugCpuRequest, Stage, VmReply
 
@@ -39,6 +39,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         AgentError: VM_NOT_RUNNING, VM_TRANSIENT, TARGET_BELOW_CURRENT, CPU_ABOVE_MAXIMUM, NO_ACPI, ...
     """
     refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, None))
     live, config = request.affect != "config", request.affect != "live"
     current = (facts.get_live() if live else facts.get_config()).vcpu_current
     if request.cpu_num < current:
@@ -122,16 +123,22 @@ def find_warnings(goal: CpuGoal | None, facts: Facts | None) -> list[Problem]:
         return [silence_warning(guest, CPU_ONLINE_HINT)]
     if guest.vcpus is None:
         return [refused_warning(guest, "guest-get-vcpus", CPU_ONLINE_HINT)]
+    found = idle_warnings(guest.vcpus, count, frozenset(goal.known or ()))
+    if not goal.guest_online and any(not cpu.online for cpu in guest.vcpus):
+        found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
+    return found
+
+
+def idle_warnings(vcpus: tuple[GuestVcpu, ...], count: int, known: frozenset[int] = frozenset()) -> list[Problem]:
+    """Return which of the VM's `count` vCPUs the guest does not list or use; `known` were there before a task."""
     found = []
-    if len(guest.vcpus) < count:
-        found.append(warning(Code.GUEST_CPU_NOT_SEEN, f"the VM has {count} vCPUs, the guest lists {len(guest.vcpus)}"))
-    offline = frozenset(cpu.id for cpu in guest.vcpus if not cpu.online)
+    if len(vcpus) < count:
+        found.append(warning(Code.GUEST_CPU_NOT_SEEN, f"the VM has {count} vCPUs, the guest lists {len(vcpus)}"))
+    offline = frozenset(cpu.id for cpu in vcpus if not cpu.online)
     if offline:
-        kept = offline & frozenset(goal.known or ())
+        kept = offline & known
         whose = f"; {format_ids(kept)} were so before and are left to the guest's owner" if kept else ""
         found.append(warning(Code.GUEST_CPU_OFFLINE, f"CPUs {format_ids(offline)} are offline in the guest{whose}"))
-        if not goal.guest_online:
-            found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
     return found
 
 
@@ -149,6 +156,7 @@ def find_shortfall(goal: CpuGoal, facts: Facts) -> AgentError | None:
 
 HOT_PLUG_CPU = Command(
     name="HotPlugCpu",
+    subcommand="plug-cpu",
     path="/vm/hotplug/cpu",
     summary="Bring a VM up to a total of vCPUs, online in the guest",
     request=HotPlugCpuRequest,
@@ -160,6 +168,7 @@ HOT_PLUG_CPU = Command(
     conclude=conclude,
     refusals=(
         *STATE_REFUSALS,
+        Code.NOT_AS_EXPECTED,
         Code.TARGET_BELOW_CURRENT,
         Code.NO_ACPI,
         Code.MACHINE_NOT_SUPPORTED,

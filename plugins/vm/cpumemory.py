@@ -45,9 +45,13 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
         "timeout_sec": request.timeout_sec,
     }
     live, config = facts.domain.live, facts.domain.config
+    more_memory = HotPlugMemoryRequest(
+        memory_size=request.memory_size, expected_memory_size=request.expected_memory_size, **shared
+    )
+    more_cpus = HotPlugCpuRequest(cpu_num=request.cpu_num, expected_cpu_num=request.expected_cpu_num, **shared)
     return CpuMemoryGoal(
-        memory=memory.decide(HotPlugMemoryRequest(memory_size=request.memory_size, **shared), facts, task_uuid),
-        cpu=cpu.decide(HotPlugCpuRequest(cpu_num=request.cpu_num, **shared), facts, task_uuid),
+        memory=memory.decide(more_memory, facts, task_uuid),
+        cpu=cpu.decide(more_cpus, facts, task_uuid),
         former_cpu_num=live.vcpu_current if live else None,
         former_config_cpu_num=config.vcpu_current if config else None,
     )
@@ -164,6 +168,7 @@ def _undo_cpus(goal: CpuMemoryGoal, facts: Facts) -> tuple[UnplugCpuGoal, ...]:
 
 HOT_PLUG_CPU_MEMORY = Command(
     name="HotPlugCpuMemory",
+    subcommand="plug",
     path="/vm/hotplug/cpumem",
     summary="Bring a VM up to a total of vCPUs and of memory: both or neither",
     request=HotPlugCpuMemoryRequest,

@@ -2,7 +2,7 @@
 
 from kvmagent.model.command import Ending, Problem
 from kvmagent.model.errors import MEMORY_ONLINE_HINT, AgentError, Code
-from kvmagent.model.facts import Facts, Guest, MemoryDevice
+from kvmagent.model.facts import Definition, Facts, Guest, MemoryDevice
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -38,6 +38,13 @@ def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
     return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
 
 
+def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
+    """Return the guest's block numbers behind all dimms of a running VM."""
+    return frozenset[int]().union(
+        *(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
+    )
+
+
 def online_steps(
     guest: Guest, blocks: frozenset[int], spent: frozenset[str], *, online: bool, timeout_s: float
 ) -> tuple[AnyStep, ...]:
@@ -61,12 +68,10 @@ def online_blocks(guest: Guest) -> frozenset[int]:
 def offline_bytes(facts: Facts) -> int:
     """Return how much plugged memory the guest does not use; all of it where it does not tell."""
     live = facts.get_live()
-    dimms = [device for device in live.devices if device.model == "dimm"]
     quantum = facts.guest.block_bytes
     if facts.guest.blocks is None or quantum is None:
-        return sum(device.size_bytes for device in dimms)
-    blocks = frozenset[int]().union(*(device_blocks(device, quantum) for device in dimms))
-    return len(blocks - online_blocks(facts.guest)) * quantum
+        return sum(device.size_bytes for device in live.devices if device.model == "dimm")
+    return len(dimm_blocks(live, quantum) - online_blocks(facts.guest)) * quantum
 
 
 def split_for_guest(facts: Facts, sizes_bytes: list[int], *, online: bool) -> tuple[list[int], bool]:

@@ -16,6 +16,7 @@ from .checks import (
     check_balloon,
     check_dimm_room,
     check_dimm_support,
+    check_expected,
     check_host,
     check_state,
     refuse_first,
@@ -49,6 +50,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         AgentError: the first thing that stands in the way; see `HOT_PLUG_MEMORY.refusals`.
     """
     refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
     balloon_bytes = _decide_balloon(request, facts)
     missing = {} if request.method == "balloon" else _find_missing(request, facts)
     resizes = _decide_resizes(request, facts, missing) if request.method in ("auto", "virtio-mem") else ()
@@ -301,6 +303,7 @@ def _below_current(facts: Facts, target_bytes: int, current_bytes: int, addition
 
 HOT_PLUG_MEMORY = Command(
     name="HotPlugMemory",
+    subcommand="plug-memory",
     path="/vm/hotplug/memory",
     summary="Bring a VM up to a total of memory, online in the guest",
     request=HotPlugMemoryRequest,
@@ -312,6 +315,7 @@ HOT_PLUG_MEMORY = Command(
     conclude=conclude,
     refusals=(
         *STATE_REFUSALS,
+        Code.NOT_AS_EXPECTED,
         Code.TARGET_BELOW_CURRENT,
         Code.MACHINE_NOT_SUPPORTED,
         Code.NO_ACPI,

@@ -5,7 +5,7 @@ With `prepare` the persistent definition is edited so that the next start is rea
 
 from collections.abc import Iterator
 
-from kvmagent.model.command import Affect, Command, Ending, Outcome
+from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep, DefineShape
@@ -18,12 +18,15 @@ from .checks import (
     check_cpu,
     check_dimm_room,
     check_dimm_support,
+    check_expected,
     check_guest,
     check_state,
 )
+from .cpu import idle_warnings
+from .guestmemory import dimm_blocks, online_blocks, plug_warnings
 from .prepare import PrepareGoal, is_prepared, plan_preparation
 from .reply import drift, settle, shared_fields
-from .requests import Blocker, Headroom, ReadinessReply, ReadyForHotplugRequest
+from .requests import Blocker, Headroom, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
 
 
 def decide(request: ReadyForHotplugRequest, facts: Facts, task_uuid: str) -> PrepareGoal:
@@ -51,7 +54,10 @@ def conclude(ending: Ending) -> ReadinessReply:
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
-        **shared_fields(ending, outcome, []),
+        **shared_fields(ending, outcome, _offline_warnings(facts)),
+        name=facts.domain.name,
+        state=facts.domain.state,
+        plugged_offline=_find_offline(facts),
         ready=not blockers,
         ready_after_restart=not lasting,
         blockers=blockers,
@@ -61,6 +67,29 @@ def conclude(ending: Ending) -> ReadinessReply:
         diff=_find_diff(ending),
         restart_required=_needs_restart(facts) if ending.request.prepare else None,
     )
+
+
+def _find_offline(facts: Facts) -> PluggedOffline | None:
+    """Return what is plugged and not used in the guest; None for a VM that is off."""
+    live, guest = facts.domain.live, facts.guest
+    if live is None:
+        return None
+    cpus, memory = guest.cpus_online, None
+    if guest.blocks is not None and guest.block_bytes is not None:
+        listed = frozenset(block.index for block in guest.blocks)
+        idle = (dimm_blocks(live, guest.block_bytes) | listed) - online_blocks(guest)
+        memory = len(idle) * guest.block_bytes
+    return PluggedOffline(cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus), memory_size=memory)
+
+
+def _offline_warnings(facts: Facts) -> list[Problem]:
+    """Return the same in words, with remedies; a guest that does not tell is a blocker already."""
+    live, guest, found = facts.domain.live, facts.guest, list[Problem]()
+    if live is not None and guest.vcpus is not None:
+        found += idle_warnings(guest.vcpus, live.vcpu_current)
+    if live is not None and guest.blocks is not None and guest.block_bytes is not None:
+        found += plug_warnings(facts, dimm_blocks(live, guest.block_bytes), online=True)
+    return found
 
 
 def _find_diff(ending: Ending) -> str | None:
@@ -88,6 +117,7 @@ def _needs_restart(facts: Facts) -> bool:
 def _blockers(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker]:
     """What stands in the way now."""
     yield from check_state(facts.domain, request.affect)
+    yield from check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size)
     yield from _definition_blockers(request, facts, request.affect)
     if facts.domain.live is not None:
         yield from check_guest(facts.guest)
@@ -146,6 +176,7 @@ def _headroom(facts: Facts) -> Headroom | None:
 
 READY_FOR_HOTPLUG = Command(
     name="ReadyForHotplug",
+    subcommand="ready",
     path="/vm/hotplug/ready",
     summary="Tell whether a VM can be hot-plugged, and everything that stands in the way",
     request=ReadyForHotplugRequest,

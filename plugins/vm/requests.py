@@ -6,6 +6,7 @@ import msgspec
 
 from kvmagent.model.command import Outcome, Problem, VmRequest
 from kvmagent.model.errors import Code
+from kvmagent.model.facts import VmState
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
@@ -14,17 +15,33 @@ LateCallback = Annotated[
     bool, msgspec.Meta(description="Send a second callback when a removal that was pending completes later")
 ]
 
+ExpectedCpuNum = (
+    Annotated[
+        int,
+        msgspec.Meta(ge=1, le=8192, description="Refuse unless the VM has so many now, as cpuNum of replies"),
+    ]
+    | None
+)
+ExpectedMemorySize = (
+    Annotated[
+        int, msgspec.Meta(ge=1, le=2**53 - 1, description="Refuse unless the VM has this now, as memorySize of replies")
+    ]
+    | None
+)
+
 
 class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM up to a number of vCPUs."""
 
     cpu_num: CpuNum
+    expected_cpu_num: ExpectedCpuNum = None
 
 
 class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM up to an amount of memory."""
 
     memory_size: MemorySize
+    expected_memory_size: ExpectedMemorySize = None
     method: Annotated[
         Method,
         msgspec.Meta(
@@ -32,9 +49,9 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
             "attaches dimms; virtio-mem attaches a device where there is none with room"
         ),
     ] = "auto"
-    node: Annotated[int, msgspec.Meta(ge=0, le=1023)] | None = None
-    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    strict: bool = False
+    node: Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that is to have it")] | None = None
+    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Size of each dimm, bytes")] | None = None
+    strict: Annotated[bool, msgspec.Meta(description="Refuse an amount that had to be rounded")] = False
 
 
 class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -42,12 +59,15 @@ class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="came
 
     cpu_num: CpuNum
     memory_size: MemorySize
+    expected_cpu_num: ExpectedCpuNum = None
+    expected_memory_size: ExpectedMemorySize = None
 
 
 class HotUnplugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM down to a number of vCPUs."""
 
     cpu_num: CpuNum
+    expected_cpu_num: ExpectedCpuNum = None
     late_callback: LateCallback = False
 
 
@@ -55,6 +75,7 @@ class HotUnplugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     """Bring a VM down to an amount of memory, never below it."""
 
     memory_size: MemorySize
+    expected_memory_size: ExpectedMemorySize = None
     late_callback: LateCallback = False
 
 
@@ -63,10 +84,14 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
 
     cpu_num: CpuNum | None = None
     memory_size: MemorySize | None = None
+    expected_cpu_num: ExpectedCpuNum = None
+    expected_memory_size: ExpectedMemorySize = None
     prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
-    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192)] | None = None
-    max_memory_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)] | None = None
-    slots: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
+    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192, description="vCPUs to prepare for")] | None = None
+    max_memory_size: (
+        Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
+    ) = None
+    slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
 
 
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):
@@ -185,9 +210,22 @@ class Clamp(msgspec.Struct, frozen=True):
     why: str
 
 
-class ReadinessReply(VmReply, kw_only=True, rename="camel"):
-    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way."""
+class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
+    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell."""
 
+    cpu_num: int | None = None
+    memory_size: int | None = None
+
+
+class ReadinessReply(VmReply, kw_only=True, rename="camel"):
+    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
+
+    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline.
+    """
+
+    name: str | None = None
+    state: VmState | None = None
+    plugged_offline: PluggedOffline | None = None
     ready: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []

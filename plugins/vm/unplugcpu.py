@@ -8,7 +8,7 @@ from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
-from .checks import STATE_REFUSALS, check_state, refuse_first
+from .checks import STATE_REFUSALS, check_expected, check_state, refuse_first
 from .cpu import cpu_stages
 from .reply import find_failure, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
@@ -31,6 +31,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
         AgentError: TARGET_ABOVE_CURRENT, CPU_NOT_REMOVABLE, CPU_REMOVAL_UNSAFE, GUEST_CPU_IN_USE, ...
     """
     refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, None))
     live, config = request.affect != "config", request.affect != "live"
     current = (facts.get_live() if live else facts.get_config()).vcpu_current
     if request.cpu_num > current:
@@ -125,6 +126,7 @@ def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
 
 HOT_UNPLUG_CPU = Command(
     name="HotUnplugCpu",
+    subcommand="unplug-cpu",
     path="/vm/hotunplug/cpu",
     summary="Bring a VM down to a total of vCPUs",
     request=HotUnplugCpuRequest,
@@ -136,6 +138,7 @@ HOT_UNPLUG_CPU = Command(
     conclude=conclude,
     refusals=(
         *STATE_REFUSALS,
+        Code.NOT_AS_EXPECTED,
         Code.TARGET_ABOVE_CURRENT,
         Code.CPU_NOT_REMOVABLE,
         Code.CPU_REMOVAL_UNSAFE,

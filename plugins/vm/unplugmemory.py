@@ -11,7 +11,7 @@ from kvmagent.model.facts import Definition, Facts, MemoryDevice
 from kvmagent.model.steps import Target
 from kvmagent.model.units import align_down, align_up, format_size
 
-from .checks import STATE_REFUSALS, block_bytes, check_balloon, check_state, refuse_first
+from .checks import STATE_REFUSALS, block_bytes, check_balloon, check_expected, check_state, refuse_first
 from .exactfit import Sums
 from .guestmemory import (
     BALLOON_FLOOR_BYTES,
@@ -37,6 +37,7 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
         AgentError: the first thing that stands in the way; see `HOT_UNPLUG_MEMORY.refusals`.
     """
     refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
     definition = current_definition(facts, request.affect)
     usable = _usable_bytes(facts, request.affect)
     surplus = usable - request.memory_size
@@ -260,6 +261,7 @@ def _main(affect: Affect) -> Target:
 
 HOT_UNPLUG_MEMORY = Command(
     name="HotUnplugMemory",
+    subcommand="unplug-memory",
     path="/vm/hotunplug/memory",
     summary="Bring a VM down to a total of memory, never below it",
     request=HotUnplugMemoryRequest,
@@ -271,6 +273,7 @@ HOT_UNPLUG_MEMORY = Command(
     conclude=conclude,
     refusals=(
         *STATE_REFUSALS,
+        Code.NOT_AS_EXPECTED,
         Code.TARGET_ABOVE_CURRENT,
         Code.MEMORY_NOT_REMOVABLE,
         Code.GUEST_MEMORY_IN_USE,

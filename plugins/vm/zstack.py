@@ -50,6 +50,7 @@ def in_its_words(conclude: Callable[[Ending], msgspec.Struct]) -> Callable[[Endi
 INCREASE_CPU = replace(
     HOT_PLUG_CPU,
     name="IncreaseCpu",
+    subcommand="",
     path="/vm/increase/cpu",
     summary="HotPlugCpu, as a ZStack management server sends it",
     request=IncreaseCpuRequest,
@@ -59,6 +60,7 @@ INCREASE_CPU = replace(
 INCREASE_MEMORY = replace(
     HOT_PLUG_MEMORY,
     name="IncreaseMemory",
+    subcommand="",
     path="/vm/increase/mem",
     summary="HotPlugMemory by dimm, as a ZStack management server sends it",
     request=IncreaseMemoryRequest,
@@ -68,6 +70,7 @@ INCREASE_MEMORY = replace(
 CHANGE_CPU_MEMORY = replace(
     HOT_PLUG_CPU_MEMORY,
     name="OnlineChangeCpuMem",
+    subcommand="",
     path="/vm/online/changecpumem",
     summary="HotPlugCpuMemory, as a ZStack management server sends it",
     request=ChangeCpuMemoryRequest,

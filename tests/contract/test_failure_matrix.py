@@ -72,6 +72,14 @@ ROWS = {
     "vcpus fewer on the plug path": Row(
         CPU, {"cpuNum": 1}, "refused", "TARGET_BELOW_CURRENT", "has 2", "hot-unplug", spec={"vcpus": 2}
     ),
+    "vcpus other than the caller believes": Row(
+        CPU,
+        {"cpuNum": 3, "expectedCpuNum": 2},
+        "refused",
+        "NOT_AS_EXPECTED",
+        "2 vCPUs were expected, VM vm1 has 1",
+        "fresh taskuuid",
+    ),
     "vcpu plug that QEMU refuses": Row(
         CPU,
         {"cpuNum": 2},
@@ -132,6 +140,15 @@ ROWS = {
     ),
     "dimm above maxMemory": Row(
         MEMORY, {"memorySize": 8 * GIB}, "refused", "MEMORY_ABOVE_MAXIMUM", "at most 4 GiB", "no more than the maximum"
+    ),
+    "dimm for a vm that has other memory than the caller believes": Row(
+        MEMORY,
+        {**MORE_MEMORY, "expectedMemorySize": 256 * MIB},
+        "refused",
+        "NOT_AS_EXPECTED",
+        "268435456 bytes of memory were expected, VM vm1 has 402653184",
+        "fresh taskuuid",
+        before=(dimm(),),
     ),
     "dimm without a free slot": Row(
         MEMORY, MORE_MEMORY, "refused", "SLOTS_EXHAUSTED", "0 of 1 free", "slots", spec={"slots": 1}, before=(dimm(),)

@@ -13,6 +13,7 @@ import pytest
 from tests.lab.agent import AgentProcess, Settings
 from tests.lab.guest import Guest
 from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 
 VM = """\
@@ -67,8 +68,15 @@ class Host:
     def __init__(self, daemon: PrivateLibvirtd) -> None:
         self.uri = daemon.uri.replace("qemu+unix:///session", "test+unix:///default")
         self.pause, self.resume = daemon.pause, daemon.resume
-        # The driver's state lives as long as somebody is connected.
+        # The driver's state lives as long as somebody is connected, an agent that was killed a moment ago included.
+        wait_for(self._connect_anew, timeout_s=20, what="a driver without VMs of another test")
+
+    def _connect_anew(self) -> bool:
         self._connection = libvirt.open(self.uri)
+        if [domain.name() for domain in self._connection.listAllDomains()] == ["test"]:
+            return True
+        self._connection.close()
+        return False
 
     def define(self, name: str, *, max_vcpus: int = 64) -> None:
         """Start a VM with one vCPU."""

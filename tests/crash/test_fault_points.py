@@ -10,7 +10,8 @@ from tests.lab.processes import wait_for
 from tests.lab.server import Answer, ManagementServer
 
 TASK = "task-1"
-REQUEST = {"vmUuid": "vm1", "cpuNum": 3}
+# What is expected is so before the task, and no longer after its first step.
+REQUEST = {"vmUuid": "vm1", "cpuNum": 3, "expectedCpuNum": 1}
 # Two steps: the running VM, then its persistent definition.
 ON_THE_WAY = [
     *(f"journal.{name}:{when}" for name in ("start_task", "record_goal") for when in ("written", "committed")),
@@ -124,3 +125,26 @@ def test_a_kill_while_forgetting_old_tasks_loses_no_other(
     if agent.get(f"/tasks/{TASK}").status != 200:
         assert send(agent, server) == 200
     check_done_once(agent, server, host)
+
+
+@pytest.mark.parametrize("point", ["journal.cancel:written", "journal.cancel:committed"])
+def test_a_task_that_was_taken_back_before_the_kill_stays_so_and_one_that_was_not_still_can_be(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point)
+    host.pause()
+    try:
+        assert send(agent, server) == 200
+        with pytest.raises((OSError, http.client.HTTPException)):
+            agent.post(f"/tasks/{TASK}/cancel", b"")
+        agent.wait_killed()
+        agent.start(health=503)
+        assert agent.post(f"/tasks/{TASK}/cancel", b"") == (200, {"taskUuid": TASK, "state": "finished"})
+    finally:
+        host.resume()
+    assert server.wait(TASK, 20)["errorCode"] == "CANCELLED"
+    wait_for(lambda: agent.get(f"/tasks/{TASK}").body["state"] == "delivered", timeout_s=20, what="the delivery")
+    assert send(agent, server) == 200  # known, and not done
+    assert server.wait(TASK, 20, attempt=2)["errorCode"] == "CANCELLED"
+    assert host.vcpus("vm1") == (1, 1)
+    assert agent.get("/healthz").body["queued"] == 0

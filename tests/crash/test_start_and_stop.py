@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmagent.agent import Agent, load_plugins
+from kvmagent.agent import Agent
+from kvmagent.plugins import load_plugins
 from kvmagent.settings import AgentSection, HttpSection, LibvirtSection, Settings
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task

@@ -172,6 +172,20 @@ CASES = {
     "cpu-refused-off": Case(CPU, {"cpuNum": 2}, domain={"running": False}),
     "cpu-refused-transient": Case(CPU, {"cpuNum": 2}, domain={"persistent": False}),
     "cpu-refused-no-acpi": Case(CPU, {"cpuNum": 2}, spec={"acpi": False}),
+    "cpu-as-expected": Case(CPU, {"cpuNum": 2, "expectedCpuNum": 1}),
+    "cpu-refused-not-as-expected": Case(CPU, {"cpuNum": 2, "expectedCpuNum": 2}),
+    "memory-as-expected": Case(MEMORY, {"memorySize": 384 * MIB, "expectedMemorySize": 256 * MIB}),
+    "memory-refused-not-as-expected": Case(MEMORY, {"memorySize": 384 * MIB, "expectedMemorySize": 128 * MIB}),
+    "cpumem-refused-not-as-expected": Case(
+        BOTH, {"cpuNum": 2, "memorySize": 512 * MIB, "expectedCpuNum": 2, "expectedMemorySize": 256 * MIB}
+    ),
+    "less-cpu-refused-not-as-expected": Case(
+        LESS_CPU, {"cpuNum": 1, "affect": "config", "expectedCpuNum": 1}, arrange=plug_vcpus(3)
+    ),
+    "less-memory-refused-not-as-expected": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB, "expectedMemorySize": 256 * MIB}, arrange=plug(128)
+    ),
+    "ready-not-as-expected": Case(READY, {"expectedCpuNum": 2, "expectedMemorySize": 512 * MIB}),
     "memory-dimm-online": Case(MEMORY, {"memorySize": 512 * MIB, "method": "dimm"}),
     "memory-dimm-auto-onlined-by-guest": Case(MEMORY, {"memorySize": 512 * MIB}, guest={"auto_online": True}),
     "memory-dimm-rounded": Case(MEMORY, {"memorySize": 300 * MIB}),
@@ -378,6 +392,7 @@ CASES = {
     "prepare-refused-below": Case(READY, {"prepare": True, "maxCpuNum": 1}, spec={"vcpus": 2}),
     "ready-not-set-commands": Case(READY, {}, guest={"refuses": frozenset({"guest-set-memory-blocks"})}),
     "ready": Case(READY, {}),
+    "ready-plugged-offline": Case(READY, {}, arrange=then(plug(128, alias="ua-a"), offline_plugged)),
     "ready-for-totals": Case(READY, {"cpuNum": 4, "memorySize": 1 * GIB}),
     "ready-not-bare-vm": Case(
         READY,

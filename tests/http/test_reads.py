@@ -14,7 +14,7 @@ def test_health_says_ready(agent: AgentProcess) -> None:
 
 def test_vms_lists_each_with_its_numbers_and_blockers(agent: AgentProcess) -> None:
     vms = agent.get("/vms").body["vms"]
-    assert len(vms) == 2
+    assert sorted((vm["name"], vm["state"]) for vm in vms) == [("vm1", "running"), ("vm2", "running")]
     for vm in vms:
         assert vm["after"]["maxCpuNum"] == 4
         assert vm["headroom"]["slots"] == 16
@@ -37,6 +37,15 @@ def test_a_task_can_be_read_whole(agent: AgentProcess, server: ManagementServer)
     assert whole["delivery"] == {"url": server.url, "attempts": 1, "error": None}
     newest = agent.get("/tasks?vm=vm1&limit=1&state=delivered").body["tasks"]
     assert [entry["taskUuid"] for entry in newest] == [task]
+
+
+def test_a_list_of_tasks_says_what_went_wrong_and_what_to_do(agent: AgentProcess, server: ManagementServer) -> None:
+    task = new_task_uuid()
+    agent.post("/vm/hotplug/cpu", {"vmUuid": "vm2", "cpuNum": 64}, task_uuid=task, callback_url=server.url)
+    reply = server.wait(task, 20)
+    (entry,) = agent.get("/tasks?vm=vm2&limit=1").body["tasks"]
+    assert entry["errorCode"] == "CPU_ABOVE_MAXIMUM"
+    assert (entry["error"], entry["remedy"]) == (reply["error"], reply["remedy"])
 
 
 def test_openapi_describes_every_command_and_error(agent: AgentProcess) -> None:

@@ -69,6 +69,19 @@ def test_what_cannot_be_done_is_told_by_callback_with_code_and_remedy(
     assert reply["before"] == reply["after"]
 
 
+def test_a_task_that_is_over_cannot_be_taken_back_nor_one_that_never_was(
+    agent: AgentProcess, server: ManagementServer
+) -> None:
+    task = new_task_uuid()
+    assert agent.post(CPU, {"vmUuid": "vm1", "cpuNum": 9}, task_uuid=task, callback_url=server.url).status == 200
+    server.wait(task, 20)
+    refused = agent.post(f"/tasks/{task}/cancel", b"")
+    assert (refused.status, refused.body["errorCode"]) == (409, "TASK_NOT_CANCELLABLE")
+    assert refused.body["details"]["outcome"] == "refused"
+    assert agent.post("/tasks/nobody/cancel", b"").status == 404
+    assert agent.get(f"/tasks/{task}/cancel").status == 405
+
+
 def test_the_tasks_of_one_vm_keep_their_order(agent: AgentProcess, server: ManagementServer) -> None:
     tasks = [new_task_uuid() for _ in range(20)]
     for n, task in enumerate(tasks):

@@ -143,3 +143,31 @@ def test_a_stall_is_a_ready_lane_that_nobody_takes(work: Work) -> None:
     assert work.lanes.stalled_s() == 60.0  # now one more could be
     work.lanes.relieve()
     wait_for(lambda: work.lanes.stalled_s() == 0.0, timeout_s=5, what="the fifth to be taken")
+
+
+def test_a_task_that_is_withdrawn_leaves_its_place_and_is_not_run(work: Work) -> None:
+    for n in range(3):
+        work.lanes.put(make_task("hang", n))
+    wait_for(lambda: "hang" in work.lanes.running(), timeout_s=10, what="the first task")
+    work.lanes.withdraw(make_task("hang", 1))
+    work.lanes.withdraw(make_task("hang", 1))
+    assert work.lanes.depth() == 1
+    work.let_go.set()
+    work.wait_done("hang-0", "hang-2")
+    assert "hang-1" not in work.done
+    work.lanes.put(make_task("hang", 3))
+    work.wait_done("hang-3")
+
+
+def test_a_lane_that_is_left_empty_is_no_lane() -> None:
+    work = Work(workers=1)
+    work.lanes.put(make_task("hang"))
+    wait_for(lambda: "hang" in work.lanes.running(), timeout_s=10, what="the only worker")
+    work.lanes.put(make_task("b"))
+    work.lanes.withdraw(make_task("b"))
+    assert work.lanes.stalled_s() == 0.0
+    work.let_go.set()
+    work.lanes.put(make_task("b", 1))
+    work.wait_done("hang-0", "b-1")
+    assert "b-0" not in work.done
+    work.close()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmagent.agent import load_plugins
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.plugins import load_plugins
 
 
 def test_loads_what_is_listed_in_order() -> None:
@@ -50,3 +50,40 @@ def test_the_command_line_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> N
         assert words in done.stderr
         assert "remedy: " in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_what_a_plugin_declares_can_be_decoded_by_many_threads_at_once() -> None:
+    """A fresh process each time: msgspec crashes it only where no thread has used the shape before."""
+    for _ in range(5):
+        found = subprocess.run([sys.executable, "-c", DECODE_AT_ONCE], capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0, found.stderr
+
+
+DECODE_AT_ONCE = """
+import sys, threading, msgspec
+from kvmagent.plugins import load_plugins
+from kvmagent.tasks.journal import StepRecord
+from kvmagent.tasks.run import read_facts, read_report
+
+def at_once(decode, times=8):
+    def wait_and_decode():
+        barrier.wait()
+        try:
+            decode()
+        except msgspec.ValidationError:
+            pass
+    barrier = threading.Barrier(times)
+    threads = [threading.Thread(target=wait_and_decode) for _ in range(times)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+plugins = load_plugins(("vm", "host"))
+sys.setswitchinterval(1e-6)
+for plugin in plugins:
+    for shape in [one.request for one in (*plugin.commands, *plugin.queries)] + [one.goal for one in plugin.commands]:
+        at_once(lambda: msgspec.json.decode(b'{"vmUuid": "vm1", "cpuNum": 2}', type=shape))
+at_once(lambda: read_report(StepRecord(b'{"type": "SetVcpus"}', 0.0, None, '{"code": 1}')))
+at_once(lambda: read_facts(b'{"domain": {}}'))
+"""

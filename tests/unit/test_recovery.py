@@ -77,6 +77,24 @@ def test_what_an_earlier_run_did_is_told_as_done_and_not_as_unchanged(agent: Age
     assert reply["steps"][0]["step"] == "SetVcpus"
 
 
+def test_a_task_is_not_refused_by_its_own_effect(agent: Agent) -> None:
+    fields = {
+        "vmUuid": "vm1",
+        "cpuNum": 2,
+        "memorySize": 384 * MIB,
+        "expectedCpuNum": 1,
+        "expectedMemorySize": 256 * MIB,
+    }
+    task = agent.accept("HotPlugCpuMemory", **fields)
+    agent.point = "step:done"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    reply = agent.reply()
+    assert (reply["outcome"], reply["cpuNum"], reply["memorySize"]) == ("online", 2, 384 * MIB)
+
+
 def test_facts_that_another_version_recorded_are_unknown_and_stop_nothing(agent: Agent) -> None:
     task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
     agent.point = "step:begun"

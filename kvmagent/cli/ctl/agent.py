@@ -1,0 +1,225 @@
+"""One agent, by HTTP: GET, and POST that is sent again with the same task's id until it is answered.
+
+Every answer is JSON. What cannot be reached, or not be trusted, ends in a CtlError with the one thing to do about it.
+"""
+
+import http.client
+import json
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+from kvmagent.cli.ctl.exits import CtlError, Exit
+from kvmagent.model.errors import AgentError
+from kvmagent.private import read_private
+
+_CONNECT_S, _READ_S = 5.0, 30.0
+# How long a POST whose answer was lost is sent again, and with what pauses at first and at most.
+_RESEND_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 0.25, 4.0
+_UNREACHABLE = (
+    "Start the agent there (systemctl start kvmagent; kvmagentctl doctor says what hinders it), or name another with "
+    "--url or KVMAGENT_URL."
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which agent, and who asks: `ca`, `cert`, `key` and `token_file` are files, empty where there is none."""
+
+    url: str
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+    token_file: str = ""
+
+
+class Reply(NamedTuple):
+    """An answer's status, and its JSON."""
+
+    status: int
+    body: Any
+
+
+class Agent:
+    """One agent. Each request has a connection of its own."""
+
+    def __init__(self, target: Target) -> None:
+        parts = _split(target.url)
+        self.url = target.url.rstrip("/")
+        self.is_tls = parts.scheme == "https"
+        self._host = parts.hostname or ""
+        self._port = parts.port or (443 if self.is_tls else 80)
+        self._prefix = parts.path.rstrip("/")
+        self._context = _make_context(target) if self.is_tls else None
+        self._headers = {"Authorization": f"Bearer {_read_token(target.token_file)}"} if target.token_file else {}
+
+    def local_address(self) -> str:
+        """Return the address of this host that the agent sees; found out by connecting to it."""
+        with self._errors(), socket.create_connection((self._host, self._port), _CONNECT_S) as probe:
+            return str(probe.getsockname()[0])
+
+    def get(self, *segments: str, query: str = "", timeout_s: float = _READ_S) -> Any:
+        """Return what a GET path answers; /healthz also where it answers that the agent is not ready.
+
+        Raises:
+            CtlError: no answer; a refusal.
+        """
+        path = "/" + "/".join(quote(segment, safe="") for segment in segments) + (f"?{query}" if query else "")
+        with self._errors():
+            reply = self._request("GET", path, None, {}, timeout_s)
+        if reply.status == 200 or (segments == ("healthz",) and "ready" in reply.body):
+            return reply.body
+        raise _refusal(reply)
+
+    def post(
+        self, path: str, body: Mapping[str, Any], *, task_uuid: str, callback_url: str, tell: Callable[[str], None]
+    ) -> str:
+        """Send a command until it is answered, always as the same task; return the task's state.
+
+        Raises:
+            CtlError: refused; or no answer in time, and then the agent may have the task or not.
+        """
+        content = json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "taskuuid": task_uuid, "callbackurl": callback_url}
+        give_up_at, pause_s = time.monotonic() + _RESEND_S, _FIRST_PAUSE_S
+        while True:
+            try:
+                reply = self._request("POST", path, content, headers, _READ_S)
+                if reply.status == 200:
+                    return str(reply.body["state"])
+                if reply.status != 503:
+                    raise _refusal(reply)
+                trouble = f"the agent takes no tasks now: {reply.body.get('error')}"
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+                    raise unreachable(self.url, error) from error
+                trouble = f"the connection was lost: {_words(error)}"
+            if time.monotonic() + pause_s >= give_up_at:
+                raise CtlError(
+                    Exit.UNREACHABLE,
+                    "ANSWER_LOST",
+                    f"{self.url}: {trouble}; the agent may have the task or not",
+                    f"Ask it when it is back: kvmagentctl task {task_uuid}",
+                    task_uuid=task_uuid,
+                )
+            tell(f"{trouble}; the same task is sent again")
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    def _request(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> Reply:
+        """Raises OSError and HTTPException where no whole answer came."""
+        if self._context is None:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_S)
+        else:
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_S, context=self._context)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout_s)
+            connection.request(method, self._prefix + path, content, {**self._headers, **headers})
+            response = connection.getresponse()
+            text = response.read()
+        finally:
+            connection.close()
+        try:
+            answer = json.loads(text)
+            if isinstance(answer, dict):
+                return Reply(response.status, answer)
+        except ValueError:
+            pass
+        raise CtlError(
+            Exit.UNREACHABLE,
+            "NOT_AN_AGENT",
+            f"{self.url}: answered HTTP {response.status} with what no agent says",
+            "Name the agent's own address with --url; there must be no proxy between.",
+        )
+
+    def _errors(self) -> "_Errors":
+        return _Errors(self.url)
+
+
+class _Errors:
+    """Turns what goes wrong with a connection into a CtlError."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, OSError | http.client.HTTPException):
+            raise unreachable(self._url, error) from error
+
+
+def unreachable(url: str, error: Exception) -> CtlError:
+    """Return the error of an agent that does not answer, or that cannot be trusted."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        remedy = "Name the CA that signed its certificate with --ca or KVMAGENT_CA, and the agent as it is named there."
+        return CtlError(Exit.UNREACHABLE, "AGENT_NOT_TRUSTED", f"{url}: {error.verify_message}", remedy)
+    if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
+        return CtlError(Exit.UNREACHABLE, "NOT_TLS", f"{url}: no TLS is spoken there", "Name it as http://.")
+    if isinstance(error, ssl.SSLError):
+        remedy = "Show a certificate that the agent's client_ca has signed: --cert and --key."
+        return CtlError(Exit.UNREACHABLE, "TLS_REFUSED", f"{url}: {_words(error)}", remedy)
+    return CtlError(Exit.UNREACHABLE, "AGENT_UNREACHABLE", f"{url}: {_words(error)}", _UNREACHABLE)
+
+
+def _refusal(reply: Reply) -> CtlError:
+    body = reply.body
+    code, message = body.get("errorCode") or f"HTTP_{reply.status}", body.get("error") or "refused without a word"
+    return CtlError(Exit.FAILED, str(code), str(message), str(body.get("remedy") or ""))
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or str(error)).replace("_", " ").lower()
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, http.client.RemoteDisconnected):
+        return "closed without an answer"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _split(url: str) -> Any:
+    try:
+        parts = urlsplit(url)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, has_port = None, False
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or not has_port or parts.query:
+        raise CtlError(Exit.USAGE, "BAD_URL", f"{url!r} is no agent's URL", "Write it as https://node1.example:7070.")
+    return parts
+
+
+def _make_context(target: Target) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=target.ca or None)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if target.cert:
+            context.load_cert_chain(target.cert, target.key or None, password=_refuse_passphrase)
+    except (OSError, ValueError) as error:
+        files = ", ".join(filter(None, (target.ca, target.cert, target.key)))
+        remedy = "Name PEM files that can be read here, the key without a passphrase."
+        raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", f"{files}: {_words(error)}", remedy) from error
+    return context
+
+
+def _refuse_passphrase() -> str:
+    raise ValueError("the key has a passphrase")
+
+
+def _read_token(path: str) -> str:
+    try:
+        lines = read_private(path, "--token-file").split()
+    except AgentError as error:
+        raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", error.message, error.remedy) from error
+    if len(lines) != 1:
+        remedy = "Write the token alone into it, the second line that kvmagent --new-token printed."
+        raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", f"--token-file {path} holds {len(lines)} words", remedy)
+    return lines[0]

@@ -1,0 +1,122 @@
+"""The subcommands that send a command: those that the installed plugins declare."""
+
+from typing import Any
+
+import click
+
+from kvmagent.cli.ctl.declared import find_commands, make_body, make_params
+from kvmagent.cli.ctl.errand import Errand
+from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
+from kvmagent.cli.ctl.session import Session, session_of, shared_options
+from kvmagent.cli.ctl.terminal import printable
+from kvmagent.cli.ctl.views import view_readiness, view_reply
+from kvmagent.cli.ctl.vmnames import complete_vm
+from kvmagent.model.command import Command
+from kvmagent.model.errors import AgentError
+from kvmagent.plugins import installed_plugins, load_plugins
+
+_READY = "ready"
+
+
+def names() -> list[str]:
+    """Return the subcommands of all plugins that can be loaded, in the order in which they are declared."""
+    return list(_commands())
+
+
+def find(name: str) -> click.Command | None:
+    """Return the subcommand of that name."""
+    command = _commands().get(name)
+    if command is None:
+        return None
+    return _make_ready(command) if name == _READY else _make(command)
+
+
+def _commands() -> dict[str, Command]:
+    plugins = []
+    for name in installed_plugins():
+        try:
+            plugins += load_plugins([name])
+        except AgentError:
+            continue  # a broken one takes only its own subcommands away; doctor tells of it
+    return find_commands(plugins)
+
+
+def _make(command: Command) -> click.Command:
+    @click.pass_context
+    def run(context: click.Context, /, wait: float | None, **values: Any) -> int:
+        session = session_of(context)
+        reply = _send(session, command, make_body(command.request, values), wait)
+        return _answer(session, reply, view_reply(printable(reply)))
+
+    made = click.Command(
+        command.subcommand,
+        callback=run,
+        params=make_params(command.request, complete_vm=complete_vm),
+        help=f"{command.summary}.",
+    )
+    return shared_options(_wait_option(made))
+
+
+def _make_ready(command: Command) -> click.Command:
+    """Return `ready`: with --prepare it shows what would be changed, and only --apply changes it."""
+
+    @click.pass_context
+    def run(
+        context: click.Context, /, wait: float | None, diff: bool, apply: bool, dry_run: bool | None, **values: Any
+    ) -> int:
+        session = session_of(context)
+        if apply and dry_run:
+            raise click.UsageError("--apply and --dry-run contradict each other", context)
+        prepares = bool(values.pop("prepare", None) or diff or apply)
+        preparing = [name for name in ("max_cpu_num", "max_memory_size", "slots") if values.get(name) is not None]
+        if preparing and not prepares:
+            raise click.UsageError("--max-cpus, --max-memory and --slots are for --prepare", context)
+        values |= {"prepare": prepares or None, "dry_run": dry_run or (prepares and not apply) or None}
+        reply = _send(session, command, make_body(command.request, values), wait)
+        if "ready" not in reply or not reply["success"]:
+            return _answer(session, reply, view_reply(printable(reply)))
+        _answer(session, reply, view_readiness(printable(reply), with_diff=diff))
+        return Exit.REACHED if reply["ready"] or prepares else Exit.NOT_READY
+
+    made = click.Command(
+        command.subcommand,
+        callback=run,
+        params=make_params(command.request, complete_vm=complete_vm),
+        help=f"{command.summary}.\n\n--prepare shows how the persistent definition would be made ready; "
+        "--apply changes it. The running VM is never touched.",
+    )
+    made.params += [
+        click.Option(["--diff"], is_flag=True, help="Show the change of the XML. Means --prepare."),
+        click.Option(["--apply"], is_flag=True, help="Change the persistent definition. Means --prepare."),
+    ]
+    return shared_options(_wait_option(made))
+
+
+def _wait_option(command: click.Command) -> click.Command:
+    command.params.append(
+        click.Option(
+            ["--wait"],
+            type=click.FloatRange(0),
+            metavar="SECONDS",
+            help="Wait at most so long for the outcome; the task goes on all the same. [default: as long as it takes]",
+        )
+    )
+    return command
+
+
+def _send(session: Session, command: Command, body: dict[str, Any], wait: float | None) -> dict[str, Any]:
+    return Errand(session.agent, session.terminal).run(command.path, body, wait_s=wait)
+
+
+def _answer(session: Session, reply: dict[str, Any], lines: list[str]) -> int:
+    """Print a reply; one that says what went wrong ends in that."""
+    status = exit_of(reply)
+    if session.as_json:
+        session.terminal.print_json(reply)
+        return status
+    is_refused = reply.get("outcome") == "refused"
+    if not is_refused:
+        session.terminal.print(*lines)
+    if reply.get("error"):
+        raise CtlError(status, reply.get("errorCode") or "FAILED", reply["error"], reply.get("remedy") or "")
+    return status

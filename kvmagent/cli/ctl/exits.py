@@ -1,0 +1,68 @@
+"""How kvmagentctl ends: its exit statuses, and the one error that it tells."""
+
+from enum import IntEnum
+from typing import Any
+
+
+class Exit(IntEnum):
+    """The exit statuses, which scripts may rely on: never given another meaning."""
+
+    REACHED = 0
+    FAILED = 1
+    USAGE = 2
+    PLUGGED = 3
+    UNREACHABLE = 4
+    PARTIAL = 5
+    PENDING = 6
+    NOT_READY = 7
+    UNFINISHED = 8
+    INTERRUPTED = 130
+
+
+MEANINGS = {
+    Exit.REACHED: "done, and the guest confirms it; or nothing had to be done; or only a plan was asked for",
+    Exit.FAILED: "refused or failed: the VM is as it was",
+    Exit.USAGE: "the command line is wrong: nothing was sent",
+    Exit.PLUGGED: "plugged: the hypervisor has it, the guest does not confirm that it uses it",
+    Exit.UNREACHABLE: "no agent answers, or none that can be trusted",
+    Exit.PARTIAL: "partial: failed on the way, the numbers say how far it came",
+    Exit.PENDING: "pending: a removal that the guest has neither done nor refused",
+    Exit.NOT_READY: "ready: the VM is not; status: the agent is not; doctor: something is wrong",
+    Exit.UNFINISHED: "the time of --wait is over: the task goes on",
+    Exit.INTERRUPTED: "interrupted (Ctrl-C): a task that was sent goes on",
+}
+
+_BY_OUTCOME = {
+    "online": Exit.REACHED,
+    "configured": Exit.REACHED,
+    "unchanged": Exit.REACHED,
+    "planned": Exit.REACHED,
+    "plugged": Exit.PLUGGED,
+    "partial": Exit.PARTIAL,
+    "pending": Exit.PENDING,
+}
+
+
+def exit_of(reply: dict[str, Any]) -> Exit:
+    """Return the exit status of a task's reply; one without a known outcome is judged by its `success`."""
+    return _BY_OUTCOME.get(reply.get("outcome", ""), Exit.REACHED if reply.get("success") else Exit.FAILED)
+
+
+class CtlError(Exception):
+    """What kvmagentctl ends with, told in one line; `code` is the agent's, or a word of kvmagentctl's own.
+
+    `task_uuid` is there where a task may go on without us.
+    """
+
+    def __init__(self, status: Exit, code: str, message: str, remedy: str, *, task_uuid: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.remedy = remedy
+        self.task_uuid = task_uuid
+
+    def body(self) -> dict[str, Any]:
+        """Return it as the agent's own refusals are."""
+        task = {"taskUuid": self.task_uuid} if self.task_uuid else {}
+        return {"success": False, "error": self.message, "errorCode": self.code, "remedy": self.remedy, **task}

@@ -1,0 +1,110 @@
+"""The command line of kvmagentctl.
+
+`make_cli()` is the whole parser, a click group, without a connection made: `cli.to_info_dict(click.Context(cli))`
+gives every subcommand with its arguments, options, defaults and help as plain data (a man page is made from that);
+`exits.MEANINGS` are the exit statuses, `session.DEFAULT_URL` the agent that is asked where none is named.
+"""
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from kvmagent import __version__
+from kvmagent.cli.ctl.exits import MEANINGS, CtlError, Exit
+from kvmagent.cli.ctl.session import session_of, shared_options
+from kvmagent.cli.ctl.terminal import BAD, paint, printable
+from kvmagent.model.errors import AgentError
+
+NAME = "kvmagentctl"
+
+
+class _Cli(click.Group):
+    """Subcommands are imported when they are asked for; those of plugins, when none of ours has the name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return all subcommands, in the order in which an operator comes to need them."""
+        from kvmagent.cli.ctl import changes, reads
+
+        return [*reads.COMMANDS, *changes.names()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a subcommand."""
+        from kvmagent.cli.ctl import reads
+
+        if cmd_name in reads.COMMANDS:
+            return reads.COMMANDS[cmd_name]
+        from kvmagent.cli.ctl import changes
+
+        return changes.find(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of subcommands, then the exit statuses."""
+        super().format_commands(ctx, formatter)
+        with formatter.section("Exit status"):
+            formatter.write_dl([(str(status.value), meaning) for status, meaning in MEANINGS.items()])
+
+
+def make_cli() -> click.Group:
+    """Return the parser."""
+    cli = _Cli(
+        NAME,
+        help="Hotplug of CPUs and memory of running VMs, by the kvmagent of their host.\n\n"
+        "Totals are absolute: a command that is given twice changes nothing the second time. Sizes have a unit, as in "
+        "4G, 1.5GiB or 512MiB, of powers of 1024. Results go to standard output; notices, progress (on a terminal) "
+        "and errors to standard error.",
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        no_args_is_help=True,
+    )
+    shared_options(cli, is_root=True)
+    return click.version_option(__version__, "-V", "--version", prog_name=NAME, message="%(prog)s %(version)s")(cli)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line says and return the exit status. What goes wrong is told in one line, never a trace."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wants_json = "--json" in arguments
+    try:
+        status = make_cli().main(arguments, prog_name=NAME, standalone_mode=False)
+        sys.stdout.flush()
+        return int(status or 0)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else NAME
+        failure = CtlError(Exit.USAGE, "USAGE", error.format_message(), f"See {path} --help.")
+    except (KeyboardInterrupt, click.Abort):
+        failure = CtlError(Exit.INTERRUPTED, "INTERRUPTED", "interrupted", "")
+    except BrokenPipeError:
+        # Whoever read our output has enough of it: head(1), say. Nothing more is written, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.FAILED
+    except CtlError as error:
+        failure = error
+    except AgentError as error:
+        failure = CtlError(Exit.FAILED, error.code, error.message, error.remedy)
+    except Exception as error:
+        if os.environ.get("KVMAGENTCTL_DEBUG"):
+            traceback.print_exc()
+        remedy = "Report it with what KVMAGENTCTL_DEBUG=1 shows."
+        failure = CtlError(Exit.FAILED, "INTERNAL_ERROR", f"{type(error).__name__}: {error}", remedy)
+    return _tell(failure, wants_json)
+
+
+def _tell(failure: CtlError, wants_json: bool) -> int:
+    context = click.Context(click.Command(NAME))
+    terminal = session_of(context).terminal
+    if wants_json:
+        terminal.print_json(failure.body())
+    else:
+        words: dict[str, Any] = printable(failure.body())
+        line = " ".join(f"{words['errorCode']}: {words['error']}".split())
+        remedy = " ".join(words["remedy"].split())
+        terminal.tell(f"{paint(NAME, BAD)}: {line}" + (f"; remedy: {remedy}" if remedy else ""))
+    return failure.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

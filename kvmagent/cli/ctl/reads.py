@@ -1,0 +1,178 @@
+"""The subcommands that change nothing: they read the agent, the host or the configuration."""
+
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+import msgspec
+
+from kvmagent.cli.ctl.exits import Exit
+from kvmagent.cli.ctl.session import Session, session_of, shared_options
+from kvmagent.cli.ctl.terminal import GOOD, paint, printable
+from kvmagent.cli.ctl.views import view_change, view_status, view_task, view_tasks, view_vms
+from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
+
+_TASK_STATES = ("accepted", "running", "finished", "delivered", "gone", "given_up")
+# Many VMs take their time, each of whose guests is asked.
+_VMS_S = 120.0
+_FOLLOW_S = 0.5
+_FOLLOWED = 200
+_CONFIG_OPTION = click.option(
+    "--config", metavar="FILE", default=DEFAULT_PATH, show_default=True, help="The agent's configuration."
+)
+
+
+@click.command()
+@click.pass_context
+def status(context: click.Context) -> int:
+    """Whether the agent is ready, what is down, and what it is at."""
+    session = session_of(context)
+    health = session.agent.get("healthz")
+    _print(session, health, lambda body: view_status(session.agent.url, body))
+    return Exit.REACHED if health["ready"] else Exit.NOT_READY
+
+
+@click.command()
+@click.pass_context
+def vms(context: click.Context) -> None:
+    """All VMs: vCPUs and memory, in use by the guest and at most, and whether they can be hot-plugged.
+
+    HOTPLUG names the first blocker; `kvmagentctl ready VM` tells all of them. GUEST is what the guest itself says.
+    """
+    session = session_of(context)
+    _print(session, session.agent.get("vms", timeout_s=_VMS_S), lambda body: view_vms(body["vms"]))
+
+
+@click.command()
+@click.option("--vm", help="Tasks of one VM, as it was named in them.")
+@click.option("--state", type=click.Choice(_TASK_STATES), help="Tasks in one state.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many at most.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with a line for each change of state, until Ctrl-C.")
+@click.pass_context
+def tasks(context: click.Context, vm: str | None, state: str | None, limit: int, follow: bool) -> None:
+    """The newest tasks, and with --follow what becomes of them. With --json, --follow prints one task a line."""
+    session = session_of(context)
+    query = {name: value for name, value in (("vm", vm), ("state", state)) if value is not None}
+
+    def read(number: int) -> list[dict[str, Any]]:
+        found = session.agent.get("tasks", query=urlencode({**query, "limit": number}))["tasks"]
+        return list(found)
+
+    if follow:
+        _follow(session, read)
+        return
+    _print(session, {"tasks": read(limit)}, lambda body: view_tasks(body["tasks"], time.time()))
+
+
+def _follow(session: Session, read: Any) -> None:
+    """Print each task whenever it has changed since the last look; what was settled before the first look is not."""
+    known = {task["taskUuid"]: _version(task) for task in read(_FOLLOWED) if task["finishedAt"]}
+    while True:
+        seen = read(_FOLLOWED)
+        for task in reversed(seen):
+            if known.get(task["taskUuid"]) != _version(task):
+                if session.as_json:
+                    session.terminal.print_json(task, indent=None)
+                else:
+                    session.terminal.print(view_change(printable(task), time.strftime("%H:%M:%S")))
+        known = {task["taskUuid"]: _version(task) for task in seen}
+        time.sleep(_FOLLOW_S)
+
+
+def _version(task: dict[str, Any]) -> tuple[Any, ...]:
+    return task["state"], task["outcome"], task["finishedAt"], task["delivery"]["attempts"]
+
+
+@click.command()
+@click.argument("task_id", metavar="ID")
+@click.pass_context
+def task(context: click.Context, task_id: str) -> None:
+    """One task: its request, steps, reply, and where its callback is."""
+    session = session_of(context)
+    _print(session, session.agent.get("tasks", task_id), lambda body: view_task(body, time.time()))
+
+
+@click.command()
+@click.pass_context
+def openapi(context: click.Context) -> None:
+    """The agent's OpenAPI document: every command, field and error code."""
+    session = session_of(context)
+    session.terminal.print_json(session.agent.get("openapi.json"))
+
+
+@click.command()
+@_CONFIG_OPTION
+@click.pass_context
+def doctor(context: click.Context, config: str) -> int:
+    """Look for what is wrong on this host, and say what to do about each.
+
+    To be run on the host itself; as the agent's user (runuser -u kvmagent) it also sees what that one may not do.
+    """
+    from kvmagent.cli.ctl.doctor import examine, view_findings
+
+    session = session_of(context)
+    findings = examine(Path(config), session)
+    body = {"healthy": not any(found.is_wrong for found in findings), "findings": msgspec.to_builtins(findings)}
+    _print(session, body, lambda _: view_findings(findings))
+    return Exit.REACHED if body["healthy"] else Exit.NOT_READY
+
+
+@click.command()
+@_CONFIG_OPTION
+@click.option("--sample", is_flag=True, help="Print a configuration with every key, its meaning and its default.")
+@click.option("--check", is_flag=True, help="Check the file, and the plugins and certificates that it names.")
+@click.option(
+    "--set", "overrides", metavar="SECTION.KEY=VALUE", multiple=True, help="Override one key; may be repeated."
+)
+@click.pass_context
+def config(context: click.Context, config: str, sample: bool, check: bool, overrides: tuple[str, ...]) -> None:
+    """The agent's configuration as it is in force here, by its file; no agent is asked."""
+    from kvmagent.cli.configfile import read_settings
+    from kvmagent.cli.ctl.configuration import check_settings, view_settings
+
+    session = session_of(context)
+    if sample:
+        _print(session, msgspec.to_builtins(Settings()), lambda _: sample_conf().splitlines())
+        return
+    settings = read_settings(Path(config), overrides)
+    if check:
+        check_settings(settings)
+        _print(session, {"success": True, "file": config}, lambda _: [f"{config}: {paint('good', GOOD)}"])
+        return
+    _print(session, msgspec.to_builtins(settings), lambda _: view_settings(settings))
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the completion script of a shell.
+
+    For one session of bash: source <(kvmagentctl completion bash)
+    """
+    from click.shell_completion import get_completion_class
+
+    name = context.find_root().info_name or "kvmagentctl"
+    found = get_completion_class(shell)
+    assert found is not None
+    script = found(context.find_root().command, {}, name, f"_{name.upper()}_COMPLETE")
+    # Not `source()`: for bash that runs bash to look at its version, which is not to be expected where packages
+    # are built. Source: click shell_completion.BashComplete.
+    text = script.source_template % script.source_vars()
+    session = session_of(context)
+    _print(session, {"shell": shell, "script": text}, lambda _: text.splitlines())
+
+
+def _print(session: Session, body: Any, view: Any) -> None:
+    if session.as_json:
+        session.terminal.print_json(body)
+    else:
+        session.terminal.print(*view(printable(body)))
+
+
+COMMANDS = {
+    command.name or "": shared_options(command)
+    for command in (status, vms, tasks, task, doctor, config, openapi, completion)
+}

@@ -1,0 +1,292 @@
+"""What people read: from the agent's JSON to lines. Pure: no clock, no terminal; times are those that are handed in.
+
+JSON comes in as the agent wrote it but for `printable`. A field that an older agent does not have is a dash.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint
+from kvmagent.model.units import format_ids, format_size
+
+Json = Mapping[str, Any]
+
+_OUTCOME_COLOURS = {
+    "online": GOOD,
+    "configured": GOOD,
+    "unchanged": GOOD,
+    "planned": GOOD,
+    "plugged": WARN,
+    "pending": WARN,
+    "partial": BAD,
+    "refused": BAD,
+}
+_STATE_COLOURS = {"accepted": DIM, "running": WARN, "gone": WARN, "given_up": BAD}
+
+
+def view_status(url: str, health: Json) -> list[str]:
+    """Return what /healthz says."""
+    ready = paint("ready", GOOD) if health["ready"] else paint("not ready", BAD)
+    lines = [f"{url}: {ready}, version {health['version']}"]
+    lines += [f"  {paint('down', BAD)}  {name}: {why}" for name, why in health["down"].items()]
+    lines.append(f"  {_count(health['queued'], 'task')} queued, {_count(health['owedCallbacks'], 'callback')} owed")
+    running = [
+        [task["vm"], task["command"], f"{task['seconds']:.1f} s", task["taskUuid"]] for task in health["running"]
+    ]
+    return lines + (["", *format_table(("RUNNING ON", "COMMAND", ">FOR", "TASK"), running)] if running else [])
+
+
+def view_vms(vms: Iterable[Json]) -> list[str]:
+    """Return a table of VMs, by name: what each has, may have, and what its guest uses of it."""
+    headers = ("VM", "STATE", ">VCPUS", ">MAX", ">GUEST", ">MEMORY", ">MAX", ">GUEST", ">SLOTS", "HOTPLUG")
+    rows = [_vm_row(vm) for vm in sorted(vms, key=lambda vm: str(vm.get("name") or vm["vmUuid"]))]
+    return format_table(headers, rows) if rows else ["no VMs"]
+
+
+def _vm_row(vm: Json) -> list[str]:
+    now = vm.get("after") or {}
+    is_on = now.get("cpuNum") is not None
+    cpus, memory = ("cpuNum", "memorySize") if is_on else ("configCpuNum", "configMemorySize")
+    guest_cpus = _number(now.get("guestCpuNum"))
+    if is_on and now.get("guestCpuNum") is not None and now["guestCpuNum"] < now["cpuNum"]:
+        guest_cpus = paint(guest_cpus, WARN)  # plugged, and not in use
+    return [
+        str(vm.get("name") or vm["vmUuid"]),
+        str(vm.get("state") or "-"),
+        _number(now.get(cpus)),
+        _number(now.get("maxCpuNum")),
+        guest_cpus,
+        _size(now.get(memory)),
+        _size(now.get("maxMemorySize")),
+        _size(now.get("guestMemorySize")),
+        _number(now.get("freeSlots")),
+        _readiness(vm),
+    ]
+
+
+def _readiness(vm: Json) -> str:
+    if vm.get("ready"):
+        return paint("ready", GOOD)
+    blockers = vm.get("blockers") or []
+    if not blockers:
+        return paint(str(vm.get("errorCode") or "not ready"), BAD)
+    more = f" (+{len(blockers) - 1})" if len(blockers) > 1 else ""
+    return paint(str(blockers[0]["code"]), WARN) + more
+
+
+def view_reply(reply: Json) -> list[str]:
+    """Return a reply of any command: what became of it, and the numbers before and after."""
+    outcome = str(reply.get("outcome") or ("done" if reply.get("success") else "failed"))
+    name = reply.get("name") or reply.get("vmUuid") or "task"
+    lines = [f"{name}: {paint(outcome, _OUTCOME_COLOURS.get(outcome, BOLD))}"]
+    if outcome == "planned":
+        steps = reply.get("steps") or []
+        lines += [f"  {n}. {format_step(step)}" for n, step in enumerate(steps, 1)] or ["  nothing to do"]
+    if outcome != "refused":
+        lines += _numbers(reply.get("before") or {}, reply.get("after") or {})
+    lines += _rounding(reply)
+    lines += [line for warning in reply.get("warnings") or [] for line in _problem("warning", WARN, warning)]
+    lines += [
+        f"  {paint('drift', WARN)}  {one['field']}: {_value(one['field'], one['live'])} running, "
+        f"{_value(one['field'], one['config'])} in the definition"
+        for one in reply.get("drift") or []
+    ]
+    return lines
+
+
+def _numbers(before: Json, after: Json) -> list[str]:
+    """Return a table of what was and is, as far as anything is known."""
+    rows = []
+    for title, live, config, guest, maximum, show in (
+        ("vCPUs", "cpuNum", "configCpuNum", "guestCpuNum", "maxCpuNum", _number),
+        ("memory", "memorySize", "configMemorySize", "guestMemorySize", "maxMemorySize", _size),
+    ):
+        cells = [show(before.get(live)), *(show(after.get(name)) for name in (live, guest, config, maximum))]
+        if set(cells) != {"-"}:
+            rows.append([f"  {title}", *cells])
+    slots = [_number(numbers.get("freeSlots")) for numbers in (before, after)]
+    if slots != ["-", "-"]:
+        rows.append(["  free slots", *slots, "", "", ""])
+    return format_table(("", ">WAS", ">NOW", ">IN THE GUEST", ">AT NEXT START", ">AT MOST"), rows) if rows else []
+
+
+def _rounding(reply: Json) -> list[str]:
+    requested, aligned = reply.get("requested"), reply.get("aligned")
+    if requested is None or aligned is None or requested == aligned:
+        return []
+    return [f"  {paint('rounded', WARN)}  from {_exactly(requested)} to {_exactly(aligned)}"]
+
+
+def view_readiness(reply: Json, *, with_diff: bool) -> list[str]:
+    """Return what ReadyForHotplug says: room, everything in the way, and what prepare changes."""
+    name = reply.get("name") or reply["vmUuid"]
+    if reply["ready"]:
+        lines = [f"{name}: {paint('ready', GOOD)}"]
+    else:
+        after = "ready after a restart" if reply["readyAfterRestart"] else "not after a restart either"
+        lines = [f"{name}: {paint('not ready', BAD)}, {after}"]
+    if room := reply.get("headroom"):
+        methods = ", ".join(room["memoryMethods"]) or "no way to add any"
+        lines += [
+            f"  room for  {_count(room['cpuNum'], 'vCPU')}; {format_size(room['memorySize'])} in "
+            f"{_count(room['slots'], 'slot')}, multiples of {format_size(room['memoryGranularity'])} ({methods})",
+            f"  can give  {_count(room['removableCpuNum'], 'vCPU')}; {format_size(room['removableMemorySize'])}",
+        ]
+    lines += [line for blocker in reply.get("blockers") or [] for line in _problem("blocker", BAD, blocker)]
+    return lines + _preparation(reply, with_diff=with_diff)
+
+
+def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
+    lines: list[str] = []
+    if changes := reply.get("changes"):
+        verb = "would change" if reply["outcome"] == "planned" else "changed"
+        rows = [
+            [f"  {one['field']}", _value(one["field"], one["former"]), _value(one["field"], one["prepared"])]
+            for one in changes
+        ]
+        lines += ["", f"prepare {verb}, from the next start on:", *format_table(("  WHAT", "WAS", "IS"), rows)]
+    elif reply.get("diff") is not None:
+        lines += ["", "the persistent definition is prepared: nothing to change"]
+    for one in reply.get("clamped") or []:
+        asked, prepared = (_value(one["field"], one[key]) for key in ("asked", "prepared"))
+        lines.append(f"  {paint('limited', WARN)}  {one['field']}: {prepared} instead of {asked}: {one['why']}")
+    if with_diff and reply.get("diff"):
+        lines += ["", *view_diff(reply["diff"])]
+    if reply.get("outcome") == "configured" and reply.get("restartRequired"):
+        lines += ["", "Power the VM off and start it again: a reboot inside the guest does not do it."]
+    elif reply.get("outcome") == "planned" and changes:
+        lines += ["", "Nothing was changed: --apply does it, --diff shows the XML."]
+    return lines
+
+
+def view_diff(diff: str) -> list[str]:
+    """Return a unified diff in its colours."""
+    colours = {"+": GOOD, "-": BAD, "@": DIM}
+    return [paint(line, colours[line[0]]) if line[:1] in colours else line for line in diff.splitlines()]
+
+
+def view_tasks(tasks: Iterable[Json], now: float) -> list[str]:
+    """Return a table of tasks; `now` is seconds since the epoch."""
+    rows = [
+        [
+            task["taskUuid"],
+            task["command"],
+            task["vm"],
+            paint(task["state"], _STATE_COLOURS[task["state"]]) if task["state"] in _STATE_COLOURS else task["state"],
+            _outcome(task),
+            f"{_duration(now - task['acceptedAt'])} ago" if task["acceptedAt"] else "-",
+            _took(task),
+        ]
+        for task in tasks
+    ]
+    headers = ("TASK", "COMMAND", "VM", "STATE", "OUTCOME", ">ACCEPTED", ">TOOK")
+    return format_table(headers, rows) if rows else ["no tasks"]
+
+
+def view_change(task: Json, at: str) -> str:
+    """Return one line of `tasks --follow`: a task in its new state, and when that was seen."""
+    outcome = f" {_outcome(task)}" if task["outcome"] else ""
+    took = f" in {_took(task)}" if task["finishedAt"] else ""
+    trouble = f", callback: {task['delivery']['error']}" if task["delivery"]["error"] else ""
+    state = paint(task["state"], _STATE_COLOURS.get(task["state"], BOLD))
+    return f"{at}  {task['taskUuid']}  {task['command']} {task['vm']}  {state}{outcome}{took}{trouble}"
+
+
+def view_task(task: Json, now: float) -> list[str]:
+    """Return one task, whole."""
+    request = " ".join(f"{name}={_value(name, value)}" for name, value in task["request"].items())
+    accepted = f"{_duration(now - task['acceptedAt'])} ago from {task['client']}" if task["acceptedAt"] else "-"
+    delivery = task["delivery"]
+    callback = f"{delivery['url']}  attempts={delivery['attempts']}"
+    rows = [
+        ["task", task["taskUuid"]],
+        ["command", f"{task['command']}  {request}"],
+        ["state", task["state"]],
+        ["accepted", accepted],
+        ["took", _took(task)],
+        ["callback", callback + (f"  {paint(delivery['error'], WARN)}" if delivery["error"] else "")],
+    ]
+    lines = format_table(("", ""), rows)[1:]
+    if task["steps"]:
+        lines += ["", *(f"  {n}. {format_step(step)}" for n, step in enumerate(task["steps"], 1))]
+    if reply := task["reply"]:
+        lines += ["", *view_reply(reply)]
+        if reply.get("error"):
+            lines += _problem(
+                "error", BAD, {"code": reply["errorCode"], "message": reply["error"], "remedy": reply["remedy"]}
+            )
+    return lines
+
+
+def format_step(step: Json) -> str:
+    """Return one step on a line: its name, what it is about, how long it took."""
+    shown = {name: value for name, value in step.items() if name not in ("step", "elapsedMs", "problem", "shape")}
+    words = [str(step["step"]), *(f"{name}={_value(name, value)}" for name, value in shown.items())]
+    if step.get("elapsedMs") is not None:
+        words.append(paint(f"{_duration(step['elapsedMs'] / 1000)}", DIM))
+    problem = step.get("problem")
+    if problem:
+        words.append(paint(problem if isinstance(problem, str) else problem["code"], WARN))
+    return " ".join(words)
+
+
+def _problem(kind: str, colour: str, problem: Json) -> list[str]:
+    restart = " (needs a restart)" if problem.get("needsRestart") else ""
+    lines = [f"  {paint(kind, colour)}  {problem['code']}: {problem['message']}{restart}"]
+    return lines + ([f"  {' ' * len(kind)}  {paint('remedy', DIM)}: {problem['remedy']}"] if problem["remedy"] else [])
+
+
+def _outcome(task: Json) -> str:
+    outcome = task["outcome"]
+    return paint(outcome, _OUTCOME_COLOURS.get(outcome, BOLD)) if outcome else "-"
+
+
+def _took(task: Json) -> str:
+    if not task["startedAt"] or not task["finishedAt"]:
+        return "-"
+    return _duration(task["finishedAt"] - task["startedAt"])
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in its largest unit: "8 ms", "3.2 s", "5 min", "2 h", "9 d"."""
+    if seconds < 1:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    for below, unit, digits in ((60, 1, 1), (3600, 60, 0), (2 * 86400, 3600, 0)):
+        if seconds < below:
+            return f"{seconds / unit:.{digits}f} {'s' if unit == 1 else 'min' if unit == 60 else 'h'}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _size(value: int | None) -> str:
+    return "-" if value is None else format_size(value)
+
+
+def _exactly(size_bytes: int) -> str:
+    """Return a size of which the last byte counts."""
+    shown = format_size(size_bytes)
+    return f"{shown} ({size_bytes} bytes)" if "." in shown else shown
+
+
+def _value(name: str, value: Any) -> str:
+    """Return a value for people: a size where its name says that it is one, ids as the kernel writes them."""
+    if value is None or value == {}:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and name.endswith(("Size", "Bytes")):
+        return format_size(value).replace(" ", "")
+    if isinstance(value, list) and name in ("ids", "blocks", "known"):
+        return format_ids(tuple(value)) or "none"
+    if isinstance(value, list):
+        return ":".join(str(one) for one in value)
+    if isinstance(value, dict):
+        return " ".join(f"{key}:{_value(key, one)}" for key, one in value.items())
+    return str(value)

@@ -1,0 +1,76 @@
+"""Takes tasks back: one that has touched nothing yet ends as refused, with a callback like any other.
+
+    withdraw -> journal.cancel      one transaction: no goal yet -> finished, with the reply and the callback owed
+                   too late          TASK_NOT_CANCELLABLE, and what it is doing: a change is never stopped halfway
+             -> lanes.withdraw       its place in the queue is free
+             -> on_finished(owed)    delivery
+
+The journal alone decides who was first. A worker that has taken the task meanwhile learns it when it records its goal
+or its result, and has touched nothing by then.
+"""
+
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from kvmagent.model.command import Command, Ending
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import Query
+from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
+from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.run import bare_reply
+
+OUTCOME = "refused"
+
+
+class Withdrawal:
+    """Thread-safe. `declared` are the commands and questions by name."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        lanes: Lanes,
+        declared: Mapping[str, Command | Query],
+        *,
+        on_finished: Callable[[Owed], None],
+    ) -> None:
+        self._journal = journal
+        self._lanes = lanes
+        self._declared = declared
+        self._on_finished = on_finished
+
+    def withdraw(self, task_uuid: str) -> Task:
+        """Take a task back and return it as it was; one that was taken back before stays so, and is not told again.
+
+        Raises:
+            AgentError: UNKNOWN_TASK; TASK_NOT_CANCELLABLE; JOURNAL_UNAVAILABLE.
+        """
+        task = self._journal.find(task_uuid)
+        if task is None:
+            raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {task_uuid!r}")
+        if _was_withdrawn(task):
+            return task
+        owed = self._journal.cancel(task_uuid, self._make_reply(task), OUTCOME)
+        self._lanes.withdraw(task)
+        self._on_finished(owed)
+        return task
+
+    def _make_reply(self, task: Task) -> bytes:
+        error = AgentError(Code.CANCELLED, "the task was taken back before it touched anything")
+        declared = self._declared.get(task.command)
+        try:
+            if isinstance(declared, Query):
+                return msgspec.json.encode(declared.fail(error.message))
+            if declared is not None:
+                request = msgspec.json.decode(task.request, type=declared.request)
+                ending = Ending(request, goal=None, before=None, after=None, reports=(), error=error)
+                return msgspec.json.encode(declared.conclude(ending))
+        except msgspec.MsgspecError:
+            pass  # of another version: the bare reply tells it as well
+        return bare_reply(task, error)[0]
+
+
+def _was_withdrawn(task: Task) -> bool:
+    if task.state in UNFINISHED or task.reply is None:
+        return False
+    return bool(msgspec.json.decode(task.reply).get("errorCode") == Code.CANCELLED)

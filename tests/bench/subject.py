@@ -1,0 +1,90 @@
+"""The agent that is measured, as the process that operators run: its memory, its CPU time, how long it takes to start.
+
+Also libvirt's test driver with many domains. Its domains live inside the agent's process: their memory counts there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from pathlib import Path
+
+from tests.lab.agent import LOOPBACK, AgentProcess
+from tests.lab.domainxml import GuestSpec, format_domain
+from tests.lab.image import Image
+
+MAX_VCPUS = 16
+#: Enough for every run; the limits themselves are not what is measured.
+SETTINGS = {"agent": {"max_queued": "100000", "max_queued_per_client": "100000", "keep_tasks": "20000"}}
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def start_agent(uri: str, settings: dict[str, dict[str, str]] | None = None) -> AgentProcess:
+    """Return an agent that is not started yet: `with start_agent(...) as agent` starts it."""
+    return AgentProcess(uri=uri, settings=SETTINGS | (settings or {}))
+
+
+def domain_name(n: int) -> str:
+    """The name of a domain of `write_node`."""
+    return f"vm-{n}"
+
+
+def write_node(directory: Path, domains: int) -> str:
+    """Write a node of libvirt's test driver with so many running domains; return the URI that opens it.
+
+    Each has one vCPU of MAX_VCPUS. Every open of the URI, in any process, has domains of its own.
+    """
+    image = Image(kernel=Path("/boot/kernel"), initramfs=Path("/boot/initramfs"), kernel_release="6.1")
+    xml = "".join(
+        format_domain(
+            GuestSpec(name=domain_name(n), max_vcpus=MAX_VCPUS),
+            image,
+            virt_type="test",
+            console_log=Path("/log"),
+            harness=Path("/sock"),
+        )
+        for n in range(domains)
+    )
+    file = directory / f"node-{domains}.xml"
+    file.write_text(f"<node>{xml}</node>")
+    return f"test://{file}"
+
+
+def rss_mib(pid: int) -> float:
+    """The resident memory of a process."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) / 1024
+
+
+def cpu_s(pid: int) -> float:
+    """The CPU time that a process has used, its own and the kernel's for it."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def time_start(agent: AgentProcess) -> float:
+    """Start an agent that does not run; return the seconds from the exec to the first /healthz that says ready."""
+    began = time.perf_counter()
+    agent.start()
+    return time.perf_counter() - began
+
+
+def connect_at_once(port: int, clients: int) -> list[float]:
+    """Begin so many connects before any of them is waited for; return the milliseconds that each took.
+
+    A connect that the kernel had to try again, because the listener's backlog was full, takes a second or more.
+    """
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack, select.epoll() as poll:
+        for _ in range(clients):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex((LOOPBACK, port))
+            poll.register(one.fileno(), select.EPOLLOUT | select.EPOLLONESHOT)
+        took: list[float] = []
+        while len(took) < clients:
+            took += [(time.perf_counter() - began) * 1000] * len(poll.poll())
+    return took
