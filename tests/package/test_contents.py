@@ -1,11 +1,15 @@
 """What is in the package, before it is installed anywhere."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from kvmagent.cli.ctl.exits import MEANINGS
+from kvmagent.cli.ctl.main import make_cli
 from tests.package.conftest import ROOT
 
 SCRIPTS = [
@@ -14,7 +18,7 @@ SCRIPTS = [
     *(f"conf/debian/kvmagent.{name}" for name in ("postinst", "prerm", "postrm")),
     "tests/lab/packages.sh",
 ]
-PAGES = ["usr/share/man/man5/kvmagent.conf.5.gz", "usr/share/man/man8/kvmagent.8.gz"]
+PAGES = [f"usr/share/man/man{page[-1]}/{page}.gz" for page in ("kvmagentctl.1", "kvmagent.conf.5", "kvmagent.8")]
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +45,42 @@ def test_man_and_mandoc_find_nothing_in_a_page(unpacked: Path, page: str) -> Non
 
 
 def test_each_setting_is_in_the_manual(unpacked: Path) -> None:
-    page = subprocess.run(["zcat", str(unpacked / PAGES[0])], capture_output=True, text=True, check=True).stdout
+    page = subprocess.run(["zcat", str(unpacked / PAGES[1])], capture_output=True, text=True, check=True).stdout
     keys = [line.partition(" ")[0] for line in (ROOT / "conf/kvmagent.conf").read_text().splitlines() if " =" in line]
     assert len(keys) > 20
     for key in keys:
         assert f".It Ic {key}\n" in page
+
+
+def test_each_subcommand_and_option_is_in_the_manual(unpacked: Path) -> None:
+    page = subprocess.run(["zcat", str(unpacked / PAGES[0])], capture_output=True, text=True, check=True).stdout
+    cli = make_cli()
+    described = cli.to_info_dict(click.Context(cli))
+    assert len(described["commands"]) > 10
+    for name, command in described["commands"].items():
+        assert re.search(rf'^\.Ss "{re.escape(escaped(name))}[ "]', page, re.MULTILINE), name
+        for param in command["params"]:
+            if param["param_type_name"] == "option":
+                assert escaped(param["opts"][0]) in page, param
+    for status in MEANINGS:
+        assert f".It {status.value}\n" in page
+
+
+def escaped(word: str) -> str:
+    """A word as it stands in a page."""
+    return word.replace("-", r"\-")
+
+
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [
+        ("bash", "bash-completion/completions/kvmagentctl"),
+        ("zsh", "zsh/vendor-completions/_kvmagentctl"),
+        ("fish", "fish/vendor_completions.d/kvmagentctl.fish"),
+    ],
+)
+def test_shells_find_what_completes_a_command_line(unpacked: Path, shell: str, file: str) -> None:
+    assert f"_KVMAGENTCTL_COMPLETE={shell}_complete" in (unpacked / "usr/share" / file).read_text()
 
 
 def test_no_path_of_the_builder_is_in_any_file(unpacked: Path) -> None:

@@ -96,7 +96,7 @@ def test_an_installation_makes_the_user_and_starts_nothing_where_no_service_is_w
     assert machine.tree.processes() == []
     assert "libvirt" in machine.tree.run("id", "--name", "--groups", "kvmagent").split()
     owners = machine.tree.run("stat", "--format=%U:%G %a", "/etc/kvmagent", "/var/lib/kvmagent", "/var/log/kvmagent")
-    assert owners.splitlines() == ["root:kvmagent 750", "kvmagent:kvmagent 700", "kvmagent:kvmagent 750"]
+    assert owners.splitlines() == ["root:kvmagent 750", "kvmagent:kvmagent 700", "kvmagent:kvmagent 700"]
     assert list((machine.tree.path / "usr/lib/kvmagent/lib").rglob("*.pyc"))
 
 
