@@ -38,6 +38,8 @@ setup(
         "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
         "test": [
+            "ansible-core>=2.16",
+            "ansible-lint>=24.2",
             "hypothesis>=6.100",
             "lxml-stubs",
             "mypy>=1.10",
