@@ -22,6 +22,7 @@ from kvmagent.api.metrics.events import Metrics
 from kvmagent.api.metrics.sampler import Sampler
 from kvmagent.api.metrics.state import StateMetrics
 from kvmagent.api.metrics.vms import VmMetrics
+from kvmagent.api.page import PUBLIC_PATHS, page_routes
 from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Server
@@ -99,7 +100,7 @@ class Agent:
         self._callbacks = Callbacks(rules, settings.callback)
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
-        device_events = DeviceEvents()
+        device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
         self._events = EventConnection(
             settings.libvirt.uri,
             (device_events.register, VmEvents(self._reports.tell_event).register),
@@ -181,7 +182,8 @@ class Agent:
             encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
         )
         self._security = Security(settings.security)
-        self._server = Server(settings.http, self._security, {**posts, **reads.routes()}, meters=metrics)
+        routes = {**posts, **reads.routes(), **page_routes()}
+        self._server = Server(settings.http, self._security, routes, public=PUBLIC_PATHS, meters=metrics)
 
     def start(self) -> None:
         """Start, and take up what the journal left.

@@ -44,6 +44,7 @@ OWNERS = {
     "simplejson": "kvmagent.api.wire",
     "prometheus_client": "kvmagent.api.metrics",
     "click": "kvmagent.cli.ctl",
+    "cryptography": "kvmagent.cli.ctl.certificates",
 }
 
 # What nothing pure may touch: time, chance, environment, files, sockets, threads, logs, processes.

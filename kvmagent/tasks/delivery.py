@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters
+from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError
 from kvmagent.tasks.callbacks import Callbacks, Channel
 from kvmagent.tasks.faults import Fault, no_fault
@@ -107,7 +108,13 @@ class Delivery:
         self._stop_at: float | None = None
 
     def put(self, owed: Owed) -> None:
-        """Send a task's reply to its callback URL, soon; one that is owed already is tried again now."""
+        """Send a task's reply to its callback URL, soon; one that is owed already is tried again now.
+
+        Where no callback was wanted there is nothing to send: it counts as delivered, after no attempt.
+        """
+        if owed.callback_url == NO_CALLBACK:
+            self._journal.settle(owed.task_uuid, "delivered", None)
+            return
         parts = urlsplit(owed.callback_url)
         # Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
         key = f"{parts.scheme}://{parts.netloc} of {owed.client}"
