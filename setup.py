@@ -46,6 +46,7 @@ setup(
             "mypy>=1.10",
             "pillow>=10.0",
             "pytest>=8.0",
+            "pyyaml>=6.0",
             "ruff>=0.6",
             "schemathesis>=4.0",
             "selenium>=4.20",
@@ -66,6 +67,8 @@ setup(
             ["conf/kvmagent.conf", "conf/50-kvmagent.rules", "conf/kvmagent.sysusers"],
         ),
         ("share/kvmagent/conf/logrotate.d", ["conf/logrotate.d/kvmagent"]),
+        ("share/kvmagent/conf/prometheus", ["conf/prometheus/kvmagent.rules.yml"]),
+        ("share/kvmagent/conf/grafana", ["conf/grafana/kvmagent.json"]),
         ("share/kvmagent/init.d", ["init.d/kvmagent", "init.d/kvmagent.service"]),
     ],
 )

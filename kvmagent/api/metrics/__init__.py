@@ -4,6 +4,5 @@ events    what happens, counted as it happens: Meters, handed to the lower floor
 state     what is so at the moment of a scrape: lanes, delivery, journal, libvirt
 vms       what libvirt tells of all VMs, and what was last learnt of their guests
 sampler   asks guests now and then
-
-Every name, label and word is declared there, once; docs/metrics.md is made from them.
+table     all of them by name, which docs/metrics.md is made from
 """

@@ -15,6 +15,7 @@ from prometheus_client import (
 )
 from prometheus_client.registry import Collector
 
+from kvmagent.api.metrics.table import METRICS
 from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.meters import Meters, Phase, measured
 from kvmagent.model.facts import Facts
@@ -36,33 +37,23 @@ class Metrics(Meters):
         self._registry = CollectorRegistry()
         self._vms: VmMetrics | None = None
 
-        def counter(name: str, words: str, *labels: str) -> Counter:
-            return Counter(f"kvmagent_{name}", words, labels, registry=self._registry)
+        def counter(name: str) -> Counter:
+            metric = METRICS[name]
+            return Counter(metric.name, metric.words, metric.labels, registry=self._registry)
 
-        self._ended = counter("commands", "Tasks that ended, by command and outcome.", "command", "outcome")
-        self._errors = counter(
-            "command_errors", "Tasks that ended in an error, by command and error code.", "command", "code"
-        )
-        self._refused = counter("requests_refused", "Requests that were refused at once, by error code.", "code")
-        self._settled = counter("callbacks", "Callbacks that were delivered, are gone or given up.", "result")
-        self._attempts_failed = counter("callback_attempts_failed", "Callbacks that were not taken and are sent again.")
-        self._guest_calls = counter(
-            "guest_agent_calls", "Commands sent to guest agents: answered, or the error code of why not.", "result"
-        )
-        self._writes = counter("journal_writes", "Changes that the journal has on disk.")
-        self._phases = Histogram(
-            "kvmagent_phase_seconds",
-            "Time of a task in each phase: queue, plan, journal, libvirt, guest; callback until it is delivered.",
-            ("command", "phase"),
-            buckets=_PHASE_BUCKETS,
-            registry=self._registry,
-        )
-        self._commits = Histogram(
-            "kvmagent_journal_commit_seconds",
-            "Time of a commit of the journal, which every acceptance waits for.",
-            buckets=_COMMIT_BUCKETS,
-            registry=self._registry,
-        )
+        def histogram(name: str, buckets: tuple[float, ...]) -> Histogram:
+            metric = METRICS[name]
+            return Histogram(metric.name, metric.words, metric.labels, buckets=buckets, registry=self._registry)
+
+        self._ended = counter("kvmagent_commands")
+        self._errors = counter("kvmagent_command_errors")
+        self._refused = counter("kvmagent_requests_refused")
+        self._settled = counter("kvmagent_callbacks")
+        self._attempts_failed = counter("kvmagent_callback_attempts_failed")
+        self._guest_calls = counter("kvmagent_guest_agent_calls")
+        self._writes = counter("kvmagent_journal_writes")
+        self._phases = histogram("kvmagent_phase_seconds", _PHASE_BUCKETS)
+        self._commits = histogram("kvmagent_journal_commit_seconds", _COMMIT_BUCKETS)
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
 

@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from kvmagent.api.deadline import Asker
+from kvmagent.api.metrics.table import METRICS, make_gauge
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import VmStats
@@ -25,7 +26,6 @@ from kvmagent.model.host import VmStats
 _WAIT_S, _FRESH_S = 2.0, 5.0
 # Calls that hang at once: one that hangs in a VM keeps the next from waiting for that VM.
 _AT_ONCE = 3
-_LABELS = ("uuid", "name")
 # Of a guest that has an agent: it ought to answer. One that has none, or is paused, does neither.
 _SILENT = (Code.GUEST_AGENT_DISCONNECTED, Code.GUEST_AGENT_UNRESPONSIVE)
 
@@ -91,20 +91,17 @@ class VmMetrics(Collector):
         """Return the metrics, in bounded time whatever hangs."""
         self._refresh()
         now = self._clock()
-        families = {name: GaugeMetricFamily(f"kvmagent_{name}", words, labels=_LABELS) for name, words in _WORDS}
         with self._lock:
             seen = dict(self._seen)
+        values: dict[str, list[tuple[tuple[str, ...], float]]] = {name: [] for name in METRICS if _is_of_vm(name)}
         for vm in self._stats:
             for name, value in _numbers(vm, seen.get(vm.uuid), now):
                 if value is not None:
-                    families[name].add_metric([vm.uuid, vm.name], value)
-        age = GaugeMetricFamily("kvmagent_vm_stats_age_seconds", "Age of what libvirt told of all VMs.")
+                    values[name].append(((vm.uuid, vm.name), value))
         if self._stats_at is not None:
-            age.add_metric([], now - self._stats_at)
-        vms = GaugeMetricFamily("kvmagent_vms_running", "Running VMs, as libvirt told last.")
-        if self._stats_at is not None:
-            vms.add_metric([], len(self._stats))
-        return [age, vms, *families.values()]
+            values["kvmagent_vm_stats_age_seconds"].append(((), now - self._stats_at))
+            values["kvmagent_vms_running"].append(((), len(self._stats)))
+        return [make_gauge(name, known) for name, known in values.items()]
 
     def running(self) -> tuple[VmStats, ...]:
         """Return the running VMs as libvirt told last, or tells now."""
@@ -159,36 +156,24 @@ class VmMetrics(Collector):
             }
 
 
-_WORDS = (
-    ("vm_vcpus", "vCPUs that the hypervisor gives to the VM now."),
-    ("vm_vcpus_max", "vCPUs that it can have without a restart."),
-    ("vm_balloon_bytes", "Memory that the balloon leaves to the VM."),
-    ("vm_memory_bytes", "Memory that the VM was seen with: boot memory and what is plugged."),
-    ("vm_slots_free", "Memory slots that were free when the VM was last looked at."),
-    ("vm_guest_answers", "1 when its guest agent answered last time, 0 when it was silent; none without an agent."),
-    ("vm_guest_vcpus", "vCPUs that the guest said it uses."),
-    ("vm_offline_vcpus", "vCPUs that were plugged and offline in the guest."),
-    ("vm_guest_vcpus_age_seconds", "Age of what the guest said of its vCPUs."),
-    ("vm_guest_memory_bytes", "MemTotal in the guest."),
-    ("vm_offline_memory_bytes", "Memory that was plugged and offline, or not seen, in the guest."),
-    ("vm_guest_memory_age_seconds", "Age of what the guest said of its memory."),
-)
+def _is_of_vm(name: str) -> bool:
+    return name.startswith(("kvmagent_vm_", "kvmagent_vms_"))
 
 
 def _numbers(vm: VmStats, seen: _Seen | None, now: float) -> Iterable[tuple[str, float | None]]:
-    yield "vm_vcpus", vm.vcpus
-    yield "vm_vcpus_max", vm.max_vcpus
-    yield "vm_balloon_bytes", vm.balloon_bytes
+    yield "kvmagent_vm_vcpus", vm.vcpus
+    yield "kvmagent_vm_vcpus_max", vm.max_vcpus
+    yield "kvmagent_vm_balloon_bytes", vm.balloon_bytes
     if seen is None or seen.run not in (None, vm.run):
         return
-    yield "vm_memory_bytes", seen.memory_bytes
-    yield "vm_slots_free", seen.slots_free
-    yield "vm_guest_answers", seen.answers
+    yield "kvmagent_vm_memory_bytes", seen.memory_bytes
+    yield "kvmagent_vm_slots_free", seen.slots_free
+    yield "kvmagent_vm_guest_answers", seen.answers
     if seen.vcpus_at is not None and vm.vcpus in (None, seen.vcpus):
-        yield "vm_guest_vcpus", seen.guest_vcpus
-        yield "vm_offline_vcpus", seen.offline_vcpus
-        yield "vm_guest_vcpus_age_seconds", now - seen.vcpus_at
+        yield "kvmagent_vm_guest_vcpus", seen.guest_vcpus
+        yield "kvmagent_vm_offline_vcpus", seen.offline_vcpus
+        yield "kvmagent_vm_guest_vcpus_age_seconds", now - seen.vcpus_at
     if seen.memory_at is not None:
-        yield "vm_guest_memory_bytes", seen.guest_memory_bytes
-        yield "vm_offline_memory_bytes", seen.offline_memory_bytes
-        yield "vm_guest_memory_age_seconds", now - seen.memory_at
+        yield "kvmagent_vm_guest_memory_bytes", seen.guest_memory_bytes
+        yield "kvmagent_vm_offline_memory_bytes", seen.offline_memory_bytes
+        yield "kvmagent_vm_guest_memory_age_seconds", now - seen.memory_at
