@@ -119,4 +119,3 @@ def run(agent: AgentProcess, server: ManagementServer, body: dict[str, object]) 
     agent.post(CPU, body, task_uuid=task, callback_url=server.url)
     reply: dict[str, object] = server.wait(task, 20)
     return reply
-

@@ -23,7 +23,7 @@ from kvmagent.model.facts import Facts
 from kvmagent.model.host import VmStats
 
 # How long a scrape waits for libvirt, and how long an answer is good for scrapes that follow.
-_WAIT_S, _FRESH_S = 2.0, 5.0
+_WAIT_S, _FRESH_S = 2.0, 2.0
 # Calls that hang at once: one that hangs in a VM keeps the next from waiting for that VM.
 _AT_ONCE = 3
 # Of a guest that has an agent: it ought to answer. One that has none, or is paused, does neither.
