@@ -68,7 +68,7 @@ class Machine:
 
     def log(self) -> str:
         """What the agent has said, over all its starts."""
-        return (self.tree.path / "var/log/kvmagent/stderr.log").read_text()
+        return (self.tree.path / "var/log/kvmagent/stderr").read_text()
 
 
 @pytest.fixture(scope="module")
