@@ -171,6 +171,10 @@ class Agent:
             self._journal,
             stalled_s=self._stalled_s_of_parts,
             is_connected=lambda: self._connection.wait_connected(0.0),
+            certificate_ends=lambda: {
+                "security": self._security.certificate_end,
+                "callback": self._callbacks.certificate_end,
+            },
             max_queued=settings.agent.max_queued,
         )
         vms = VmMetrics(node.read_stats)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from prometheus_client import (
     CollectorRegistry,
@@ -45,14 +46,15 @@ class Metrics(Meters):
             metric = METRICS[name]
             return Histogram(metric.name, metric.words, metric.labels, buckets=buckets, registry=self._registry)
 
-        self._ended = counter("kvmagent_commands")
-        self._errors = counter("kvmagent_command_errors")
-        self._refused = counter("kvmagent_requests_refused")
-        self._settled = counter("kvmagent_callbacks")
+        # Finding the series of some labels takes longer than counting in it.
+        self._ended = cache(counter("kvmagent_commands").labels)
+        self._errors = cache(counter("kvmagent_command_errors").labels)
+        self._refused = cache(counter("kvmagent_requests_refused").labels)
+        self._settled = cache(counter("kvmagent_callbacks").labels)
         self._attempts_failed = counter("kvmagent_callback_attempts_failed")
-        self._guest_calls = counter("kvmagent_guest_agent_calls")
+        self._guest_calls = cache(counter("kvmagent_guest_agent_calls").labels)
         self._writes = counter("kvmagent_journal_writes")
-        self._phases = histogram("kvmagent_phase_seconds", _PHASE_BUCKETS)
+        self._phases = cache(histogram("kvmagent_phase_seconds", _PHASE_BUCKETS).labels)
         self._commits = histogram("kvmagent_journal_commit_seconds", _COMMIT_BUCKETS)
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
@@ -85,12 +87,12 @@ class Metrics(Meters):
             self._observe(task.command, phase, seconds)
 
     def ended(self, command: str, outcome: str, error_code: str | None) -> None:
-        self._ended.labels(command, outcome).inc()
+        self._ended(command, outcome).inc()
         if error_code is not None:
-            self._errors.labels(command, error_code).inc()
+            self._errors(command, error_code).inc()
 
     def settled(self, command: str, state: str, seconds: float) -> None:
-        self._settled.labels(state).inc()
+        self._settled(state).inc()
         if state == "delivered":
             self._observe(command, "callback", seconds)
 
@@ -98,7 +100,7 @@ class Metrics(Meters):
         self._attempts_failed.inc()
 
     def refused(self, error_code: str) -> None:
-        self._refused.labels(error_code).inc()
+        self._refused(error_code).inc()
 
     def committed(self, seconds: float, writes: int) -> None:
         if writes:
@@ -110,7 +112,7 @@ class Metrics(Meters):
             self._vms.observed(facts)
 
     def guest_called(self, result: str) -> None:
-        self._guest_calls.labels(result).inc()
+        self._guest_calls(result).inc()
 
     def _observe(self, command: str, phase: Phase, seconds: float) -> None:
-        self._phases.labels(command, phase).observe(seconds)
+        self._phases(command, phase).observe(seconds)

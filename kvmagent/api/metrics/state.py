@@ -19,7 +19,7 @@ class StateMetrics(Collector):
     """What works on tasks, and what is owed, at the moment of a scrape.
 
     `stalled_s` tells of each part for how long it has made no progress, `is_connected` whether libvirt is not known
-    to be away.
+    to be away, `certificate_ends` until when the certificate of each section is good.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class StateMetrics(Collector):
         *,
         stalled_s: Callable[[], Mapping[str, float]],
         is_connected: Callable[[], bool],
+        certificate_ends: Callable[[], Mapping[str, float | None]],
         max_queued: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -38,6 +39,7 @@ class StateMetrics(Collector):
         self._journal = journal
         self._stalled_s = stalled_s
         self._is_connected = is_connected
+        self._certificate_ends = certificate_ends
         self._max_queued = max_queued
         self._clock = clock
 
@@ -62,4 +64,6 @@ class StateMetrics(Collector):
         }
         for name, value in now.items():
             yield make_gauge(f"kvmagent_{name}", [((), value)])
+        ends = [((section,), end) for section, end in self._certificate_ends().items() if end is not None]
+        yield make_gauge("kvmagent_certificate_end_timestamp_seconds", ends)
         yield make_gauge("kvmagent_stalled_seconds", [((part,), value) for part, value in self._stalled_s().items()])

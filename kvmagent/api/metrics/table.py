@@ -60,6 +60,12 @@ METRICS = {
         Metric("kvmagent_callback_destinations_failing", "gauge", "Servers that are owed callbacks and do not answer."),
         Metric("kvmagent_journal_up", "gauge", "1 while the journal's last commit succeeded."),
         Metric("kvmagent_stalled_seconds", "gauge", "For how long a part has had work and done none of it.", ("part",)),
+        Metric(
+            "kvmagent_certificate_end_timestamp_seconds",
+            "gauge",
+            "Until when a certificate in force is good: the agent's (security), that of callbacks (callback).",
+            ("section",),
+        ),
         # VMs: what libvirt tells of all at once.
         Metric("kvmagent_vms_running", "gauge", "VMs that run."),
         Metric("kvmagent_vm_stats_age_seconds", "gauge", "Age of what libvirt told of all VMs last."),
