@@ -40,7 +40,11 @@ _PATHS = (
         method="post",
     ),
     OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
-    OwnPath("/metrics", "Metrics of the agent and its VMs, in Prometheus' text format"),
+    OwnPath(
+        "/metrics",
+        "Metrics of the agent and its VMs, in Prometheus' text format",
+        content={CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}},
+    ),
     OwnPath("/openapi.json", "This document"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
