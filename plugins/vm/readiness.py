@@ -12,7 +12,6 @@ from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import align_up
 
 from .checks import (
-    block_bytes,
     blocker,
     check_balloon,
     check_cpu,
@@ -21,6 +20,7 @@ from .checks import (
     check_expected,
     check_guest,
     check_state,
+    dimm_quantum,
 )
 from .cpu import idle_warnings
 from .guestmemory import dimm_blocks, online_blocks, plug_warnings
@@ -156,7 +156,7 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
         return
     yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + 1)
     yield from check_dimm_support(facts, affect)
-    quantum = block_bytes(facts)
+    quantum = dimm_quantum(facts, None)
     wanted = definition.memory_bytes + quantum if request.memory_size is None else request.memory_size
     added = align_up(max(0, wanted - definition.memory_bytes), quantum)
     yield from check_dimm_room(facts, affect, (added,) if added else (), node=None)
@@ -184,7 +184,7 @@ def _headroom(facts: Facts) -> Headroom | None:
         slots=max(0, slots),
         removable_cpu_num=removable,
         removable_memory_size=definition.memory_bytes - definition.boot_bytes,
-        memory_granularity=block_bytes(facts),
+        memory_granularity=dimm_quantum(facts, None),
         memory_methods=[name for name, can in methods.items() if can],
     )
 

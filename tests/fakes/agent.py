@@ -35,16 +35,22 @@ def make_domain(
 
 
 def make_host(
-    directory: Path, *, available_mib: int = 64 * 1024, node_free_mib: int = 64 * 1024, free_hugepages: int = 0
+    directory: Path,
+    *,
+    available_mib: int = 64 * 1024,
+    node_free_mib: int = 64 * 1024,
+    free_hugepages: int = 0,
+    hugepage_mib: int = 2,
 ) -> Path:
-    """The kernel's files of a host with one NUMA node, 2 MiB hugepages and 46 physical address bits."""
+    """The kernel's files of a host with one NUMA node, hugepages of one size and 46 physical address bits."""
+    page_kib = hugepage_mib * 1024
     node = directory / "sys/devices/system/node/node0"
     files = {
-        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: 2048 kB\n",
+        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: {page_kib} kB\n",
         directory / "proc/cpuinfo": "address sizes\t: 46 bits physical, 48 bits virtual\n",
         directory / "proc/sys/kernel/random/boot_id": "boot-1\n",
         node / "meminfo": f"Node 0 MemFree: {node_free_mib * 1024} kB\n",
-        node / "hugepages/hugepages-2048kB/free_hugepages": f"{free_hugepages}\n",
+        node / f"hugepages/hugepages-{page_kib}kB/free_hugepages": f"{free_hugepages}\n",
     }
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)

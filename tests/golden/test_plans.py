@@ -137,6 +137,7 @@ def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+HUGE_1G = "<memoryBacking><hugepages><page size='1' unit='GiB'/></hugepages></memoryBacking>"
 WINDOWS = {"id": "mswindows", "pretty-name": "Windows Server 2022 Standard", "kernel-release": "20348"}
 FREEBSD = {
     "id": "freebsd",
@@ -274,6 +275,50 @@ CASES = {
         {"memorySize": 512 * MIB},
         host={"free_hugepages": 100},
         arrange=add_xml(".", "<memoryBacking><hugepages/></memoryBacking>"),
+    ),
+    "memory-hugepages": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"free_hugepages": 128},
+        arrange=add_xml(".", "<memoryBacking><hugepages/></memoryBacking>"),
+    ),
+    "memory-hugepages-of-1g-rounded": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"free_hugepages": 1, "hugepage_mib": 1024},
+        arrange=add_xml(".", HUGE_1G),
+    ),
+    "memory-hugepages-of-1g-virtio-mem": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "method": "virtio-mem"},
+        host={"free_hugepages": 1, "hugepage_mib": 1024},
+        arrange=add_xml(".", HUGE_1G),
+    ),
+    "memory-hugepages-of-another-node": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "node": 1},
+        spec={"numa_cells": 2},
+        arrange=add_xml(
+            ".",
+            "<memoryBacking><hugepages><page size='1' unit='GiB' nodeset='0'/></hugepages></memoryBacking>",
+        ),
+    ),
+    "memory-refused-hugepages-of-node": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "node": 1},
+        spec={"numa_cells": 2},
+        host={"free_hugepages": 100},
+        arrange=add_xml(
+            ".",
+            "<memoryBacking><hugepages><page size='2' unit='MiB' nodeset='1'/></hugepages></memoryBacking>",
+        ),
+    ),
+    "memory-refused-host-node-of-guest-node": Case(
+        MEMORY,
+        {"memorySize": 1 * GIB, "node": 1},
+        spec={"numa_cells": 2},
+        host={"node_free_mib": 300},
+        arrange=add_xml(".", "<numatune><memnode cellid='1' mode='strict' nodeset='0'/></numatune>"),
     ),
     "memory-refused-host-node": Case(
         MEMORY,
