@@ -12,12 +12,12 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
-from kvmagent.hypervisor.host import read_boot_id, read_host
+from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.model.facts import Definition, Facts, Host
-from kvmagent.model.host import HostView
+from kvmagent.model.host import HostLoad, HostView
 from kvmagent.model.steps import AnyStep
 
 
@@ -59,6 +59,10 @@ class Node:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
+
+    def read_load(self) -> HostLoad:
+        """Return what the host has left, which its kernel tells without libvirt."""
+        return read_host_load(self._host_root)
 
     def view_host(self, needs: frozenset[str]) -> HostView:
         """Return what is so of the host now; `needs` ("host", "vms") is what to look at.

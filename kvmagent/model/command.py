@@ -24,6 +24,8 @@ from kvmagent.model.steps import AnyStep
 Affect = Literal["both", "live", "config"]
 Outcome = Literal["online", "plugged", "configured", "unchanged", "partial", "refused", "pending", "planned"]
 SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "unchanged", "planned"})
+#: What the callbackurl header says where no callback is wanted: the reply is read from GET /tasks/ID.
+NO_CALLBACK = "none"
 
 VmName = Annotated[
     str,

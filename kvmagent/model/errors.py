@@ -46,6 +46,7 @@ class Code(StrEnum):
     CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
     CERTIFICATE_NOT_ALLOWED = "CERTIFICATE_NOT_ALLOWED"
     CALLBACK_NOT_ALLOWED = "CALLBACK_NOT_ALLOWED"
+    WEB_PAGE_NOT_ALLOWED = "WEB_PAGE_NOT_ALLOWED"
     TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
     # the agent
     STOPPING = "STOPPING"
@@ -158,11 +159,11 @@ CODES: dict[Code, CodeInfo] = {
     Code.MISSING_CALLBACK_URL: CodeInfo(
         400,
         "An async command came without the callbackurl header.",
-        "Send a callbackurl header: an absolute http or https URL that takes the outcome.",
+        "Send a callbackurl header: an absolute http or https URL that takes the outcome, or none to have it read.",
     ),
     Code.BAD_CALLBACK_URL: CodeInfo(
         400,
-        "The callbackurl header is not an absolute http or https URL.",
+        "The callbackurl header is neither an absolute http or https URL nor the word none.",
         "Send an absolute URL such as http://server:8080/callback.",
     ),
     Code.BAD_HTTP: CodeInfo(400, "The request breaks HTTP.", "Send a well-formed HTTP/1.1 request."),
@@ -249,6 +250,13 @@ CODES: dict[Code, CodeInfo] = {
         "The callback URL leads to where callbacks may not go.",
         "Use a callback URL on the host that sends the command, or add its host, network or port to "
         "security.allowed_callbacks.",
+    ),
+    Code.WEB_PAGE_NOT_ALLOWED: CodeInfo(
+        403,
+        "A browser sent a command, or reached an agent without authentication by a host name: a web page of others may "
+        "have made it do so.",
+        "Send commands from something other than a browser; open the status page by address, "
+        "http://127.0.0.1:7070/, or set up authentication (SECURITY.md).",
     ),
     Code.TOO_MANY_CONNECTIONS: CodeInfo(
         503,

@@ -73,7 +73,7 @@ def conclude(ending: Ending) -> ReadinessReply:
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:
     """Return what is plugged and not used in the guest; None for a VM that is off."""
-    live, guest = facts.domain.live, facts.guest
+    live, guest, actual = facts.domain.live, facts.guest, facts.domain.balloon_bytes
     if live is None:
         return None
     cpus, memory = guest.cpus_online, None
@@ -81,7 +81,11 @@ def _find_offline(facts: Facts) -> PluggedOffline | None:
         listed = frozenset(block.index for block in guest.blocks)
         idle = (dimm_blocks(live, guest.block_bytes) | listed) - online_blocks(guest)
         memory = len(idle) * guest.block_bytes
-    return PluggedOffline(cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus), memory_size=memory)
+    return PluggedOffline(
+        cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus),
+        memory_size=memory,
+        ballooned=None if actual is None else max(0, live.balloon_total_bytes - actual),
+    )
 
 
 def _offline_warnings(facts: Facts) -> list[Problem]:

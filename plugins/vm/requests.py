@@ -213,10 +213,14 @@ class Clamp(msgspec.Struct, frozen=True):
 
 
 class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
-    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell."""
+    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell.
+
+    `ballooned` is no trouble: it is what the balloon holds back of the memory, which was asked of it.
+    """
 
     cpu_num: int | None = None
     memory_size: int | None = None
+    ballooned: int | None = None
 
 
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
