@@ -41,6 +41,8 @@ STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 _OFF: frozenset[VmState] = frozenset({"shutoff", "crashed"})
+# Source: libvirt virDomainRunningReason.
+_MIGRATED = {libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY}
 _AFFECT = {"live": libvirt.VIR_DOMAIN_AFFECT_LIVE, "config": libvirt.VIR_DOMAIN_AFFECT_CONFIG}
 _JOBS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
@@ -79,7 +81,8 @@ class VmHandle:
     def read(self) -> tuple[Domain, bool | None]:
         """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel)."""
         with libvirt_errors("reading the VM"):
-            state = STATES.get(self._domain.state()[0], "other")
+            number, reason = self._domain.state()
+            state = STATES.get(number, "other")
             live_xml = None if state in _OFF else self._domain.XMLDesc(0)
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
@@ -91,6 +94,7 @@ class VmHandle:
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=self.balloon_bytes() if live_xml else None,
             job=self.find_job() if live_xml else None,
+            migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )
         return domain, is_agent_connected(live_xml) if live_xml else None
 

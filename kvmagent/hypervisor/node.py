@@ -6,6 +6,7 @@ from pathlib import Path
 
 import libvirt
 import libvirt_qemu
+import msgspec
 
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
@@ -16,7 +17,8 @@ from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
-from kvmagent.model.facts import Definition, Facts, Host
+from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.model.facts import Definition, Domain, Facts, Host
 from kvmagent.model.host import HostLoad, HostView
 from kvmagent.model.steps import AnyStep
 
@@ -98,9 +100,19 @@ class Node:
             limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
             host = read_host(limit, self._host_root)
+            host = msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
+            domain = self._with_memlock(domain)
         else:
             host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
         return Facts(domain=domain, guest=guest, host=host)
+
+    def _with_memlock(self, domain: Domain) -> Domain:
+        """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""
+        if domain.live is None or not (domain.live.vfio_devices or domain.live.locked):
+            return domain
+        pid = find_pid(self._host_root, domain.uuid)
+        limit = None if pid is None else read_memlock_bytes(self._host_root, pid)
+        return msgspec.structs.replace(domain, memlock_bytes=limit)
 
     def perform(self, vm: str, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmagent.hypervisor.domain import VmHandle
+from kvmagent.hypervisor.guestagent import CommandRefused
 from kvmagent.hypervisor.shapexml import edit_shape, format_diff
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.steps import (
@@ -76,8 +77,16 @@ def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
 
 
 def _online_guest_vcpus(vm: VmHandle, step: OnlineGuestVcpus) -> None:
+    try:
+        count = vm.agent.online_vcpus(step.ids)
+    except CommandRefused as error:
+        if error.command in vm.agent.disabled():
+            raise
+        raise AgentError(
+            Code.GUEST_CPU_OFFLINE, f"the guest did not bring CPUs {format_ids(step.ids)} online: {error.words}"
+        ) from error
     # A short count is no failure: the next round goes on with the rest.
-    if vm.agent.online_vcpus(step.ids) == 0:
+    if count == 0:
         raise AgentError(Code.GUEST_CPU_OFFLINE, f"the guest brought none of CPUs {format_ids(step.ids)} online")
 
 

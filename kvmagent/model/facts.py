@@ -151,7 +151,11 @@ class Definition(msgspec.Struct, frozen=True):
 
 
 class Domain(msgspec.Struct, frozen=True):
-    """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient."""
+    """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient.
+
+    `migrated` is true where libvirt says that the VM came here by live migration: a pause and a resume make it forget.
+    `memlock_bytes` is what its QEMU process may lock, where that matters and can be seen.
+    """
 
     name: str
     uuid: str
@@ -160,6 +164,8 @@ class Domain(msgspec.Struct, frozen=True):
     config: Definition | None
     balloon_bytes: int | None = None
     job: str | None = None
+    migrated: bool = False
+    memlock_bytes: int | None = None
 
 
 class GuestVcpu(msgspec.Struct, frozen=True):
@@ -224,7 +230,7 @@ class Host(msgspec.Struct, frozen=True):
 
     `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
-    every start of the host.
+    every start of the host. An unprivileged libvirt (qemu:///session) cannot raise the limits of its QEMU processes.
     """
 
     memory_available_bytes: int | None = None
@@ -233,6 +239,7 @@ class Host(msgspec.Struct, frozen=True):
     nodes: tuple[HostNode, ...] = ()
     hugepage_bytes: int | None = None
     boot_id: str | None = None
+    libvirt_is_privileged: bool = True
 
 
 class Facts(msgspec.Struct, frozen=True):

@@ -238,16 +238,23 @@ def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Itera
     live, host = facts.domain.live, facts.host
     if live is None:
         return
-    if live.hard_limit_bytes is not None:
-        # QEMU pins all guest memory for VFIO and locked VMs.
-        # Source: libvirt qemuDomainGetMemLockLimitBytes: 1 GiB on top.
-        pinned = GIB if live.vfio_devices or live.locked else 0
-        needed = live.memory_bytes + added_bytes + pinned
-        if needed > live.hard_limit_bytes:
-            yield blocker(
-                Code.MEMORY_HARD_LIMIT,
-                f"{format_size(needed)} are needed, the hard_limit is {format_size(live.hard_limit_bytes)}",
-            )
+    # QEMU pins all guest memory for VFIO and locked VMs. Source: libvirt qemuDomainGetMemLockLimitBytes: 1 GiB on top.
+    is_pinned = bool(live.vfio_devices or live.locked)
+    needed = live.memory_bytes + added_bytes + (GIB if is_pinned else 0)
+    if live.hard_limit_bytes is not None and needed > live.hard_limit_bytes:
+        yield blocker(
+            Code.MEMORY_HARD_LIMIT,
+            f"{format_size(needed)} are needed, the hard_limit is {format_size(live.hard_limit_bytes)}",
+        )
+    # A privileged libvirt raises the limit of its QEMU process by itself when memory is attached.
+    # Source: libvirt qemuDomainAdjustMaxMemLock.
+    lockable = facts.domain.memlock_bytes
+    if is_pinned and lockable is not None and needed > lockable and not host.libvirt_is_privileged:
+        yield blocker(
+            Code.MEMORY_LOCK_LIMIT,
+            f"{format_size(needed)} must be locked, RLIMIT_MEMLOCK of the QEMU process is {format_size(lockable)} and "
+            "an unprivileged libvirt cannot raise it",
+        )
     nodes = _guest_nodes(live, node)
     sizes = {find_page_bytes(facts, one) for one in nodes}
     where = [live.find_host_nodes(one) for one in nodes]

@@ -124,9 +124,17 @@ def find_warnings(goal: CpuGoal | None, facts: Facts | None) -> list[Problem]:
     if guest.vcpus is None:
         return [refused_warning(guest, "guest-get-vcpus", CPU_ONLINE_HINT)]
     found = idle_warnings(guest.vcpus, count, frozenset(goal.known or ()))
+    if found:
+        found += migration_warnings(facts)
     if not goal.guest_online and any(not cpu.online for cpu in guest.vcpus):
         found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
     return found
+
+
+def migration_warnings(facts: Facts) -> list[Problem]:
+    """Return that the VM was migrated, where libvirt knows it. Observed by users: cubecos 1269."""
+    words = f"VM {facts.domain.name} came to this host by live migration"
+    return [warning(Code.VM_MIGRATED, words)] if facts.domain.migrated else []
 
 
 def idle_warnings(vcpus: tuple[GuestVcpu, ...], count: int, known: frozenset[int] = frozenset()) -> list[Problem]:

@@ -22,7 +22,7 @@ from .checks import (
     check_state,
     dimm_quantum,
 )
-from .cpu import idle_warnings
+from .cpu import idle_warnings, migration_warnings
 from .guestmemory import dimm_blocks, online_blocks, plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, is_prepared, plan_preparation
@@ -55,7 +55,7 @@ def conclude(ending: Ending) -> ReadinessReply:
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
-        **shared_fields(ending, outcome, _offline_warnings(facts) + _os_warnings(facts)),
+        **shared_fields(ending, outcome, _find_warnings(facts)),
         name=facts.domain.name,
         state=facts.domain.state,
         plugged_offline=_find_offline(facts),
@@ -105,6 +105,10 @@ def _os_warnings(facts: Facts) -> list[Problem]:
         return []
     told = [Problem(code=one.code, message=one.message, remedy=one.remedy) for one in check_gives_up(os)]
     return told + find_limits(os, dimm=True, virtio_mem=bool(live.virtio_mems))[:1]
+
+
+def _find_warnings(facts: Facts) -> list[Problem]:
+    return _offline_warnings(facts) + _os_warnings(facts) + migration_warnings(facts)
 
 
 def _find_diff(ending: Ending) -> str | None:

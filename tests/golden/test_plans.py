@@ -31,7 +31,7 @@ class Case:
     spec: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
     guest: dict[str, Any] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
     arrange: Callable[[FakeDomain], None] = lambda domain: None
 
 
@@ -45,6 +45,10 @@ def inflate_balloon(size_mib: int) -> Callable[[FakeDomain], None]:
 
 def offline_cpu_1(domain: FakeDomain) -> None:
     domain.guest.online_cpus[1] = False
+
+
+def migrate(domain: FakeDomain) -> None:
+    domain.reason = libvirt.VIR_DOMAIN_RUNNING_MIGRATED
 
 
 def pause(domain: FakeDomain) -> None:
@@ -181,6 +185,10 @@ CASES = {
     "cpu-agent-blocks-set": Case(CPU, {"cpuNum": 3}, guest={"refuses": frozenset({"guest-set-vcpus"})}),
     "cpu-agent-one-at-a-time": Case(CPU, {"cpuNum": 4}, guest={"onlines": 1}),
     "cpu-guest-sees-nothing": Case(CPU, {"cpuNum": 2, "timeoutSec": 1}, guest={"sees_nothing": True}),
+    "cpu-broken-in-guest": Case(CPU, {"cpuNum": 2}, guest={"broken_cpus": True}),
+    "cpu-broken-in-guest-after-migration": Case(CPU, {"cpuNum": 2}, guest={"broken_cpus": True}, arrange=migrate),
+    "cpu-online-after-migration": Case(CPU, {"cpuNum": 2}, arrange=migrate),
+    "ready-after-migration": Case(READY, {}, arrange=migrate),
     "cpu-online-not-asked": Case(CPU, {"cpuNum": 2, "guestOnline": False}),
     "cpu-paused": Case(CPU, {"cpuNum": 2}, arrange=pause),
     "cpu-refused-maximum": Case(CPU, {"cpuNum": 5}),
@@ -269,6 +277,18 @@ CASES = {
             add_xml(".", "<memtune><hard_limit unit='KiB'>1048576</hard_limit></memtune>"),
             add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
         ),
+    ),
+    "memory-refused-lock-limit": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"memlock_mib": 1024, "uri": "qemu:///session"},
+        arrange=add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
+    ),
+    "memory-lock-limit-that-libvirt-raises": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"memlock_mib": 1024},
+        arrange=add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
     ),
     "memory-refused-hugepages": Case(
         MEMORY,
