@@ -277,7 +277,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.JOURNAL_UNAVAILABLE: CodeInfo(
         503,
         "The task journal cannot be written, so no task can be accepted.",
-        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write.",
+        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write. Send the "
+        "command again with the same taskuuid: it is done once, even where the disk kept what was refused.",
     ),
     Code.TASK_UNREADABLE: CodeInfo(
         500,
