@@ -144,6 +144,16 @@ class VmHandle:
         with libvirt_errors(f"setting {count} vCPUs ({target})"):
             self._domain.setVcpusFlags(count, flags)
 
+    def set_cpu_shares(self, shares: int, target: Target) -> None:
+        """Set what the whole VM weighs for CPU time. A session libvirt has no cgroups, and refuses it."""
+        with libvirt_errors(f"setting CPU shares ({target})"):
+            self._domain.setSchedulerParametersFlags({libvirt.VIR_DOMAIN_SCHEDULER_CPU_SHARES: shares}, _AFFECT[target])
+
+    def is_active(self) -> bool:
+        """Return whether the VM runs, or is paused."""
+        with libvirt_errors("looking whether the VM runs"):
+            return bool(self._domain.isActive())
+
     def attach_dimm(self, *, alias: str, size_bytes: int, node: int, live: bool, config: bool) -> None:
         """Attach a dimm under a user alias. libvirt refuses an alias that is there already."""
         flags = (_AFFECT["live"] if live else 0) | (_AFFECT["config"] if config else 0)

@@ -61,6 +61,7 @@ def parse_definition(xml: str) -> Definition:
         ),
         phys_bits=_phys_bits(root),
         iommu_eim=root.find("./devices/iommu/driver[@eim='on']") is not None,
+        cpu_shares=int(shares) if (shares := root.findtext("./cputune/shares")) else None,
         domain_id=int(number) if (number := root.get("id")) else None,
     )
 

@@ -18,6 +18,7 @@ from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Host
 from kvmagent.model.host import HostLoad, HostView
 from kvmagent.model.steps import AnyStep
@@ -121,7 +122,13 @@ class Node:
             AgentError: what went wrong; what is so after it must be observed.
         """
         with self._find(vm) as handle:
-            return perform(handle, step)
+            try:
+                return perform(handle, step)
+            except AgentError as error:
+                # libvirt gives one code to a QEMU that ended and to some host errors.
+                if error.code is Code.VM_CRASHED and handle.is_active():
+                    raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
+                raise
 
     def preview(self, vm: str, step: AnyStep) -> str:
         """Return what the step would tell, without performing it.

@@ -32,6 +32,7 @@ from kvmagent.model.steps import (
     OnlineGuestVcpus,
     ResizeVirtioMem,
     SetBalloon,
+    SetCpuShares,
     SetVcpus,
     UnplugVcpus,
 )
@@ -63,6 +64,10 @@ def preview(vm: VmHandle, step: AnyStep) -> str:
 
 def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
     vm.set_vcpus(step.count, step.target)
+
+
+def _set_cpu_shares(vm: VmHandle, step: SetCpuShares) -> None:
+    vm.set_cpu_shares(step.shares, step.target)
 
 
 def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
@@ -248,6 +253,7 @@ def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
 
 PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     SetVcpus: _set_vcpus,
+    SetCpuShares: _set_cpu_shares,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,
     AttachMemory: _attach_memory,

@@ -82,6 +82,7 @@ class Code(StrEnum):
     CPU_ABOVE_HOST_LIMIT = "CPU_ABOVE_HOST_LIMIT"
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
+    CPU_SHARES_NOT_SET = "CPU_SHARES_NOT_SET"
     CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
     REMOVAL_LOST = "REMOVAL_LOST"
     # memory
@@ -397,6 +398,11 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM is emulated (domain type qemu): QEMU never confirms the removal of a vCPU there, and crashes later.",
         'Send "affect": "config" and power the VM off and on, or run the VM with KVM.',
+    ),
+    Code.CPU_SHARES_NOT_SET: CodeInfo(
+        200,
+        "CPU shares were to follow the number of vCPUs, and the VM has none of its own: it weighs what any VM does.",
+        "Set <cputune><shares> (virsh schedinfo) if the VM is to weigh more or less than others.",
     ),
     Code.CPU_REMOVAL_PENDING: CodeInfo(
         200,

@@ -76,8 +76,9 @@ class Definition(msgspec.Struct, frozen=True):
     `hard_limit_bytes` is memtune's, `vfio_devices` how many host devices are passed through by VFIO,
     `host_nodes` the host NUMA nodes that memory must come from (empty: any) and `cell_host_nodes` those of single guest
     nodes, `phys_bits` the vCPUs' physical
-    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255. `domain_id` is
-    libvirt's number of a running VM, another after every start.
+    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
+    what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
+    every start.
     """
 
     vcpu_current: int
@@ -105,6 +106,7 @@ class Definition(msgspec.Struct, frozen=True):
     cell_host_nodes: tuple[tuple[int, frozenset[int]], ...] = ()
     phys_bits: int | None = None
     iommu_eim: bool = False
+    cpu_shares: int | None = None
     domain_id: int | None = None
 
     @property

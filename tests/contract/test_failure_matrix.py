@@ -251,10 +251,19 @@ ROWS = {
             )
         },
     ),
-    "dimm while QEMU dies": Row(
+    "dimm for which the host has no hugepage file": Row(
         MEMORY,
         MORE_MEMORY,
         "refused",
+        "LIBVIRT_REFUSED",
+        "unable to create hugepage path",
+        "QEMU's log",
+        fails={"attachDeviceFlags": qemu_error(38, "unable to create hugepage path /dev/hugepages/libvirt/qemu/1-vm1")},
+    ),
+    "dimm while QEMU dies": Row(
+        MEMORY,
+        MORE_MEMORY,
+        "partial",
         "VM_CRASHED",
         "End of file from qemu monitor",
         "QEMU's log",

@@ -317,6 +317,18 @@ class FakeDomain:
             if name == "persistent" or self.guest.balloon_driver:
                 root.find("currentMemory").text = str(size_kib)
 
+    def setSchedulerParametersFlags(self, parameters: dict[str, int], flags: int) -> None:
+        self._called("setSchedulerParametersFlags", f"setSchedulerParametersFlags({parameters}, {flags})")
+        for _, root in self._affected(flags):
+            if root.find("cputune") is None:
+                root.append(etree.Element("cputune"))
+            for shares in root.findall("./cputune/shares"):
+                shares.getparent().remove(shares)
+            etree.SubElement(root.find("cputune"), "shares").text = str(parameters["cpu_shares"])
+
+    def isActive(self) -> bool:
+        return self.live is not None
+
     # what the tests' libvirt does inside
 
     def _attach(self, root: Any, device: Any, *, live: bool) -> None:
@@ -412,7 +424,10 @@ class FakeDomain:
         self.calls.append(call)
         for key in (name, call):
             if key in self.fail_next:
-                raise self.fail_next.pop(key)
+                error = self.fail_next.pop(key)
+                if "End of file" in str(error):
+                    self.live = None  # QEMU is gone
+                raise error
 
 
 class FakeConnection:

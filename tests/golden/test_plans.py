@@ -142,6 +142,7 @@ def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
 
 
 HUGE_1G = "<memoryBacking><hugepages><page size='1' unit='GiB'/></hugepages></memoryBacking>"
+SHARES = "<cputune><shares>1024</shares></cputune>"
 WINDOWS = {"id": "mswindows", "pretty-name": "Windows Server 2022 Standard", "kernel-release": "20348"}
 FREEBSD = {
     "id": "freebsd",
@@ -210,6 +211,27 @@ CASES = {
         LESS_MEMORY, {"memorySize": 256 * MIB, "expectedMemorySize": 256 * MIB}, arrange=plug(128)
     ),
     "ready-not-as-expected": Case(READY, {"expectedCpuNum": 2, "expectedMemorySize": 512 * MIB}),
+    "cpu-shares-follow": Case(CPU, {"cpuNum": 3, "scaleShares": True}, arrange=add_xml(".", SHARES)),
+    "cpu-shares-not-asked": Case(CPU, {"cpuNum": 3}, arrange=add_xml(".", SHARES)),
+    "cpu-shares-not-set": Case(CPU, {"cpuNum": 3, "scaleShares": True}),
+    "cpu-shares-refused": Case(
+        CPU,
+        {"cpuNum": 3, "scaleShares": True},
+        arrange=then(
+            add_xml(".", SHARES),
+            fail(
+                "setSchedulerParametersFlags",
+                84,
+                "Operation not supported: CPU tuning is not available in session mode",
+            ),
+        ),
+    ),
+    "less-cpu-shares-follow": Case(
+        LESS_CPU, {"cpuNum": 1, "scaleShares": True}, domain=KVM, arrange=then(add_xml(".", SHARES), plug_vcpus(3))
+    ),
+    "cpumem-shares-follow": Case(
+        BOTH, {"cpuNum": 2, "memorySize": 512 * MIB, "scaleShares": True}, arrange=add_xml(".", SHARES)
+    ),
     "memory-dimm-online": Case(MEMORY, {"memorySize": 512 * MIB, "method": "dimm"}),
     "memory-dimm-auto-onlined-by-guest": Case(MEMORY, {"memorySize": 512 * MIB}, guest={"auto_online": True}),
     "memory-dimm-rounded": Case(MEMORY, {"memorySize": 300 * MIB}),
