@@ -11,6 +11,7 @@ from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
 
 from . import cpu, memory, memorygoal, shrink, unplugcpu
+from .checks import check_expected, check_state, refuse_first
 from .cpu import CpuGoal
 from .cpushares import explain_shares
 from .guestmemory import find_growth, memory_stages
@@ -46,15 +47,10 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
         "timeout_sec": request.timeout_sec,
     }
     live, config = facts.domain.live, facts.domain.config
-    more_memory = HotPlugMemoryRequest(
-        memory_size=request.memory_size, expected_memory_size=request.expected_memory_size, **shared
-    )
-    more_cpus = HotPlugCpuRequest(
-        cpu_num=request.cpu_num,
-        expected_cpu_num=request.expected_cpu_num,
-        scale_shares=request.scale_shares,
-        **shared,
-    )
+    refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size))
+    more_memory = HotPlugMemoryRequest(memory_size=request.memory_size, **shared)
+    more_cpus = HotPlugCpuRequest(cpu_num=request.cpu_num, scale_shares=request.scale_shares, **shared)
     return CpuMemoryGoal(
         memory=memory.decide(more_memory, facts, task_uuid),
         cpu=cpu.decide(more_cpus, facts, task_uuid),
