@@ -169,7 +169,7 @@ def test_what_grew_shrinks_back_to_where_it_was(vm: Vm, cpu_num: int, blocks: in
             continue
         reply = vm.send(back, **shrunk)
         if reply["errorCode"] in ("CPU_REMOVAL_UNSAFE", "GUEST_OS_UNABLE"):
-            continue
+            return
         assert reply["success"], reply
         after = reply["after"]
         for name in ("cpuNum", "configCpuNum", "memorySize", "configMemorySize", "balloonSize"):
