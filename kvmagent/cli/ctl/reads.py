@@ -1,6 +1,7 @@
 """The subcommands that change nothing: they read the agent, the host or the configuration."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -61,24 +62,25 @@ def tasks(context: click.Context, vm: str | None, state: str | None, limit: int,
         return list(found)
 
     if follow:
-        _follow(session, read)
+        _follow(session, read, limit)
         return
     _print(session, {"tasks": read(limit)}, lambda body: view_tasks(body["tasks"], time.time()))
 
 
-def _follow(session: Session, read: Any) -> None:
-    """Print each task whenever it has changed since the last look; what was settled before the first look is not."""
-    known = {task["taskUuid"]: _version(task) for task in read(_FOLLOWED) if task["finishedAt"]}
+def _follow(session: Session, read: Callable[[int], list[dict[str, Any]]], limit: int) -> None:
+    """Print the newest tasks, oldest first, then each one whenever it has changed since the last look."""
+    seen = read(_FOLLOWED)
+    changed = seen[:limit]
     while True:
-        seen = read(_FOLLOWED)
-        for task in reversed(seen):
-            if known.get(task["taskUuid"]) != _version(task):
-                if session.as_json:
-                    session.terminal.print_json(task, indent=None)
-                else:
-                    session.terminal.print(view_change(printable(task), time.strftime("%H:%M:%S")))
+        for task in reversed(changed):
+            if session.as_json:
+                session.terminal.print_json(task, indent=None)
+            else:
+                session.terminal.print(view_change(printable(task), time.strftime("%H:%M:%S")))
         known = {task["taskUuid"]: _version(task) for task in seen}
         time.sleep(_FOLLOW_S)
+        seen = read(_FOLLOWED)
+        changed = [task for task in seen if known.get(task["taskUuid"]) != _version(task)]
 
 
 def _version(task: dict[str, Any]) -> tuple[Any, ...]:
