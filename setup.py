@@ -22,6 +22,7 @@ setup(
         "kvmagent_plugins.vm",
     ],
     package_dir={"kvmagent_plugins": "plugins"},
+    package_data={"kvmagent.api.page": ["*.html", "*.css", "*.js", "*.svg"]},
     install_requires=[
         "cherrypy>=18.8",
         "click>=8.1",
@@ -37,12 +38,16 @@ setup(
         "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
         "test": [
+            "ansible-core>=2.16",
+            "ansible-lint>=24.2",
             "hypothesis>=6.100",
             "lxml-stubs",
             "mypy>=1.10",
+            "pillow>=10.0",
             "pytest>=8.0",
             "ruff>=0.6",
             "schemathesis>=4.0",
+            "selenium>=4.20",
             "trustme>=1.1",
             "types-simplejson",
         ],
@@ -59,6 +64,7 @@ setup(
             "share/kvmagent/conf",
             ["conf/kvmagent.conf", "conf/50-kvmagent.rules", "conf/kvmagent.sysusers"],
         ),
+        ("share/kvmagent/conf/logrotate.d", ["conf/logrotate.d/kvmagent"]),
         ("share/kvmagent/init.d", ["init.d/kvmagent", "init.d/kvmagent.service"]),
     ],
 )

@@ -107,11 +107,12 @@ class Intake:
         try:
             task = self._withdrawal.withdraw(task_uuid)
         except AgentError as error:
-            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
         outcome = Code.CANCELLED
         audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
-        log.info("task taken back", task=task_uuid, vm=task.lane, command=task.command)
+        with log_context(**task.log_fields):
+            log.info("task taken back")
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(

@@ -51,7 +51,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
             "title": "kvmagent",
             "version": __version__,
             "description": "Live CPU and memory hotplug of KVM guests. Commands answer at once; the reply is posted "
-            "to the callback URL.",
+            "to the callback URL. No command restarts or migrates a VM; a change that needs a restart says so.",
         },
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": _SCHEMES},

@@ -61,7 +61,7 @@ def test_what_a_plugin_declares_can_be_decoded_by_many_threads_at_once() -> None
 
 DECODE_AT_ONCE = """
 import sys, threading, msgspec
-from kvmagent.agent import load_plugins
+from kvmagent.plugins import load_plugins
 from kvmagent.tasks.journal import StepRecord
 from kvmagent.tasks.run import read_facts, read_report
 
