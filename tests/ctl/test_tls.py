@@ -43,6 +43,8 @@ def test_certificates_come_from_the_environment(given: dict[str, str], secured: 
     task = secured.get(f"/tasks/{done.json['taskUuid']}").body
     assert task["reply"] == {name: value for name, value in done.json.items() if name != "taskUuid"}
     assert (task["state"], task["delivery"]["attempts"]) == ("delivered", 1)
+    task = secured.get(f"/tasks/{Ctl(given)('ready', 'db-7', '--no-callback', '--json').json['taskUuid']}").body
+    assert (task["state"], task["delivery"]["url"]) == ("delivered", "none"), "nothing was sent in clear text"
 
 
 def test_certificates_come_from_options_on_either_side(given: dict[str, str]) -> None:

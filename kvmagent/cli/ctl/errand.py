@@ -38,8 +38,10 @@ class Errand:
         self._terminal = terminal
         self._shown = 0
 
-    def run(self, path: str, body: Mapping[str, Any], *, wait_s: float | None) -> dict[str, Any]:
-        """Return the reply, with the `taskUuid` in it; `wait_s` is how long to wait at most.
+    def run(self, path: str, body: Mapping[str, Any], *, wait_s: float | None, by_callback: bool) -> dict[str, Any]:
+        """Return the reply, with the `taskUuid` in it.
+
+        `wait_s` is how long to wait at most; without `by_callback` the agent is asked for no callback.
 
         Raises:
             CtlError: refused at once; no answer; UNFINISHED or INTERRUPTED, while the task goes on.
@@ -47,7 +49,7 @@ class Errand:
         task_uuid = uuid.uuid4().hex
         with Receiver(self._agent.local_address(), task_uuid) as receiver:
             try:
-                self._send(path, body, task_uuid, NO_CALLBACK if wait_s == 0 else receiver.url)
+                self._send(path, body, task_uuid, receiver.url if by_callback and wait_s != 0 else NO_CALLBACK)
                 reply = self._wait(receiver, task_uuid, wait_s)
             except KeyboardInterrupt:
                 raise _left(Exit.INTERRUPTED, "interrupted", task_uuid) from None

@@ -210,7 +210,8 @@ def view_task(task: Json, now: float) -> list[str]:
     if task["steps"]:
         lines += ["", *(f"  {n}. {format_step(step)}" for n, step in enumerate(task["steps"], 1))]
     if reply := task["reply"]:
-        lines += ["", *view_reply(reply)]
+        is_readiness = "ready" in reply and not reply.get("error")
+        lines += ["", *(view_readiness(reply, with_diff=True) if is_readiness else view_reply(reply))]
         if reply.get("error"):
             lines += _problem(
                 "error", BAD, {"code": reply["errorCode"], "message": reply["error"], "remedy": reply["remedy"]}
