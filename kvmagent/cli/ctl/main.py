@@ -19,6 +19,7 @@ from kvmagent.cli.ctl.terminal import BAD, paint, printable
 from kvmagent.model.errors import AgentError
 
 NAME = "kvmagentctl"
+_PKI = "pki"
 
 
 class _Cli(click.Group):
@@ -28,7 +29,7 @@ class _Cli(click.Group):
         """Return all subcommands, in the order in which an operator comes to need them."""
         from kvmagent.cli.ctl import changes, reads
 
-        return [*reads.COMMANDS, *changes.names()]
+        return [*reads.COMMANDS, *changes.names(), _PKI]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a subcommand."""
@@ -36,6 +37,10 @@ class _Cli(click.Group):
 
         if cmd_name in reads.COMMANDS:
             return reads.COMMANDS[cmd_name]
+        if cmd_name == _PKI:
+            from kvmagent.cli.ctl.pki import pki
+
+            return pki
         from kvmagent.cli.ctl import changes
 
         return changes.find(cmd_name)
