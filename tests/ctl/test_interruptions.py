@@ -110,6 +110,21 @@ def test_an_agent_that_may_not_call_us_back_is_asked_without(node_uri: str) -> N
         assert agent.get("/healthz").body["owedCallbacks"] == 0
 
 
+def test_who_follows_tasks_goes_on_when_the_agent_is_back(ctl: Ctl, agent: AgentProcess) -> None:
+    def decide(request: Request) -> Answer | None:
+        return None if len(front.requests) in (2, 3) else pass_on(agent.port, request)
+
+    task = ctl("plug-cpu", "db-7", "77", "--json").json["taskUuid"]
+    with Front(decide) as front, ctl.start("--url", front.url, "tasks", "--follow", "--limit", "1") as following:
+        assert following.stdout is not None
+        assert task in following.stdout.readline()
+        wait_for(lambda: len(front.requests) > 3, timeout_s=20, what="a look after two that failed")
+        later = ctl("plug-cpu", "db-7", "78", "--json").json["taskUuid"]
+        assert later in following.stdout.readline()
+        done = interrupt(following)
+    assert (done.status, done.err.count("; waiting for it")) == (130, 1)
+
+
 def test_ctrl_c_says_that_the_task_goes_on_and_how_to_look_at_it(ctl: Ctl) -> None:
     with unhurried() as front, ctl.start("--url", front.url, "plug-cpu", "db-7", "2") as waiting:
         wait_for(lambda: len(front.requests) > 1, timeout_s=20, what="a look at the task")

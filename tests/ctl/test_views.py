@@ -1,6 +1,7 @@
 """What people read, word by word; and that nothing which a command declares or answers is left out."""
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import click
@@ -8,6 +9,7 @@ import pytest
 
 from kvmagent.cli.ctl.changes import find, names
 from kvmagent.cli.ctl.exits import MEANINGS, Exit, exit_of
+from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.main import make_cli
 from kvmagent.cli.ctl.terminal import format_table, paint
 from kvmagent.cli.ctl.views import format_step, view_readiness, view_reply, view_task, view_tasks, view_vms
@@ -166,6 +168,20 @@ def test_every_field_of_a_request_can_be_given(command: Any) -> None:
 
 def test_the_commands_of_a_zstack_server_are_not_offered() -> None:
     assert names() == ["plug-cpu", "plug-memory", "plug", "unplug-cpu", "unplug-memory", "ready"]
+
+
+@pytest.mark.parametrize(
+    ("conf", "target"),
+    [(None, ("http://127.0.0.1:7070", "")), ("[http]\nprot = 1\n", ("http://127.0.0.1:7070", "")),
+     ("[http]\nhost = ::\n[security]\ntls_cert = /a\nclient_ca = /c\n", ("https://[::1]:7070", "/c"))],
+)  # fmt: skip
+def test_the_local_agent_is_where_the_configuration_says(
+    tmp_path: Path, conf: str | None, target: tuple[str, str]
+) -> None:
+    file = tmp_path / "kvmagent.conf"
+    if conf is not None:
+        file.write_text(conf)
+    assert tuple(find_local_target(file).values()) == target
 
 
 def test_the_parser_can_be_read_as_data() -> None:

@@ -2,7 +2,7 @@
 
 `make_cli()` is the whole parser, a click group, without a connection made: `cli.to_info_dict(click.Context(cli))`
 gives every subcommand with its arguments, options, defaults and help as plain data (a man page is made from that);
-`exits.MEANINGS` are the exit statuses, `session.DEFAULT_URL` the agent that is asked where none is named.
+`exits.MEANINGS` are the exit statuses.
 """
 
 import os

@@ -27,7 +27,9 @@ from kvmagent.cli.ctl.session import session_of, shared_options
 def pki(
     context: click.Context, action: str, directory: Path, agents: tuple[str, ...], clients: tuple[str, ...], days: int
 ) -> None:
-    """Make a CA in a directory, and certificates for agents and clients: each NAME.pem with its NAME.key.
+    """Issue certificates for agents and their clients.
+
+    A CA is made in the directory, and of it each NAME.pem with its NAME.key.
 
     An agent is known by the names and addresses that its clients use: --agent node1.example,10.0.0.21. Where the
     directory has a CA it is used. Keep its ca.key off the agents' hosts.
