@@ -2,12 +2,13 @@
 
     connect: which address does the agent see?  ->  a receiver on it  ->  POST, again until it is answered
     wait:  the callback wakes us; meanwhile GET /tasks/ID shows the steps, and gives the reply if no callback comes
-    where the agent may post no callback to us, or nobody waits for one, none is asked for
+    where the agent may post no callback to us, or nobody waits for it any more, none is wanted
 
 A callback is plain HTTP. Where the agent speaks TLS it is no more than the wake-up: the reply is then read from the
 agent itself, whose certificate was verified.
 """
 
+import contextlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -48,24 +49,41 @@ class Errand:
         """
         task_uuid = uuid.uuid4().hex
         with Receiver(self._agent.local_address(), task_uuid) as receiver:
+            callback_url = receiver.url if by_callback and wait_s != 0 else NO_CALLBACK
             try:
-                self._send(path, body, task_uuid, receiver.url if by_callback and wait_s != 0 else NO_CALLBACK)
+                callback_url = self._send(path, body, task_uuid, callback_url)
+            except KeyboardInterrupt:
+                remedy = f"Ask it: kvmagentctl task {task_uuid}"
+                message = "interrupted while the command was sent; the agent may have the task or not"
+                raise CtlError(Exit.INTERRUPTED, "INTERRUPTED", message, remedy, task_uuid=task_uuid) from None
+            try:
                 reply = self._wait(receiver, task_uuid, wait_s)
             except KeyboardInterrupt:
                 raise _left(Exit.INTERRUPTED, "interrupted", task_uuid) from None
             finally:
                 self._terminal.clear()
+                if callback_url != NO_CALLBACK and receiver.reply is None:
+                    self._want_no_callback(path, body, task_uuid)
         return {"taskUuid": task_uuid, **reply}
 
-    def _send(self, path: str, body: Mapping[str, Any], task_uuid: str, callback_url: str) -> None:
-        """Send the command; without a callback where the agent may not send one to us."""
+    def _send(self, path: str, body: Mapping[str, Any], task_uuid: str, callback_url: str) -> str:
+        """Send the command; without a callback where the agent may not send one to us. Return where callbacks go."""
         try:
             self._agent.post(path, body, task_uuid=task_uuid, callback_url=callback_url, tell=self._tell)
+            return callback_url
         except CtlError as error:
             if error.code != Code.CALLBACK_NOT_ALLOWED:
                 raise
             self._tell(f"{error.message} (security.allowed_callbacks of the agent): the reply is read from the agent")
             self._agent.post(path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=self._tell)
+            return NO_CALLBACK
+
+    def _want_no_callback(self, path: str, body: Mapping[str, Any], task_uuid: str) -> None:
+        """Tell an agent that has the task that nobody waits for its callback: else it would be owed for a day."""
+        with contextlib.suppress(CtlError, KeyboardInterrupt):
+            self._agent.post(
+                path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=lambda _: None, patience_s=_GRACE_S
+            )
 
     def _wait(self, receiver: Receiver, task_uuid: str, wait_s: float | None) -> dict[str, Any]:
         end_at = None if wait_s is None else time.monotonic() + wait_s
