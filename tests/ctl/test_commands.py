@@ -103,7 +103,7 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
         (("plug-memory", "db-7", "512"), "512 has no unit: write 512M for MiB, or 512B for bytes"),
         (("plug-memory", "db-7", "5X"), "'5X' is no size: write a number and a unit, as in 4G, 1.5GiB or 512MiB"),
         (("plug-cpu", "db-7", "many"), "'many' is not a valid integer range"),
-        (("plug-cpu", "db-7"), "Missing argument 'CPUS'"),
+        (("plug-cpu", "db-7"), "Missing argument 'CPUS'; remedy: See kvmagentctl plug-cpu --help."),
         (("ready", "db-7", "--slots", "4"), "--max-cpus, --max-memory and --slots are for --prepare"),
         (("ready", "db-7", "--apply", "--dry-run"), "--apply and --dry-run contradict each other"),
         (("plug-everything", "db-7"), "No such command 'plug-everything'"),
@@ -237,6 +237,7 @@ def test_the_help_lists_exit_statuses(ctl: Ctl) -> None:
     shown = ctl("--help")
     assert shown.status == 0
     assert "  130  interrupted (Ctrl-C): a task that was sent goes on" in shown.out
+    assert ctl() == shown
 
 
 def test_the_agent_loads_nothing_of_it() -> None:

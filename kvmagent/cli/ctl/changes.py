@@ -81,7 +81,7 @@ def _make_ready(command: Command) -> click.Command:
         callback=run,
         params=make_params(command.request, complete_vm=complete_vm),
         help=f"{command.summary}.\n\n--prepare shows how the persistent definition would be made ready; "
-        "--apply changes it. The running VM is never touched.",
+        "--apply changes it. The running VM is never touched. The exit status is 0 then, ready or not.",
     )
     made.params += [
         click.Option(["--diff"], is_flag=True, help="Show the change of the XML. Means --prepare."),

@@ -23,7 +23,8 @@ from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import Code
 
 _UNFINISHED = ("accepted", "running")
-# How often the task is looked at: on a terminal to show its steps, else only in case that no callback can come.
+# How often the task is looked at: to show its steps on a terminal, or where no callback comes; else in case that none
+# can come.
 _LOOK_S, _LOOK_UNSEEN_S = 0.4, 2.0
 # How long a callback may come after the task's end before its reply is read without it.
 _GRACE_S = 3.0
@@ -57,7 +58,8 @@ class Errand:
                 message = "interrupted while the command was sent; the agent may have the task or not"
                 raise CtlError(Exit.INTERRUPTED, "INTERRUPTED", message, remedy, task_uuid=task_uuid) from None
             try:
-                reply = self._wait(receiver, task_uuid, wait_s)
+                looks_often = self._terminal.shows_progress or callback_url == NO_CALLBACK
+                reply = self._wait(receiver, task_uuid, wait_s, _LOOK_S if looks_often else _LOOK_UNSEEN_S)
             except KeyboardInterrupt:
                 raise _left(Exit.INTERRUPTED, "interrupted", task_uuid) from None
             finally:
@@ -85,10 +87,9 @@ class Errand:
                 path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=lambda _: None, patience_s=_GRACE_S
             )
 
-    def _wait(self, receiver: Receiver, task_uuid: str, wait_s: float | None) -> dict[str, Any]:
+    def _wait(self, receiver: Receiver, task_uuid: str, wait_s: float | None, pause_s: float) -> dict[str, Any]:
         end_at = None if wait_s is None else time.monotonic() + wait_s
-        pause_s, away_at = _LOOK_S if self._terminal.shows_progress else _LOOK_UNSEEN_S, None
-        began_at = time.monotonic()
+        began_at, away_at = time.monotonic(), None
         while not receiver.wait(pause_s if end_at is None else max(0.0, min(pause_s, end_at - time.monotonic()))):
             if end_at is not None and time.monotonic() >= end_at:
                 raise _left(Exit.UNFINISHED, f"no outcome after {wait_s:g} s", task_uuid)

@@ -61,7 +61,6 @@ def make_cli() -> click.Group:
         "4G, 1.5GiB or 512MiB, of powers of 1024. Results go to standard output; notices, progress (on a terminal) "
         "and errors to standard error.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-        no_args_is_help=True,
     )
     shared_options(cli, is_root=True)
     return click.version_option(__version__, "-V", "--version", prog_name=NAME, message="%(prog)s %(version)s")(cli)
@@ -69,7 +68,7 @@ def make_cli() -> click.Group:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status. What goes wrong is told in one line, never a trace."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     wants_json = "--json" in arguments
     try:
         status = make_cli().main(arguments, prog_name=NAME, standalone_mode=False)
@@ -79,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ended.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else NAME
-        failure = CtlError(Exit.USAGE, "USAGE", error.format_message(), f"See {path} --help.")
+        failure = CtlError(Exit.USAGE, "USAGE", error.format_message().rstrip("."), f"See {path} --help.")
     except (KeyboardInterrupt, click.Abort):
         failure = CtlError(Exit.INTERRUPTED, "INTERRUPTED", "interrupted", "")
     except BrokenPipeError:
