@@ -145,6 +145,9 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
         if error.code in ("TLS_REFUSED", "AGENT_NOT_TRUSTED", "CREDENTIALS_MISSING"):
             remedy = "Give doctor --ca, --cert and --key, or --token-file."
             yield Finding("agent", "note", f"it is there and tells us nothing: {error.message}", remedy)
+        elif error.code == "AGENT_UNREACHABLE":
+            remedy = "Start it: systemctl start kvmagent; where it ends at once: journalctl -u kvmagent says why."
+            yield Finding("agent", "wrong", error.message, remedy)
         else:
             yield Finding("agent", "wrong", error.message, error.remedy)
         return
