@@ -173,6 +173,14 @@ def test_a_terminal_shows_the_steps(ctl: Ctl) -> None:
     assert re.search(r"^  DefineShape \d+ ms$", shown.out, re.MULTILINE)
 
 
+def test_a_terminal_folds_what_is_longer_than_it_is_wide(ctl: Ctl) -> None:
+    shown = ctl.on_terminal("ready", "old", environment={"NO_COLOR": "1", "COLUMNS": "60"}).out.splitlines()
+    remedy = next(n for n, line in enumerate(shown) if line.lstrip().startswith("remedy: "))
+    assert shown[remedy].startswith("           remedy: ")
+    assert shown[remedy + 1].startswith(" " * 19)
+    assert all(len(line) <= 60 for line in shown if not line.startswith("  room for"))
+
+
 def test_tasks_are_listed_and_followed(ctl: Ctl) -> None:
     with ctl.start("tasks", "--follow", "--json") as following:
         assert following.stdout is not None

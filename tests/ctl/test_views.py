@@ -1,6 +1,7 @@
 """What people read, word by word; and that nothing which a command declares or answers is left out."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,12 +9,13 @@ import click
 import pytest
 
 from kvmagent.cli.ctl.changes import find, names
+from kvmagent.cli.ctl.declared import find_commands
 from kvmagent.cli.ctl.exits import MEANINGS, Exit, exit_of
 from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.main import make_cli
 from kvmagent.cli.ctl.terminal import format_table, paint
 from kvmagent.cli.ctl.views import format_step, view_readiness, view_reply, view_task, view_tasks, view_vms
-from kvmagent.model.command import SUCCESSFUL, Outcome
+from kvmagent.model.command import SUCCESSFUL, Outcome, Plugin
 from kvmagent_plugins.vm_plugin import PLUGIN
 
 MIB = 2**20
@@ -164,6 +166,13 @@ def test_every_field_of_a_request_can_be_given(command: Any) -> None:
     assert set(command.request.__struct_fields__) - offered <= {"late_callback"}
     for param in subcommand.params:
         assert isinstance(param, click.Argument) or (param.help or "").strip(". "), f"{param.name} says nothing"
+
+
+def test_a_command_of_another_plugin_has_its_subcommand() -> None:
+    theirs = replace(PLUGIN.commands[0], name="Freeze", subcommand="freeze")
+    plugin = Plugin(name="theirs", commands=(theirs, replace(theirs, name="Thaw", subcommand="")))
+    assert find_commands([PLUGIN, plugin])["freeze"] is theirs
+    assert "" not in find_commands([plugin])
 
 
 def test_the_commands_of_a_zstack_server_are_not_offered() -> None:

@@ -6,7 +6,7 @@ JSON comes in as the agent wrote it but for `printable`. A field that an older a
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint
+from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint, prose
 from kvmagent.model.units import format_ids, format_size
 
 Json = Mapping[str, Any]
@@ -233,8 +233,10 @@ def format_step(step: Json) -> str:
 
 def _problem(kind: str, colour: str, problem: Json) -> list[str]:
     restart = " (needs a restart)" if problem.get("needsRestart") else ""
-    lines = [f"  {paint(kind, colour)}  {problem['code']}: {problem['message']}{restart}"]
-    return lines + ([f"  {' ' * len(kind)}  {paint('remedy', DIM)}: {problem['remedy']}"] if problem["remedy"] else [])
+    lines: list[str] = [prose(f"  {paint(kind, colour)}  ", f"{problem['code']}: {problem['message']}{restart}")]
+    if problem["remedy"]:
+        lines.append(prose(f"  {' ' * len(kind)}  {paint('remedy', DIM)}: ", problem["remedy"]))
+    return lines
 
 
 def _outcome(task: Json) -> str:
