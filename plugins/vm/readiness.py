@@ -9,7 +9,7 @@ from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts, dimm_blocks
 from kvmagent.model.steps import AnyStep, DefineShape
-from kvmagent.model.units import align_up
+from kvmagent.model.units import align_up, format_size
 
 from .checks import (
     blocker,
@@ -137,9 +137,8 @@ def _blockers(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker
     if facts.domain.live is not None:
         yield from check_guest(facts.guest)
     for change in drift(facts):
-        yield blocker(
-            Code.DRIFT, f"{change.field} is {change.live} in the running VM, {change.config} in its definition"
-        )
+        live, config = _words(change.field, change.live), _words(change.field, change.config)
+        yield blocker(Code.DRIFT, f"{change.field} is {live} in the running VM, {config} in its definition")
 
 
 def _blockers_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker]:
@@ -164,6 +163,12 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
     added = align_up(max(0, wanted - definition.memory_bytes), quantum)
     yield from check_dimm_room(facts, affect, (added,) if added else (), node=None)
     yield from check_balloon(facts, affect, 0)
+
+
+def _words(field: str, value: int | None) -> str:
+    if value is None:
+        return "none"
+    return format_size(value) if field.endswith("Size") else str(value)
 
 
 def _headroom(facts: Facts) -> Headroom | None:
