@@ -26,6 +26,7 @@ setup(
     install_requires=[
         "cherrypy>=18.8",
         "click>=8.1",
+        "cryptography>=42",
         "libvirt-python>=8.0",
         "lxml>=4.9",
         "msgspec>=0.18",
@@ -37,6 +38,8 @@ setup(
         "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
         "test": [
+            "ansible-core>=2.16",
+            "ansible-lint>=24.2",
             "hypothesis>=6.100",
             "lxml-stubs",
             "mypy>=1.10",
@@ -61,6 +64,7 @@ setup(
             "share/kvmagent/conf",
             ["conf/kvmagent.conf", "conf/50-kvmagent.rules", "conf/kvmagent.sysusers"],
         ),
+        ("share/kvmagent/conf/logrotate.d", ["conf/logrotate.d/kvmagent"]),
         ("share/kvmagent/init.d", ["init.d/kvmagent", "init.d/kvmagent.service"]),
     ],
 )

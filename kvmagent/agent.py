@@ -95,7 +95,7 @@ class Agent:
         self._callbacks = Callbacks(rules, settings.callback)
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
-        device_events = DeviceEvents()
+        device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
         self._events = EventConnection(
             settings.libvirt.uri,
             (device_events.register, VmEvents(self._reports.tell_event).register),
@@ -254,18 +254,14 @@ class Agent:
 
     def _reload(self, read_log_settings: Callable[[], None]) -> None:
         """Read certificates, tokens and how to log anew; where one cannot be used, what was in force stays."""
-        certificates = "certificates and tokens"
-        for what, load in (
-            (certificates, self._security.load),
-            (certificates, self._callbacks.load),
-            ("log settings", read_log_settings),
-        ):
+        loads = {"security": self._security.load, "callback": self._callbacks.load, "log": read_log_settings}
+        for section, load in loads.items():
             try:
                 load()
             except AgentError as error:
-                log.error(f"{what} stay as they were", **error_fields(error))
+                log.error("section stays as it was", section=section, **error_fields(error))
             else:
-                log.info(f"{what} read")
+                log.info("section read", section=section)
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""

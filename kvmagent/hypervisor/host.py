@@ -29,7 +29,14 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
         phys_bits=_read_phys_bits(root / "proc/cpuinfo"),
         nodes=tuple(_read_node(path) for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))),
         hugepage_bytes=meminfo.get("Hugepagesize"),
+        boot_id=read_boot_id(root),
     )
+
+
+@functools.cache
+def read_boot_id(root: Path) -> str | None:
+    """Return what tells this start of the host from others. Source: random(4)."""
+    return read_text(root / "proc/sys/kernel/random/boot_id")
 
 
 def read_host_load(root: Path) -> HostLoad:

@@ -12,7 +12,7 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
-from kvmagent.hypervisor.host import read_host, read_host_load
+from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
@@ -84,7 +84,7 @@ class Node:
             return handle.uuid
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
-        """Return what is so now; `parts` ("cpus", "memory", "agent") is what to ask the guest itself.
+        """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
 
         The host's memory is looked at where the guest's is.
 
@@ -96,7 +96,10 @@ class Node:
             domain, connected = handle.read()
             guest = handle.ask_guest(domain, connected, parts)
             limit = self._vcpu_limit(connection, domain.live or domain.config)
-        host = read_host(limit, self._host_root) if "memory" in parts else Host(vcpu_limit=limit)
+        if "memory" in parts:
+            host = read_host(limit, self._host_root)
+        else:
+            host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
         return Facts(domain=domain, guest=guest, host=host)
 
     def perform(self, vm: str, step: AnyStep) -> str:

@@ -104,7 +104,7 @@ class Owed(msgspec.Struct, frozen=True):
 
 
 class Journal:
-    """Thread-safe. `on_accepted` is called on the writer's thread, in order of acceptance, after the commit.
+    """Thread-safe. `on_accepted` is called on the thread that commits, in order of acceptance, after the commit.
 
     Every method may raise AgentError JOURNAL_UNAVAILABLE: reads when the file cannot be read, `accept` when it cannot
     be written (`cancel` and `owe_again` likewise), the other writes only when the journal is stopped before they were
@@ -173,7 +173,7 @@ class Journal:
             _refuse_withdrawn(db, task_uuid)
             _move(db, task_uuid, "running", started_at=self._clock())
 
-        self._file.write("start_task", change)
+        self._file.write_later("start_task", change)
 
     def record_goal(self, task_uuid: str, goal: bytes, before: bytes, first_step: bytes, n: int = 0) -> None:
         """Store where the task is going, what was so before, and that its first step begins, ahead of that step.
@@ -189,19 +189,18 @@ class Journal:
             _move(db, task_uuid, "running", goal=goal, before=before)
             _start_step(db, task_uuid, n, first_step, self._clock())
 
-        self._file.write("record_goal", change).result()
+        self._file.write_now("record_goal", change)
 
     def start_step(self, task_uuid: str, n: int, step: bytes, *, wait: bool) -> None:
         """Store that a step begins; waits for the disk only where told to."""
-        writing = self._file.write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
-        if wait:
-            writing.result()
+        write = self._file.write_now if wait else self._file.write_later
+        write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
 
     def finish_step(self, task_uuid: str, n: int, elapsed_ms: float, problem: Problem | None) -> None:
         """Store that a step ended; does not wait for the disk."""
         words = None if problem is None else msgspec.json.encode(problem).decode()
         sql = "UPDATE steps SET elapsed_ms = ?, problem = ? WHERE task_uuid = ? AND n = ?"
-        self._file.write("finish_step", lambda db: db.execute(sql, (elapsed_ms, words, task_uuid, n)))
+        self._file.write_later("finish_step", lambda db: db.execute(sql, (elapsed_ms, words, task_uuid, n)))
 
     def finish(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
         """-> finished: the result, and with it the callback that is owed.
@@ -214,7 +213,7 @@ class Journal:
             now = self._clock()
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
 
-        owed: Owed = self._file.write("finish", change).result()
+        owed: Owed = self._file.write_now("finish", change)
         return owed
 
     def cancel(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
@@ -263,12 +262,32 @@ class Journal:
             db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
             return None
 
-        callback: Owed | None = self._file.write("finish_late", change).result()
+        callback: Owed | None = self._file.write_now("finish_late", change)
         return callback
+
+    def note_refusal(
+        self, vm_uuid: str, alias: str, at: float, *, pending: Code, problem: Problem, then: Callable[[list[str]], None]
+    ) -> None:
+        """Put `problem` in place of `pending` where a task still waits for that VM to let go of that device.
+
+        Does not wait; `then` gets the tasks, on the writer's thread. Steps that began after `at` are another matter.
+        """
+        sql = (
+            "UPDATE steps SET problem = ? WHERE json_extract(problem, '$.code') = ? AND started_at <= ?"
+            " AND json_extract(CAST(step AS TEXT), '$.alias') = ? AND task_uuid IN (SELECT task_uuid FROM tasks"
+            " WHERE outcome = 'pending' AND json_extract(CAST(before AS TEXT), '$.domain.uuid') = ?)"
+            " RETURNING task_uuid"
+        )
+        values = (msgspec.json.encode(problem).decode(), pending, at, alias, vm_uuid)
+
+        def change(db: Database) -> list[str]:
+            return [row["task_uuid"] for row in db.execute(sql, values).fetchall()]
+
+        self._file.write("note_refusal", change, then=then)
 
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
         """Store a delivery that failed and will be tried again; does not wait; lost while the disk is full."""
-        self._file.write(
+        self._file.write_later(
             "record_attempt",
             lambda db: _move(db, task_uuid, "finished", attempts=attempts, delivery_error=error),
             keep=False,
@@ -277,7 +296,7 @@ class Journal:
     def settle(self, task_uuid: str, state: State, error: str | None, *, attempts: int | None = None) -> None:
         """finished -> delivered, gone or given_up; does not wait: a callback may arrive twice, not never."""
         values: dict[str, Any] = {"delivery_error": error} | ({} if attempts is None else {"attempts": attempts})
-        self._file.write("settle", lambda db: _move(db, task_uuid, state, **values))
+        self._file.write_later("settle", lambda db: _move(db, task_uuid, state, **values))
 
     def owe_again(self, task_uuid: str) -> Owed:
         """delivered, gone or given_up -> finished: the caller asked for the callback again, from now on."""
@@ -304,9 +323,9 @@ class Journal:
         def again(removed: int) -> None:
             if removed == _PRUNE_BATCH:
                 with contextlib.suppress(AgentError):  # the journal has been stopped meanwhile
-                    self._file.write("prune", change, keep=False, then=again)
+                    self._file.write_later("prune", change, keep=False, then=again)
 
-        self._file.write("prune", change, keep=False, then=again)
+        self._file.write_later("prune", change, keep=False, then=again)
 
     # -- reads
 

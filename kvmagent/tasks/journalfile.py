@@ -1,22 +1,26 @@
-"""The journal's file: its schema, and the one thread that writes it. The only user of sqlite3.
+"""The journal's file: its schema, and whoever writes it, one at a time. The only user of sqlite3.
 
-    write(change) -> queue -> writer: BEGIN, all changes that have gathered, COMMIT (WAL, synchronous=FULL)
-                                 on disk: `then` of each, in order, then whoever waits for it
-                                 failed:  a change that may fail is refused at once,
-                                          one that is to be kept waits in order and is tried again until it is on disk
+    write        hand a change in; the writer's thread commits it -- a Future tells
+    write_now    commit it, and all that has gathered, on the caller's own thread
+    write_later  hand a change in that nobody waits for: it goes with the next commit, at most LATER_S from now
 
-A full disk therefore refuses new tasks and holds the results of running ones; when there is space again the writer
-goes on by itself. Reads have a connection of their own.
+    a commit     BEGIN, all changes that have gathered, COMMIT (WAL, synchronous=FULL)
+                   on disk: `then` of each, in order, then whoever waits for it
+                   failed:  a change that may fail is refused at once,
+                            one that is to be kept waits in order and is tried again until it is on disk
+
+While one commits, the changes of others gather and share the next commit. A full disk refuses new tasks and holds the
+results of running ones; when there is space again the writer goes on by itself. Reads have a connection of their own.
 """
 
 import contextlib
 import os
-import queue
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +85,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256
+# What nobody waits for waits no longer than this for a commit to go with.
+LATER_S = 0.02
 # After a commit that failed, the next try without anyone asking for it.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 # Errors that lie in one change, and not in the file.
@@ -90,11 +96,14 @@ _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its 
 
 @dataclass(frozen=True)
 class _Write:
+    """A change on its way; `context` is the log context of who made it."""
+
     name: str
     change: Change
     keep: bool
     done: Future[Any]
     then: Callable[[Any], None] | None
+    context: Context
 
 
 class JournalFile:
@@ -103,9 +112,13 @@ class JournalFile:
     def __init__(self, path: Path, *, fault: Fault) -> None:
         self._path = path
         self._fault = fault
-        self._writes: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._writes: list[_Write] = []
+        self._hurried = False
+        self._asleep = False
         self._closed = True
+        # Held by whoever commits.
+        self._turn = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._busy_since: float | None = None
         self._db: sqlite3.Connection | None = None
@@ -139,11 +152,11 @@ class JournalFile:
 
     def stop(self) -> None:
         """Commit what was handed in, once more if need be, then close. What is handed in later is refused."""
-        with self._lock:
+        with self._changed:
             if self._closed:
                 return
             self._closed = True
-            self._writes.put(None)
+            self._changed.notify_all()
         self._thread.join()
         with self._read_lock:
             self._close_reader()
@@ -154,17 +167,42 @@ class JournalFile:
         """Hand a change in; the Future gives its result once it is on disk.
 
         A change to be kept is tried until it succeeds or the journal is stopped; another is refused when its commit
-        fails. `then` is called on the writer's thread, after the commit and in the order of the changes.
+        fails. `then` is called on the thread that commits, after the commit and in the order of the changes.
 
         Raises:
             AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
         """
-        done: Future[Any] = Future()
-        with self._lock:
-            if self._closed:
-                raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: closed")
-            self._writes.put(_Write(name, change, keep, done, then))
+        with self._changed:
+            done = self._hand_in(name, change, keep, then)
+            self._hurried = True
+            self._changed.notify_all()
         return done
+
+    def write_now(self, name: str, change: Change) -> Any:
+        """Make a change that is kept, and return its result once it is on disk, however long that takes.
+
+        Raises:
+            AgentError: what the change raised; JOURNAL_UNAVAILABLE, when the journal is closed before it is on disk.
+        """
+        with self._changed:
+            done = self._hand_in(name, change, True, None)
+        with self._turn:
+            while not done.done() and self.failure is None:
+                self._commit_gathered()
+        return done.result()
+
+    def write_later(
+        self, name: str, change: Change, *, keep: bool = True, then: Callable[[Any], None] | None = None
+    ) -> None:
+        """Hand in a change that nobody waits for. `keep`, `then`: see `write`.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
+        """
+        with self._changed:
+            self._hand_in(name, change, keep, then)
+            if self._asleep:
+                self._changed.notify_all()
 
     def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[Row]:
         """Return the rows of a query.
@@ -186,39 +224,61 @@ class JournalFile:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
+    def _hand_in(self, name: str, change: Change, keep: bool, then: Callable[[Any], None] | None) -> Future[Any]:
+        """Add to what the next commit takes; under the lock."""
+        if self._closed:
+            raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: closed")
+        done: Future[Any] = Future()
+        self._writes.append(_Write(name, change, keep, done, then, copy_context()))
+        return done
+
     # -- the writer's thread
 
     def _run(self) -> None:
-        pending: list[_Write] = []
-        pause_s, stopping = _FIRST_PAUSE_S, False
-        while not stopping:
-            gathered, stopping = self._gather(None if self.failure is None else pause_s)
-            pending += gathered
-            self._busy_since = time.monotonic()
-            error = self._commit(pending)
-            self._busy_since = None
-            if error is None:
-                pending, pause_s = [], _FIRST_PAUSE_S
-                continue
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
-            for write in pending:
-                if stopping or not write.keep:
-                    write.done.set_exception(self._unavailable(error))
-            pending = [write for write in pending if write.keep]
+        pause_s, closing = _FIRST_PAUSE_S, False
+        while not closing:
+            closing = self._await_writes(None if self.failure is None else pause_s)
+            with self._turn:
+                while (is_taken := self._commit_gathered()) and closing and self._writes:
+                    pass
+            pause_s = _FIRST_PAUSE_S if is_taken else min(pause_s * 2, _LONGEST_PAUSE_S)
+        for write in self._writes:
+            error = AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {self.failure}", expected=False)
+            write.done.set_exception(error)
         self._close_db()
 
-    def _gather(self, timeout_s: float | None) -> tuple[list[_Write], bool]:
-        """Wait for a write and return it with those behind it, and whether this is the end."""
-        gathered: list[_Write] = []
-        with contextlib.suppress(queue.Empty):
-            write = self._writes.get(timeout=timeout_s)
-            while write is not None:
-                gathered.append(write)
-                if len(gathered) == _BATCH:
-                    return gathered, False
-                write = self._writes.get_nowait()
-            return gathered, True
-        return gathered, False
+    def _await_writes(self, pause_s: float | None) -> bool:
+        """Wait until there is something to commit, after a failure `pause_s` at most; return whether it is the last."""
+        with self._changed:
+            is_hurried = self._changed.wait_for(lambda: self._hurried or self._closed, pause_s or LATER_S)
+            if pause_s is None and not is_hurried and not self._writes:
+                self._asleep = True
+                self._changed.wait_for(lambda: self._writes or self._closed)
+                self._asleep = False
+            self._hurried = False
+            return self._closed
+
+    # -- commits, of whoever has the turn
+
+    def _commit_gathered(self) -> bool:
+        """Commit what has gathered; return whether the file took it."""
+        with self._changed:
+            batch, self._writes = self._writes[:_BATCH], self._writes[_BATCH:]
+            self._hurried = self._hurried or bool(self._writes)
+        if not batch and self.failure is None:
+            return True
+        self._busy_since = time.monotonic()
+        error = self._commit(batch)
+        self._busy_since = None
+        if error is None:
+            return True
+        with self._changed:
+            self._writes = [write for write in batch if write.keep] + self._writes
+            self._changed.notify_all()
+        for write in batch:
+            if not write.keep:
+                write.done.set_exception(self._unavailable(error))
+        return False
 
     def _commit(self, batch: list[_Write]) -> Exception | None:
         """Make all changes in one transaction; return why the file would not take them."""
@@ -236,7 +296,7 @@ class JournalFile:
         for write, result, failure in outcomes:
             if failure is None:
                 self._fault(f"journal.{write.name}:committed")
-                self._tell(write, result)
+                write.context.run(self._tell, write, result)
         for write, result, failure in outcomes:
             write.done.set_exception(failure) if failure else write.done.set_result(result)
         return None
@@ -254,7 +314,7 @@ class JournalFile:
             # Proves with nothing else to write that the file can be written again.
             self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         for write in batch:
-            outcomes.append((write, *_attempt(write, self._db)))
+            outcomes.append((write, *write.context.run(_attempt, write, self._db)))
             self._fault(f"journal.{write.name}:written")
         self._db.execute("COMMIT")
         return outcomes

@@ -12,6 +12,8 @@ from tests.lab.server import Answer, ManagementServer
 TASK = "task-1"
 # What is expected is so before the task, and no longer after its first step.
 REQUEST = {"vmUuid": "vm1", "cpuNum": 3, "expectedCpuNum": 1}
+# The last step's end is nobody's business but the result's: mostly both come to disk by one commit.
+AT_THE_END = ("finish_step", "committed", 2)
 # Two steps: the running VM, then its persistent definition.
 ON_THE_WAY = [
     *(f"journal.{name}:{when}" for name in ("start_task", "record_goal") for when in ("written", "committed")),
@@ -20,6 +22,7 @@ ON_THE_WAY = [
         for n in (1, 2)
         for name in ("start_step", "finish_step")
         for when in ("written", "committed")
+        if (name, when, n) != AT_THE_END
     ),
     *(f"step:{when}@{n}" for n in (1, 2) for when in ("begun", "done")),
     "journal.finish:written",
@@ -73,6 +76,17 @@ def test_an_accepted_task_goes_on_from_where_it_was_cut_off(
     reply = check_done_once(agent, server, host)
     assert reply["recovered"] is True
     assert {step["target"] for step in reply["steps"]} == {"live", "config"}
+
+
+def test_a_kill_at_the_end_of_the_last_step_leaves_one_result(
+    make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    name, when, n = AT_THE_END
+    agent = make_agent(host.uri, fault=f"journal.{name}:{when}@{n}")
+    assert send(agent, server) in (200, None)
+    agent.wait_killed()
+    agent.start()
+    check_done_once(agent, server, host)
 
 
 @pytest.mark.parametrize("point", AFTER_THE_RESULT)
