@@ -1,0 +1,139 @@
+"""The parts of docs/ that are made, not written: from the tables, the real planner, and files that are tested.
+
+A document holds `<!-- block: NAME -->`, what NAME makes, `<!-- end -->`; `pytest tests/docs --update-golden` writes
+all of them anew.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from kvmagent.model.errors import CODES, LOOKS, Code
+from kvmagent.model.steps import AnyStep
+from tests.fakes.agent import FakeAgent, make_guest
+from tests.fakes.libvirt import FakeDomain
+from tests.lab.domainxml import GuestSpec
+
+ROOT = Path(__file__).parents[2]
+_BLOCK = re.compile(r"(<!-- block: (?P<name>[^ ]+)(?: (?P<of>[^ ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# The first code of each kind, in the order of the table.
+KINDS = {
+    Code.MISSING_TASK_UUID: "The request itself",
+    Code.CREDENTIALS_MISSING: "Who may do what",
+    Code.STOPPING: "The agent",
+    Code.LIBVIRT_UNAVAILABLE: "libvirt",
+    Code.VM_NOT_FOUND: "The VM",
+    Code.CPU_ABOVE_MAXIMUM: "vCPUs",
+    Code.NO_MAX_MEMORY: "Memory",
+    Code.GUEST_AGENT_ABSENT: "The guest",
+}
+# A definition as a cloud may have it before anybody thought of hotplug.
+BARE = """\
+<domain type='kvm'>
+  <name>db-7</name>
+  <uuid>6f1de2a0-5b7c-4a35-9d0e-7d5cb2f0a7b1</uuid>
+  <metadata>
+    <team:owner xmlns:team='http://example.com/team'>billing</team:owner>
+  </metadata>
+  <memory unit='KiB'>4194304</memory>
+  <currentMemory unit='KiB'>4194304</currentMemory>
+  <vcpu placement='static'>2</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+  </os>
+  <cpu mode='host-passthrough'>
+    <topology sockets='1' cores='2' threads='1'/>
+  </cpu>
+  <devices>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+GIB = 2**30
+
+
+def fill(text: str) -> str:
+    """Return a document with its blocks made anew."""
+    return _BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match['name']](match['of'])}{match[4]}", text)
+
+
+def codes(_of: str | None) -> str:
+    """Every code: what it means, what to do, what to look at."""
+    lines = []
+    for code in Code:
+        info = CODES[code]
+        if code in KINDS:
+            lines += [f"### {KINDS[code]}", ""]
+        status = f" (HTTP {info.status})" if info.status != 200 else ""
+        lines += [f"#### {code}", "", f"{_escape(info.meaning)}{status}", "", f"- Do: {_escape(info.remedy)}"]
+        if code in LOOKS:
+            lines.append(f"- Look: {_look(LOOKS[code])}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _look(text: str) -> str:
+    """What is run on the host, then what in the guest, each as code."""
+    host, _, guest = f"; {text}".partition("; in the guest: ")
+    shown = [f"`{host.removeprefix('; ')}`"] if host else []
+    return "; ".join([*shown, *([f"in the guest: `{guest}`"] if guest else [])])
+
+
+def steps(_of: str | None) -> str:
+    """Every effect that a plan can name."""
+    rows = [f"| {step.__struct_config__.tag} | {(step.__doc__ or '').strip()} |" for step in get_args(AnyStep)]
+    return "\n".join(["| step | effect |", "|---|---|", *rows, ""])
+
+
+def file(of: str | None) -> str:
+    """A file of the project as it stands."""
+    assert of is not None
+    kind = {"py": "python"}.get(of.rpartition(".")[2], of.rpartition(".")[2])
+    return f"```{kind}\n{(ROOT / of).read_text()}```\n"
+
+
+def prepare_before(_of: str | None) -> str:
+    """The definition that is prepared."""
+    return f"```xml\n{BARE}```\n"
+
+
+def prepare_diff(_of: str | None) -> str:
+    """What the planner makes of it."""
+    told = _prepare(maxCpuNum=8, maxMemorySize=64 * GIB)
+    assert not told["clamped"]
+    return f"```diff\n{told['diff']}\n```\n"
+
+
+def prepare_clamped(_of: str | None) -> str:
+    """What it says of amounts that cannot be had."""
+    told = _prepare(maxCpuNum=7, maxMemorySize=64 * 1024 * GIB)
+    return f"```json\n{json.dumps({'clamped': told['clamped']}, indent=1)}\n```\n"
+
+
+def _prepare(**wanted: Any) -> dict[str, Any]:
+    """The reply of the real command to a preparation of the definition above."""
+    spec = GuestSpec(name="db-7", vcpus=2, memory_mib=4096)
+    with tempfile.TemporaryDirectory() as directory:
+        agent = FakeAgent(Path(directory), FakeDomain(BARE, guest=make_guest(spec)))
+        done = agent.run("ReadyForHotplug", vmUuid="db-7", prepare=True, **wanted)
+        agent.stop()
+    assert done.reply["success"], done.reply
+    return done.reply
+
+
+def _escape(text: str) -> str:
+    return text.replace("<", "&lt;").replace("*", "\\*")
+
+
+BLOCKS: dict[str, Callable[[str | None], str]] = {
+    "codes": codes,
+    "steps": steps,
+    "file": file,
+    "prepare-before": prepare_before,
+    "prepare-diff": prepare_diff,
+    "prepare-clamped": prepare_clamped,
+}
