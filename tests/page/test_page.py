@@ -117,6 +117,7 @@ def test_never_asks_again_before_it_was_answered(stage: Stage, opened: Callable[
     browser = opened()
     stage.gate.clear()
     before = stage.asked.copy()
+    browser.run("document.dispatchEvent(new Event('visibilitychange'))")
     browser.wait("document.querySelector('#tasks-age').innerText.includes('waiting for an answer')")
     for _ in range(20):
         browser.run("document.dispatchEvent(new Event('visibilitychange'))")
@@ -151,9 +152,11 @@ def test_says_so_when_the_agent_is_down_and_goes_on_when_it_is_back(browser: Bro
     assert "The agent does not answer. What stands here is from" in told
     assert "systemctl status kvmagent" in told
     assert browser.run("return document.body.classList.contains('stale')")
+    assert browser.text("#health") == "No answer"
     assert "db-7" in browser.text("#vm-rows")
     stage.start()
     browser.wait("document.querySelector('#stale').hidden && !document.body.classList.contains('stale')")
+    assert browser.text("#health") == "Ready"
 
 
 def test_says_what_is_down_when_the_agent_is_not_ready(stage: Stage, opened: Callable[..., Browser]) -> None:

@@ -31,19 +31,19 @@ function showHealth(body) {
   document.title = `${body.ready ? "" : "⚠ "}${body.host.name} – kvmagent`;
   $("host").textContent = body.host.name;
   $("version").textContent = `kvmagent ${body.version}`;
-  const down = Object.entries(body.down);
-  const words = body.ready
-    ? [h("p", { class: "verdict" }, icon("good"), "Ready")]
-    : [h("p", { class: "verdict" }, icon("bad"), "Not ready"),
-      h("ul", {}, down.map(([part, text]) => h("li", {}, h("b", {}, part), ` ${text}`)))];
-  const print = JSON.stringify([body.ready, body.down]);
-  if ($("health").dataset.print !== print) {
-    $("health").dataset.print = print;
-    $("health").className = body.ready ? "good" : "bad";
-    fill($("health"), words);
-  }
+  drawVerdict(body.ready ? "good" : "bad", body.ready ? "Ready" : "Not ready", body.down);
   $("status").hidden = false;
   drawFigures();
+}
+
+/** The one word that everybody looks for, and what is down. It is announced when it changes. */
+function drawVerdict(symbol, words, down) {
+  const print = JSON.stringify([words, down]);
+  if ($("health").dataset.print === print) return;
+  $("health").dataset.print = print;
+  $("health").className = symbol;
+  fill($("health"), h("p", { class: "verdict" }, icon(symbol), words),
+    h("ul", {}, Object.entries(down).map(([part, text]) => h("li", {}, h("b", {}, part), ` ${text}`))));
 }
 
 function showTasks(body) {
@@ -135,6 +135,7 @@ function tick() {
   document.body.classList.toggle("stale", stale || paused);
   if (stale) {
     const since = seen === null ? "" : ` What stands here is from ${new Date(seen).toLocaleTimeString("en-GB")}.`;
+    drawVerdict("bad", "No answer", {});
     tell($("stale"), { error: `The agent does not answer.${since}`, remedy: "On the host: systemctl status kvmagent; journalctl -u kvmagent -n 50" });
   } else if (silentSince === null && polls.health.answeredAt !== null) {
     tell($("stale"), null);
