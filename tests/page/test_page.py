@@ -180,6 +180,16 @@ def test_says_what_is_down_when_the_agent_is_not_ready(stage: Stage, opened: Cal
     browser.complaints()  # the browser logs every answer of 503 itself
 
 
+def test_whoever_is_not_let_in_is_told_why_and_what_to_do(browser: Browser, stage: Stage) -> None:
+    info = CODES[Code.CERTIFICATE_NOT_ALLOWED]
+    refusal = {"success": False, "error": "the certificate is for me", "errorCode": "X", "remedy": info.remedy}
+    for path in stage.answers:
+        stage.answers[path] = (403, refusal)
+    browser.open(stage.url)
+    browser.wait("document.querySelector('#stale').innerText.includes('the certificate is for me')")
+    assert info.remedy in browser.text("#stale")
+
+
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>{{7*7}}\u202e\'"&amp;'
 
 

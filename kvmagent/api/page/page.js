@@ -16,6 +16,7 @@ let counted = null;
 let running = new Map();
 let finished = null;
 let silentSince = null;
+let refused = null;
 
 const hold = () => paused || locked || document.hidden;
 const polls = {
@@ -26,7 +27,7 @@ const polls = {
 
 function showHealth(body) {
   health = body;
-  silentSince = null;
+  silentSince = refused = null;
   running = new Map(body.running.map((task) => [task.taskUuid, task.seconds]));
   document.title = `${body.ready ? "" : "⚠ "}${body.host.name} – kvmagent`;
   $("host").textContent = body.host.name;
@@ -92,8 +93,10 @@ function failed(section) {
   return (error) => {
     if (error instanceof Refused && error.status === 401) ask(error);
     else if (error instanceof Refused && section) tell($(`${section}-error`), error);
-    else if (error instanceof Refused) tell($("stale"), error);
+    else if (error instanceof Refused) refused = error;
+    else if (error.name === "TimeoutError" && section) tell($(`${section}-error`), { error: "No answer in time; it is asked again." });
     else silentSince ??= Date.now();
+    tick();
   };
 }
 
@@ -137,8 +140,8 @@ function tick() {
     const since = seen === null ? "" : ` What stands here is from ${new Date(seen).toLocaleTimeString("en-GB")}.`;
     drawVerdict("bad", "No answer", {});
     tell($("stale"), { error: `The agent does not answer.${since}`, remedy: "On the host: systemctl status kvmagent; journalctl -u kvmagent -n 50" });
-  } else if (silentSince === null && polls.health.answeredAt !== null) {
-    tell($("stale"), null);
+  } else {
+    tell($("stale"), refused);
   }
 }
 
