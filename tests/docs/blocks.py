@@ -4,6 +4,7 @@ A document holds `<!-- block: NAME -->`, what NAME makes, `<!-- end -->`; `pytes
 all of them anew.
 """
 
+import inspect
 import json
 import re
 import tempfile
@@ -20,17 +21,6 @@ from tests.lab.domainxml import GuestSpec
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"(<!-- block: (?P<name>[^ ]+)(?: (?P<of>[^ ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
-# The first code of each kind, in the order of the table.
-KINDS = {
-    Code.MISSING_TASK_UUID: "The request itself",
-    Code.CREDENTIALS_MISSING: "Who may do what",
-    Code.STOPPING: "The agent",
-    Code.LIBVIRT_UNAVAILABLE: "libvirt",
-    Code.VM_NOT_FOUND: "The VM",
-    Code.CPU_ABOVE_MAXIMUM: "vCPUs",
-    Code.NO_MAX_MEMORY: "Memory",
-    Code.GUEST_AGENT_ABSENT: "The guest",
-}
 # A definition as a cloud may have it before anybody thought of hotplug.
 BARE = """\
 <domain type='kvm'>
@@ -63,17 +53,23 @@ def fill(text: str) -> str:
 
 def codes(_of: str | None) -> str:
     """Every code: what it means, what to do, what to look at."""
-    lines = []
+    lines, kinds = [], _kinds()
     for code in Code:
         info = CODES[code]
-        if code in KINDS:
-            lines += [f"### {KINDS[code]}", ""]
+        if code in kinds:
+            lines += [f"### {kinds[code]}", ""]
         status = f" (HTTP {info.status})" if info.status != 200 else ""
         lines += [f"#### {code}", "", f"{_escape(info.meaning)}{status}", "", f"- Do: {_escape(info.remedy)}"]
         if code in LOOKS:
             lines.append(f"- Look: {_look(LOOKS[code])}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _kinds() -> dict[Code, str]:
+    """The first code of each kind, with the comment that stands above it in the table."""
+    found = re.findall(r"^    # (.+)\n    (\w+) = ", inspect.getsource(Code), re.MULTILINE)
+    return {Code[name]: kind if kind in ("libvirt", "vCPUs") else kind[0].upper() + kind[1:] for kind, name in found}
 
 
 def _look(text: str) -> str:
