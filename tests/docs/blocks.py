@@ -8,9 +8,12 @@ import inspect
 import json
 import re
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+
+import yaml
 
 from kvmagent.model.errors import CODES, LOOKS, Code
 from kvmagent.model.steps import AnyStep
@@ -85,6 +88,20 @@ def steps(_of: str | None) -> str:
     return "\n".join(["| step | effect |", "|---|---|", *rows, ""])
 
 
+def alerts(_of: str | None) -> str:
+    """The alerts that are shipped, each with what to do first."""
+    groups = yaml.safe_load((ROOT / "conf/prometheus/kvmagent.rules.yml").read_text())["groups"]
+    lines = []
+    for rule in (rule for group in groups for rule in group["rules"]):
+        after = f" after {rule['for']}" if "for" in rule else ""
+        what = f"- **{rule['alert']}** ({rule['labels']['severity']}{after}): {rule['annotations']['runbook'].strip()}"
+        # A command stays on one line, to be copied from a terminal.
+        glued = re.sub("`.*?`", lambda match: match[0].replace(" ", "\0"), _escape(what.replace("**", "\1")))
+        wrapped = textwrap.wrap(glued, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        lines += [line.replace("\0", " ").replace("\1", "**") for line in wrapped]
+    return "\n".join([*lines, ""])
+
+
 def file(of: str | None) -> str:
     """A file of the project as it stands."""
     assert of is not None
@@ -126,6 +143,7 @@ def _escape(text: str) -> str:
 
 
 BLOCKS: dict[str, Callable[[str | None], str]] = {
+    "alerts": alerts,
     "codes": codes,
     "steps": steps,
     "file": file,
