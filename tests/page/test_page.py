@@ -82,6 +82,18 @@ def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -
         assert CODES[code].remedy in told
 
 
+def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    told = [(Code.GUEST_OS_LIMITED, "good to know"), (Code.GUEST_CPU_OFFLINE, "for nothing")]
+    entry = vm(1, "web-1", cpus=(2, 1, 4), warnings=tuple(told), blockers=((Code.NO_ACPI, "in the way"),))
+    stage.answers["/vms"] = (200, {"vms": [entry]})
+    browser = opened()
+    browser.run("document.querySelector('#vm-rows button').click()")
+    places = [browser.text(".problems").index(words) for words in ("For nothing", "In the way", "Good to know")]
+    assert places == sorted(places)
+
+
 def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened: Callable[..., Browser]) -> None:
     tasks = opened().text("#task-list")
     assert "4 vCPUs were asked for, the running definition allows at most 2" in tasks
