@@ -22,7 +22,7 @@ class Made(NamedTuple):
     debian: FreshDebian
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     """Compiles in one thread, and waits for the network in the other."""
     if platform.freedesktop_os_release()["ID"] != "debian":
@@ -34,13 +34,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         yield Made(deb, debian)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deb(made: Made) -> Path:
     """The package."""
     return made.deb
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def debian(made: Made) -> FreshDebian:
     """Where clean machines come from."""
     return made.debian
