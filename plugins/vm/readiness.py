@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, dimm_blocks
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import align_up
 
@@ -23,7 +23,7 @@ from .checks import (
     check_state,
 )
 from .cpu import idle_warnings
-from .guestmemory import dimm_blocks, online_blocks, plug_warnings
+from .guestmemory import plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, is_prepared, plan_preparation
 from .reply import drift, settle, shared_fields
@@ -73,17 +73,12 @@ def conclude(ending: Ending) -> ReadinessReply:
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:
     """Return what is plugged and not used in the guest; None for a VM that is off."""
-    live, guest, actual = facts.domain.live, facts.guest, facts.domain.balloon_bytes
+    live, actual = facts.domain.live, facts.domain.balloon_bytes
     if live is None:
         return None
-    cpus, memory = guest.cpus_online, None
-    if guest.blocks is not None and guest.block_bytes is not None:
-        listed = frozenset(block.index for block in guest.blocks)
-        idle = (dimm_blocks(live, guest.block_bytes) | listed) - online_blocks(guest)
-        memory = len(idle) * guest.block_bytes
     return PluggedOffline(
-        cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus),
-        memory_size=memory,
+        cpu_num=facts.offline_vcpus,
+        memory_size=facts.offline_memory_bytes,
         ballooned=None if actual is None else max(0, live.balloon_total_bytes - actual),
     )
 
