@@ -50,6 +50,7 @@ setup(
             "ruff>=0.6",
             "schemathesis>=4.0",
             "selenium>=4.20",
+            "setuptools>=70.1",
             "trustme>=1.1",
             "types-simplejson",
         ],

@@ -176,8 +176,12 @@ class _Told(msgspec.Struct, rename="camel"):
     remedy: Any = None
 
 
+# Made here and once, for the reason that model.shapes gives.
+_TOLD = msgspec.json.Decoder(_Told)
+
+
 def _summary(task: Task) -> dict[str, Any]:
-    told = msgspec.json.decode(task.reply, type=_Told) if task.reply else _Told()
+    told = _TOLD.decode(task.reply) if task.reply else _Told()
     return {
         "taskUuid": task.task_uuid,
         "command": task.command,

@@ -63,6 +63,8 @@ def test_what_is_plugged_and_offline_is_told_until_the_guest_uses_it_and_a_qemu_
         vm_offline_memory_bytes=256 * MIB,
         vm_slots_free=free - 1,
     )
+    (vm,) = agent.get("/vms").body["vms"]
+    assert vm["pluggedOffline"] == {"cpuNum": 2, "memorySize": 256 * MIB, "ballooned": 0}, "as the status page has it"
     guest.run("echo 1 > /sys/devices/system/cpu/cpu1/online")
     wait_told(agent, guest, vm_guest_vcpus=2, vm_offline_vcpus=1)
     guest.run("cd /sys/devices/system/memory; grep -l offline memory*/state | while read f; do echo online > $f; done")
