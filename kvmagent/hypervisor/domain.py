@@ -25,6 +25,7 @@ from kvmagent.hypervisor.domainxml import (
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
+from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
@@ -57,11 +58,12 @@ _JOBS = {
 
 @dataclass(frozen=True)
 class Means:
-    """What a handle needs beside libvirt: the agent's transport, device events, and where former XML is kept."""
+    """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, meters."""
 
     send_to_agent: Send
     events: DeviceEvents
     former_xml_dir: Path
+    meters: Meters
 
 
 class VmHandle:
@@ -71,7 +73,7 @@ class VmHandle:
         self._domain = domain
         self._is_test_driver = is_test_driver
         self._means = means
-        self.agent = GuestAgent(domain, send=means.send_to_agent)
+        self.agent = GuestAgent(domain, send=means.send_to_agent, meters=means.meters)
 
     @property
     def uuid(self) -> str:

@@ -2,7 +2,8 @@
 
 A code is a stable word: clients decide on it, so it is never renamed and never used again for another meaning.
 `CODES` gives each its HTTP status (for a request refused at once), what it means, and the remedy that is told where
-the place that raises it knows no better one.
+the place that raises it knows no better one; `LOOKS`, by what an operator sees for himself. docs/troubleshoot.md is
+made from both.
 """
 
 from enum import StrEnum
@@ -607,6 +608,75 @@ CODES: dict[Code, CodeInfo] = {
         "The running VM and its persistent definition differ.",
         "Send the command again with affect both, or correct the persistent definition, before the next start.",
     ),
+}
+
+#: What an operator runs to see the cause of a code: on the host, or in the guest where it says so. VM is its name.
+LOOKS: dict[Code, str] = {
+    Code.UNKNOWN_TASK: "kvmagentctl tasks --limit 1000",
+    Code.TASK_CONFLICT: "kvmagentctl task ID",
+    Code.TASK_NOT_CANCELLABLE: "kvmagentctl task ID",
+    Code.CREDENTIALS_WRONG: "cut -d: -f1 /etc/kvmagent/tokens",
+    Code.CERTIFICATE_NOT_ALLOWED: "openssl x509 -in CERTIFICATE -noout -ext subjectAltName",
+    Code.CLIENT_NOT_ALLOWED: "journalctl -u kvmagent -g CLIENT_NOT_ALLOWED",
+    Code.CALLBACK_NOT_ALLOWED: "kvmagentctl config",
+    Code.TOO_MANY_CONNECTIONS: "ss -tn state established '( sport = :7070 )'",
+    Code.QUEUE_FULL: "kvmagentctl status; kvmagentctl tasks --state running",
+    Code.JOURNAL_UNAVAILABLE: "df -h /var/lib/kvmagent; df -i /var/lib/kvmagent; ls -ld /var/lib/kvmagent",
+    Code.TASK_UNREADABLE: "kvmagentctl task ID; kvmagentctl config",
+    Code.STATE_DIR_IN_USE: "cat /var/lib/kvmagent/lock; systemctl status kvmagent",
+    Code.INTERNAL_ERROR: "journalctl -u kvmagent -p err -n 100",
+    Code.BAD_CONFIGURATION: "kvmagentctl config --check",
+    Code.LIBVIRT_UNAVAILABLE: "systemctl status libvirtd virtqemud; virsh -c qemu:///system version",
+    Code.LIBVIRT_REFUSED: "tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.LIBVIRT_BUSY: "virsh domjobinfo VM",
+    Code.NOT_VERIFIED: "virsh dumpxml VM; tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.VM_NOT_FOUND: "virsh list --all --uuid --name",
+    Code.VM_NOT_RUNNING: "virsh domstate VM --reason",
+    Code.VM_PAUSED: "virsh domstate VM --reason",
+    Code.VM_TRANSIENT: "virsh dominfo VM",
+    Code.VM_CRASHED: "tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.NO_ACPI: "kvmagentctl ready VM --prepare --diff",
+    Code.MACHINE_NOT_SUPPORTED: "virsh dumpxml VM | grep '<type arch'",
+    Code.FORMER_XML_NOT_KEPT: "df -h /var/lib/kvmagent; ls -l /var/lib/kvmagent/former-xml",
+    Code.CPU_ABOVE_MAXIMUM: "virsh vcpucount VM",
+    Code.CPU_TOPOLOGY_MISMATCH: "virsh dumpxml VM | grep -e '<vcpu ' -e '<topology'",
+    Code.CPU_ABOVE_HOST_LIMIT: "virsh domcapabilities --machine q35 | grep '<vcpu'",
+    Code.CPU_NOT_REMOVABLE: "virsh dumpxml VM | grep '<vcpu '",
+    Code.CPU_REMOVAL_UNSAFE: "virsh dumpxml VM | grep '<domain type'",
+    Code.CPU_REMOVAL_PENDING: "virsh vcpucount VM; in the guest: lscpu -e",
+    Code.NO_MAX_MEMORY: "kvmagentctl ready VM --prepare --diff",
+    Code.MEMORY_ABOVE_MAXIMUM: "virsh dumpxml VM | grep -i memory",
+    Code.SLOTS_EXHAUSTED: "virsh dumpxml VM | grep -e '<maxMemory' -e '<memory model'",
+    Code.NO_NUMA_CELL: "kvmagentctl ready VM --prepare --diff",
+    Code.NUMA_CELLS_INCOMPLETE: "virsh dumpxml VM | grep -e '<vcpu ' -e '<cell '",
+    Code.NUMA_NODE_NOT_FOUND: "virsh dumpxml VM | grep '<cell '",
+    Code.MEMORY_DEVICE_MISALIGNED: "virsh dumpxml VM | grep -A 12 '<memory model'",
+    Code.HOST_MEMORY_SHORT: "free -h; virsh list --all",
+    Code.HOST_NODE_MEMORY_SHORT: "virsh freecell --all; virsh numatune VM",
+    Code.HOST_HUGEPAGES_SHORT: "virsh freepages --all",
+    Code.MEMORY_HARD_LIMIT: "virsh memtune VM",
+    Code.MEMORY_ENCRYPTED: "virsh dumpxml VM | grep -A 5 '<launchSecurity'",
+    Code.MEMORY_NOT_REMOVABLE: "virsh dumpxml VM | grep -A 12 '<memory model'",
+    Code.MEMORY_SIZE_NOT_REACHABLE: "virsh dumpxml VM | grep -A 12 '<memory model'",
+    Code.MEMORY_REMOVAL_REFUSED: "in the guest: dmesg | grep -i offline; lsmem",
+    Code.MEMORY_REMOVAL_PENDING: "kvmagentctl vms; in the guest: lsmem",
+    Code.VIRTIO_MEM_STALLED: "virsh dumpxml VM | grep -A 12 '<memory model'; in the guest: lsmod | grep virtio_mem",
+    Code.NO_BALLOON: "virsh dumpxml VM | grep '<memballoon'",
+    Code.BALLOON_NOT_ANSWERING: "virsh dommemstat VM; in the guest: lsmod | grep virtio_balloon",
+    Code.BALLOON_BELOW_FLOOR: "virsh dommemstat VM; in the guest: lsmem",
+    Code.GUEST_AGENT_ABSENT: "virsh dumpxml VM | grep guest_agent",
+    Code.GUEST_AGENT_DISCONNECTED: 'virsh qemu-agent-command VM \'{"execute":"guest-ping"}\'',
+    Code.GUEST_AGENT_UNRESPONSIVE: 'virsh qemu-agent-command VM \'{"execute":"guest-ping"}\'',
+    Code.GUEST_AGENT_REFUSED: 'virsh qemu-agent-command VM \'{"execute":"guest-info"}\'',
+    Code.GUEST_CPU_NOT_SEEN: "virsh vcpucount VM --guest; in the guest: dmesg | grep -i cpu; cat /proc/cmdline",
+    Code.GUEST_CPU_OFFLINE: "virsh guestvcpus VM; in the guest: lscpu -e",
+    Code.GUEST_MEMORY_NOT_SEEN: "in the guest: lsmem --all; dmesg | grep -i -e acpi -e hotplug",
+    Code.GUEST_MEMORY_OFFLINE: "in the guest: lsmem --all; cat /sys/devices/system/memory/auto_online_blocks",
+    Code.GUEST_MEMORY_SHORT: "in the guest: free -m",
+    Code.GUEST_CPU_IN_USE: "in the guest: dmesg | tail; ps -eLo psr,pid,cls,comm",
+    Code.GUEST_MEMORY_IN_USE: "in the guest: lsmem --all; dmesg | grep -i offline",
+    Code.GUEST_FREE_SHOWS_LESS: "in the guest: grep MemTotal /proc/meminfo; dmesg | grep Memory:",
+    Code.DRIFT: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
 }
 
 

@@ -152,6 +152,20 @@ class Definition(msgspec.Struct, frozen=True):
         return next((device for device in self.devices if device.alias == alias), None)
 
 
+def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
+    """Return the guest's block numbers behind a device; none where its place is not known."""
+    if device.base is None:
+        return frozenset()
+    return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
+
+
+def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
+    """Return the guest's block numbers behind all dimms of a running VM."""
+    return frozenset[int]().union(
+        *(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
+    )
+
+
 class Domain(msgspec.Struct, frozen=True):
     """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient.
 
@@ -279,3 +293,19 @@ class Facts(msgspec.Struct, frozen=True):
         if self.domain.config is None:
             raise AgentError(Code.VM_TRANSIENT, f"VM {self.domain.name} is transient")
         return self.domain.config
+
+    @property
+    def offline_vcpus(self) -> int | None:
+        """How many vCPUs the running VM has that its guest does not use; None where the guest does not tell."""
+        live, online = self.domain.live, self.guest.cpus_online
+        return None if live is None or online is None else max(0, live.vcpu_current - online)
+
+    @property
+    def offline_memory_bytes(self) -> int | None:
+        """How much memory the guest lists and does not use, or has plugged and does not list; None where unknown."""
+        live, blocks, quantum = self.domain.live, self.guest.blocks, self.guest.block_bytes
+        if live is None or blocks is None or quantum is None:
+            return None
+        listed = frozenset(block.index for block in blocks)
+        online = frozenset(block.index for block in blocks if block.online)
+        return len((dimm_blocks(live, quantum) | listed) - online) * quantum

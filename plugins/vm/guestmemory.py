@@ -2,7 +2,7 @@
 
 from kvmagent.model.command import Ending, Problem
 from kvmagent.model.errors import MEMORY_ONLINE_HINT, AgentError, Code
-from kvmagent.model.facts import Definition, Facts, Guest, MemoryDevice
+from kvmagent.model.facts import Facts, Guest, dimm_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -28,20 +28,6 @@ MAP_DIVISOR = 64
 GUEST_RESERVE_BYTES = 32 * MIB
 # What the balloon must leave of memory that is online in the guest.
 BALLOON_FLOOR_BYTES = 128 * MIB
-
-
-def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
-    """Return the guest's block numbers behind a device; none where its place is not known."""
-    if device.base is None:
-        return frozenset()
-    return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
-
-
-def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
-    """Return the guest's block numbers behind all dimms of a running VM."""
-    return frozenset[int]().union(
-        *(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
-    )
 
 
 def find_idle(facts: Facts) -> tuple[int, ...]:

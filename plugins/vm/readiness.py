@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, dimm_blocks
 from kvmagent.model.steps import AnyStep, DefineShape
-from kvmagent.model.units import align_up
+from kvmagent.model.units import align_up, format_size
 
 from .checks import (
     blocker,
@@ -24,7 +24,7 @@ from .checks import (
     vcpu_quantum,
 )
 from .cpu import idle_warnings, migration_warnings
-from .guestmemory import dimm_blocks, online_blocks, plug_warnings
+from .guestmemory import plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, is_prepared, plan_preparation
 from .reply import drift, settle, shared_fields
@@ -74,17 +74,12 @@ def conclude(ending: Ending) -> ReadinessReply:
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:
     """Return what is plugged and not used in the guest; None for a VM that is off."""
-    live, guest, actual = facts.domain.live, facts.guest, facts.domain.balloon_bytes
+    live, actual = facts.domain.live, facts.domain.balloon_bytes
     if live is None:
         return None
-    cpus, memory = guest.cpus_online, None
-    if guest.blocks is not None and guest.block_bytes is not None:
-        listed = frozenset(block.index for block in guest.blocks)
-        idle = (dimm_blocks(live, guest.block_bytes) | listed) - online_blocks(guest)
-        memory = len(idle) * guest.block_bytes
     return PluggedOffline(
-        cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus),
-        memory_size=memory,
+        cpu_num=facts.offline_vcpus,
+        memory_size=facts.offline_memory_bytes,
         ballooned=None if actual is None else max(0, live.balloon_total_bytes - actual),
     )
 
@@ -143,9 +138,8 @@ def _blockers(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker
     if facts.domain.live is not None:
         yield from check_guest(facts.guest)
     for change in drift(facts):
-        yield blocker(
-            Code.DRIFT, f"{change.field} is {change.live} in the running VM, {change.config} in its definition"
-        )
+        live, config = _words(change.field, change.live), _words(change.field, change.config)
+        yield blocker(Code.DRIFT, f"{change.field} is {live} in the running VM, {config} in its definition")
 
 
 def _blockers_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker]:
@@ -170,6 +164,12 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
     added = align_up(max(0, wanted - definition.memory_bytes), quantum)
     yield from check_dimm_room(facts, affect, (added,) if added else (), node=None)
     yield from check_balloon(facts, affect, 0)
+
+
+def _words(field: str, value: int | None) -> str:
+    if value is None:
+        return "none"
+    return format_size(value) if field.endswith("Size") else str(value)
 
 
 def _headroom(facts: Facts) -> Headroom | None:
