@@ -42,7 +42,7 @@ STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 _OFF: frozenset[VmState] = frozenset({"shutoff", "crashed"})
-# Source: libvirt virDomainRunningReason.
+# Source: libvirt virDomainRunningReason. Observed: libvirt 9.0 keeps it over its own restart, not over a pause.
 _MIGRATED = {libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY}
 _AFFECT = {"live": libvirt.VIR_DOMAIN_AFFECT_LIVE, "config": libvirt.VIR_DOMAIN_AFFECT_CONFIG}
 _JOBS = {
