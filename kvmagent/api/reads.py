@@ -7,6 +7,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
+from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
 from kvmagent.api.openapi import OwnPath, build_openapi
 from kvmagent.api.server import Answer, Call, Handler
 from kvmagent.api.wire import encode, encode_error
@@ -39,6 +40,7 @@ _PATHS = (
         method="post",
     ),
     OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
+    OwnPath("/metrics", "Metrics of the agent and its VMs, in Prometheus' text format"),
     OwnPath("/openapi.json", "This document"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
@@ -62,6 +64,7 @@ class Reads:
         *,
         describe_vm: Callable[[str], Any],
         find_stalls: Callable[[], Mapping[str, str]],
+        metrics: Metrics,
     ) -> None:
         self._node = node
         self._journal = journal
@@ -69,6 +72,7 @@ class Reads:
         self._delivery = delivery
         self._describe_vm = describe_vm
         self._find_stalls = find_stalls
+        self._metrics = metrics
         self._asker = Asker(at_once=_AT_ONCE)
         self._openapi = encode(build_openapi(declared, _PATHS))
 
@@ -80,6 +84,7 @@ class Reads:
             ("GET", "/tasks"): self._tasks,
             ("GET", "/tasks/*"): self._task,
             ("GET", "/healthz"): self._health,
+            ("GET", "/metrics"): self._render_metrics,
             ("GET", "/openapi.json"): lambda _call: Answer(self._openapi),
         }
 
@@ -131,6 +136,10 @@ class Reads:
         }
         return Answer(encode(whole))
 
+    def _render_metrics(self, call: Call) -> Answer:
+        _check_query(call, ())
+        return Answer(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
     def _health(self, call: Call) -> Answer:
         down = dict(self._find_stalls())
         try:
@@ -167,8 +176,12 @@ class _Told(msgspec.Struct, rename="camel"):
     remedy: Any = None
 
 
+# Made here and once, for the reason that model.shapes gives.
+_TOLD = msgspec.json.Decoder(_Told)
+
+
 def _summary(task: Task) -> dict[str, Any]:
-    told = msgspec.json.decode(task.reply, type=_Told) if task.reply else _Told()
+    told = _TOLD.decode(task.reply) if task.reply else _Told()
     return {
         "taskUuid": task.task_uuid,
         "command": task.command,

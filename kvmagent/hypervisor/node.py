@@ -6,6 +6,7 @@ from pathlib import Path
 
 import libvirt
 import libvirt_qemu
+import msgspec
 
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
@@ -13,11 +14,14 @@ from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
-from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
+from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
-from kvmagent.model.facts import Definition, Facts, Host
-from kvmagent.model.host import HostLoad, HostView
+from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.meters import Meters, phase
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Domain, Facts, Host
+from kvmagent.model.host import HostLoad, HostView, VmStats
 from kvmagent.model.steps import AnyStep
 
 
@@ -36,9 +40,13 @@ class Node:
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
         host_root: Path = Path("/"),
+        meters: Meters | None = None,
     ) -> None:
         self._connection = connection
-        self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
+        self._meters = meters or Meters()
+        self._means = Means(
+            send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir, meters=self._meters
+        )
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
 
@@ -59,6 +67,11 @@ class Node:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
+
+    def read_stats(self) -> tuple[VmStats, ...]:
+        """Return what libvirt tells of all running VMs in one call."""
+        with self._connection.lease() as connection:
+            return read_stats(connection)
 
     def read_load(self) -> HostLoad:
         """Return what the host has left, which its kernel tells without libvirt."""
@@ -91,16 +104,28 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self._connection.lease() as connection:
+        with phase("libvirt"), self._connection.lease() as connection:
             handle = find_vm(connection, vm, self._means)
             domain, connected = handle.read()
             guest = handle.ask_guest(domain, connected, parts)
             limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
             host = read_host(limit, self._host_root)
+            host = msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
+            domain = self._with_memlock(domain)
         else:
             host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
-        return Facts(domain=domain, guest=guest, host=host)
+        facts = Facts(domain=domain, guest=guest, host=host)
+        self._meters.observed(facts)
+        return facts
+
+    def _with_memlock(self, domain: Domain) -> Domain:
+        """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""
+        if domain.live is None or not (domain.live.vfio_devices or domain.live.locked):
+            return domain
+        pid = find_pid(self._host_root, domain.uuid)
+        limit = None if pid is None else read_memlock_bytes(self._host_root, pid)
+        return msgspec.structs.replace(domain, memlock_bytes=limit)
 
     def perform(self, vm: str, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.
@@ -109,7 +134,13 @@ class Node:
             AgentError: what went wrong; what is so after it must be observed.
         """
         with self._find(vm) as handle:
-            return perform(handle, step)
+            try:
+                return perform(handle, step)
+            except AgentError as error:
+                # libvirt gives one code to a QEMU that ended and to some host errors.
+                if error.code is Code.VM_CRASHED and handle.is_active():
+                    raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
+                raise
 
     def preview(self, vm: str, step: AnyStep) -> str:
         """Return what the step would tell, without performing it.
@@ -122,7 +153,7 @@ class Node:
 
     @contextmanager
     def _find(self, vm: str) -> Iterator[VmHandle]:
-        with self._connection.lease() as connection:
+        with phase("libvirt"), self._connection.lease() as connection:
             yield find_vm(connection, vm, self._means)
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:

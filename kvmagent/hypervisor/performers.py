@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from kvmagent.hypervisor.deviceevents import DeviceEvent
 from kvmagent.hypervisor.domain import VmHandle
+from kvmagent.hypervisor.guestagent import CommandRefused
 from kvmagent.hypervisor.shapexml import edit_shape, format_diff
+from kvmagent.meters import phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.steps import (
     AnyStep,
@@ -31,6 +34,7 @@ from kvmagent.model.steps import (
     OnlineGuestVcpus,
     ResizeVirtioMem,
     SetBalloon,
+    SetCpuShares,
     SetVcpus,
     UnplugVcpus,
 )
@@ -64,6 +68,10 @@ def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
     vm.set_vcpus(step.count, step.target)
 
 
+def _set_cpu_shares(vm: VmHandle, step: SetCpuShares) -> None:
+    vm.set_cpu_shares(step.shares, step.target)
+
+
 def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
     def is_listed() -> bool:
         return len({cpu.id for cpu in vm.agent.vcpus()} - set(step.known)) >= step.added
@@ -76,8 +84,16 @@ def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
 
 
 def _online_guest_vcpus(vm: VmHandle, step: OnlineGuestVcpus) -> None:
+    try:
+        count = vm.agent.online_vcpus(step.ids)
+    except CommandRefused as error:
+        if error.command in vm.agent.disabled():
+            raise
+        raise AgentError(
+            Code.GUEST_CPU_OFFLINE, f"the guest did not bring CPUs {format_ids(step.ids)} online: {error.words}"
+        ) from error
     # A short count is no failure: the next round goes on with the rest.
-    if vm.agent.online_vcpus(step.ids) == 0:
+    if count == 0:
         raise AgentError(Code.GUEST_CPU_OFFLINE, f"the guest brought none of CPUs {format_ids(step.ids)} online")
 
 
@@ -166,11 +182,8 @@ def _detach_memory(vm: VmHandle, step: DetachMemory) -> None:
                     Code.MEMORY_REMOVAL_PENDING,
                     f"after {step.timeout_sec:g} s the guest has neither given up {step.alias} nor refused",
                 )
-            try:
-                event = events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                continue
-            if event.kind == "removal-failed" and event.alias == step.alias:
+            event = _await_event(events, deadline)
+            if event is not None and event.kind == "removal-failed" and event.alias == step.alias:
                 raise AgentError(Code.MEMORY_REMOVAL_REFUSED, f"the guest refused to give up {step.alias}")
 
 
@@ -211,8 +224,7 @@ def _await_virtio_mem(vm: VmHandle, step: AwaitVirtioMem) -> None:
                     f"{step.alias} was asked for {format_size(step.size_bytes)}, after {step.timeout_sec:g} s it is "
                     f"{shown}",
                 )
-            with contextlib.suppress(queue.Empty):
-                events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+            _await_event(events, deadline)
 
 
 def _define_shape(vm: VmHandle, step: DefineShape) -> str:
@@ -226,19 +238,28 @@ def _diff(xml: str, step: DefineShape) -> str:
     return format_diff(xml, edit_shape(xml, step.shape))
 
 
+def _await_event(events: "queue.SimpleQueue[DeviceEvent]", deadline: float) -> DeviceEvent | None:
+    """Wait for an event of the guest's, as long as may be without a look."""
+    with phase("guest"), contextlib.suppress(queue.Empty):
+        return events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+    return None
+
+
 def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
     """Look until it is so or the time is over, at growing intervals; return whether it is so."""
     deadline, pause_s = time.monotonic() + timeout_s, _FIRST_LOOK_S
     while not is_done():
         if time.monotonic() >= deadline:
             return False
-        time.sleep(pause_s)
+        with phase("guest"):
+            time.sleep(pause_s)
         pause_s = min(pause_s * 1.5, _LONGEST_LOOK_S)
     return True
 
 
 PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     SetVcpus: _set_vcpus,
+    SetCpuShares: _set_cpu_shares,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,
     AttachMemory: _attach_memory,

@@ -2,7 +2,8 @@
 
 A code is a stable word: clients decide on it, so it is never renamed and never used again for another meaning.
 `CODES` gives each its HTTP status (for a request refused at once), what it means, and the remedy that is told where
-the place that raises it knows no better one.
+the place that raises it knows no better one; `LOOKS`, by what an operator sees for himself. docs/troubleshoot.md is
+made from both.
 """
 
 from enum import StrEnum
@@ -67,6 +68,7 @@ class Code(StrEnum):
     VM_NOT_RUNNING = "VM_NOT_RUNNING"
     VM_PAUSED = "VM_PAUSED"
     VM_TRANSIENT = "VM_TRANSIENT"
+    VM_MIGRATED = "VM_MIGRATED"
     VM_CRASHED = "VM_CRASHED"
     NOT_AS_EXPECTED = "NOT_AS_EXPECTED"
     TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
@@ -81,6 +83,7 @@ class Code(StrEnum):
     CPU_ABOVE_HOST_LIMIT = "CPU_ABOVE_HOST_LIMIT"
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
+    CPU_SHARES_NOT_SET = "CPU_SHARES_NOT_SET"
     CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
     REMOVAL_LOST = "REMOVAL_LOST"
     # memory
@@ -96,6 +99,7 @@ class Code(StrEnum):
     HOST_NODE_MEMORY_SHORT = "HOST_NODE_MEMORY_SHORT"
     HOST_HUGEPAGES_SHORT = "HOST_HUGEPAGES_SHORT"
     MEMORY_HARD_LIMIT = "MEMORY_HARD_LIMIT"
+    MEMORY_LOCK_LIMIT = "MEMORY_LOCK_LIMIT"
     MEMORY_ENCRYPTED = "MEMORY_ENCRYPTED"
     MEMORY_NOT_REMOVABLE = "MEMORY_NOT_REMOVABLE"
     MEMORY_SIZE_NOT_REACHABLE = "MEMORY_SIZE_NOT_REACHABLE"
@@ -123,6 +127,8 @@ class Code(StrEnum):
     GUEST_OS_UNABLE = "GUEST_OS_UNABLE"
     GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
+    # the plan
+    PLAN_NOT_WHOLE = "PLAN_NOT_WHOLE"
 
 
 class CodeInfo(msgspec.Struct, frozen=True):
@@ -273,7 +279,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.JOURNAL_UNAVAILABLE: CodeInfo(
         503,
         "The task journal cannot be written, so no task can be accepted.",
-        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write.",
+        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write. Send the "
+        "command again with the same taskuuid: it is done once, even where the disk kept what was refused.",
     ),
     Code.TASK_UNREADABLE: CodeInfo(
         500,
@@ -328,6 +335,11 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM is transient: it has no persistent definition to change.",
         'Send "affect": "live", or define the VM persistently (virsh define).',
+    ),
+    Code.VM_MIGRATED: CodeInfo(
+        200,
+        "The VM came to this host by live migration: some guests cannot bring vCPUs online that are plugged after one.",
+        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on.",
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
@@ -388,6 +400,11 @@ CODES: dict[Code, CodeInfo] = {
         "The VM is emulated (domain type qemu): QEMU never confirms the removal of a vCPU there, and crashes later.",
         'Send "affect": "config" and power the VM off and on, or run the VM with KVM.',
     ),
+    Code.CPU_SHARES_NOT_SET: CodeInfo(
+        200,
+        "CPU shares were to follow the number of vCPUs, and the VM has none of its own: it weighs what any VM does.",
+        "Set <cputune><shares> (virsh schedinfo) if the VM is to weigh more or less than others.",
+    ),
     Code.CPU_REMOVAL_PENDING: CodeInfo(
         200,
         "The guest has neither given up the vCPUs nor can it be told to have refused.",
@@ -445,6 +462,12 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM's memtune hard_limit is too low for the amount: QEMU would be killed, or could not lock its memory.",
         "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
+    ),
+    Code.MEMORY_LOCK_LIMIT: CodeInfo(
+        400,
+        "The VM's memory is locked, for a passed-through device say, and its QEMU process may not lock so much.",
+        "Raise the limit of locked memory of the service that libvirt runs in (LimitMEMLOCK) and power the VM off and "
+        "on, or ask for less.",
     ),
     Code.MEMORY_ENCRYPTED: CodeInfo(
         400,
@@ -565,11 +588,85 @@ CODES: dict[Code, CodeInfo] = {
         "The guest's operating system is known not to do all of this by itself.",
         "Look in the guest whether it uses what was plugged.",
     ),
+    Code.PLAN_NOT_WHOLE: CodeInfo(
+        200,
+        "The plan ends where only the guest can tell what comes next, such as what it has to bring online.",
+        "Nothing to do: the reply of the command itself has all steps.",
+    ),
     Code.DRIFT: CodeInfo(
         200,
         "The running VM and its persistent definition differ.",
         "Send the command again with affect both, or correct the persistent definition, before the next start.",
     ),
+}
+
+#: What an operator runs to see the cause of a code: on the host, or in the guest where it says so. VM is its name.
+LOOKS: dict[Code, str] = {
+    Code.UNKNOWN_TASK: "kvmagentctl tasks --limit 1000",
+    Code.TASK_CONFLICT: "kvmagentctl task ID",
+    Code.TASK_NOT_CANCELLABLE: "kvmagentctl task ID",
+    Code.CREDENTIALS_WRONG: "cut -d: -f1 /etc/kvmagent/tokens",
+    Code.CERTIFICATE_NOT_ALLOWED: "openssl x509 -in CERTIFICATE -noout -ext subjectAltName",
+    Code.CLIENT_NOT_ALLOWED: "journalctl -u kvmagent -g CLIENT_NOT_ALLOWED",
+    Code.CALLBACK_NOT_ALLOWED: "kvmagentctl config",
+    Code.TOO_MANY_CONNECTIONS: "ss -tn state established '( sport = :7070 )'",
+    Code.QUEUE_FULL: "kvmagentctl status; kvmagentctl tasks --state running",
+    Code.JOURNAL_UNAVAILABLE: "df -h /var/lib/kvmagent; df -i /var/lib/kvmagent; ls -ld /var/lib/kvmagent",
+    Code.TASK_UNREADABLE: "kvmagentctl task ID; kvmagentctl config",
+    Code.STATE_DIR_IN_USE: "cat /var/lib/kvmagent/lock; systemctl status kvmagent",
+    Code.INTERNAL_ERROR: "journalctl -u kvmagent -p err -n 100",
+    Code.BAD_CONFIGURATION: "kvmagentctl config --check",
+    Code.LIBVIRT_UNAVAILABLE: "systemctl status libvirtd virtqemud; virsh -c qemu:///system version",
+    Code.LIBVIRT_REFUSED: "tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.LIBVIRT_BUSY: "virsh domjobinfo VM",
+    Code.NOT_VERIFIED: "virsh dumpxml VM; tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.VM_NOT_FOUND: "virsh list --all --uuid --name",
+    Code.VM_NOT_RUNNING: "virsh domstate VM --reason",
+    Code.VM_PAUSED: "virsh domstate VM --reason",
+    Code.VM_TRANSIENT: "virsh dominfo VM",
+    Code.VM_CRASHED: "tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.NO_ACPI: "kvmagentctl ready VM --prepare --diff",
+    Code.MACHINE_NOT_SUPPORTED: "virsh dumpxml VM | grep '<type arch'",
+    Code.FORMER_XML_NOT_KEPT: "df -h /var/lib/kvmagent; ls -l /var/lib/kvmagent/former-xml",
+    Code.CPU_ABOVE_MAXIMUM: "virsh vcpucount VM",
+    Code.CPU_TOPOLOGY_MISMATCH: "virsh dumpxml VM | grep -e '<vcpu ' -e '<topology'",
+    Code.CPU_ABOVE_HOST_LIMIT: "virsh domcapabilities --machine q35 | grep '<vcpu'",
+    Code.CPU_NOT_REMOVABLE: "virsh dumpxml VM | grep '<vcpu '",
+    Code.CPU_REMOVAL_UNSAFE: "virsh dumpxml VM | grep '<domain type'",
+    Code.CPU_REMOVAL_PENDING: "virsh vcpucount VM; in the guest: lscpu -e",
+    Code.NO_MAX_MEMORY: "kvmagentctl ready VM --prepare --diff",
+    Code.MEMORY_ABOVE_MAXIMUM: "virsh dumpxml VM | grep -i memory",
+    Code.SLOTS_EXHAUSTED: "virsh dumpxml VM | grep -e '<maxMemory' -e '<memory model'",
+    Code.NO_NUMA_CELL: "kvmagentctl ready VM --prepare --diff",
+    Code.NUMA_CELLS_INCOMPLETE: "virsh dumpxml VM | grep -e '<vcpu ' -e '<cell '",
+    Code.NUMA_NODE_NOT_FOUND: "virsh dumpxml VM | grep '<cell '",
+    Code.MEMORY_DEVICE_MISALIGNED: "virsh dumpxml VM | grep -A 12 '<memory model'",
+    Code.HOST_MEMORY_SHORT: "free -h; virsh list --all",
+    Code.HOST_NODE_MEMORY_SHORT: "virsh freecell --all; virsh numatune VM",
+    Code.HOST_HUGEPAGES_SHORT: "virsh freepages --all",
+    Code.MEMORY_HARD_LIMIT: "virsh memtune VM",
+    Code.MEMORY_ENCRYPTED: "virsh dumpxml VM | grep -A 5 '<launchSecurity'",
+    Code.MEMORY_NOT_REMOVABLE: "virsh dumpxml VM | grep -A 12 '<memory model'",
+    Code.MEMORY_SIZE_NOT_REACHABLE: "virsh dumpxml VM | grep -A 12 '<memory model'",
+    Code.MEMORY_REMOVAL_REFUSED: "in the guest: dmesg | grep -i offline; lsmem",
+    Code.MEMORY_REMOVAL_PENDING: "kvmagentctl vms; in the guest: lsmem",
+    Code.VIRTIO_MEM_STALLED: "virsh dumpxml VM | grep -A 12 '<memory model'; in the guest: lsmod | grep virtio_mem",
+    Code.NO_BALLOON: "virsh dumpxml VM | grep '<memballoon'",
+    Code.BALLOON_NOT_ANSWERING: "virsh dommemstat VM; in the guest: lsmod | grep virtio_balloon",
+    Code.BALLOON_BELOW_FLOOR: "virsh dommemstat VM; in the guest: lsmem",
+    Code.GUEST_AGENT_ABSENT: "virsh dumpxml VM | grep guest_agent",
+    Code.GUEST_AGENT_DISCONNECTED: 'virsh qemu-agent-command VM \'{"execute":"guest-ping"}\'',
+    Code.GUEST_AGENT_UNRESPONSIVE: 'virsh qemu-agent-command VM \'{"execute":"guest-ping"}\'',
+    Code.GUEST_AGENT_REFUSED: 'virsh qemu-agent-command VM \'{"execute":"guest-info"}\'',
+    Code.GUEST_CPU_NOT_SEEN: "virsh vcpucount VM --guest; in the guest: dmesg | grep -i cpu; cat /proc/cmdline",
+    Code.GUEST_CPU_OFFLINE: "virsh guestvcpus VM; in the guest: lscpu -e",
+    Code.GUEST_MEMORY_NOT_SEEN: "in the guest: lsmem --all; dmesg | grep -i -e acpi -e hotplug",
+    Code.GUEST_MEMORY_OFFLINE: "in the guest: lsmem --all; cat /sys/devices/system/memory/auto_online_blocks",
+    Code.GUEST_MEMORY_SHORT: "in the guest: free -m",
+    Code.GUEST_CPU_IN_USE: "in the guest: dmesg | tail; ps -eLo psr,pid,cls,comm",
+    Code.GUEST_MEMORY_IN_USE: "in the guest: lsmem --all; dmesg | grep -i offline",
+    Code.GUEST_FREE_SHOWS_LESS: "in the guest: grep MemTotal /proc/meminfo; dmesg | grep Memory:",
+    Code.DRIFT: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
 }
 
 

@@ -23,6 +23,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
+from kvmagent.certificates import find_end
 from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
@@ -59,6 +60,8 @@ class Callbacks:
         self._resolve = resolve
         self._lookups = _Lookups(resolve)
         self._context = ssl.create_default_context()
+        #: Until when the certificate in force is good; None without one.
+        self.certificate_end: float | None = None
 
     def load(self) -> None:
         """Read the certificates that callbacks are sent with and verified by; connections that are open stay.
@@ -79,6 +82,7 @@ class Callbacks:
             message = f"callback.server_ca, tls_cert, tls_key ({files}): {error}"
             raise AgentError(Code.BAD_CONFIGURATION, message) from error
         self._context = context
+        self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
 
     def check(self, url: str, client: str) -> None:
         """Refuse a callback URL that is known not to be allowed for this client; one that is not known may pass.

@@ -82,6 +82,18 @@ def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -
         assert CODES[code].remedy in told
 
 
+def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    told = [(Code.GUEST_OS_LIMITED, "good to know"), (Code.GUEST_CPU_OFFLINE, "for nothing")]
+    entry = vm(1, "web-1", cpus=(2, 1, 4), warnings=tuple(told), blockers=((Code.NO_ACPI, "in the way"),))
+    stage.answers["/vms"] = (200, {"vms": [entry]})
+    browser = opened()
+    browser.run("document.querySelector('#vm-rows button').click()")
+    places = [browser.text(".problems").index(words) for words in ("For nothing", "In the way", "Good to know")]
+    assert places == sorted(places)
+
+
 def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened: Callable[..., Browser]) -> None:
     tasks = opened().text("#task-list")
     assert "4 vCPUs were asked for, the running definition allows at most 2" in tasks
@@ -117,6 +129,7 @@ def test_never_asks_again_before_it_was_answered(stage: Stage, opened: Callable[
     browser = opened()
     stage.gate.clear()
     before = stage.asked.copy()
+    browser.run("document.dispatchEvent(new Event('visibilitychange'))")
     browser.wait("document.querySelector('#tasks-age').innerText.includes('waiting for an answer')")
     for _ in range(20):
         browser.run("document.dispatchEvent(new Event('visibilitychange'))")
@@ -151,9 +164,11 @@ def test_says_so_when_the_agent_is_down_and_goes_on_when_it_is_back(browser: Bro
     assert "The agent does not answer. What stands here is from" in told
     assert "systemctl status kvmagent" in told
     assert browser.run("return document.body.classList.contains('stale')")
+    assert browser.text("#health") == "No answer"
     assert "db-7" in browser.text("#vm-rows")
     stage.start()
     browser.wait("document.querySelector('#stale').hidden && !document.body.classList.contains('stale')")
+    assert browser.text("#health") == "Ready"
 
 
 def test_says_what_is_down_when_the_agent_is_not_ready(stage: Stage, opened: Callable[..., Browser]) -> None:
@@ -175,6 +190,16 @@ def test_says_what_is_down_when_the_agent_is_not_ready(stage: Stage, opened: Cal
     assert CODES[Code.LIBVIRT_UNAVAILABLE].remedy in browser.text("#vms-error")
     assert browser.run(f"return {ROWS}") == len(VMS)
     browser.complaints()  # the browser logs every answer of 503 itself
+
+
+def test_whoever_is_not_let_in_is_told_why_and_what_to_do(browser: Browser, stage: Stage) -> None:
+    info = CODES[Code.CERTIFICATE_NOT_ALLOWED]
+    refusal = {"success": False, "error": "the certificate is for me", "errorCode": "X", "remedy": info.remedy}
+    for path in stage.answers:
+        stage.answers[path] = (403, refusal)
+    browser.open(stage.url)
+    browser.wait("document.querySelector('#stale').innerText.includes('the certificate is for me')")
+    assert info.remedy in browser.text("#stale")
 
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>{{7*7}}\u202e\'"&amp;'

@@ -10,7 +10,8 @@ from importlib.resources import files
 
 from kvmagent.api.server import Answer, Call, Handler
 
-_FILES = {
+#: Path to file and content type.
+FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -36,12 +37,12 @@ _HEADERS = {
 }
 
 #: The paths that need no credentials.
-PUBLIC_PATHS = frozenset(_FILES)
+PUBLIC_PATHS = frozenset(FILES)
 
 
 def page_routes() -> Mapping[tuple[str, str], Handler]:
     """Return the GET paths of the page's files and what answers them."""
-    return {("GET", path): _serve(name, kind) for path, (name, kind) in _FILES.items()}
+    return {("GET", path): _serve(name, kind) for path, (name, kind) in FILES.items()}
 
 
 def _serve(name: str, kind: str) -> Handler:

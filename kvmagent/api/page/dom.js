@@ -57,7 +57,8 @@ export function size(bytes) {
 
 /** Seconds for people: 20 ms, 0.4 s, 12 s, 3 min, 5 h, 2 d. */
 export function duration(seconds) {
-  if (seconds < 0.1) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
+  if (seconds <= 0) return "0 s";
+  if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 10) return `${Math.round(seconds * 10) / 10} s`;
   if (seconds < 120) return `${Math.round(seconds)} s`;
   if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
@@ -67,7 +68,7 @@ export function duration(seconds) {
 
 /** How long ago, without a number that changes every second. */
 export function ago(seconds) {
-  return seconds < 5 ? "just now" : `${duration(seconds)} ago`;
+  return seconds < 5 ? "just now" : `${duration(Math.round(seconds))} ago`;
 }
 
 export function plural(count, one, many = `${one}s`) {

@@ -16,6 +16,7 @@ let counted = null;
 let running = new Map();
 let finished = null;
 let silentSince = null;
+let refused = null;
 
 const hold = () => paused || locked || document.hidden;
 const polls = {
@@ -26,24 +27,24 @@ const polls = {
 
 function showHealth(body) {
   health = body;
-  silentSince = null;
+  silentSince = refused = null;
   running = new Map(body.running.map((task) => [task.taskUuid, task.seconds]));
   document.title = `${body.ready ? "" : "⚠ "}${body.host.name} – kvmagent`;
   $("host").textContent = body.host.name;
   $("version").textContent = `kvmagent ${body.version}`;
-  const down = Object.entries(body.down);
-  const words = body.ready
-    ? [h("p", { class: "verdict" }, icon("good"), "Ready")]
-    : [h("p", { class: "verdict" }, icon("bad"), "Not ready"),
-      h("ul", {}, down.map(([part, text]) => h("li", {}, h("b", {}, part), ` ${text}`)))];
-  const print = JSON.stringify([body.ready, body.down]);
-  if ($("health").dataset.print !== print) {
-    $("health").dataset.print = print;
-    $("health").className = body.ready ? "good" : "bad";
-    fill($("health"), words);
-  }
+  drawVerdict(body.ready ? "good" : "bad", body.ready ? "Ready" : "Not ready", body.down);
   $("status").hidden = false;
   drawFigures();
+}
+
+/** The one word that everybody looks for, and what is down. It is announced when it changes. */
+function drawVerdict(symbol, words, down) {
+  const print = JSON.stringify([words, down]);
+  if ($("health").dataset.print === print) return;
+  $("health").dataset.print = print;
+  $("health").className = symbol;
+  fill($("health"), h("p", { class: "verdict" }, icon(symbol), words),
+    h("ul", {}, Object.entries(down).map(([part, text]) => h("li", {}, h("b", {}, part), ` ${text}`))));
 }
 
 function showTasks(body) {
@@ -92,8 +93,10 @@ function failed(section) {
   return (error) => {
     if (error instanceof Refused && error.status === 401) ask(error);
     else if (error instanceof Refused && section) tell($(`${section}-error`), error);
-    else if (error instanceof Refused) tell($("stale"), error);
+    else if (error instanceof Refused) refused = error;
+    else if (error.name === "TimeoutError" && section) tell($(`${section}-error`), { error: "No answer in time; it is asked again." });
     else silentSince ??= Date.now();
+    tick();
   };
 }
 
@@ -135,9 +138,10 @@ function tick() {
   document.body.classList.toggle("stale", stale || paused);
   if (stale) {
     const since = seen === null ? "" : ` What stands here is from ${new Date(seen).toLocaleTimeString("en-GB")}.`;
+    drawVerdict("bad", "No answer", {});
     tell($("stale"), { error: `The agent does not answer.${since}`, remedy: "On the host: systemctl status kvmagent; journalctl -u kvmagent -n 50" });
-  } else if (silentSince === null && polls.health.answeredAt !== null) {
-    tell($("stale"), null);
+  } else {
+    tell($("stale"), refused);
   }
 }
 

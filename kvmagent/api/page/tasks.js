@@ -69,8 +69,8 @@ function outcome(task) {
 }
 
 function told(task) {
-  if (task.state === "running") return `for ${duration(task.seconds ?? now() - task.startedAt)}`;
-  if (task.state === "accepted") return `since ${duration(now() - task.acceptedAt)}`;
+  if (task.state === "running") return `for ${duration(Math.round(task.seconds ?? now() - task.startedAt))}`;
+  if (task.state === "accepted") return `since ${duration(Math.round(now() - task.acceptedAt))}`;
   return ago(now() - task.finishedAt);
 }
 

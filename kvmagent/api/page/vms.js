@@ -120,7 +120,7 @@ function row(entry) {
   const focused = element.contains(document.activeElement);
   const { vm, measures } = entry;
   const unread = vm.success === false;
-  const problems = unread || !measures.live ? [] : [...vm.warnings, ...vm.blockers];
+  const problems = unread || !measures.live ? [] : worstFirst(vm);
   fill(
     element,
     h("tr", { role: "row" },
@@ -192,6 +192,12 @@ function bar({ has, most, offline, ballooned }, live) {
     element.style.setProperty("--ticks", String(most));
   }
   return element;
+}
+
+/** What is plugged for nothing, what stands in the way, what is good to know. */
+function worstFirst({ warnings, blockers }) {
+  const idle = ({ code }) => /^GUEST_(CPU|MEMORY)_(OFFLINE|NOT_SEEN)$/.test(code);
+  return [...warnings.filter(idle), ...blockers, ...warnings.filter((warning) => !idle(warning))];
 }
 
 /** Whether hotplug can be had; where something stands in the way, the first of it and a button for all. */

@@ -1,0 +1,34 @@
+"""The three functions are pure: called with facts, no libvirt is needed to test them."""
+
+from give_all_cpus import GiveAllCpusGoal, GiveAllCpusRequest, advance, decide
+
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, Host
+from kvmagent.model.steps import OnlineGuestVcpus, SetVcpus
+
+GOAL = GiveAllCpusGoal(cpu_num=4, live=True, config=False, guest_online=True)
+
+
+def facts(cpus: int, *, online: int) -> Facts:
+    """A running VM that may have 4 vCPUs, and what its guest says."""
+    live = Definition(
+        vcpu_current=cpus, vcpu_maximum=4, vcpus=(), topology=None, total_bytes=2**30, current_bytes=2**30,
+        max_memory_bytes=None, slots=0, cells=(), devices=(), acpi=True, balloon=True, agent_channel=True,
+        machine="q35", arch="x86_64", hypervisor="kvm",
+    )  # fmt: skip
+    guest = Guest(vcpus=tuple(GuestVcpu(id=n, online=n < online, can_offline=n > 0) for n in range(cpus)))
+    return Facts(domain=Domain("vm1", "", "running", live=live, config=None), guest=guest, host=Host())
+
+
+def test_the_goal_is_a_total() -> None:
+    request = GiveAllCpusRequest(vm_uuid="vm1", leave_out=1)
+    assert decide(request, facts(1, online=1), "task-1").cpu_num == 3
+
+
+def test_plugs_first_and_then_brings_online_what_the_guest_has_not_by_itself() -> None:
+    assert advance(GOAL, facts(1, online=1), frozenset()) == (SetVcpus(count=4, target="live"),)
+    assert advance(GOAL, facts(4, online=1), frozenset()) == (OnlineGuestVcpus(ids=(1, 2, 3)),)
+    assert advance(GOAL, facts(4, online=4), frozenset()) == ()
+
+
+def test_a_guest_that_would_not_is_not_asked_again() -> None:
+    assert advance(GOAL, facts(4, online=1), frozenset({"OnlineGuestVcpus"})) == ()

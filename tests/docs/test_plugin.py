@@ -1,0 +1,128 @@
+"""docs/plugin.md: the distribution that it shows is built, installed beside the agent, and does what it says."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.agent import format_spec
+from tests.lab.agent import AgentProcess, find_command, new_task_uuid
+from tests.lab.domainxml import GuestSpec
+from tests.lab.server import ManagementServer
+
+EXAMPLE = Path(__file__).parents[2] / "docs/give-all-cpus"
+PATH = "/example/give-all-cpus"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory into which the example is installed as pip does it, from its sources and without the network."""
+    directory = tmp_path_factory.mktemp("plugin")
+    source = directory / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "give_all_cpus.py"):
+        (source / name).write_bytes((EXAMPLE / name).read_bytes())
+    install = (*("install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"), "--target", directory / "at")
+    subprocess.run([sys.executable, "-m", "pip", *install, source], check=True, capture_output=True, text=True)
+    return directory / "at"
+
+
+@pytest.fixture(scope="module")
+def agent(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
+    """The agent with the plugin, on libvirt's test driver."""
+    node = tmp_path_factory.mktemp("node") / "node.xml"
+    node.write_text(f"<node>{format_spec(GuestSpec(name='vm1'), 'test')}</node>")
+    with AgentProcess(
+        uri=f"test://{node}",
+        settings={"agent": {"plugins": "vm, host, give-all-cpus"}},
+        command=["env", f"PYTHONPATH={installed}", *find_command()],
+    ) as running:
+        yield running
+
+
+def test_the_command_is_carried_out_and_its_outcome_posted(agent: AgentProcess) -> None:
+    with ManagementServer() as server:
+        for expected in ("plugged", "unchanged"):
+            task = new_task_uuid()
+            body = {"vmUuid": "vm1", "leaveOut": 1}
+            assert agent.post(PATH, body, task_uuid=task, callback_url=server.url).status == 200
+            reply = server.wait(task, 20)
+            assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, expected, 3)
+            # The test driver has no guest that could say more.
+            assert reply["guestCpuNum"] is None
+
+
+def test_it_is_checked_described_and_refused_like_any_other(agent: AgentProcess) -> None:
+    document = agent.get("/openapi.json").body
+    assert document["paths"][PATH]["post"]["summary"].startswith("Bring a VM up to the most vCPUs")
+    assert document["components"]["schemas"]["GiveAllCpusRequest"]["properties"]["leaveOut"]["minimum"] == 0
+    refused = agent.post(PATH, {"vmUuid": "vm1", "leaveOut": -1}, task_uuid=new_task_uuid(), callback_url=agent.url)
+    assert (refused.status, refused.body["errorCode"]) == (400, "OUT_OF_RANGE")
+    with ManagementServer() as server:
+        task = new_task_uuid()
+        agent.post(PATH, {"vmUuid": "vm1", "leaveOut": 9}, task_uuid=task, callback_url=server.url)
+        reply = server.wait(task, 20)
+        assert (reply["outcome"], reply["errorCode"], reply["remedy"]) == (
+            "refused",
+            "CPU_ABOVE_MAXIMUM",
+            "Leave out fewer.",
+        )
+
+
+def test_a_dry_run_changes_nothing(agent: AgentProcess) -> None:
+    with ManagementServer() as server:
+        task = new_task_uuid()
+        before = agent.get("/vms/vm1").body["after"]
+        agent.post(PATH, {"vmUuid": "vm1", "dryRun": True}, task_uuid=task, callback_url=server.url)
+        assert server.wait(task, 20)["outcome"] == "planned"
+        assert agent.get("/vms/vm1").body["after"] == before
+
+
+def test_kvmagentctl_offers_it(agent: AgentProcess, installed: Path) -> None:
+    done = subprocess.run(
+        [find_command()[0] + "ctl", "--url", agent.url, "give-all-cpus", "vm1", "--leave-out", "0"],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "plugged" in done.stdout
+
+
+def test_its_own_tests_pass(installed: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLE],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
+
+
+def test_it_names_nothing_of_the_agent_but_its_model() -> None:
+    imports = [
+        node
+        for node in ast.walk(ast.parse((EXAMPLE / "give_all_cpus.py").read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = {node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
+    assert {name for name in names if not name.startswith("kvmagent.model.")} == {"typing", "msgspec"}
+
+
+def test_its_types_are_right() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", EXAMPLE / "give_all_cpus.py"],
+        cwd=EXAMPLE.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
