@@ -6,6 +6,7 @@ from pathlib import Path
 
 import libvirt
 import libvirt_qemu
+import msgspec
 
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
@@ -16,8 +17,10 @@ from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
+from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
 from kvmagent.meters import Meters, phase
-from kvmagent.model.facts import Definition, Facts, Host
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Domain, Facts, Host
 from kvmagent.model.host import HostLoad, HostView, VmStats
 from kvmagent.model.steps import AnyStep
 
@@ -108,11 +111,21 @@ class Node:
             limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
             host = read_host(limit, self._host_root)
+            host = msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
+            domain = self._with_memlock(domain)
         else:
             host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
         facts = Facts(domain=domain, guest=guest, host=host)
         self._meters.observed(facts)
         return facts
+
+    def _with_memlock(self, domain: Domain) -> Domain:
+        """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""
+        if domain.live is None or not (domain.live.vfio_devices or domain.live.locked):
+            return domain
+        pid = find_pid(self._host_root, domain.uuid)
+        limit = None if pid is None else read_memlock_bytes(self._host_root, pid)
+        return msgspec.structs.replace(domain, memlock_bytes=limit)
 
     def perform(self, vm: str, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.
@@ -121,7 +134,13 @@ class Node:
             AgentError: what went wrong; what is so after it must be observed.
         """
         with self._find(vm) as handle:
-            return perform(handle, step)
+            try:
+                return perform(handle, step)
+            except AgentError as error:
+                # libvirt gives one code to a QEMU that ended and to some host errors.
+                if error.code is Code.VM_CRASHED and handle.is_active():
+                    raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
+                raise
 
     def preview(self, vm: str, step: AnyStep) -> str:
         """Return what the step would tell, without performing it.

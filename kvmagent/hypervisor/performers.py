@@ -13,6 +13,7 @@ from typing import Any
 
 from kvmagent.hypervisor.deviceevents import DeviceEvent
 from kvmagent.hypervisor.domain import VmHandle
+from kvmagent.hypervisor.guestagent import CommandRefused
 from kvmagent.hypervisor.shapexml import edit_shape, format_diff
 from kvmagent.meters import phase
 from kvmagent.model.errors import AgentError, Code
@@ -33,6 +34,7 @@ from kvmagent.model.steps import (
     OnlineGuestVcpus,
     ResizeVirtioMem,
     SetBalloon,
+    SetCpuShares,
     SetVcpus,
     UnplugVcpus,
 )
@@ -66,6 +68,10 @@ def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
     vm.set_vcpus(step.count, step.target)
 
 
+def _set_cpu_shares(vm: VmHandle, step: SetCpuShares) -> None:
+    vm.set_cpu_shares(step.shares, step.target)
+
+
 def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
     def is_listed() -> bool:
         return len({cpu.id for cpu in vm.agent.vcpus()} - set(step.known)) >= step.added
@@ -78,8 +84,16 @@ def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
 
 
 def _online_guest_vcpus(vm: VmHandle, step: OnlineGuestVcpus) -> None:
+    try:
+        count = vm.agent.online_vcpus(step.ids)
+    except CommandRefused as error:
+        if error.command in vm.agent.disabled():
+            raise
+        raise AgentError(
+            Code.GUEST_CPU_OFFLINE, f"the guest did not bring CPUs {format_ids(step.ids)} online: {error.words}"
+        ) from error
     # A short count is no failure: the next round goes on with the rest.
-    if vm.agent.online_vcpus(step.ids) == 0:
+    if count == 0:
         raise AgentError(Code.GUEST_CPU_OFFLINE, f"the guest brought none of CPUs {format_ids(step.ids)} online")
 
 
@@ -245,6 +259,7 @@ def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
 
 PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     SetVcpus: _set_vcpus,
+    SetCpuShares: _set_cpu_shares,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,
     AttachMemory: _attach_memory,

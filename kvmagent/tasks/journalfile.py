@@ -11,6 +11,9 @@
 
 While one commits, the changes of others gather and share the next commit. A full disk refuses new tasks and holds the
 results of running ones; when there is space again the writer goes on by itself. Reads have a connection of their own.
+
+A commit that failed in fsync may be on disk all the same, and is seen only after a crash: a task that was refused then
+is carried out once, a result that was tried again is the same one.
 """
 
 import contextlib

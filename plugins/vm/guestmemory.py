@@ -18,7 +18,6 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import MIB, align_down, format_ids, format_size
 
-from .checks import block_bytes
 from .reply import find_stages, refused_warning, silence_warning, warning
 from .requests import Stage
 
@@ -69,7 +68,9 @@ def offline_bytes(facts: Facts) -> int:
     return len(dimm_blocks(live, quantum) - online_blocks(facts.guest)) * quantum
 
 
-def split_for_guest(facts: Facts, sizes_bytes: list[int], *, online: bool) -> tuple[list[int], bool]:
+def split_for_guest(
+    facts: Facts, sizes_bytes: list[int], quantum_bytes: int, *, online: bool
+) -> tuple[list[int], bool]:
     """Return dimm sizes that the guest can take in, and whether each must be online before the next is attached.
 
     Raises:
@@ -81,11 +82,11 @@ def split_for_guest(facts: Facts, sizes_bytes: list[int], *, online: bool) -> tu
     room = available - GUEST_RESERVE_BYTES
     if sum(sizes_bytes) <= room * MAP_DIVISOR:
         return sizes_bytes, False
-    quantum, pieces = block_bytes(facts), list[int]()
+    pieces = list[int]()
     for size in sizes_bytes:
         left = size
         while left:
-            piece = min(left, align_down(max(0, room) * MAP_DIVISOR, quantum))
+            piece = min(left, align_down(max(0, room) * MAP_DIVISOR, quantum_bytes))
             if not piece or not online:
                 raise AgentError(
                     Code.GUEST_MEMORY_SHORT,

@@ -9,10 +9,9 @@ from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts, dimm_blocks
 from kvmagent.model.steps import AnyStep, DefineShape
-from kvmagent.model.units import align_up
+from kvmagent.model.units import align_up, format_size
 
 from .checks import (
-    block_bytes,
     blocker,
     check_balloon,
     check_cpu,
@@ -21,8 +20,9 @@ from .checks import (
     check_expected,
     check_guest,
     check_state,
+    dimm_quantum,
 )
-from .cpu import idle_warnings
+from .cpu import idle_warnings, migration_warnings
 from .guestmemory import plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, is_prepared, plan_preparation
@@ -55,7 +55,7 @@ def conclude(ending: Ending) -> ReadinessReply:
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
-        **shared_fields(ending, outcome, _offline_warnings(facts) + _os_warnings(facts)),
+        **shared_fields(ending, outcome, _find_warnings(facts)),
         name=facts.domain.name,
         state=facts.domain.state,
         plugged_offline=_find_offline(facts),
@@ -102,6 +102,10 @@ def _os_warnings(facts: Facts) -> list[Problem]:
     return told + find_limits(os, dimm=True, virtio_mem=bool(live.virtio_mems))[:1]
 
 
+def _find_warnings(facts: Facts) -> list[Problem]:
+    return _offline_warnings(facts) + _os_warnings(facts) + migration_warnings(facts)
+
+
 def _find_diff(ending: Ending) -> str | None:
     """Return the diff of the persistent XML; None for a mere question."""
     if not ending.request.prepare:
@@ -133,9 +137,8 @@ def _blockers(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker
     if facts.domain.live is not None:
         yield from check_guest(facts.guest)
     for change in drift(facts):
-        yield blocker(
-            Code.DRIFT, f"{change.field} is {change.live} in the running VM, {change.config} in its definition"
-        )
+        live, config = _words(change.field, change.live), _words(change.field, change.config)
+        yield blocker(Code.DRIFT, f"{change.field} is {live} in the running VM, {config} in its definition")
 
 
 def _blockers_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker]:
@@ -155,11 +158,17 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
         return
     yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + 1)
     yield from check_dimm_support(facts, affect)
-    quantum = block_bytes(facts)
+    quantum = dimm_quantum(facts, None)
     wanted = definition.memory_bytes + quantum if request.memory_size is None else request.memory_size
     added = align_up(max(0, wanted - definition.memory_bytes), quantum)
     yield from check_dimm_room(facts, affect, (added,) if added else (), node=None)
     yield from check_balloon(facts, affect, 0)
+
+
+def _words(field: str, value: int | None) -> str:
+    if value is None:
+        return "none"
+    return format_size(value) if field.endswith("Size") else str(value)
 
 
 def _headroom(facts: Facts) -> Headroom | None:
@@ -183,7 +192,7 @@ def _headroom(facts: Facts) -> Headroom | None:
         slots=max(0, slots),
         removable_cpu_num=removable,
         removable_memory_size=definition.memory_bytes - definition.boot_bytes,
-        memory_granularity=block_bytes(facts),
+        memory_granularity=dimm_quantum(facts, None),
         memory_methods=[name for name, can in methods.items() if can],
     )
 

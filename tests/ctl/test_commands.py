@@ -103,7 +103,7 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
         (("plug-memory", "db-7", "512"), "512 has no unit: write 512M for MiB, or 512B for bytes"),
         (("plug-memory", "db-7", "5X"), "'5X' is no size: write a number and a unit, as in 4G, 1.5GiB or 512MiB"),
         (("plug-cpu", "db-7", "many"), "'many' is not a valid integer range"),
-        (("plug-cpu", "db-7"), "Missing argument 'CPUS'"),
+        (("plug-cpu", "db-7"), "Missing argument 'CPUS'; remedy: See kvmagentctl plug-cpu --help."),
         (("ready", "db-7", "--slots", "4"), "--max-cpus, --max-memory and --slots are for --prepare"),
         (("ready", "db-7", "--apply", "--dry-run"), "--apply and --dry-run contradict each other"),
         (("plug-everything", "db-7"), "No such command 'plug-everything'"),
@@ -173,6 +173,14 @@ def test_a_terminal_shows_the_steps(ctl: Ctl) -> None:
     assert re.search(r"^  DefineShape \d+ ms$", shown.out, re.MULTILINE)
 
 
+def test_a_terminal_folds_what_is_longer_than_it_is_wide(ctl: Ctl) -> None:
+    shown = ctl.on_terminal("ready", "old", environment={"NO_COLOR": "1", "COLUMNS": "60"}).out.splitlines()
+    remedy = next(n for n, line in enumerate(shown) if line.lstrip().startswith("remedy: "))
+    assert shown[remedy].startswith("           remedy: ")
+    assert shown[remedy + 1].startswith(" " * 19)
+    assert all(len(line) <= 60 for line in shown if not line.startswith("  room for"))
+
+
 def test_tasks_are_listed_and_followed(ctl: Ctl) -> None:
     with ctl.start("tasks", "--follow", "--json") as following:
         assert following.stdout is not None
@@ -237,6 +245,7 @@ def test_the_help_lists_exit_statuses(ctl: Ctl) -> None:
     shown = ctl("--help")
     assert shown.status == 0
     assert "  130  interrupted (Ctrl-C): a task that was sent goes on" in shown.out
+    assert ctl() == shown
 
 
 def test_the_agent_loads_nothing_of_it() -> None:

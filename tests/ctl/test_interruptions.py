@@ -110,11 +110,28 @@ def test_an_agent_that_may_not_call_us_back_is_asked_without(node_uri: str) -> N
         assert agent.get("/healthz").body["owedCallbacks"] == 0
 
 
+def test_who_follows_tasks_goes_on_when_the_agent_is_back(ctl: Ctl, agent: AgentProcess) -> None:
+    def decide(request: Request) -> Answer | None:
+        return None if len(front.requests) in (2, 3) else pass_on(agent.port, request)
+
+    task = ctl("plug-cpu", "db-7", "77", "--json").json["taskUuid"]
+    with Front(decide) as front, ctl.start("--url", front.url, "tasks", "--follow", "--limit", "1") as following:
+        assert following.stdout is not None
+        assert task in following.stdout.readline()
+        wait_for(lambda: len(front.requests) > 3, timeout_s=20, what="a look after two that failed")
+        later = ctl("plug-cpu", "db-7", "78", "--json").json["taskUuid"]
+        assert later in following.stdout.readline()
+        done = interrupt(following)
+    assert (done.status, done.err.count("; waiting for it")) == (130, 1)
+
+
 def test_ctrl_c_says_that_the_task_goes_on_and_how_to_look_at_it(ctl: Ctl) -> None:
     with unhurried() as front, ctl.start("--url", front.url, "plug-cpu", "db-7", "2") as waiting:
         wait_for(lambda: len(front.requests) > 1, timeout_s=20, what="a look at the task")
         done = interrupt(waiting)
-    task = front.posts()[0].headers["taskuuid"]
+    first, second = front.posts()
+    task = first.headers["taskuuid"]
+    assert (second.headers["taskuuid"], second.headers["callbackurl"], second.body) == (task, "none", first.body)
     assert (done.status, done.out) == (130, "")
     assert done.err == (
         f"kvmagentctl: INTERRUPTED: interrupted; the task goes on in the agent as {task}; "
@@ -128,7 +145,8 @@ def test_the_time_of_wait_ends_the_waiting_and_not_the_task(ctl: Ctl) -> None:
         assert (done.status, done.json["errorCode"]) == (8, "UNFINISHED")
         assert done.json["taskUuid"] == front.posts()[0].headers["taskuuid"]
         assert ctl("--url", front.url, "plug-cpu", "db-7", "2", "--wait", "0").status == 8
-        assert front.posts()[1].headers["callbackurl"] == "none", "nobody waits for it"
+        urls = [post.headers["callbackurl"] for post in front.posts()]
+        assert (urls[0].startswith("http://"), urls[1:]) == (True, ["none", "none"]), "nobody waits for it any more"
 
 
 def test_a_terminal_shows_the_step_that_is_under_way(ctl: Ctl) -> None:

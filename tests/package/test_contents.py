@@ -11,7 +11,7 @@ import pytest
 from kvmagent.cli.ctl.exits import MEANINGS
 from kvmagent.cli.ctl.main import make_cli
 from tests.lab.agent import find_command
-from tests.package.conftest import ROOT
+from tests.package.conftest import ROOT, Made, run
 
 SCRIPTS = [
     "init.d/kvmagent",
@@ -30,8 +30,9 @@ def unpacked(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_lintian_finds_nothing_that_is_not_explained(deb: Path) -> None:
-    finds_nothing("lintian", "--allow-root", "--fail-on", "error,warning", str(deb))
+def test_lintian_finds_nothing_that_is_not_explained(made: Made) -> None:
+    done = made.lintian.result()
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
 def test_shellcheck_finds_nothing() -> None:
@@ -137,5 +138,5 @@ def test_systemd_finds_the_unit_s_program_and_manual(unpacked: Path) -> None:
 
 def finds_nothing(*command: str, prints: bool = False) -> None:
     """Run a linter; `prints`: on standard output is what it is for."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run(*command)
     assert (done.returncode, "" if prints else done.stdout, done.stderr) == (0, "", ""), done.stdout + done.stderr

@@ -101,36 +101,42 @@ def test_an_installation_makes_the_user_and_starts_nothing_where_no_service_is_w
     assert list((machine.tree.path / "usr/lib/kvmagent/lib").rglob("*.pyc"))
 
 
-def test_the_installed_programs_plug_a_guest_and_the_agent_is_not_root(
-    machine: Machine, lab: PrivateLibvirtd, guest: Guest
-) -> None:
+@pytest.fixture(scope="module")
+def in_use(machine: Machine, lab: PrivateLibvirtd) -> Machine:
+    """The machine, its agent started with a configuration that an operator has edited."""
     socket = lab.uri.rpartition("/")[2]
-    uri = f"qemu+unix:///session?socket={SOCKETS}/{socket}"
     # The lab's libvirtd lets in its own user alone.
     machine.tree.run("usermod", "--non-unique", f"--uid={lab.user.pw_uid}", "kvmagent")
+    uri = f"qemu+unix:///session?socket={SOCKETS}/{socket}"
     machine.configure(port=str(machine.port), uri=uri, stop_timeout_sec="3")
     machine.start()
-    assert "is running" in machine.service("status")
-    reply = json.loads(machine.tree.run("kvmagentctl", f"--url={machine.url}", "plug-cpu", "packaged", "2", "--json"))
+    return machine
+
+
+def test_the_installed_programs_plug_a_guest_and_the_agent_is_not_root(
+    in_use: Machine, lab: PrivateLibvirtd, guest: Guest
+) -> None:
+    assert "is running" in in_use.service("status")
+    reply = json.loads(in_use.tree.run("kvmagentctl", f"--url={in_use.url}", "plug-cpu", "packaged", "2", "--json"))
     assert (reply["outcome"], reply["after"]["guestCpuNum"]) == ("online", 2)
     assert guest.cpus_online() == "0-1"
-    (process,) = machine.tree.processes()
+    (process,) = in_use.tree.processes()
     assert process.user == lab.user.pw_uid
 
 
 def test_an_upgrade_in_the_middle_of_a_task_loses_nothing_and_keeps_the_configuration(
-    machine: Machine, lab: PrivateLibvirtd, guest: Guest, server: ManagementServer, deb: Path, tmp_path: Path
+    in_use: Machine, lab: PrivateLibvirtd, guest: Guest, server: ManagementServer, deb: Path, tmp_path: Path
 ) -> None:
-    edited = (machine.tree.path / CONF).read_text()
-    machine.tree.run_services()
-    (before,) = machine.tree.processes()
+    edited = (in_use.tree.path / CONF).read_text()
+    in_use.tree.run_services()
+    (before,) = in_use.tree.processes()
     lab.pause()
     try:
         body = {"vmUuid": "packaged", "memorySize": 640 * MIB}
-        assert machine.request("POST", "/vm/hotplug/memory", body, taskuuid="memory", callbackurl=server.url) == 200
-        wait_for(lambda: "task=memory" in machine.log(), timeout_s=20, what="the task to be under way")
+        assert in_use.request("POST", "/vm/hotplug/memory", body, taskuuid="memory", callbackurl=server.url) == 200
+        wait_for(lambda: "task=memory" in in_use.log(), timeout_s=20, what="the task to be under way")
         newer = make_newer(deb, tmp_path)
-        machine.tree.install(newer, options=["-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-confold"])
+        in_use.tree.install(newer, options=["-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-confold"])
         assert server.callbacks("memory") == []
     finally:
         lab.resume()
@@ -139,26 +145,26 @@ def test_an_upgrade_in_the_middle_of_a_task_loses_nothing_and_keeps_the_configur
     assert reply["after"]["memorySize"] == 640 * MIB
     assert [len(dimms) for dimms in find_dimms(guest)] == [1, 1]
     assert all(callback.body == reply for callback in server.callbacks("memory"))
-    assert (machine.tree.path / CONF).read_text() == edited
-    assert "a newer default" in (machine.tree.path / f"{CONF}.dpkg-dist").read_text()
-    assert machine.tree.run("kvmagent", "--version").strip() == "0.99"
-    (after,) = machine.tree.processes()
+    assert (in_use.tree.path / CONF).read_text() == edited
+    assert "a newer default" in (in_use.tree.path / f"{CONF}.dpkg-dist").read_text()
+    assert in_use.tree.run("kvmagent", "--version").strip() == "0.99"
+    (after,) = in_use.tree.processes()
     assert after.pid != before.pid
 
 
-def test_a_removal_stops_the_agent_and_keeps_state_and_configuration(machine: Machine) -> None:
-    machine.tree.run("apt-get", "remove", "--yes", "kvmagent")
-    assert machine.tree.processes() == []
-    assert (machine.tree.path / CONF).exists()
-    assert (machine.tree.path / "var/lib/kvmagent/journal.sqlite").exists()
-    assert not (machine.tree.path / "usr/lib/kvmagent").exists()
+def test_a_removal_stops_the_agent_and_keeps_state_and_configuration(in_use: Machine) -> None:
+    in_use.tree.run("apt-get", "remove", "--yes", "kvmagent")
+    assert in_use.tree.processes() == []
+    assert (in_use.tree.path / CONF).exists()
+    assert (in_use.tree.path / "var/lib/kvmagent/journal.sqlite").exists()
+    assert not (in_use.tree.path / "usr/lib/kvmagent").exists()
 
 
-def test_a_purge_leaves_the_user_and_nothing_else(machine: Machine) -> None:
-    machine.tree.run("apt-get", "purge", "--yes", "kvmagent")
-    left = machine.tree.run("find", "/etc", "/lib", "/run", "/usr", "/var", "-xdev", "-name", "*kvmagent*")
+def test_a_purge_leaves_the_user_and_nothing_else(in_use: Machine) -> None:
+    in_use.tree.run("apt-get", "purge", "--yes", "kvmagent")
+    left = in_use.tree.run("find", "/etc", "/lib", "/run", "/usr", "/var", "-xdev", "-name", "*kvmagent*")
     assert [line for line in left.splitlines() if not line.startswith("/var/tmp/")] == []
-    assert "nologin" in machine.tree.run("getent", "passwd", "kvmagent")
+    assert "nologin" in in_use.tree.run("getent", "passwd", "kvmagent")
 
 
 def make_newer(deb: Path, directory: Path) -> Path:

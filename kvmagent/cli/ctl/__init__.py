@@ -1,9 +1,10 @@
 """`kvmagentctl`: the operator's tool, a client of the agent's HTTP API, and a doctor for the host.
 
-    main      the command line: subcommands, exit status, errors in one line
-    declared  a subcommand from each declared Command
-    agent     one agent: GET and POST      callbacks  where the agent posts outcomes      errand  a task until its end
-    views     what people read of it       terminal   tables, colour, progress            doctor  checks of the host
+    main      the command line: subcommands, exit status, errors in one line; options of all of them: session
+    changes   the subcommands that send a command, each from its declaration (declared)
+    reads     those that change nothing; doctor with hostchecks, certificates and findings; pki issues certificates
+    errand    a task until its end: agent (GET and POST of one agent), callbacks (where it posts the outcome)
+    views     what people read of it; terminal: tables, colour, progress
 
 The agent's process imports none of this.
 """

@@ -76,16 +76,25 @@ class Agent:
         raise _refusal(reply)
 
     def post(
-        self, path: str, body: Mapping[str, Any], *, task_uuid: str, callback_url: str, tell: Callable[[str], None]
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        task_uuid: str,
+        callback_url: str,
+        tell: Callable[[str], None],
+        patience_s: float = _RESEND_S,
     ) -> str:
         """Send a command until it is answered, always as the same task; return the task's state.
+
+        Without an answer it is sent again for as long as `patience_s`.
 
         Raises:
             CtlError: refused; or no answer in time, and then the agent may have the task or not.
         """
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "taskuuid": task_uuid, "callbackurl": callback_url}
-        give_up_at, pause_s = time.monotonic() + _RESEND_S, _FIRST_PAUSE_S
+        give_up_at, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
         while True:
             try:
                 reply = self._request("POST", path, content, headers, _READ_S)

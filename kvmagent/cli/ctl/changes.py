@@ -43,9 +43,9 @@ def _commands() -> dict[str, Command]:
 
 def _make(command: Command) -> click.Command:
     @click.pass_context
-    def run(context: click.Context, /, wait: float | None, **values: Any) -> int:
+    def run(context: click.Context, /, **values: Any) -> int:
         session = session_of(context)
-        reply = _send(session, command, make_body(command.request, values), wait)
+        reply = _send(session, command, values)
         return _answer(session, reply, view_reply(printable(reply)))
 
     made = click.Command(
@@ -54,16 +54,14 @@ def _make(command: Command) -> click.Command:
         params=make_params(command.request, complete_vm=complete_vm),
         help=f"{command.summary}.",
     )
-    return shared_options(_wait_option(made))
+    return shared_options(_waiting_options(made))
 
 
 def _make_ready(command: Command) -> click.Command:
     """Return `ready`: with --prepare it shows what would be changed, and only --apply changes it."""
 
     @click.pass_context
-    def run(
-        context: click.Context, /, wait: float | None, diff: bool, apply: bool, dry_run: bool | None, **values: Any
-    ) -> int:
+    def run(context: click.Context, /, diff: bool, apply: bool, dry_run: bool | None, **values: Any) -> int:
         session = session_of(context)
         if apply and dry_run:
             raise click.UsageError("--apply and --dry-run contradict each other", context)
@@ -72,7 +70,7 @@ def _make_ready(command: Command) -> click.Command:
         if preparing and not prepares:
             raise click.UsageError("--max-cpus, --max-memory and --slots are for --prepare", context)
         values |= {"prepare": prepares or None, "dry_run": dry_run or (prepares and not apply) or None}
-        reply = _send(session, command, make_body(command.request, values), wait)
+        reply = _send(session, command, values)
         if "ready" not in reply or not reply["success"]:
             return _answer(session, reply, view_reply(printable(reply)))
         _answer(session, reply, view_readiness(printable(reply), with_diff=diff))
@@ -83,29 +81,35 @@ def _make_ready(command: Command) -> click.Command:
         callback=run,
         params=make_params(command.request, complete_vm=complete_vm),
         help=f"{command.summary}.\n\n--prepare shows how the persistent definition would be made ready; "
-        "--apply changes it. The running VM is never touched.",
+        "--apply changes it. The running VM is never touched. The exit status is 0 then, ready or not.",
     )
     made.params += [
         click.Option(["--diff"], is_flag=True, help="Show the change of the XML. Means --prepare."),
         click.Option(["--apply"], is_flag=True, help="Change the persistent definition. Means --prepare."),
     ]
-    return shared_options(_wait_option(made))
+    return shared_options(_waiting_options(made))
 
 
-def _wait_option(command: click.Command) -> click.Command:
-    command.params.append(
+def _waiting_options(command: click.Command) -> click.Command:
+    command.params += [
         click.Option(
             ["--wait"],
             type=click.FloatRange(0),
             metavar="SECONDS",
             help="Wait at most so long for the outcome; the task goes on all the same. [default: as long as it takes]",
-        )
-    )
+        ),
+        click.Option(
+            ["--no-callback"], is_flag=True, help="Ask for no callback: the reply is read over our own connection."
+        ),
+    ]
     return command
 
 
-def _send(session: Session, command: Command, body: dict[str, Any], wait: float | None) -> dict[str, Any]:
-    return Errand(session.agent, session.terminal).run(command.path, body, wait_s=wait)
+def _send(session: Session, command: Command, values: dict[str, Any]) -> dict[str, Any]:
+    """Send a command with the values of its subcommand's options and return its reply."""
+    errand = Errand(session.agent, session.terminal)
+    body = make_body(command.request, values)
+    return errand.run(command.path, body, wait_s=values["wait"], by_callback=not values["no_callback"])
 
 
 def _answer(session: Session, reply: dict[str, Any], lines: list[str]) -> int:

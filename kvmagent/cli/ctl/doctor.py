@@ -16,6 +16,7 @@ from kvmagent.cli.ctl.agent import Agent, Target
 from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.cli.ctl.hostchecks import examine_certificates, examine_clock, examine_kvm, examine_state_dir
+from kvmagent.cli.ctl.local import target_of
 from kvmagent.hypervisor.probe import Probe, Version, probe
 from kvmagent.model.errors import AgentError
 from kvmagent.plugins import load_plugins
@@ -49,7 +50,7 @@ def examine(config: Path, given: dict[str, str]) -> list[Finding]:
         "state_dir": lambda: examine_state_dir(state_dir),
         "certificates": lambda: examine_certificates(settings, now),
         "clock": lambda: examine_clock(state_dir, now),
-        "agent": lambda: _examine_agent(Target(**_find_target(settings) | given)),
+        "agent": lambda: _examine_agent(Target(**target_of(settings) | given)),
     }
     for name, check in checks.items():
         try:
@@ -136,14 +137,6 @@ def examine_guests(found: Probe) -> Iterator[Finding]:
         yield Finding("guest agents", "warning", f"{reason}: {_names(names)}", remedy)
 
 
-def _find_target(settings: Settings) -> dict[str, str]:
-    """Return how to reach the agent of a configuration. The CA that signs clients often signs the agent too."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.http.host, settings.http.host)
-    shown = f"[{host}]" if ":" in host else host
-    scheme = "https" if settings.security.tls_cert else "http"
-    return {"url": f"{scheme}://{shown}:{settings.http.port}", "ca": settings.security.client_ca}
-
-
 def _examine_agent(target: Target) -> Iterator[Finding]:
     agent = Agent(target)
     try:
@@ -152,6 +145,9 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
         if error.code in ("TLS_REFUSED", "AGENT_NOT_TRUSTED", "CREDENTIALS_MISSING"):
             remedy = "Give doctor --ca, --cert and --key, or --token-file."
             yield Finding("agent", "note", f"it is there and tells us nothing: {error.message}", remedy)
+        elif error.code == "AGENT_UNREACHABLE":
+            remedy = "Start it: systemctl start kvmagent; where it ends at once: journalctl -u kvmagent says why."
+            yield Finding("agent", "wrong", error.message, remedy)
         else:
             yield Finding("agent", "wrong", error.message, error.remedy)
         return

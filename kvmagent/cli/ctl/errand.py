@@ -2,12 +2,13 @@
 
     connect: which address does the agent see?  ->  a receiver on it  ->  POST, again until it is answered
     wait:  the callback wakes us; meanwhile GET /tasks/ID shows the steps, and gives the reply if no callback comes
-    where the agent may post no callback to us, or nobody waits for one, none is asked for
+    where the agent may post no callback to us, or nobody waits for it any more, none is wanted
 
 A callback is plain HTTP. Where the agent speaks TLS it is no more than the wake-up: the reply is then read from the
 agent itself, whose certificate was verified.
 """
 
+import contextlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import Code
 
 _UNFINISHED = ("accepted", "running")
-# How often the task is looked at: on a terminal to show its steps, else only in case that no callback can come.
+# How often the task is looked at: to show its steps on a terminal, or where no callback comes; else in case that none
+# can come.
 _LOOK_S, _LOOK_UNSEEN_S = 0.4, 2.0
 # How long a callback may come after the task's end before its reply is read without it.
 _GRACE_S = 3.0
@@ -38,37 +40,56 @@ class Errand:
         self._terminal = terminal
         self._shown = 0
 
-    def run(self, path: str, body: Mapping[str, Any], *, wait_s: float | None) -> dict[str, Any]:
-        """Return the reply, with the `taskUuid` in it; `wait_s` is how long to wait at most.
+    def run(self, path: str, body: Mapping[str, Any], *, wait_s: float | None, by_callback: bool) -> dict[str, Any]:
+        """Return the reply, with the `taskUuid` in it.
+
+        `wait_s` is how long to wait at most; without `by_callback` the agent is asked for no callback.
 
         Raises:
             CtlError: refused at once; no answer; UNFINISHED or INTERRUPTED, while the task goes on.
         """
         task_uuid = uuid.uuid4().hex
         with Receiver(self._agent.local_address(), task_uuid) as receiver:
+            callback_url = receiver.url if by_callback and wait_s != 0 else NO_CALLBACK
             try:
-                self._send(path, body, task_uuid, NO_CALLBACK if wait_s == 0 else receiver.url)
-                reply = self._wait(receiver, task_uuid, wait_s)
+                callback_url = self._send(path, body, task_uuid, callback_url)
+            except KeyboardInterrupt:
+                remedy = f"Ask it: kvmagentctl task {task_uuid}"
+                message = "interrupted while the command was sent; the agent may have the task or not"
+                raise CtlError(Exit.INTERRUPTED, "INTERRUPTED", message, remedy, task_uuid=task_uuid) from None
+            try:
+                looks_often = self._terminal.shows_progress or callback_url == NO_CALLBACK
+                reply = self._wait(receiver, task_uuid, wait_s, _LOOK_S if looks_often else _LOOK_UNSEEN_S)
             except KeyboardInterrupt:
                 raise _left(Exit.INTERRUPTED, "interrupted", task_uuid) from None
             finally:
                 self._terminal.clear()
+                if callback_url != NO_CALLBACK and receiver.reply is None:
+                    self._want_no_callback(path, body, task_uuid)
         return {"taskUuid": task_uuid, **reply}
 
-    def _send(self, path: str, body: Mapping[str, Any], task_uuid: str, callback_url: str) -> None:
-        """Send the command; without a callback where the agent may not send one to us."""
+    def _send(self, path: str, body: Mapping[str, Any], task_uuid: str, callback_url: str) -> str:
+        """Send the command; without a callback where the agent may not send one to us. Return where callbacks go."""
         try:
             self._agent.post(path, body, task_uuid=task_uuid, callback_url=callback_url, tell=self._tell)
+            return callback_url
         except CtlError as error:
             if error.code != Code.CALLBACK_NOT_ALLOWED:
                 raise
             self._tell(f"{error.message} (security.allowed_callbacks of the agent): the reply is read from the agent")
             self._agent.post(path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=self._tell)
+            return NO_CALLBACK
 
-    def _wait(self, receiver: Receiver, task_uuid: str, wait_s: float | None) -> dict[str, Any]:
+    def _want_no_callback(self, path: str, body: Mapping[str, Any], task_uuid: str) -> None:
+        """Tell an agent that has the task that nobody waits for its callback: else it would be owed for a day."""
+        with contextlib.suppress(CtlError, KeyboardInterrupt):
+            self._agent.post(
+                path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=lambda _: None, patience_s=_GRACE_S
+            )
+
+    def _wait(self, receiver: Receiver, task_uuid: str, wait_s: float | None, pause_s: float) -> dict[str, Any]:
         end_at = None if wait_s is None else time.monotonic() + wait_s
-        pause_s, away_at = _LOOK_S if self._terminal.shows_progress else _LOOK_UNSEEN_S, None
-        began_at = time.monotonic()
+        began_at, away_at = time.monotonic(), None
         while not receiver.wait(pause_s if end_at is None else max(0.0, min(pause_s, end_at - time.monotonic()))):
             if end_at is not None and time.monotonic() >= end_at:
                 raise _left(Exit.UNFINISHED, f"no outcome after {wait_s:g} s", task_uuid)

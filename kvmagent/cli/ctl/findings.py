@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from kvmagent.cli.ctl.terminal import BAD, DIM, GOOD, WARN, paint
+from kvmagent.cli.ctl.terminal import BAD, DIM, GOOD, WARN, paint, prose
 
 Level = Literal["good", "note", "warning", "wrong"]
 
@@ -31,10 +31,12 @@ def is_healthy(findings: Iterable[Finding]) -> bool:
 
 def view_findings(findings: Iterable[Finding]) -> list[str]:
     """Return findings as lines, each remedy below its finding, and the sum of them."""
-    lines, counts = [], dict.fromkeys(_COLOURS, 0)
+    lines: list[str] = []
+    counts = dict.fromkeys(_COLOURS, 0)
     for found in findings:
         counts[found.level] += 1
-        lines.append(f"{paint(f'{found.level:<7}', _COLOURS[found.level])}  {found.check}: {found.message}")
+        head = f"{paint(f'{found.level:<7}', _COLOURS[found.level])}  {found.check}: "
+        lines.append(prose(head, found.message))
         if found.remedy:
-            lines.append(f"         {paint('remedy', DIM)}: {found.remedy}")
+            lines.append(prose(f"         {paint('remedy', DIM)}: ", found.remedy))
     return [*lines, "", ", ".join(f"{number} {level}" for level, number in counts.items() if number)]

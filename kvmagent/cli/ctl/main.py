@@ -2,7 +2,7 @@
 
 `make_cli()` is the whole parser, a click group, without a connection made: `cli.to_info_dict(click.Context(cli))`
 gives every subcommand with its arguments, options, defaults and help as plain data (a man page is made from that);
-`exits.MEANINGS` are the exit statuses, `session.DEFAULT_URL` the agent that is asked where none is named.
+`exits.MEANINGS` are the exit statuses.
 """
 
 import os
@@ -19,6 +19,7 @@ from kvmagent.cli.ctl.terminal import BAD, paint, printable
 from kvmagent.model.errors import AgentError
 
 NAME = "kvmagentctl"
+_PKI = "pki"
 
 
 class _Cli(click.Group):
@@ -28,7 +29,7 @@ class _Cli(click.Group):
         """Return all subcommands, in the order in which an operator comes to need them."""
         from kvmagent.cli.ctl import changes, reads
 
-        return [*reads.COMMANDS, *changes.names()]
+        return [*reads.COMMANDS, *changes.names(), _PKI]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a subcommand."""
@@ -36,6 +37,10 @@ class _Cli(click.Group):
 
         if cmd_name in reads.COMMANDS:
             return reads.COMMANDS[cmd_name]
+        if cmd_name == _PKI:
+            from kvmagent.cli.ctl.pki import pki
+
+            return pki
         from kvmagent.cli.ctl import changes
 
         return changes.find(cmd_name)
@@ -56,7 +61,6 @@ def make_cli() -> click.Group:
         "4G, 1.5GiB or 512MiB, of powers of 1024. Results go to standard output; notices, progress (on a terminal) "
         "and errors to standard error.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-        no_args_is_help=True,
     )
     shared_options(cli, is_root=True)
     return click.version_option(__version__, "-V", "--version", prog_name=NAME, message="%(prog)s %(version)s")(cli)
@@ -64,7 +68,7 @@ def make_cli() -> click.Group:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status. What goes wrong is told in one line, never a trace."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     wants_json = "--json" in arguments
     try:
         status = make_cli().main(arguments, prog_name=NAME, standalone_mode=False)
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return ended.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx else NAME
-        failure = CtlError(Exit.USAGE, "USAGE", error.format_message(), f"See {path} --help.")
+        failure = CtlError(Exit.USAGE, "USAGE", error.format_message().rstrip("."), f"See {path} --help.")
     except (KeyboardInterrupt, click.Abort):
         failure = CtlError(Exit.INTERRUPTED, "INTERRUPTED", "interrupted", "")
     except BrokenPipeError:

@@ -1,6 +1,7 @@
 """The subcommands that change nothing: they read the agent, the host or the configuration."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -8,9 +9,9 @@ from urllib.parse import urlencode
 import click
 import msgspec
 
-from kvmagent.cli.ctl.exits import Exit
+from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
-from kvmagent.cli.ctl.terminal import GOOD, paint, printable
+from kvmagent.cli.ctl.terminal import GOOD, WARN, paint, printable
 from kvmagent.cli.ctl.views import view_change, view_status, view_task, view_tasks, view_vms
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 
@@ -27,7 +28,7 @@ _CONFIG_OPTION = click.option(
 @click.command()
 @click.pass_context
 def status(context: click.Context) -> int:
-    """Whether the agent is ready, what is down, and what it is at."""
+    """Whether the agent is ready, what is down, what it is at."""
     session = session_of(context)
     health = session.agent.get("healthz")
     _print(session, health, lambda body: view_status(session.agent.url, body))
@@ -37,9 +38,10 @@ def status(context: click.Context) -> int:
 @click.command()
 @click.pass_context
 def vms(context: click.Context) -> None:
-    """All VMs: vCPUs and memory, in use by the guest and at most, and whether they can be hot-plugged.
+    """All VMs: vCPUs, memory, slots; ready, or what hinders.
 
-    HOTPLUG names the first blocker; `kvmagentctl ready VM` tells all of them. GUEST is what the guest itself says.
+    GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
+    the first blocker; `kvmagentctl ready VM` tells all of them.
     """
     session = session_of(context)
     _print(session, session.agent.get("vms", timeout_s=_VMS_S), lambda body: view_vms(body["vms"]))
@@ -52,7 +54,10 @@ def vms(context: click.Context) -> None:
 @click.option("--follow", "-f", is_flag=True, help="Go on with a line for each change of state, until Ctrl-C.")
 @click.pass_context
 def tasks(context: click.Context, vm: str | None, state: str | None, limit: int, follow: bool) -> None:
-    """The newest tasks, and with --follow what becomes of them. With --json, --follow prints one task a line."""
+    """The newest tasks, and with --follow what becomes of them.
+
+    With --json, --follow prints one task a line.
+    """
     session = session_of(context)
     query = {name: value for name, value in (("vm", vm), ("state", state)) if value is not None}
 
@@ -60,24 +65,42 @@ def tasks(context: click.Context, vm: str | None, state: str | None, limit: int,
         found = session.agent.get("tasks", query=urlencode({**query, "limit": number}))["tasks"]
         return list(found)
 
+    if follow and state:
+        raise click.UsageError("--follow shows every change of state: it takes no --state", context)
     if follow:
-        _follow(session, read)
+        _follow(session, read, limit)
         return
     _print(session, {"tasks": read(limit)}, lambda body: view_tasks(body["tasks"], time.time()))
 
 
-def _follow(session: Session, read: Any) -> None:
-    """Print each task whenever it has changed since the last look; what was settled before the first look is not."""
-    known = {task["taskUuid"]: _version(task) for task in read(_FOLLOWED) if task["finishedAt"]}
+def _follow(session: Session, read: Callable[[int], list[dict[str, Any]]], limit: int) -> None:
+    """Print the newest tasks, oldest first, then each one whenever it has changed since the last look."""
+    known: dict[str, tuple[Any, ...]] = {}
+    newest_at, is_away = 0.0, False
     while True:
-        seen = read(_FOLLOWED)
-        for task in reversed(seen):
-            if known.get(task["taskUuid"]) != _version(task):
-                if session.as_json:
-                    session.terminal.print_json(task, indent=None)
-                else:
-                    session.terminal.print(view_change(printable(task), time.strftime("%H:%M:%S")))
+        try:
+            seen, is_away = read(_FOLLOWED), False
+        except CtlError as error:
+            if error.status is not Exit.UNREACHABLE or not known:
+                raise
+            if not is_away:
+                session.terminal.tell(paint(f"kvmagentctl: {error.message}; waiting for it", WARN))
+            is_away = True
+            time.sleep(_FOLLOW_S)
+            continue
+        # A task that is new to us and older than what we saw has only moved up, where others were forgotten.
+        changed = [
+            task
+            for task in (seen if known else seen[:limit])
+            if known.get(task["taskUuid"], () if task["acceptedAt"] > newest_at else _version(task)) != _version(task)
+        ]
+        for task in reversed(changed):
+            if session.as_json:
+                session.terminal.print_json(task, indent=None)
+            else:
+                session.terminal.print(view_change(printable(task), time.strftime("%H:%M:%S")))
         known = {task["taskUuid"]: _version(task) for task in seen}
+        newest_at = max([newest_at, *(task["acceptedAt"] for task in seen)])
         time.sleep(_FOLLOW_S)
 
 
@@ -89,7 +112,7 @@ def _version(task: dict[str, Any]) -> tuple[Any, ...]:
 @click.argument("task_id", metavar="ID")
 @click.pass_context
 def task(context: click.Context, task_id: str) -> None:
-    """One task: its request, steps, reply, and where its callback is."""
+    """One task: request, steps, reply, callback."""
     session = session_of(context)
     _print(session, session.agent.get("tasks", task_id), lambda body: view_task(body, time.time()))
 
@@ -97,7 +120,7 @@ def task(context: click.Context, task_id: str) -> None:
 @click.command()
 @click.pass_context
 def openapi(context: click.Context) -> None:
-    """The agent's OpenAPI document: every command, field and error code."""
+    """The agent's OpenAPI document."""
     session = session_of(context)
     session.terminal.print_json(session.agent.get("openapi.json"))
 
@@ -106,7 +129,7 @@ def openapi(context: click.Context) -> None:
 @_CONFIG_OPTION
 @click.pass_context
 def doctor(context: click.Context, config: str) -> int:
-    """Look for what is wrong on this host, and say what to do about each.
+    """Examine this host, with a remedy for each finding.
 
     To be run on the host itself; as the agent's user (runuser -u kvmagent) it also sees what that one may not do.
     """
@@ -129,7 +152,10 @@ def doctor(context: click.Context, config: str) -> int:
 )
 @click.pass_context
 def config(context: click.Context, config: str, sample: bool, check: bool, overrides: tuple[str, ...]) -> None:
-    """The agent's configuration as it is in force here, by its file; no agent is asked."""
+    """The agent's configuration: in force, checked, a sample.
+
+    It is that of this host's file; no agent is asked.
+    """
     from kvmagent.cli.configfile import read_settings
     from kvmagent.cli.ctl.configuration import check_settings, view_settings
 

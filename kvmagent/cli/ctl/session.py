@@ -6,17 +6,15 @@ from typing import Any, TypeVar
 import click
 
 from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.terminal import Terminal
-from kvmagent.settings import HttpSection
-
-_HTTP = HttpSection()
-DEFAULT_URL = f"http://{_HTTP.host}:{_HTTP.port}"
+from kvmagent.settings import DEFAULT_PATH
 
 CommandT = TypeVar("CommandT", bound=click.Command)
 
 # Name, environment variable, metavar and meaning of each option that says which agent, and who asks.
 _TARGET = (
-    ("url", "KVMAGENT_URL", "URL", f"The agent. [default: {DEFAULT_URL}]"),
+    ("url", "KVMAGENT_URL", "URL", f"The agent. [default: this host's, by {DEFAULT_PATH}]"),
     ("ca", "KVMAGENT_CA", "FILE", "PEM file of the CAs that the agent is verified by. [default: the system's]"),
     ("cert", "KVMAGENT_CERT", "FILE", "PEM certificate to show to the agent."),
     ("key", "KVMAGENT_KEY", "FILE", "PEM key of that certificate, mode 0600. [default: in --cert]"),
@@ -41,7 +39,8 @@ class Session:
             CtlError: the URL, a certificate or the token cannot be used.
         """
         if self._agent is None:
-            self._agent = Agent(Target(**{"url": DEFAULT_URL} | self.given))
+            local = {} if "url" in self.given else find_local_target()
+            self._agent = Agent(Target(**local | self.given))
         return self._agent
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
@@ -21,6 +22,20 @@ def paint(text: str, colour: str) -> str:
     if colour in (DIM, BOLD):
         return click.style(text, **{colour: True})
     return click.style(text, fg=colour)
+
+
+class Prose(str):
+    """A line of a result that a terminal folds at its width; what follows the first line is indented by `indent`."""
+
+    __slots__ = ("indent",)
+    indent: int
+
+
+def prose(head: str, text: str) -> Prose:
+    """Return a line that begins with `head`; where it is folded, the rest stands below `text`."""
+    line = Prose(head + text)
+    line.indent = _width(head)
+    return line
 
 
 def printable(value: Any) -> Any:
@@ -67,6 +82,8 @@ class Terminal:
     def print(self, *lines: str) -> None:
         """Print lines of a result."""
         for line in lines:
+            if isinstance(line, Prose) and self._out.isatty():
+                line = _fold(line, shutil.get_terminal_size().columns)
             click.echo(line, self._out, color=_has_colour(self._out))
 
     def print_json(self, value: Any, *, indent: int | None = 2) -> None:
@@ -93,6 +110,12 @@ class Terminal:
             self._err.write("\r\033[K")
             self._err.flush()
             self._transient = False
+
+
+def _fold(line: Prose, columns: int) -> str:
+    return textwrap.fill(
+        line, columns, subsequent_indent=" " * line.indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _tolerant(stream: TextIO) -> TextIO:

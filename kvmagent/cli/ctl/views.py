@@ -6,7 +6,7 @@ JSON comes in as the agent wrote it but for `printable`. A field that an older a
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint
+from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint, prose
 from kvmagent.model.units import format_ids, format_size
 
 Json = Mapping[str, Any]
@@ -210,7 +210,8 @@ def view_task(task: Json, now: float) -> list[str]:
     if task["steps"]:
         lines += ["", *(f"  {n}. {format_step(step)}" for n, step in enumerate(task["steps"], 1))]
     if reply := task["reply"]:
-        lines += ["", *view_reply(reply)]
+        is_readiness = "ready" in reply and not reply.get("error")
+        lines += ["", *(view_readiness(reply, with_diff=True) if is_readiness else view_reply(reply))]
         if reply.get("error"):
             lines += _problem(
                 "error", BAD, {"code": reply["errorCode"], "message": reply["error"], "remedy": reply["remedy"]}
@@ -232,8 +233,10 @@ def format_step(step: Json) -> str:
 
 def _problem(kind: str, colour: str, problem: Json) -> list[str]:
     restart = " (needs a restart)" if problem.get("needsRestart") else ""
-    lines = [f"  {paint(kind, colour)}  {problem['code']}: {problem['message']}{restart}"]
-    return lines + ([f"  {' ' * len(kind)}  {paint('remedy', DIM)}: {problem['remedy']}"] if problem["remedy"] else [])
+    lines: list[str] = [prose(f"  {paint(kind, colour)}  ", f"{problem['code']}: {problem['message']}{restart}")]
+    if problem["remedy"]:
+        lines.append(prose(f"  {' ' * len(kind)}  {paint('remedy', DIM)}: ", problem["remedy"]))
+    return lines
 
 
 def _outcome(task: Json) -> str:

@@ -1,0 +1,167 @@
+"""The doctor finds each illness that it is given, and names a remedy for it."""
+
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmagent.cli.ctl.doctor import examine, examine_guests, examine_versions
+from kvmagent.cli.ctl.findings import Finding, is_healthy, view_findings
+from kvmagent.cli.ctl.hostchecks import (
+    ask_kernel_clock,
+    examine_certificates,
+    examine_clock,
+    examine_kvm,
+    examine_state_dir,
+)
+from kvmagent.hypervisor.probe import Probe, ProbedVm
+from kvmagent.model.units import MIB
+from kvmagent.settings import SecuritySection, Settings
+from tests.ctl.ctl import Ctl
+from tests.lab.agent import AgentProcess
+from tests.lab.pki import LOOPBACK, Authority
+
+NOW = datetime.now(UTC)
+
+
+def found(findings: Any, check: str) -> list[tuple[str, str]]:
+    return [(one.level, one.message) for one in findings if one.check == check]
+
+
+def test_a_host_without_illness_is_healthy(ctl: Ctl, agent: AgentProcess) -> None:
+    done = ctl("doctor", "--config", str(agent.config_file))
+    assert done.status == 0, done.out
+    assert f"good     configuration: {agent.config_file}" in done.out.splitlines()
+    assert f"good     agent: {agent.url} is ready, version" in done.out
+    assert "warning  guest agents: the VM has no guest-agent channel: old" in done.out
+    told = ctl("doctor", "--config", str(agent.config_file), "--json").json
+    assert told["healthy"] is True
+    assert {finding["check"] for finding in told["findings"]} == {
+        "configuration", "plugins", "libvirt", "qemu", "guest agents", "kvm", "state_dir", "certificates", "clock",
+        "agent",
+    }  # fmt: skip
+
+
+def test_every_illness_ends_in_status_7_and_has_a_remedy(ctl: Ctl, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o755)
+    state.chmod(0o755)
+    config = tmp_path / "kvmagent.conf"
+    config.write_text(
+        f"[agent]\nstate_dir = {state}\nplugins = vm, nowhere\n[http]\nport = 1\n"
+        "[libvirt]\nuri = qemu+unix:///system?socket=/nonexistent\n[security]\ntls_cert = /nonexistent\n"
+    )
+    done = ctl("doctor", "--config", str(config), "--json", environment={"KVMAGENT_URL": "", "LIBVIRT_AUTOSTART": "0"})
+    assert (done.status, done.json["healthy"], done.err) == (7, False, "")
+    ill = [finding for finding in done.json["findings"] if finding["level"] in ("wrong", "warning")]
+    assert {"plugins", "libvirt", "state_dir", "certificates", "agent"} <= {finding["check"] for finding in ill}
+    assert all(finding["remedy"] for finding in ill)
+
+
+def test_a_configuration_that_is_wrong_hides_nothing_else(tmp_path: Path) -> None:
+    config = tmp_path / "kvmagent.conf"
+    config.write_text("[http]\nprot = 1\n[libvirt]\n")
+    findings = examine(config, {"url": "http://127.0.0.1:1"})
+    assert found(findings, "configuration")[0][0] == "wrong"
+    assert found(findings, "clock")
+    assert not is_healthy(findings)
+
+
+def test_kvm_that_is_absent_closed_or_broken_is_told(tmp_path: Path) -> None:
+    assert found(examine_kvm(tmp_path / "none"), "kvm")[0][0] == "warning"
+    broken = tmp_path / "kvm"
+    broken.touch()
+    assert found(examine_kvm(broken), "kvm") == [("wrong", f"{broken} makes no VM: Inappropriate ioctl for device")]
+
+
+def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o750)
+    assert ("warning", f"{tmp_path} has mode 0750, needed is 0700") in found(examine_state_dir(tmp_path), "state_dir")
+    file = tmp_path / "file"
+    file.touch()
+    assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is no directory")]
+    assert found(examine_state_dir(tmp_path / "none"), "state_dir")[0][0] == "warning"
+
+
+def test_a_full_disk_is_told() -> None:
+    full = [one for one in examine_state_dir(Path("/proc")) if "left" in one.message]
+    assert [one.level for one in full] == ["wrong"]
+    assert full[0].remedy.startswith("Make room")
+
+
+def test_certificates_are_told_before_they_expire_and_after(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate = authority.issue(LOOPBACK, file_name="agent")
+    settings = Settings(security=SecuritySection(tls_cert=str(certificate), client_ca=str(authority.ca_file)))
+    assert {level for level, _ in found(examine_certificates(settings, NOW), "certificates")} == {"good"}
+
+    until = max(one.not_after for one in _read(certificate))
+    levels = [one.level for one in examine_certificates(settings, until - timedelta(days=3))]
+    assert "warning" in levels
+    later = list(examine_certificates(settings, until + timedelta(days=1)))
+    assert any(one.level == "wrong" and "expired on" in one.message for one in later)
+    early = list(examine_certificates(settings, datetime(1999, 1, 1, tzinfo=UTC)))
+    assert any(one.level == "wrong" and "is good from" in one.message for one in early)
+
+    other = authority.issue("node9.example")
+    settings = Settings(security=SecuritySection(tls_cert=str(other)))
+    messages = [message for _, message in found(examine_certificates(settings, NOW), "certificates")]
+    assert "security.tls_cert is for node9.example, the agent listens on 127.0.0.1" in messages
+
+    certificate.chmod(0o644)
+    settings = Settings(security=SecuritySection(tls_cert=str(certificate)))
+    told = [one for one in examine_certificates(settings, NOW) if one.level == "wrong"]
+    assert [one.remedy for one in told] == [f"chmod 0600 {certificate}"]
+
+
+def test_a_clock_that_drifts_or_went_back_is_told(tmp_path: Path) -> None:
+    assert ask_kernel_clock() in range(6)
+    assert found(examine_clock(tmp_path, NOW, lambda: 0), "clock")[0][0] == "good"
+    assert found(examine_clock(tmp_path, NOW, lambda: 5), "clock")[0][0] == "warning"
+    journal = tmp_path / "journal.sqlite"
+    journal.touch()
+    ahead = (NOW + timedelta(hours=1)).timestamp()
+    os.utime(journal, (ahead, ahead))
+    assert found(examine_clock(tmp_path, NOW, lambda: 0), "clock")[0][0] == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("libvirt", "qemu", "levels"),
+    [((8, 0, 0), (6, 2, 0), {"good", "note"}), ((7, 0, 0), (5, 2, 0), {"warning", "note"}),
+     ((11, 3, 0), (10, 0, 2), {"good"})],
+)  # fmt: skip
+def test_what_versions_are_known_for_is_told(
+    libvirt: tuple[int, int, int], qemu: tuple[int, int, int], levels: set[str]
+) -> None:
+    probe = Probe(libvirt=libvirt, hypervisor=qemu, driver="QEMU", offers_kvm=True, running=(), vms=0)
+    assert {level for level, _ in found(examine_versions(probe), "qemu")} == levels
+
+
+def test_guests_that_can_confirm_nothing_are_named() -> None:
+    silent = [ProbedVm(name=f"vm{n}", hypervisor="qemu", silence="no guest agent is connected") for n in range(7)]
+    running = (*silent, ProbedVm(name="db-7", hypervisor="kvm", silence=""))
+    probe = Probe(libvirt=(9, 0, 0), hypervisor=(7, 2, 0), driver="QEMU", offers_kvm=False, running=running, vms=9)
+    assert found(examine_guests(probe), "guest agents") == [
+        ("good", "1 of 8 answer"),
+        ("warning", "no guest agent is connected: vm0, vm1, vm2, vm3, vm4 and 2 more"),
+    ]
+    told = found(examine_versions(probe), "qemu")
+    assert ("warning", "libvirt offers no KVM: VMs are emulated") in told
+
+
+def test_findings_are_shown_with_their_remedies_and_counted() -> None:
+    findings = [Finding("kvm", "good", "it is there"), Finding("clock", "wrong", f"{64 * MIB} off", "Set it.")]
+    assert [line.replace("\033[0m", "") for line in view_findings(findings)][-4:] == [
+        "\033[31mwrong  \x20 clock: 67108864 off",
+        "         \033[2mremedy: Set it.",
+        "",
+        "1 good, 1 wrong",
+    ]
+
+
+def _read(path: Path) -> Any:
+    from kvmagent.cli.ctl.certificates import read_certificates
+
+    return read_certificates(path)
