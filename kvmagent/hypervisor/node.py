@@ -1,6 +1,6 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,49 +74,34 @@ class Node:
                 vms=list_vms(connection) if "vms" in needs else None,
             )
 
-    def get_uuid(self, vm: str) -> str:
-        """Return the UUID of a VM, which is the same whatever form it was named in."""
-        with self._find(vm) as handle:
-            return handle.uuid
-
-    def observe(self, vm: str, parts: frozenset[str]) -> Facts:
-        """Return what is so now; `parts` ("cpus", "memory", "agent") is what to ask the guest itself.
-
-        The host's memory is looked at where the guest's is.
+    @contextmanager
+    def hold(self, vm: str) -> Iterator["HeldVm"]:
+        """Have a VM for a piece of work: looked up once, on a connection of its own.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
         with self._connection.lease() as connection:
             handle = find_vm(connection, vm, self._means)
-            domain, connected = handle.read()
-            guest = handle.ask_guest(domain, connected, parts)
-            limit = self._vcpu_limit(connection, domain.live or domain.config)
-        host = read_host(limit, self._host_root) if "memory" in parts else Host(vcpu_limit=limit)
-        return Facts(domain=domain, guest=guest, host=host)
+            yield HeldVm(handle, lambda definition: self._vcpu_limit(connection, definition), self._host_root)
 
-    def perform(self, vm: str, step: AnyStep) -> str:
-        """Perform one step; return what it has to tell, mostly nothing.
-
-        Raises:
-            AgentError: what went wrong; what is so after it must be observed.
-        """
-        with self._find(vm) as handle:
-            return perform(handle, step)
-
-    def preview(self, vm: str, step: AnyStep) -> str:
-        """Return what the step would tell, without performing it.
+    def observe(self, vm: str, parts: frozenset[str]) -> Facts:
+        """Return what is so now, to who does nothing else with the VM; see HeldVm.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self._find(vm) as handle:
-            return preview(handle, step)
+        with self.hold(vm) as held:
+            return held.observe(parts)
 
-    @contextmanager
-    def _find(self, vm: str) -> Iterator[VmHandle]:
-        with self._connection.lease() as connection:
-            yield find_vm(connection, vm, self._means)
+    def perform(self, vm: str, step: AnyStep) -> str:
+        """Perform one step, for who does nothing else with the VM; see HeldVm.
+
+        Raises:
+            AgentError: what went wrong; what is so after it must be observed.
+        """
+        with self.hold(vm) as held:
+            return held.perform(step)
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
         """Return the most vCPUs of a machine type, asked once; None where it is not told."""
@@ -134,3 +119,49 @@ class Node:
                     return None
                 self._vcpu_limits[key] = None
         return self._vcpu_limits[key]
+
+
+class HeldVm:
+    """One VM as a task sees it while it works on it, by one thread."""
+
+    def __init__(
+        self, handle: VmHandle, find_vcpu_limit: Callable[[Definition | None], int | None], host_root: Path
+    ) -> None:
+        self._handle = handle
+        self._find_vcpu_limit = find_vcpu_limit
+        self._host_root = host_root
+
+    @property
+    def uuid(self) -> str:
+        """The VM's UUID, which is the same whatever form it was named in."""
+        return self._handle.uuid
+
+    def observe(self, parts: frozenset[str]) -> Facts:
+        """Return what is so now; `parts` ("cpus", "memory", "agent") is what to ask the guest itself.
+
+        The host's memory is looked at where the guest's is.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        domain, connected = self._handle.read()
+        guest = self._handle.ask_guest(domain, connected, parts)
+        limit = self._find_vcpu_limit(domain.live or domain.config)
+        host = read_host(limit, self._host_root) if "memory" in parts else Host(vcpu_limit=limit)
+        return Facts(domain=domain, guest=guest, host=host)
+
+    def perform(self, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing.
+
+        Raises:
+            AgentError: what went wrong; what is so after it must be observed.
+        """
+        return perform(self._handle, step)
+
+    def preview(self, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        return preview(self._handle, step)
