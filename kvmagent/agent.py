@@ -18,6 +18,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.intake import Intake
+from kvmagent.api.page import PUBLIC_PATHS, page_routes
 from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Server
@@ -94,7 +95,7 @@ class Agent:
         self._callbacks = Callbacks(rules, settings.callback)
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
-        device_events = DeviceEvents()
+        device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
         self._events = EventConnection(
             settings.libvirt.uri,
             (device_events.register, VmEvents(self._reports.tell_event).register),
@@ -149,7 +150,8 @@ class Agent:
             encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
         )
         self._security = Security(settings.security)
-        self._server = Server(settings.http, self._security, {**posts, **reads.routes()})
+        routes = {**posts, **reads.routes(), **page_routes()}
+        self._server = Server(settings.http, self._security, routes, public=PUBLIC_PATHS)
 
     def start(self) -> None:
         """Start, and take up what the journal left.
@@ -252,18 +254,14 @@ class Agent:
 
     def _reload(self, read_log_settings: Callable[[], None]) -> None:
         """Read certificates, tokens and how to log anew; where one cannot be used, what was in force stays."""
-        certificates = "certificates and tokens"
-        for what, load in (
-            (certificates, self._security.load),
-            (certificates, self._callbacks.load),
-            ("log settings", read_log_settings),
-        ):
+        loads = {"security": self._security.load, "callback": self._callbacks.load, "log": read_log_settings}
+        for section, load in loads.items():
             try:
                 load()
             except AgentError as error:
-                log.error(f"{what} stay as they were", **error_fields(error))
+                log.error("section stays as it was", section=section, **error_fields(error))
             else:
-                log.info(f"{what} read")
+                log.info("section read", section=section)
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""

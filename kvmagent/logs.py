@@ -12,6 +12,7 @@ could pass for two fields, or for the end of the line, is quoted as JSON is: not
 a line that the agent did not write. A traceback is as many lines, each with the stamp and the fields of its first.
 """
 
+import contextlib
 import json
 import logging
 import logging.handlers
@@ -21,7 +22,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from contextvars import ContextVar
 from io import TextIOWrapper
 from types import MappingProxyType, TracebackType
@@ -92,7 +92,7 @@ def error_fields(error: AgentError) -> dict[str, object]:
     return {"error_code": error.code, "error": error.message, "remedy": error.remedy}
 
 
-@contextmanager
+@contextlib.contextmanager
 def log_context(**fields: str) -> Iterator[None]:
     """Put fields (task=, vm=, command=, caller=) on every line that this thread logs inside the block."""
     token = _context.set({**_context.get(), **fields})
@@ -161,16 +161,24 @@ class LogOutput:
 
 
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """Appends to a file. What the file does not take goes to standard error: no caller fails because of its log."""
+    """Appends to a file, which is the agent's alone (0600).
+
+    What the file does not take goes to standard error: no caller fails because of its log.
+    """
 
     def __init__(self, path: str, dump_fd: int) -> None:
         self._dump_fd = dump_fd
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def _open(self) -> TextIOWrapper:
-        stream = super()._open()
+        file = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stream = TextIOWrapper(os.fdopen(file, "ab"), encoding=self.encoding, errors=self.errors)
         os.dup2(stream.fileno(), self._dump_fd, inheritable=False)
         return stream
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk
+            super().close()
 
     def follow(self) -> None:
         self.acquire()

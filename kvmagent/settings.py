@@ -130,7 +130,7 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the agent logs."""
+    """What the agent logs. SIGHUP reads this section anew."""
 
     file: Annotated[str, Meta(description="Log file; empty logs to standard error, for journald")] = ""
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level that is logged")] = (

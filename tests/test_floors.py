@@ -42,6 +42,7 @@ OWNERS = {
     "cheroot": "kvmagent.api.listener",
     "simplejson": "kvmagent.api.wire",
     "click": "kvmagent.cli.ctl",
+    "cryptography": "kvmagent.cli.ctl.certificates",
 }
 
 # What nothing pure may touch: time, chance, environment, files, sockets, threads, logs, processes.

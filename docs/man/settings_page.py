@@ -1,15 +1,15 @@
 """Prints kvmagent.conf(5), made from the table of settings: what conf/kvmagent.conf says, and types and ranges."""
 
-import re
-import textwrap
+import sys
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
+from mdoc import DATE, text
 
 from kvmagent.settings import DEFAULT_PATH, Settings
 
 HEAD = f"""\
-.Dd November 23, 2026
+.Dd {DATE}
 .Dt KVMAGENT.CONF 5
 .Os
 .Sh NAME
@@ -29,8 +29,7 @@ A list is written with commas.
 .Ic kvmagent --sample
 prints the file with every key at its default.
 .Ic kvmagent --set Ar section.key=value
-overrides one key.
-"""
+overrides one key."""
 
 TAIL = """\
 .Sh FILES
@@ -43,23 +42,22 @@ this file
 """
 
 
-def main() -> None:
-    """Print the page."""
-    print(HEAD, end="")
+def make_page() -> str:
+    """Return the page, mdoc."""
+    lines = []
     for section in msgspec.structs.fields(Settings):
-        print(f".Sh SECTION {section.name.upper()}\n{_text((section.type.__doc__ or '').strip())}")
-        print(".Bl -tag -width Ds")
-        for field in msgspec.structs.fields(section.type):
-            print(_item(field.name, field.type, field.default))
-        print(".El")
-    print(TAIL, end="")
+        lines += [f".Sh SECTION {section.name.upper()}", text((section.type.__doc__ or "").strip())]
+        lines += [".Bl -tag -width Ds"]
+        lines += [_item(field.name, field.type, field.default) for field in msgspec.structs.fields(section.type)]
+        lines += [".El"]
+    return "\n".join([HEAD, *lines, TAIL])
 
 
 def _item(name: str, annotation: Any, default: Any) -> str:
     kind, *metas = get_args(annotation)
     facts = [_kind(kind), *(_range(meta) for meta in metas), f"default: {_value(default)}"]
     description = next(meta.description for meta in metas if meta.description)
-    return f".It Ic {name}\n{_text(f'{description}.')}\n.br\n{_text('(' + '; '.join(filter(None, facts)) + ')')}"
+    return f".It Ic {name}\n{text(f'{description}.')}\n.br\n{text('(' + '; '.join(filter(None, facts)) + ')')}"
 
 
 def _kind(kind: Any) -> str:
@@ -80,12 +78,5 @@ def _value(default: Any) -> str:
     return (", ".join(default) if isinstance(default, tuple) else str(default)) or "empty"
 
 
-def _text(text: str) -> str:
-    """Return text as mdoc wants it: each sentence on lines of its own, nothing that troff takes for its own."""
-    sentences = re.split(r"(?<=[.:;]) ", text.replace("\\", r"\e").replace("-", r"\-"))
-    lines = (line for sentence in sentences for line in textwrap.wrap(sentence, 78, break_on_hyphens=False))
-    return "\n".join(rf"\&{line}" if line[0] in ".'" else line for line in lines)
-
-
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(make_page())

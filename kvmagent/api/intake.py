@@ -8,7 +8,7 @@ import msgspec
 from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
 from kvmagent.audit import audit
 from kvmagent.logs import Log, log_context
-from kvmagent.model.command import Command
+from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.model.vmname import parse_uuid
@@ -80,7 +80,8 @@ class Intake:
                     caller=caller,
                 )
                 with log_context(**task.log_fields):
-                    self._callbacks.check(callback_url, client)
+                    if callback_url != NO_CALLBACK:
+                        self._callbacks.check(callback_url, client)
                     task, is_new = self._store(task)
             except AgentError as error:
                 tell("refused", error.code, error.message)
@@ -106,11 +107,12 @@ class Intake:
         try:
             task = self._withdrawal.withdraw(task_uuid)
         except AgentError as error:
-            audit("refused", caller=caller, client=client, what=what, outcome=error.code)
+            audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
         outcome = Code.CANCELLED
         audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
-        log.info("task taken back", task=task_uuid, vm=task.lane, command=task.command)
+        with log_context(**task.log_fields):
+            log.info("task taken back")
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(

@@ -8,7 +8,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.intake import Accepted
-from kvmagent.model.command import Command
+from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.host import Query
 
@@ -51,7 +51,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
             "title": "kvmagent",
             "version": __version__,
             "description": "Live CPU and memory hotplug of KVM guests. Commands answer at once; the reply is posted "
-            "to the callback URL.",
+            "to the callback URL. No command restarts or migrates a VM; a change that needs a restart says so.",
         },
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": _SCHEMES},
@@ -73,7 +73,7 @@ def _operation(command: Command | Query) -> dict[str, Any]:
         "summary": command.summary,
         "parameters": [
             _header("taskuuid", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}),
-            _header("callbackurl", {"type": "string", "format": "uri", "pattern": "^https?://"}),
+            _header("callbackurl", {"type": "string", "pattern": f"^(https?://|{NO_CALLBACK}$)"}),
         ],
         "requestBody": {"required": True, "content": _json(command.request)},
         "responses": {

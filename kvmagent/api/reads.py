@@ -151,6 +151,7 @@ class Reads:
             "ready": not down,
             "down": down,
             "version": __version__,
+            "host": self._node.read_load(),
             "running": running,
             "queued": self._lanes.depth(),
             "owedCallbacks": self._delivery.owed(),

@@ -24,6 +24,8 @@ from kvmagent.settings import SecuritySection
 ANONYMOUS = "anonymous"
 TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TOKEN_LINE = re.compile(rf"(?P<name>{TOKEN_NAME.pattern}):(?P<digest>[0-9a-f]{{64}})")
+# How the Host header writes an address; no name ends in a label that is all digits.
+_ADDRESS = re.compile(r"[0-9.]+|\[[0-9A-Fa-f:.]+\]")
 # The kinds of subject alternative names that name a client, as Python's ssl calls them.
 _NAME_KINDS = frozenset({"DNS", "URI", "IP Address", "email"})
 
@@ -57,6 +59,36 @@ class Security:
             return self._section.authenticates or address.is_loopback
         return any(address in network for network in self._networks)
 
+    def admit(self, client: str) -> str:
+        """Return who asks for what holds no secret: "anonymous", from an allowed address.
+
+        Raises:
+            AgentError: CLIENT_NOT_ALLOWED.
+        """
+        if not self.is_allowed_address(client):
+            raise AgentError(Code.CLIENT_NOT_ALLOWED, f"{client} is not an allowed client")
+        return ANONYMOUS
+
+    def check_browser(self, method: str, headers: Mapping[str, str]) -> None:
+        """Refuse what a web page of others made a browser send. Header names are in lower case.
+
+        A browser shows its user's certificate, and reaches loopback, for any page that it has open. The agent's own
+        page only reads; on all else a browser puts Origin. What another page reads is kept from it, unless its name
+        was made to resolve to the agent after it had been loaded: where nobody has to say who they are (which is on
+        loopback alone, but for `allow_unauthenticated`), a name that may be the page's is refused.
+        Source: Fetch Standard, "append a request Origin header"; RFC 9110 7.2.
+
+        Raises:
+            AgentError: WEB_PAGE_NOT_ALLOWED.
+        """
+        if method != "GET" and "origin" in headers:
+            raise AgentError(Code.WEB_PAGE_NOT_ALLOWED, f"a page of {headers['origin']} sent a {method}")
+        if self._section.authenticates or self._section.allow_unauthenticated:
+            return
+        host = re.sub(r":[0-9]*\Z", "", headers.get("host", ""))
+        if "." in host and not _ADDRESS.fullmatch(host):
+            raise AgentError(Code.WEB_PAGE_NOT_ALLOWED, f"the Host header is {host!r}, which is no address")
+
     def identify(self, client: str, names: Iterable[str], authorization: str | None) -> str:
         """Return who asks: "certificate:NAME", "token:NAME" or "anonymous".
 
@@ -65,8 +97,7 @@ class Security:
         Raises:
             AgentError: CLIENT_NOT_ALLOWED, CREDENTIALS_MISSING, CREDENTIALS_WRONG, CERTIFICATE_NOT_ALLOWED.
         """
-        if not self.is_allowed_address(client):
-            raise AgentError(Code.CLIENT_NOT_ALLOWED, f"{client} is not an allowed client")
+        self.admit(client)
         if not self._section.authenticates:
             return ANONYMOUS
         if authorization is not None and self._section.tokens_file:

@@ -2,6 +2,7 @@
 
     listener -> CherryPy request -> who is it? -> Routes -> handler -> Answer
                   nobody 401, not allowed 403, unknown path 404, other method 405, AgentError its own status, all JSON
+                  a public path: an allowed address is enough
 
 Routes come from the declared commands; a handler is a function from `Call` to `Answer` and knows no CherryPy.
 """
@@ -9,6 +10,7 @@ Routes come from the declared commands; a handler is a function from `Call` to `
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import cherrypy
@@ -41,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """A status and a body that is JSON already."""
+    """A status and a body, which is JSON already unless the headers say otherwise."""
 
     body: bytes
     status: int = 200
@@ -50,14 +52,30 @@ class Answer:
 
 Handler = Callable[[Call], Answer]
 
+# Of every answer that does not say otherwise: what the agent tells is of this moment, and is never run or shown by
+# a browser as something else.
+_HEADERS: Mapping[str, str] = MappingProxyType(
+    {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+)
+
 
 class Server:
-    """Serves `routes`: (method, path) to handler; a segment of a path that is `*` matches any text."""
+    """Serves `routes`: (method, path) to handler; a segment of a path that is `*` matches any text.
 
-    def __init__(self, http: HttpSection, security: Security, routes: Mapping[tuple[str, str], Handler]) -> None:
+    The paths of `public` ask nobody for credentials.
+    """
+
+    def __init__(
+        self,
+        http: HttpSection,
+        security: Security,
+        routes: Mapping[tuple[str, str], Handler],
+        *,
+        public: frozenset[str] = frozenset(),
+    ) -> None:
         self._http = http
         self._security = security
-        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(security, routes)}})
+        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(security, routes, public)}})
         # CherryPy's own line for each request repeats what the task's lines say.
         application.log.access = lambda: None
         application.log.screen = False
@@ -93,8 +111,9 @@ class Server:
 class _Dispatcher:
     """CherryPy's dispatcher: sets the handler of each request. Everything that it refuses is JSON."""
 
-    def __init__(self, security: Security, routes: Mapping[tuple[str, str], Handler]) -> None:
+    def __init__(self, security: Security, routes: Mapping[tuple[str, str], Handler], public: frozenset[str]) -> None:
         self._security = security
+        self._public = public
         self._routes: dict[tuple[str, ...], dict[str, Handler]] = {}
         for (method, path), handler in routes.items():
             self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = handler
@@ -118,8 +137,7 @@ class _Dispatcher:
             log.failure("request failed in a way that nothing expected", error, **asked)
             answer = _refusal(AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
         response.status = answer.status
-        response.headers["Content-Type"] = "application/json"
-        response.headers.update(answer.headers)
+        response.headers.update({**_HEADERS, **answer.headers})
         return answer.body
 
     def _answer(self, request: Any) -> Answer:
@@ -127,7 +145,11 @@ class _Dispatcher:
         client, caller = request.remote.ip, ""
         try:
             names = request.wsgi_environ.get(NAMES, ())
-            caller = self._security.identify(client, names, headers.get("authorization"))
+            self._security.check_browser(request.method, headers)
+            if request.path_info in self._public:
+                caller = self._security.admit(client)
+            else:
+                caller = self._security.identify(client, names, headers.get("authorization"))
             methods, parts = self._find(request.path_info)
             handler = methods.get(request.method)
             if handler is None:

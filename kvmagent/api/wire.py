@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 import simplejson
 
+from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError, Code
 
 _TASK_UUID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -37,13 +38,15 @@ def parse_task_uuid(value: str | None) -> str:
 
 
 def parse_callback_url(value: str | None) -> str:
-    """Return the callbackurl header.
+    """Return the callbackurl header: a URL, or NO_CALLBACK.
 
     Raises:
         AgentError: MISSING_CALLBACK_URL; BAD_CALLBACK_URL.
     """
     if not value:
         raise AgentError(Code.MISSING_CALLBACK_URL, "the request has no callbackurl header")
+    if value == NO_CALLBACK:
+        return value
     try:
         parts = urlsplit(value)
         port = parts.port

@@ -2,6 +2,7 @@
 
     libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event
+    refused later than its performer waited       on_refused, which tasks.late notes down
 
 Callbacks run on the event loop's thread: they put into queues and never call libvirt. Events are lost with their
 connection, so whoever waits also looks at the VM itself now and then.
@@ -28,9 +29,10 @@ class DeviceEvent:
 
 
 class DeviceEvents:
-    """Thread-safe."""
+    """Thread-safe. `on_refused` hears of each removal that a guest refused, watched or not: VM's UUID and alias."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_refused: Callable[[str, str], None] = lambda _uuid, _alias: None) -> None:
+        self._on_refused = on_refused
         self._lock = threading.Lock()
         self._watchers: list[tuple[str, queue.SimpleQueue[DeviceEvent]]] = []
 
@@ -64,6 +66,8 @@ class DeviceEvents:
             for watched, events in self._watchers:
                 if watched == uuid:
                     events.put(event)
+        if event.kind == "removal-failed":
+            self._on_refused(uuid, event.alias)
 
     def _callback(self, kind: EventKind) -> Callable[..., None]:
         def callback(_connection: object, domain: libvirt.virDomain, alias: str, *_rest: object) -> None:

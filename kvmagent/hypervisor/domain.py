@@ -95,7 +95,7 @@ class VmHandle:
         return domain, is_agent_connected(live_xml) if live_xml else None
 
     def ask_guest(self, domain: Domain, connected: bool | None, parts: frozenset[str]) -> Guest:
-        """Return what the guest says of the `parts` ("cpus", "memory", "agent"); silence is an answer, not an error."""
+        """Return what the guest says of the `parts` ("cpus", "memory", "agent", "os"); silence is an answer too."""
         if not parts or domain.live is None:
             return Guest()
         if domain.state != "running":
@@ -126,6 +126,7 @@ class VmHandle:
                 mem_total_bytes=meminfo.get("MemTotal"),
                 mem_available_bytes=meminfo.get("MemAvailable"),
                 disabled=part("agent", self.agent.disabled) or frozenset(),
+                os=part("os", self.agent.os),
                 refused=refused,
             )
         except GuestSilent as error:

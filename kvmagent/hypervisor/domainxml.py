@@ -57,6 +57,7 @@ def parse_definition(xml: str) -> Definition:
         host_nodes=_parse_ids(_attribute(root, "./numatune/memory[@mode='strict']", "nodeset") or ""),
         phys_bits=_phys_bits(root),
         iommu_eim=root.find("./devices/iommu/driver[@eim='on']") is not None,
+        domain_id=int(number) if (number := root.get("id")) else None,
     )
 
 

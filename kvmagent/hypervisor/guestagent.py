@@ -9,13 +9,14 @@ Source: QEMU docs/interop/qemu-ga-ref; Observed: qemu-ga 7.2.
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import libvirt
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import GuestBlock, GuestVcpu
+from kvmagent.model.facts import GuestBlock, GuestOs, GuestVcpu
 from kvmagent.model.units import KIB
 
 # How long one answer may take. Onlining a chunk of memory blocks is given longer: the guest initialises them.
@@ -23,6 +24,8 @@ TIMEOUT_S = 5
 ONLINE_TIMEOUT_S = 60
 # Blocks onlined by one command, so that a large dimm stays well inside the time limit.
 _BLOCKS_AT_ONCE = 64
+
+_FAMILIES: dict[str, Literal["linux", "windows", "freebsd"]] = {"mswindows": "windows", "freebsd": "freebsd"}
 
 _SILENT = {
     libvirt.VIR_ERR_AGENT_UNRESPONSIVE: Code.GUEST_AGENT_UNRESPONSIVE,
@@ -118,6 +121,24 @@ class GuestAgent:
         """Return the commands that the agent knows and may not do."""
         known = self._call("guest-info")["supported_commands"]
         return frozenset(command["name"] for command in known if not command["enabled"])
+
+    def os(self) -> GuestOs | None:
+        """Return the guest's operating system; None where the agent does not tell.
+
+        Source: QEMU docs/interop/qemu-ga-ref, GuestOSInfo: the id of os-release, "mswindows" for Windows; the kernel's
+        release and version are those of uname, and Linux's version alone begins with a number sign.
+        """
+        try:
+            told = self._call("guest-get-osinfo")
+        except CommandRefused:
+            return None
+        release = re.match(r"(\d+)\.(\d+)", told.get("kernel-release", ""))
+        name = told.get("pretty-name") or told.get("name") or told.get("id") or "the guest"
+        family = _FAMILIES.get(told.get("id", ""))
+        if family is None and told.get("kernel-version", "").startswith("#"):
+            family = "linux"
+        kernel = (int(release.group(1)), int(release.group(2))) if release else None
+        return GuestOs(name=name, family=family, kernel=kernel)
 
     def _call(self, command: str, arguments: dict[str, Any] | None = None, *, timeout_s: int = TIMEOUT_S) -> Any:
         request: dict[str, Any] = {"execute": command}

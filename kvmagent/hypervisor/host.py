@@ -5,11 +5,13 @@ Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v
 """
 
 import functools
+import os
 import re
 from pathlib import Path
 
 from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
 from kvmagent.model.facts import Host, HostNode
+from kvmagent.model.host import HostLoad
 from kvmagent.model.units import KIB
 
 # systemd's slice for VMs: all of libvirt's system VMs are below it.
@@ -27,6 +29,26 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
         phys_bits=_read_phys_bits(root / "proc/cpuinfo"),
         nodes=tuple(_read_node(path) for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))),
         hugepage_bytes=meminfo.get("Hugepagesize"),
+        boot_id=read_boot_id(root),
+    )
+
+
+@functools.cache
+def read_boot_id(root: Path) -> str | None:
+    """Return what tells this start of the host from others. Source: random(4)."""
+    return read_text(root / "proc/sys/kernel/random/boot_id")
+
+
+def read_host_load(root: Path) -> HostLoad:
+    """Return what the host has left; a part that cannot be read is None."""
+    meminfo = read_sizes(root / "proc/meminfo")
+    load = (read_text(root / "proc/loadavg") or "").split()
+    return HostLoad(
+        name=os.uname().nodename,
+        cpus=os.cpu_count(),
+        load=float(load[0]) if load else None,
+        memory_total=meminfo.get("MemTotal"),
+        memory_available=meminfo.get("MemAvailable"),
     )
 
 

@@ -12,12 +12,12 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
-from kvmagent.hypervisor.host import read_host
+from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.model.facts import Definition, Facts, Host
-from kvmagent.model.host import HostView
+from kvmagent.model.host import HostLoad, HostView
 from kvmagent.model.steps import AnyStep
 
 
@@ -59,6 +59,10 @@ class Node:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
+
+    def read_load(self) -> HostLoad:
+        """Return what the host has left, which its kernel tells without libvirt."""
+        return read_host_load(self._host_root)
 
     def view_host(self, needs: frozenset[str]) -> HostView:
         """Return what is so of the host now; `needs` ("host", "vms") is what to look at.
@@ -137,7 +141,7 @@ class HeldVm:
         return self._handle.uuid
 
     def observe(self, parts: frozenset[str]) -> Facts:
-        """Return what is so now; `parts` ("cpus", "memory", "agent") is what to ask the guest itself.
+        """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
 
         The host's memory is looked at where the guest's is.
 
@@ -147,7 +151,10 @@ class HeldVm:
         domain, connected = self._handle.read()
         guest = self._handle.ask_guest(domain, connected, parts)
         limit = self._find_vcpu_limit(domain.live or domain.config)
-        host = read_host(limit, self._host_root) if "memory" in parts else Host(vcpu_limit=limit)
+        if "memory" in parts:
+            host = read_host(limit, self._host_root)
+        else:
+            host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
         return Facts(domain=domain, guest=guest, host=host)
 
     def perform(self, step: AnyStep) -> str:

@@ -24,6 +24,8 @@ from kvmagent.model.steps import AnyStep
 Affect = Literal["both", "live", "config"]
 Outcome = Literal["online", "plugged", "configured", "unchanged", "partial", "refused", "pending", "planned"]
 SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "unchanged", "planned"})
+#: What the callbackurl header says where no callback is wanted: the reply is read from GET /tasks/ID.
+NO_CALLBACK = "none"
 
 VmName = Annotated[
     str,
@@ -106,11 +108,12 @@ def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
 class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
-    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent"; with "memory" the host's memory
-    is looked at too. `spent` (of advance) holds the keys of the soft steps that failed in this run and are not to be
-    tried again, each also followed by its error code. A failed soft step ends its round: what follows it in the plan
-    may count on its success. `tells_progress`: the management server that connected is told of each step as it begins.
-    `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not offer it.
+    `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
+    memory is looked at too; `observe_first` what is asked besides, once, before the decision. `spent` (of advance)
+    holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
+    error code. A failed soft step ends its round: what follows it in the plan may count on its success.
+    `tells_progress`: the management server that connected is told of each step as it begins. `subcommand` is what
+    kvmagentctl calls it; empty: kvmagentctl does not offer it.
     """
 
     name: str
@@ -125,6 +128,7 @@ class Command:
     conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
     retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
+    observe_first: frozenset[str] = frozenset()
     tells_progress: bool = False
     subcommand: str = ""
 

@@ -46,6 +46,7 @@ class Code(StrEnum):
     CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
     CERTIFICATE_NOT_ALLOWED = "CERTIFICATE_NOT_ALLOWED"
     CALLBACK_NOT_ALLOWED = "CALLBACK_NOT_ALLOWED"
+    WEB_PAGE_NOT_ALLOWED = "WEB_PAGE_NOT_ALLOWED"
     TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
     # the agent
     STOPPING = "STOPPING"
@@ -81,6 +82,7 @@ class Code(StrEnum):
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
     CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
+    REMOVAL_LOST = "REMOVAL_LOST"
     # memory
     NO_MAX_MEMORY = "NO_MAX_MEMORY"
     MEMORY_ABOVE_MAXIMUM = "MEMORY_ABOVE_MAXIMUM"
@@ -118,6 +120,8 @@ class Code(StrEnum):
     GUEST_CPU_IN_USE = "GUEST_CPU_IN_USE"
     GUEST_MEMORY_IN_USE = "GUEST_MEMORY_IN_USE"
     GUEST_FREE_SHOWS_LESS = "GUEST_FREE_SHOWS_LESS"
+    GUEST_OS_UNABLE = "GUEST_OS_UNABLE"
+    GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
 
 
@@ -155,11 +159,11 @@ CODES: dict[Code, CodeInfo] = {
     Code.MISSING_CALLBACK_URL: CodeInfo(
         400,
         "An async command came without the callbackurl header.",
-        "Send a callbackurl header: an absolute http or https URL that takes the outcome.",
+        "Send a callbackurl header: an absolute http or https URL that takes the outcome, or none to have it read.",
     ),
     Code.BAD_CALLBACK_URL: CodeInfo(
         400,
-        "The callbackurl header is not an absolute http or https URL.",
+        "The callbackurl header is neither an absolute http or https URL nor the word none.",
         "Send an absolute URL such as http://server:8080/callback.",
     ),
     Code.BAD_HTTP: CodeInfo(400, "The request breaks HTTP.", "Send a well-formed HTTP/1.1 request."),
@@ -246,6 +250,13 @@ CODES: dict[Code, CodeInfo] = {
         "The callback URL leads to where callbacks may not go.",
         "Use a callback URL on the host that sends the command, or add its host, network or port to "
         "security.allowed_callbacks.",
+    ),
+    Code.WEB_PAGE_NOT_ALLOWED: CodeInfo(
+        403,
+        "A browser sent a command, or reached an agent without authentication by a host name: a web page of others may "
+        "have made it do so.",
+        "Send commands from something other than a browser; open the status page by address, "
+        "http://127.0.0.1:7070/, or set up authentication (SECURITY.md).",
     ),
     Code.TOO_MANY_CONNECTIONS: CodeInfo(
         503,
@@ -381,6 +392,11 @@ CODES: dict[Code, CodeInfo] = {
         200,
         "The guest has neither given up the vCPUs nor can it be told to have refused.",
         "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
+    ),
+    Code.REMOVAL_LOST: CodeInfo(
+        200,
+        "The VM was powered off before its guest had given up what was to be removed: the request ended with that run.",
+        "Send the command again to the VM as it runs now.",
     ),
     Code.NO_MAX_MEMORY: CodeInfo(400, "The VM has no <maxMemory>, so no memory device can be attached.", _USE_PREPARE),
     Code.MEMORY_ABOVE_MAXIMUM: CodeInfo(
@@ -538,6 +554,16 @@ CODES: dict[Code, CodeInfo] = {
         "The guest's free shows less than the VM has: firmware, the kernel, its page map (about 1.6 %) and a crash "
         "kernel take their part before MemTotal is counted.",
         "Nothing to do: compare growth, not totals.",
+    ),
+    Code.GUEST_OS_UNABLE: CodeInfo(
+        400,
+        "The guest's operating system cannot do this while it runs.",
+        'Send "affect": "config" and power the VM off and on.',
+    ),
+    Code.GUEST_OS_LIMITED: CodeInfo(
+        200,
+        "The guest's operating system is known not to do all of this by itself.",
+        "Look in the guest whether it uses what was plugged.",
     ),
     Code.DRIFT: CodeInfo(
         200,

@@ -68,7 +68,8 @@ class Definition(msgspec.Struct, frozen=True):
     `hugepage_bytes` is the page size that all memory is backed with, 0 for the host's default hugepage; None without.
     `hard_limit_bytes` is memtune's, `vfio_devices` how many host devices are passed through by VFIO,
     `host_nodes` the host NUMA nodes that memory must come from (empty: any), `phys_bits` the vCPUs' physical
-    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255.
+    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255. `domain_id` is
+    libvirt's number of a running VM, another after every start.
     """
 
     vcpu_current: int
@@ -95,6 +96,7 @@ class Definition(msgspec.Struct, frozen=True):
     host_nodes: frozenset[int] = frozenset()
     phys_bits: int | None = None
     iommu_eim: bool = False
+    domain_id: int | None = None
 
     @property
     def boot_bytes(self) -> int:
@@ -154,12 +156,20 @@ class GuestBlock(msgspec.Struct, frozen=True):
     can_offline: bool
 
 
+class GuestOs(msgspec.Struct, frozen=True):
+    """The guest's operating system: its own name, and where it is known its family and the kernel's first numbers."""
+
+    name: str
+    family: Literal["linux", "windows", "freebsd"] | None = None
+    kernel: tuple[int, int] | None = None
+
+
 class Guest(msgspec.Struct, frozen=True):
     """What the guest says of itself through its agent.
 
     `silence` is why it says nothing at all: one of the GUEST_AGENT codes. A single part that could not be had
     (a blocked command, say) is None, and `refused` names the commands with the agent's words. `disabled` are the
-    commands that the agent's configuration blocks, where it was asked for them.
+    commands that the agent's configuration blocks, and `os` the operating system, where it was asked for them.
     """
 
     silence: Code | None = None
@@ -171,6 +181,7 @@ class Guest(msgspec.Struct, frozen=True):
     mem_available_bytes: int | None = None
     refused: dict[str, str] = {}
     disabled: frozenset[str] = frozenset()
+    os: GuestOs | None = None
 
     @property
     def cpus_online(self) -> int | None:
@@ -190,7 +201,8 @@ class Host(msgspec.Struct, frozen=True):
     """The compute node.
 
     `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
-    a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size.
+    a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
+    every start of the host.
     """
 
     memory_available_bytes: int | None = None
@@ -198,6 +210,7 @@ class Host(msgspec.Struct, frozen=True):
     phys_bits: int | None = None
     nodes: tuple[HostNode, ...] = ()
     hugepage_bytes: int | None = None
+    boot_id: str | None = None
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -206,6 +219,15 @@ class Facts(msgspec.Struct, frozen=True):
     domain: Domain
     guest: Guest
     host: Host
+
+    @property
+    def run(self) -> str | None:
+        """Which run of the VM this is: another after every power-off, and on every host; None when off, or unknown.
+
+        Source: libvirt counts domain ids up for as long as it runs, or the host does while a VM runs.
+        """
+        live, boot_id = self.domain.live, self.host.boot_id
+        return None if live is None or live.domain_id is None or boot_id is None else f"{live.domain_id}@{boot_id}"
 
     def get_live(self) -> Definition:
         """Return the running VM's definition.

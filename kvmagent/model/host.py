@@ -60,6 +60,16 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
 
 
+class HostLoad(msgspec.Struct, frozen=True, rename="camel"):
+    """What the compute node has left: bytes; `load` is the mean of tasks that ran or waited over the last minute."""
+
+    name: str
+    cpus: int | None
+    load: float | None
+    memory_total: int | None
+    memory_available: int | None
+
+
 class HostView(msgspec.Struct, frozen=True):
     """What a query may look at: the parts that it declared in `needs`, the others None."""
 

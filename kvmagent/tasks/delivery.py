@@ -21,6 +21,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError
 from kvmagent.tasks.callbacks import Callbacks, Channel
 from kvmagent.tasks.faults import Fault, no_fault
@@ -104,7 +105,13 @@ class Delivery:
         self._stop_at: float | None = None
 
     def put(self, owed: Owed) -> None:
-        """Send a task's reply to its callback URL, soon; one that is owed already is tried again now."""
+        """Send a task's reply to its callback URL, soon; one that is owed already is tried again now.
+
+        Where no callback was wanted there is nothing to send: it counts as delivered, after no attempt.
+        """
+        if owed.callback_url == NO_CALLBACK:
+            self._journal.settle(owed.task_uuid, "delivered", None)
+            return
         parts = urlsplit(owed.callback_url)
         # Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
         key = f"{parts.scheme}://{parts.netloc} of {owed.client}"
@@ -265,6 +272,7 @@ class Delivery:
     def _put_back(
         self, destination: _Destination, lane: str, task_uuid: str, settled: bool, pause_s: float, answered: bool
     ) -> None:
+        given_up: list[str] = []
         with self._changed:
             now = time.monotonic()
             self._suspects_busy -= destination.failures > 0
@@ -276,10 +284,12 @@ class Delivery:
                 destination.not_before = now + self._pause_s(destination.failures)
                 pause_s = 0.0
                 if self._stop_at is None:
-                    self._give_up_old(destination)
+                    given_up = self._forget_old(destination)
             if lane in destination.lanes:
                 heapq.heappush(destination.due, (now + (0.0 if settled else pause_s), next(self._order), lane))
             self._schedule(destination)
+        for old in given_up:
+            self._give_up(destination, old)
 
     def _forget(self, destination: _Destination, lane: str, task_uuid: str) -> None:
         owed = destination.lanes[lane]
@@ -288,17 +298,26 @@ class Delivery:
         if not owed:
             del destination.lanes[lane]
 
-    def _give_up_old(self, destination: _Destination) -> None:
-        """Give up everything that this destination has been owed for too long: it has just been tried once more."""
-        oldest = self._clock() - self._give_up_s
+    def _forget_old(self, destination: _Destination) -> list[str]:
+        """Forget what this destination has been owed for too long, and return it: it has just been tried once more."""
+        oldest, old = self._clock() - self._give_up_s, []
         for lane, owed in list(destination.lanes.items()):
             for task_uuid in [task_uuid for task_uuid, owed_at in owed.items() if owed_at <= oldest]:
-                with log_context(task=task_uuid, vm=lane):
-                    log.error("callback given up", url=destination.url, error="no answer from the receiver")
-                self._journal.settle(task_uuid, "given_up", "no answer from the receiver")
                 self._forget(destination, lane, task_uuid)
+                old.append(task_uuid)
         destination.due = [entry for entry in destination.due if entry[2] in destination.lanes]
         heapq.heapify(destination.due)
+        return old
+
+    def _give_up(self, destination: _Destination, task_uuid: str) -> None:
+        error = "no answer from the receiver"
+        try:
+            task = self._journal.find(task_uuid)
+            with log_context(**(task.log_fields if task else {"task": task_uuid})):
+                log.error("callback given up", url=destination.url, error=error)
+            self._journal.settle(task_uuid, "given_up", error)
+        except AgentError as failure:  # the next start finds it owed, tries it, and gives it up
+            log.warning("callback waits for the journal", task=task_uuid, **error_fields(failure))
 
     def _close_idle(self, now: float) -> None:
         for key, destination in list(self._destinations.items()):

@@ -184,8 +184,8 @@ class Executor:
             spent = {word for report in run.reports if report.problem for word in spent_by(report)}
             with self._node.hold(run.request.vm_uuid) as vm, self._locks.hold(vm.uuid):
                 run.after = vm.observe(run.command.observe_guest)
-                steps = run.command.advance(run.goal, run.after, frozenset(spent))
-                self._perform_round(task, run, vm, tuple(step for step in steps if step.follows), spent, set())
+                steps = self._find_following(run, frozenset(spent))
+                self._perform_round(task, run, vm, steps, spent, set())
                 run.after = vm.observe(run.command.observe_guest)
             reply = run.command.conclude(run.end())
             outcome = str(getattr(reply, "outcome", ""))
@@ -199,6 +199,13 @@ class Executor:
         log.info("task ended late", outcome=outcome, callback=owes)
         if owed is not None:
             self._on_finished(owed)
+
+    def _find_following(self, run: Run, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+        """Return the steps by which the definition follows what has left; none where the VM is off: nothing has."""
+        assert run.after is not None
+        if run.after.domain.live is None:
+            return ()
+        return tuple(step for step in run.command.advance(run.goal, run.after, spent) if step.follows)
 
     def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None]:
         """Return the reply as JSON, its outcome, and the error that it tells.
@@ -295,8 +302,8 @@ class Executor:
 
     def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:
         command = run.command
-        run.after = vm.observe(command.observe_guest)
         fresh = run.goal is None
+        run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
         if run.goal is None:
             run.before = run.after
             run.goal = command.decide(run.request, run.after, task.task_uuid)

@@ -265,6 +265,26 @@ class Journal:
         callback: Owed | None = self._file.write_now("finish_late", change)
         return callback
 
+    def note_refusal(
+        self, vm_uuid: str, alias: str, at: float, *, pending: Code, problem: Problem, then: Callable[[list[str]], None]
+    ) -> None:
+        """Put `problem` in place of `pending` where a task still waits for that VM to let go of that device.
+
+        Does not wait; `then` gets the tasks, on the writer's thread. Steps that began after `at` are another matter.
+        """
+        sql = (
+            "UPDATE steps SET problem = ? WHERE json_extract(problem, '$.code') = ? AND started_at <= ?"
+            " AND json_extract(CAST(step AS TEXT), '$.alias') = ? AND task_uuid IN (SELECT task_uuid FROM tasks"
+            " WHERE outcome = 'pending' AND json_extract(CAST(before AS TEXT), '$.domain.uuid') = ?)"
+            " RETURNING task_uuid"
+        )
+        values = (msgspec.json.encode(problem).decode(), pending, at, alias, vm_uuid)
+
+        def change(db: Database) -> list[str]:
+            return [row["task_uuid"] for row in db.execute(sql, values).fetchall()]
+
+        self._file.write("note_refusal", change, then=then)
+
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
         """Store a delivery that failed and will be tried again; does not wait; lost while the disk is full."""
         self._file.write_later(

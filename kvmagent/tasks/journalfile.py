@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,11 +96,14 @@ _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its 
 
 @dataclass(frozen=True)
 class _Write:
+    """A change on its way; `context` is the log context of who made it."""
+
     name: str
     change: Change
     keep: bool
     done: Future[Any]
     then: Callable[[Any], None] | None
+    context: Context
 
 
 class JournalFile:
@@ -225,7 +229,7 @@ class JournalFile:
         if self._closed:
             raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: closed")
         done: Future[Any] = Future()
-        self._writes.append(_Write(name, change, keep, done, then))
+        self._writes.append(_Write(name, change, keep, done, then, copy_context()))
         return done
 
     # -- the writer's thread
@@ -292,7 +296,7 @@ class JournalFile:
         for write, result, failure in outcomes:
             if failure is None:
                 self._fault(f"journal.{write.name}:committed")
-                self._tell(write, result)
+                write.context.run(self._tell, write, result)
         for write, result, failure in outcomes:
             write.done.set_exception(failure) if failure else write.done.set_result(result)
         return None
@@ -310,7 +314,7 @@ class JournalFile:
             # Proves with nothing else to write that the file can be written again.
             self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         for write in batch:
-            outcomes.append((write, *_attempt(write, self._db)))
+            outcomes.append((write, *write.context.run(_attempt, write, self._db)))
             self._fault(f"journal.{write.name}:written")
         self._db.execute("COMMIT")
         return outcomes

@@ -2,16 +2,20 @@
 
     executor: outcome pending -> add -> look_after, every second -> the VM's lane -> executor looks
 
+    libvirt's event loop: the guest refused -> note_refusal -> journal, and look_after at once
+
 Every look is a task's turn in its VM's lane, so that nothing else changes the VM meanwhile. After a restart the
 journal says what is still to be watched.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 from kvmagent.logs import Log, error_fields
-from kvmagent.model.errors import AgentError
+from kvmagent.model.command import Problem
+from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.tasks.journal import Journal, Task
 
 log = Log(__name__)
@@ -19,6 +23,10 @@ log = Log(__name__)
 # A look comes after a quarter of the time that the removal has been pending, within these.
 _SHORTEST_S, _LONGEST_S = 1.0, 60.0
 _GIVE_UP_S = 86400.0
+# A refusal may come between the end of a step's wait and its task's answer: so many are remembered, for so long.
+_MOST_REFUSALS, _REMEMBERED_S = 256, 120.0
+# A guest that says it again and again is noted once in this time.
+_REFUSAL_INTERVAL_S = 1.0
 
 
 class LateRemovals:
@@ -32,6 +40,7 @@ class LateRemovals:
         self._clock = clock
         self._lock = threading.Lock()
         self._due: dict[str, float] = {}
+        self._refusals: dict[tuple[str, str], float] = {}
 
     def start(self) -> None:
         """Take up what an earlier agent watched.
@@ -44,8 +53,41 @@ class LateRemovals:
 
     def add(self, task_uuid: str) -> None:
         """Watch a task that answered `pending`."""
+        now = self._clock()
         with self._lock:
-            self._due[task_uuid] = self._clock() + _SHORTEST_S
+            self._due[task_uuid] = now + _SHORTEST_S
+            refusals = [one for one in self._refusals.items() if now - one[1] < _REMEMBERED_S]
+        for (vm_uuid, alias), at in refusals:
+            self._note(vm_uuid, alias, at)
+
+    def note_refusal(self, vm_uuid: str, alias: str) -> None:
+        """Note that a guest refused to let go of a device, for the task that waits for it. Does not block."""
+        now, key = self._clock(), (vm_uuid, alias)
+        with self._lock:
+            if now - self._refusals.pop(key, 0.0) < _REFUSAL_INTERVAL_S:
+                self._refusals[key] = now
+                return
+            self._refusals[key] = now
+            if len(self._refusals) > _MOST_REFUSALS:
+                del self._refusals[next(iter(self._refusals))]
+            is_waited_for = bool(self._due)
+        if is_waited_for:
+            self._note(vm_uuid, alias, now)
+
+    def _note(self, vm_uuid: str, alias: str, at: float) -> None:
+        problem = Problem(
+            code=Code.MEMORY_REMOVAL_REFUSED,
+            message=f"the guest refused to give up {alias}",
+            remedy=CODES[Code.MEMORY_REMOVAL_REFUSED].remedy,
+        )
+        with contextlib.suppress(AgentError):  # the journal is closed: the agent stops
+            self._journal.note_refusal(
+                vm_uuid, alias, at, pending=Code.MEMORY_REMOVAL_PENDING, problem=problem, then=self._hurry
+            )
+
+    def _hurry(self, task_uuids: list[str]) -> None:
+        with self._lock:
+            self._due.update(dict.fromkeys(task_uuids, 0.0))
 
     def look_after(self) -> None:
         """Give the tasks whose time has come to their lanes. To be called every second or so."""

@@ -12,7 +12,7 @@ from kvmagent.model.steps import AnyStep
 
 from . import cpu, memory, memorygoal, shrink, unplugcpu
 from .cpu import CpuGoal
-from .guestmemory import explain_free, find_growth, memory_stages
+from .guestmemory import find_growth, memory_stages
 from .memorygoal import MemoryGoal
 from .reply import settle, shared_fields
 from .requests import HotPlugCpuMemoryRequest, HotPlugCpuRequest, HotPlugMemoryRequest, MemoryReply
@@ -99,10 +99,9 @@ def conclude(ending: Ending) -> MemoryReply:
         changes_live = goal.memory.changes_live or goal.cpu.added
         outcome = "configured" if not changes_live else "plugged" if warnings else "online"
     definition = None if facts is None else facts.domain.config if _is_config(ending) else facts.domain.live
+    explained = memory.explain(replace(ending, goal=None if goal is None else goal.memory))
     return MemoryReply(
-        **shared_fields(
-            ending, outcome, warnings + explain_free(ending), memory_stages(ending) + cpu.cpu_stages(ending)
-        ),
+        **shared_fields(ending, outcome, warnings + explained, memory_stages(ending) + cpu.cpu_stages(ending)),
         requested=ending.request.memory_size,
         aligned=None if goal is None else goal.memory.total_bytes,
         applied=None if definition is None else definition.memory_bytes,
@@ -152,6 +151,7 @@ def _undo_memory(goal: MemoryGoal, facts: Facts) -> ShrinkGoal:
         total_bytes=goal.total_bytes,
         guest_online=True,
         timeout_sec=goal.timeout_sec,
+        run=facts.run,
     )
 
 
@@ -175,6 +175,7 @@ HOT_PLUG_CPU_MEMORY = Command(
     reply=MemoryReply,
     goal=CpuMemoryGoal,
     observe_guest=frozenset({"cpus", "memory"}),
+    observe_first=frozenset({"os"}),
     decide=decide,
     advance=advance,
     conclude=conclude,

@@ -45,6 +45,15 @@ def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
     )
 
 
+def find_idle(facts: Facts) -> tuple[int, ...]:
+    """Return the blocks of plugged dimms that the guest lists and does not use: after it has rebooted, say."""
+    live, guest = facts.domain.live, facts.guest
+    if live is None or guest.blocks is None or guest.block_bytes is None:
+        return ()
+    plugged = dimm_blocks(live, guest.block_bytes)
+    return tuple(sorted(block.index for block in guest.blocks if block.index in plugged and not block.online))
+
+
 def online_steps(
     guest: Guest, blocks: frozenset[int], spent: frozenset[str], *, online: bool, timeout_s: float
 ) -> tuple[AnyStep, ...]:

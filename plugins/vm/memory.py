@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from kvmagent.model.command import Affect, Command, Ending
+from kvmagent.model.command import Affect, Command, Ending, Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice
 from kvmagent.model.steps import (
@@ -25,9 +25,11 @@ from .checks import (
 from .guestmemory import (
     explain_free,
     find_growth,
+    find_idle,
     memory_stages,
     split_for_guest,
 )
+from .guestos import check_plugs_memory, check_virtio_mem, find_limits
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance, find_shortfall, find_warnings
 from .reply import settle, shared_fields
 from .requests import HotPlugMemoryRequest, MemoryReply
@@ -53,9 +55,11 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
     balloon_bytes = _decide_balloon(request, facts)
     missing = {} if request.method == "balloon" else _find_missing(request, facts)
-    resizes = _decide_resizes(request, facts, missing) if request.method in ("auto", "virtio-mem") else ()
+    refuse_first(check_virtio_mem(facts.guest.os) if request.method == "virtio-mem" else ())
+    resizes = _decide_resizes(request, facts, missing) if _may_resize(request, facts) else ()
     virtio_mem = _decide_virtio_mem(request, facts, missing, task_uuid) if request.method == "virtio-mem" else None
     dimms, one_by_one = _decide_dimms(request, facts, missing, task_uuid)
+    plugs = bool(dimms or resizes or virtio_mem)
     main: Target = "config" if request.affect == "config" else "live"
     added = sum(resize.requested_bytes - resize.former_bytes for resize in resizes if resize.target == main)
     added += sum(dimm.size_bytes for dimm in dimms if (dimm.live if main == "live" else dimm.config))
@@ -69,6 +73,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         one_by_one=one_by_one,
         resizes=resizes,
         virtio_mem=virtio_mem,
+        back_online=() if plugs or request.affect == "config" or not request.guest_online else find_idle(facts),
         known_blocks=frozenset(block.index for block in facts.guest.blocks or () if resizes or virtio_mem),
         total_bytes=current_definition(facts, request.affect).memory_bytes + added,
         guest_online=request.guest_online,
@@ -88,12 +93,22 @@ def conclude(ending: Ending) -> MemoryReply:
     if goal is not None:
         aligned = goal.total_bytes if goal.balloon_bytes is None or goal.plugs else goal.balloon_bytes
     return MemoryReply(
-        **shared_fields(ending, outcome, warnings + explain_free(ending), memory_stages(ending)),
+        **shared_fields(ending, outcome, warnings + explain(ending), memory_stages(ending)),
         requested=ending.request.memory_size,
         aligned=aligned,
         applied=_applied(ending.request.affect, ending),
         guest_growth=find_growth(ending),
     )
+
+
+def explain(ending: Ending) -> list[Problem]:
+    """Return what is to be said of plugged memory that is no failing: of its system, and why free shows less."""
+    goal, before = ending.goal, ending.before
+    if goal is None or before is None or not goal.changes_live:
+        return explain_free(ending)
+    virtio_mem = goal.virtio_mem is not None or any(resize.target == "live" for resize in goal.resizes)
+    limits = find_limits(before.guest.os, dimm=any(dimm.live for dimm in goal.dimms), virtio_mem=virtio_mem)
+    return limits + explain_free(ending)
 
 
 def _find_missing(request: HotPlugMemoryRequest, facts: Facts) -> dict[Target, int]:
@@ -115,6 +130,11 @@ def _find_missing(request: HotPlugMemoryRequest, facts: Facts) -> dict[Target, i
     if request.affect != "live":
         missing["config"] = target - facts.get_config().memory_bytes
     return {name: amount for name, amount in missing.items() if amount > 0}
+
+
+def _may_resize(request: HotPlugMemoryRequest, facts: Facts) -> bool:
+    """Whether virtio-mem devices that are there may grow; what the guest cannot use of them is had by dimm."""
+    return request.method == "virtio-mem" or (request.method == "auto" and not any(check_virtio_mem(facts.guest.os)))
 
 
 def _decide_resizes(
@@ -207,6 +227,7 @@ def _decide_dimms(
     """
     if not missing:
         return (), False
+    refuse_first(check_plugs_memory(facts.guest.os) if request.affect != "config" else ())
     refuse_first(check_dimm_support(facts, request.affect))
     refuse_first(check_dimm_room(facts, request.affect, (), request.node))
     parts: list[tuple[int, bool, bool]] = []
@@ -310,6 +331,7 @@ HOT_PLUG_MEMORY = Command(
     reply=MemoryReply,
     goal=MemoryGoal,
     observe_guest=frozenset({"memory"}),
+    observe_first=frozenset({"os"}),
     decide=decide,
     advance=advance,
     conclude=conclude,
@@ -333,6 +355,7 @@ HOT_PLUG_MEMORY = Command(
         Code.HOST_NODE_MEMORY_SHORT,
         Code.HOST_HUGEPAGES_SHORT,
         Code.GUEST_MEMORY_SHORT,
+        Code.GUEST_OS_UNABLE,
         Code.NO_BALLOON,
         Code.BALLOON_ABOVE_TOTAL,
     ),

@@ -65,7 +65,8 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
 
     `former_balloon_bytes` is where the balloon was; `known_blocks` what the guest listed before, where virtio-mem adds
     blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the
-    next is attached: the guest has no room for all their page maps.
+    next is attached: the guest has no room for all their page maps. `back_online` are blocks of dimms that were there
+    before, where nothing is to be plugged: the guest has left them offline.
     """
 
     balloon_bytes: int | None
@@ -80,16 +81,18 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
     virtio_mem: PlannedVirtioMem | None = None
     known_blocks: frozenset[int] = frozenset()
     one_by_one: bool = False
+    back_online: tuple[int, ...] = ()
 
     @property
     def changes_live(self) -> bool:
         """Whether the running VM is to change."""
         plugs = any(dimm.live for dimm in self.dimms) or (self.virtio_mem is not None and self.virtio_mem.live)
-        return self.balloon_live or plugs or any(resize.target == "live" for resize in self.resizes)
+        resizes = any(resize.target == "live" for resize in self.resizes)
+        return self.balloon_live or plugs or resizes or bool(self.back_online)
 
     @property
     def plugs(self) -> bool:
-        """Whether the guest gets memory that it has to bring online."""
+        """Whether memory devices are to be attached or to grow."""
         return bool(self.dimms or self.resizes or self.virtio_mem)
 
 
@@ -104,12 +107,15 @@ def advance(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyS
         or resize_steps(goal.resizes, facts, spent, goal.timeout_sec)
         or _virtio_mem_steps(goal, facts, spent)
         or _dimm_steps(goal, facts, spent)
+        or _back_online_steps(goal, facts, spent)
     )
 
 
 def find_warnings(goal: MemoryGoal | None, facts: Facts | None) -> list[Problem]:
     """Return why the guest may not use all memory of the running VM; nothing when it says that it does."""
-    if facts is None or facts.domain.live is None or goal is None or not goal.changes_live or not goal.plugs:
+    if facts is None or facts.domain.live is None or goal is None or not goal.changes_live:
+        return []
+    if not goal.plugs and not goal.back_online:
         return []
     return plug_warnings(facts, _dimm_blocks(goal.dimms, facts), online=goal.guest_online)
 
@@ -242,6 +248,13 @@ def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[
                 f"{dimm.alias} is not online in the guest, which has no room for the page map of more before it is",
             )
     return ()
+
+
+def _back_online_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """What has left the VM meanwhile is not waited for."""
+    listed = frozenset(block.index for block in facts.guest.blocks or ())
+    blocks = listed & frozenset(goal.back_online)
+    return online_steps(facts.guest, blocks, spent, online=True, timeout_s=goal.timeout_sec)
 
 
 def _attach_steps(dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:

@@ -24,6 +24,7 @@ from .checks import (
 )
 from .cpu import idle_warnings
 from .guestmemory import dimm_blocks, online_blocks, plug_warnings
+from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, is_prepared, plan_preparation
 from .reply import drift, settle, shared_fields
 from .requests import Blocker, Headroom, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
@@ -54,10 +55,11 @@ def conclude(ending: Ending) -> ReadinessReply:
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
-        **shared_fields(ending, outcome, _offline_warnings(facts)),
+        **shared_fields(ending, outcome, _offline_warnings(facts) + _os_warnings(facts)),
         name=facts.domain.name,
         state=facts.domain.state,
         plugged_offline=_find_offline(facts),
+        guest_os=facts.guest.os,
         ready=not blockers,
         ready_after_restart=not lasting,
         blockers=blockers,
@@ -71,7 +73,7 @@ def conclude(ending: Ending) -> ReadinessReply:
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:
     """Return what is plugged and not used in the guest; None for a VM that is off."""
-    live, guest = facts.domain.live, facts.guest
+    live, guest, actual = facts.domain.live, facts.guest, facts.domain.balloon_bytes
     if live is None:
         return None
     cpus, memory = guest.cpus_online, None
@@ -79,7 +81,11 @@ def _find_offline(facts: Facts) -> PluggedOffline | None:
         listed = frozenset(block.index for block in guest.blocks)
         idle = (dimm_blocks(live, guest.block_bytes) | listed) - online_blocks(guest)
         memory = len(idle) * guest.block_bytes
-    return PluggedOffline(cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus), memory_size=memory)
+    return PluggedOffline(
+        cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus),
+        memory_size=memory,
+        ballooned=None if actual is None else max(0, live.balloon_total_bytes - actual),
+    )
 
 
 def _offline_warnings(facts: Facts) -> list[Problem]:
@@ -90,6 +96,15 @@ def _offline_warnings(facts: Facts) -> list[Problem]:
     if live is not None and guest.blocks is not None and guest.block_bytes is not None:
         found += plug_warnings(facts, dimm_blocks(live, guest.block_bytes), online=True)
     return found
+
+
+def _os_warnings(facts: Facts) -> list[Problem]:
+    """Return what the guest's operating system is known not to do: of memory that can be plugged, and of removals."""
+    os, live = facts.guest.os, facts.domain.live
+    if live is None:
+        return []
+    told = [Problem(code=one.code, message=one.message, remedy=one.remedy) for one in check_gives_up(os)]
+    return told + find_limits(os, dimm=True, virtio_mem=bool(live.virtio_mems))[:1]
 
 
 def _find_diff(ending: Ending) -> str | None:
@@ -119,6 +134,7 @@ def _blockers(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker
     yield from check_state(facts.domain, request.affect)
     yield from check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size)
     yield from _definition_blockers(request, facts, request.affect)
+    yield from check_plugs_memory(facts.guest.os)
     if facts.domain.live is not None:
         yield from check_guest(facts.guest)
     for change in drift(facts):
@@ -157,17 +173,20 @@ def _headroom(facts: Facts) -> Headroom | None:
         return None
     slots = definition.slots - definition.slots_used if definition.max_memory_bytes is not None else 0
     room = (definition.max_memory_bytes or 0) - definition.total_bytes if slots > 0 else 0
-    removable = sum(vcpu.enabled and vcpu.hotpluggable for vcpu in definition.vcpus)
+    os = facts.guest.os
+    fixed = definition.hypervisor == "qemu" or any(check_gives_up(os))
+    removable = 0 if fixed else sum(vcpu.enabled and vcpu.hotpluggable for vcpu in definition.vcpus)
     methods = {
         "balloon": definition.balloon and (facts.domain.balloon_bytes or 0) < definition.balloon_total_bytes,
-        "virtio-mem": any(device.room_bytes for device in definition.virtio_mems) or room > 0,
-        "dimm": room > 0,
+        "virtio-mem": (any(device.room_bytes for device in definition.virtio_mems) or room > 0)
+        and not any(check_virtio_mem(os)),
+        "dimm": room > 0 and not any(check_plugs_memory(os)),
     }
     return Headroom(
         cpu_num=definition.vcpu_maximum - definition.vcpu_current,
         memory_size=max(0, room),
         slots=max(0, slots),
-        removable_cpu_num=0 if definition.hypervisor == "qemu" else removable,
+        removable_cpu_num=removable,
         removable_memory_size=definition.memory_bytes - definition.boot_bytes,
         memory_granularity=block_bytes(facts),
         memory_methods=[name for name, can in methods.items() if can],
@@ -182,7 +201,7 @@ READY_FOR_HOTPLUG = Command(
     request=ReadyForHotplugRequest,
     reply=ReadinessReply,
     goal=PrepareGoal,
-    observe_guest=frozenset({"cpus", "memory", "agent"}),
+    observe_guest=frozenset({"cpus", "memory", "agent", "os"}),
     decide=decide,
     advance=advance,
     conclude=conclude,

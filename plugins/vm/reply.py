@@ -34,6 +34,7 @@ def shared_fields(
         "stages": stages or [],
         "steps": _steps(ending),
         "drift": drift(ending.after),
+        "same_run": is_same_run(ending),
         "recovered": ending.recovered or msgspec.UNSET,
         "late": ending.late or msgspec.UNSET,
     }
@@ -92,6 +93,19 @@ def find_failure(ending: Ending, codes: tuple[Code, ...]) -> AgentError | None:
             if report.problem is not None and report.problem.code is code:
                 return AgentError(code, report.problem.message, remedy=report.problem.remedy)
     return None
+
+
+def find_lost(run: str | None, ending: Ending) -> AgentError | None:
+    """Return the error of a removal that was still pending when the VM's run ended: QEMU alone knew of it."""
+    if not ending.late or run is None or ending.after is None or ending.after.run == run:
+        return None
+    return AgentError(Code.REMOVAL_LOST, f"VM {ending.after.domain.name} was powered off while the removal was pending")
+
+
+def is_same_run(ending: Ending) -> bool | None:
+    """Return whether the VM at the end is the one of the beginning: neither powered off nor migrated meanwhile."""
+    before, after = (facts.run if facts else None for facts in (ending.before, ending.after))
+    return None if before is None or after is None else before == after
 
 
 def numbers(facts: Facts | None) -> Numbers:

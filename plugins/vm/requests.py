@@ -6,7 +6,7 @@ import msgspec
 
 from kvmagent.model.command import Outcome, Problem, VmRequest
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import VmState
+from kvmagent.model.facts import GuestOs, VmState
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
@@ -138,7 +138,8 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     """What every command on a VM answers.
 
     `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
-    before.
+    before. `sameRun`: at the end the VM still is in the run that it was in at the beginning, neither powered off nor
+    migrated; no command ever does either. Null where that is not known, and for a VM that is off.
     """
 
     success: bool
@@ -156,6 +157,7 @@ class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
     stages: list[Stage] = []
     steps: list[dict[str, Any]] = []
     drift: list[Drift] = []
+    same_run: bool | None = None
     recovered: bool | msgspec.UnsetType = msgspec.UNSET
     late: bool | msgspec.UnsetType = msgspec.UNSET
 
@@ -211,21 +213,27 @@ class Clamp(msgspec.Struct, frozen=True):
 
 
 class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
-    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell."""
+    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell.
+
+    `ballooned` is no trouble: it is what the balloon holds back of the memory, which was asked of it.
+    """
 
     cpu_num: int | None = None
     memory_size: int | None = None
+    ballooned: int | None = None
 
 
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
 
-    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline.
+    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline,
+    and what the guest's operating system is known not to do; `guestOs` is what it says of itself.
     """
 
     name: str | None = None
     state: VmState | None = None
     plugged_offline: PluggedOffline | None = None
+    guest_os: GuestOs | None = None
     ready: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []

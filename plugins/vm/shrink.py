@@ -18,7 +18,7 @@ from kvmagent.model.units import format_size
 
 from .guestmemory import device_blocks, online_blocks
 from .memorygoal import PlannedResize, find_stalled, resize_steps
-from .reply import find_failure, not_verified
+from .reply import find_failure, find_lost, not_verified
 
 USER_ALIAS = "ua-"
 
@@ -38,16 +38,20 @@ class PlannedRemoval(msgspec.Struct, frozen=True, rename="camel"):
     config: bool
     online_blocks: tuple[int, ...] = ()
 
-    def find_live(self, definition: Definition) -> MemoryDevice | None:
-        """Return the device in the running VM."""
+    def find_live(self, definition: Definition, *, same_run: bool) -> MemoryDevice | None:
+        """Return the device in the running VM; after another start it may lie elsewhere, and be named otherwise."""
+        if not same_run:
+            return self.find_config(definition)
         device = definition.find_device(self.alias) if self.alias is not None else None
         return device if device is not None and device.base == self.base else None
 
     def find_config(self, definition: Definition) -> MemoryDevice | None:
-        """Return the device in the persistent definition: by user alias, else by slot, node and size."""
+        """Return the device in a definition, whatever run: by user alias, else by slot, node and size."""
         for device in definition.devices:
             named = self.alias is not None and self.alias.startswith(USER_ALIAS) and device.alias == self.alias
-            unnamed = device.alias is None and (self.alias is None or not self.alias.startswith(USER_ALIAS))
+            unnamed = not any(
+                alias is not None and alias.startswith(USER_ALIAS) for alias in (device.alias, self.alias)
+            )
             same = (device.slot, device.node, device.size_bytes) == (self.slot, self.node, self.size_bytes)
             if named or (unnamed and same):
                 return device
@@ -55,7 +59,7 @@ class PlannedRemoval(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class ShrinkGoal(Goal, frozen=True, rename="camel"):
-    """Dimms to remove, virtio-mem sizes and a balloon target: absolute."""
+    """Dimms to remove, virtio-mem sizes and a balloon target: absolute. `run` is the VM's run that it was made for."""
 
     removals: tuple[PlannedRemoval, ...]
     resizes: tuple[PlannedResize, ...]
@@ -65,6 +69,7 @@ class ShrinkGoal(Goal, frozen=True, rename="camel"):
     total_bytes: int
     guest_online: bool
     timeout_sec: float
+    run: str | None = None
 
     @property
     def changes_live(self) -> bool:
@@ -101,7 +106,9 @@ def find_shortfall(goal: ShrinkGoal, ending: Ending) -> AgentError | None:
     """Return why the VM still has more than the goal: what the removals ended in, a pending one first."""
     facts = ending.after
     assert facts is not None
-    left = [removal for removal in goal.removals if _is_left(removal, facts)]
+    if lost := find_lost(goal.run, ending):
+        return lost
+    left = [removal for removal in goal.removals if _is_left(removal, goal, facts)]
     if left:
         told = [report.problem.code for report in ending.reports if report.problem is not None]
         refused = (Code.MEMORY_REMOVAL_REFUSED, Code.GUEST_MEMORY_IN_USE)
@@ -118,10 +125,14 @@ def find_shortfall(goal: ShrinkGoal, ending: Ending) -> AgentError | None:
     return stalled
 
 
-def _is_left(removal: PlannedRemoval, facts: Facts) -> bool:
+def _is_left(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> bool:
     live, config = facts.domain.live, facts.domain.config
-    in_live = removal.live and live is not None and removal.find_live(live) is not None
+    in_live = removal.live and live is not None and _find_live(removal, goal, facts) is not None
     return in_live or (removal.config and config is not None and removal.find_config(config) is not None)
+
+
+def _find_live(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> MemoryDevice | None:
+    return removal.find_live(facts.get_live(), same_run=goal.run is None or goal.run == facts.run)
 
 
 def _removal_steps(
@@ -132,10 +143,10 @@ def _removal_steps(
     What the guest refuses to give up goes back into use; what it has not answered for may still leave.
     """
     steps: list[AnyStep] = []
-    if removal.live and removal.alias is not None and removal.find_live(facts.get_live()) is not None:
-        detach = DetachMemory(alias=removal.alias, timeout_sec=goal.timeout_sec)
+    if removal.live and (device := _find_live(removal, goal, facts)) is not None and device.alias is not None:
+        detach = DetachMemory(alias=device.alias, timeout_sec=goal.timeout_sec)
         used = tuple(sorted(online_blocks(facts.guest) & frozenset(removal.online_blocks)))
-        offline = OfflineGuestMemory(alias=removal.alias, blocks=used)
+        offline = OfflineGuestMemory(alias=device.alias, blocks=used)
         if offline.key in spent or f"{detach.key} {Code.MEMORY_REMOVAL_REFUSED}" in spent:
             back = tuple(sorted(frozenset(removal.online_blocks) - frozenset(used)))
             return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in spent else ()
@@ -151,7 +162,7 @@ def _removal_steps(
 
 def _balloon_steps(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     """Only once every dimm is gone: the balloon counts them, and would take their size out of what is online."""
-    if goal.balloon_bytes is None or any(_is_left(removal, facts) for removal in goal.removals):
+    if goal.balloon_bytes is None or any(_is_left(removal, goal, facts) for removal in goal.removals):
         return ()
     actual = facts.domain.balloon_bytes
     if goal.balloon_live and actual is not None and actual > goal.balloon_bytes:

@@ -10,18 +10,20 @@ from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_expected, check_state, refuse_first
 from .cpu import cpu_stages
-from .reply import find_failure, not_verified, settle, settle_removal, shared_fields, silence_warning
+from .guestos import check_gives_up
+from .reply import find_failure, find_lost, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
 
 
 class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
-    """A total of vCPUs to come down to."""
+    """A total of vCPUs to come down to. `run` is the VM's run that it was decided in."""
 
     cpu_num: int
     live: bool
     config: bool
     guest_online: bool
     timeout_sec: float
+    run: str | None = None
 
 
 def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> UnplugCpuGoal:
@@ -46,6 +48,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
         config=config,
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
+        run=facts.run,
     )
 
 
@@ -84,6 +87,8 @@ def conclude(ending: Ending) -> VmReply:
 def find_shortfall(goal: UnplugCpuGoal, ending: Ending) -> AgentError | None:
     """Return why the VM still has more than the goal's vCPUs: what the removal ended in."""
     assert ending.after is not None
+    if lost := find_lost(goal.run, ending):
+        return lost
     domain = ending.after.domain
     if goal.live and (domain.live is None or domain.live.vcpu_current > goal.cpu_num):
         told = [report.problem.code for report in ending.reports if report.problem is not None]
@@ -111,6 +116,7 @@ def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
         raise AgentError(
             Code.CPU_REMOVAL_UNSAFE, f"VM {facts.domain.name} is emulated: none of its vCPUs can be removed safely"
         )
+    refuse_first(check_gives_up(facts.guest.os))
     fixed = sum(vcpu.enabled and not vcpu.hotpluggable for vcpu in live.vcpus)
     if cpu_num < fixed:
         raise AgentError(
@@ -133,6 +139,7 @@ HOT_UNPLUG_CPU = Command(
     reply=VmReply,
     goal=UnplugCpuGoal,
     observe_guest=frozenset({"cpus"}),
+    observe_first=frozenset({"os"}),
     decide=decide,
     advance=advance,
     conclude=conclude,
@@ -143,5 +150,6 @@ HOT_UNPLUG_CPU = Command(
         Code.CPU_NOT_REMOVABLE,
         Code.CPU_REMOVAL_UNSAFE,
         Code.GUEST_CPU_IN_USE,
+        Code.GUEST_OS_UNABLE,
     ),
 )

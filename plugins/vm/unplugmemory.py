@@ -23,6 +23,7 @@ from .guestmemory import (
     offline_bytes,
     online_blocks,
 )
+from .guestos import check_gives_up
 from .memory import BALLOON_PAGE_BYTES, TARGETS, VIRTIO_MEM_BLOCK_BYTES, balloon_actual, current_definition, plan_resize
 from .memorygoal import PlannedResize
 from .reply import settle, settle_removal, shared_fields, silence_warning
@@ -68,6 +69,7 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
         total_bytes=total if balloon is None else balloon,
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
+        run=facts.run,
     )
     if request.affect != "config":
         check_guest_can_spare(facts, _taken_bytes(goal, facts))
@@ -138,6 +140,7 @@ def _decide_removals(
             f"{format_size(fit + min(fine, surplus - fit))} of {format_size(surplus)} could be removed",
         )
     picked = [free[n] for n in sums.pick(fit)]
+    refuse_first(check_gives_up(facts.guest.os) if picked and request.affect != "config" else ())
     return tuple(
         plan_removal(dimm, facts, live=request.affect != "config", config=request.affect != "live") for dimm in picked
     )
@@ -268,6 +271,7 @@ HOT_UNPLUG_MEMORY = Command(
     reply=MemoryReply,
     goal=ShrinkGoal,
     observe_guest=frozenset({"memory"}),
+    observe_first=frozenset({"os"}),
     decide=decide,
     advance=advance,
     conclude=conclude,
@@ -278,6 +282,7 @@ HOT_UNPLUG_MEMORY = Command(
         Code.MEMORY_NOT_REMOVABLE,
         Code.GUEST_MEMORY_IN_USE,
         Code.GUEST_MEMORY_SHORT,
+        Code.GUEST_OS_UNABLE,
         Code.NO_BALLOON,
         Code.BALLOON_BELOW_FLOOR,
     ),

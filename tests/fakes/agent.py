@@ -42,6 +42,7 @@ def make_host(
     files = {
         directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: 2048 kB\n",
         directory / "proc/cpuinfo": "address sizes\t: 46 bits physical, 48 bits virtual\n",
+        directory / "proc/sys/kernel/random/boot_id": "boot-1\n",
         node / "meminfo": f"Node 0 MemFree: {node_free_mib * 1024} kB\n",
         node / "hugepages/hugepages-2048kB/free_hugepages": f"{free_hugepages}\n",
     }

@@ -40,6 +40,15 @@ def qemu_error(code: int, message: str) -> libvirt.libvirtError:
     return libvirt_error(code, libvirt.VIR_FROM_QEMU, message)
 
 
+#: What guest-get-osinfo says in Debian 12 (in part).
+DEBIAN = {
+    "id": "debian",
+    "pretty-name": "Debian GNU/Linux 12 (bookworm)",
+    "kernel-release": "6.1.0-18-amd64",
+    "kernel-version": "#1 SMP PREEMPT_DYNAMIC Debian 6.1.76-1",
+}
+
+
 @dataclass
 class FakeGuest:
     """What runs inside a domain: its kernel's CPUs and memory blocks, and its agent.
@@ -67,6 +76,7 @@ class FakeGuest:
     fixed_cpus: frozenset[int] = frozenset({0})
     unplugs: str = "lets go"
     virtio_mem_limit: int = 1 << 60
+    os: dict[str, str] = field(default_factory=lambda: dict(DEBIAN))
     asked: list[str] = field(default_factory=list)
 
     def answer(self, request: dict[str, Any]) -> Any:
@@ -127,6 +137,9 @@ class FakeGuest:
     def _guest_file_close(self, handle: int) -> Any:
         return {}
 
+    def _guest_get_osinfo(self) -> Any:
+        return self.os
+
     def _guest_info(self) -> Any:
         names = [name[1:].replace("_", "-") for name in dir(FakeGuest) if name.startswith("_guest_")]
         return {"supported_commands": [{"name": name, "enabled": name not in self.refuses} for name in names]}
@@ -142,6 +155,7 @@ class FakeDomain:
         self.live = _normalise(etree.fromstring(xml)) if running else None
         self.guest = guest or FakeGuest()
         self.paused = False
+        self.number = 1
         self.calls: list[str] = []
         self.fail_next: dict[str, Exception] = {}
         self.tell: Callable[[int, str], None] = lambda event_id, alias: None
@@ -175,6 +189,7 @@ class FakeDomain:
             for graphics in root.iterfind("./devices/graphics"):
                 graphics.attrib.pop("passwd", None)
         if not inactive:
+            root.set("id", str(self.number))
             for target in root.iterfind("./devices/channel/target"):
                 target.set("state", "disconnected" if self.guest.agent == "stopped" else "connected")
         return etree.tostring(root, encoding="unicode")
@@ -184,6 +199,15 @@ class FakeDomain:
 
     def jobStats(self, flags: int) -> dict[str, int]:
         return {"type": libvirt.VIR_DOMAIN_JOB_NONE}
+
+    def power_cycle(self, *, start: bool = True) -> None:
+        """Off, and on again from the persistent definition; each dimm has another place then."""
+        self.live = copy.deepcopy(self.config) if start else None
+        self.number += 1
+        base = FIRST_DIMM_BASE + 1024 * MIB
+        for device in self.live.iterfind("./devices/memory[@model='dimm']") if start else ():
+            device.find("address").set("base", hex(base))
+            base += _size(device.find("./target/size"))
 
     # changes
 

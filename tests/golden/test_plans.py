@@ -137,6 +137,21 @@ def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+WINDOWS = {"id": "mswindows", "pretty-name": "Windows Server 2022 Standard", "kernel-release": "20348"}
+FREEBSD = {
+    "id": "freebsd",
+    "name": "FreeBSD",
+    "kernel-release": "14.0-RELEASE",
+    "kernel-version": "FreeBSD 14.0-RELEASE",
+}
+OLD_LINUX = {
+    "id": "ubuntu",
+    "pretty-name": "Ubuntu 20.04",
+    "kernel-release": "5.4.0-42",
+    "kernel-version": "#46-Ubuntu",
+}
+MIDDLE_LINUX = {"id": "debian", "pretty-name": "Debian 11", "kernel-release": "5.10.0-8", "kernel-version": "#1 SMP"}
+NO_BLOCKS = frozenset({"guest-get-memory-blocks", "guest-get-memory-block-info"})
 BARE = {
     "vcpus": 1,
     "max_vcpus": 1,
@@ -287,6 +302,37 @@ CASES = {
         guest={"virtio_mem_limit": 256 * MIB},
         arrange=plug(128, model="virtio-mem"),
     ),
+    "memory-back-online-after-reboot": Case(
+        MEMORY, {"memorySize": 512 * MIB}, arrange=then(plug(256), offline_plugged)
+    ),
+    "memory-back-online-not-asked": Case(
+        MEMORY, {"memorySize": 512 * MIB, "guestOnline": False}, arrange=then(plug(256), offline_plugged)
+    ),
+    "memory-back-online-refused-by-guest": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        guest={"refuses": frozenset({"guest-set-memory-blocks"})},
+        arrange=then(plug(256), offline_plugged),
+    ),
+    "memory-windows": Case(MEMORY, {"memorySize": 512 * MIB}, guest={"os": WINDOWS, "refuses": NO_BLOCKS}),
+    "memory-refused-freebsd": Case(MEMORY, {"memorySize": 512 * MIB}, guest={"os": FREEBSD, "refuses": NO_BLOCKS}),
+    "memory-refused-virtio-mem-old-linux": Case(
+        MEMORY, {"memorySize": 512 * MIB, "method": "virtio-mem"}, guest={"os": OLD_LINUX}
+    ),
+    "memory-auto-old-linux-by-dimm": Case(
+        MEMORY, {"memorySize": 640 * MIB}, guest={"os": OLD_LINUX}, arrange=plug(128, model="virtio-mem")
+    ),
+    "memory-virtio-mem-not-advised": Case(
+        MEMORY, {"memorySize": 512 * MIB, "method": "virtio-mem"}, guest={"os": MIDDLE_LINUX}
+    ),
+    "less-cpu-refused-windows": Case(LESS_CPU, {"cpuNum": 1}, guest={"os": WINDOWS}, domain=KVM, arrange=plug_vcpus(3)),
+    "less-memory-refused-windows": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, guest={"os": WINDOWS}, arrange=plug(128)
+    ),
+    "ready-windows": Case(READY, {}, guest={"os": WINDOWS}),
+    "ready-not-freebsd": Case(READY, {}, guest={"os": FREEBSD}),
+    "ready-old-linux": Case(READY, {}, guest={"os": OLD_LINUX}),
+    "ready-unknown-os": Case(READY, {}, guest={"os": {}}),
     "cpumem-online": Case(BOTH, {"cpuNum": 2, "memorySize": 512 * MIB}),
     "cpumem-unchanged": Case(BOTH, {"cpuNum": 1, "memorySize": 256 * MIB}),
     "cpumem-refused-cpu-maximum": Case(BOTH, {"cpuNum": 5, "memorySize": 512 * MIB}),

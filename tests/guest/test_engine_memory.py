@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.processes import wait_for
@@ -59,7 +60,7 @@ def test_balloon_then_dimm_then_virtio_mem_and_all_the_way_back(boot: Boot, send
     assert guest.mem_total_kib() >= start_kib
 
 
-def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: Send) -> None:
+def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: Send, server: ManagementServer) -> None:
     guest = boot(GuestSpec(name="eng2"))
     assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "online"
     # Kernel memory that cannot move, in all of what is online.
@@ -78,6 +79,39 @@ def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: 
     assert (reply["outcome"], reply["errorCode"]) == ("refused", "MEMORY_REMOVAL_REFUSED"), reply
     assert "model='dimm'" in guest.persistent_xml()
     assert guest.mem_total_kib() == total_kib
+
+    # A guest that does not run answers nothing; it refuses once it does, and that is told as well.
+    with guest.domain() as domain:
+        domain.suspend()
+    reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB, timeoutSec=1, lateCallback=True, task="late-no")
+    assert (reply["outcome"], reply["errorCode"]) == ("pending", "MEMORY_REMOVAL_PENDING"), reply
+    with guest.domain() as domain:
+        domain.resume()
+    reply = server.wait("late-no", 60, attempt=2)
+    assert (reply["success"], reply["outcome"], reply["late"]) == (False, "refused", True), reply
+    assert (reply["errorCode"], reply["sameRun"]) == ("MEMORY_REMOVAL_REFUSED", True)
+    assert "model='dimm'" in guest.persistent_xml()
+
+
+def test_what_a_reboot_left_offline_is_told_and_the_same_target_brings_it_back(
+    boot: Boot, send: Send, agent: AgentProcess
+) -> None:
+    guest = boot(GuestSpec(name="eng5", machine="pc"))
+    assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "online"
+    total_kib = guest.mem_total_kib()
+    guest.reboot()
+    assert guest.mem_total_kib() <= total_kib - 128 * 1024
+    told = agent.get(f"/vms/{guest.uuid}").body
+    assert told["pluggedOffline"]["memorySize"] == 128 * MIB
+    assert told["guestOs"]["family"] == "linux"
+    remedies = {one["code"]: one["remedy"] for one in told["warnings"]}
+    assert "memhp_default_state=online" in remedies["GUEST_MEMORY_OFFLINE"]
+
+    reply = send("/vm/hotplug/memory", guest, memorySize=384 * MIB)
+    assert (reply["success"], reply["outcome"], reply["sameRun"]) == (True, "online", True), reply
+    assert [step["step"] for step in reply["steps"]] == ["OnlineGuestMemory"]
+    assert guest.mem_total_kib() == total_kib
+    assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "unchanged"
 
 
 def test_a_removal_that_the_guest_does_late_is_told_by_a_second_callback(

@@ -314,7 +314,7 @@ def hang_up(agent: AgentProcess) -> None:
 
 
 def reloads(agent: AgentProcess) -> int:
-    return agent.log().count("certificates and tokens ") // 2
+    return agent.log().count("section=callback")
 
 
 def assert_status(agent: AgentProcess, token: str, status: int) -> None:

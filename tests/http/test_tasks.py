@@ -30,6 +30,18 @@ def test_a_command_is_accepted_at_once_and_told_by_callback(agent: AgentProcess,
     assert "udev rule" in reply["warnings"][0]["remedy"]
 
 
+def test_where_no_callback_is_wanted_the_reply_is_read(agent: AgentProcess) -> None:
+    task = new_task_uuid()
+    agent.post(CPU, {"vmUuid": "vm1", "cpuNum": 2}, task_uuid=task, callback_url="none")
+    whole = wait_for(
+        lambda: (body := agent.get(f"/tasks/{task}").body)["state"] == "delivered" and body, timeout_s=10, what="end"
+    )
+    assert whole["reply"]["cpuNum"] == 2
+    assert whole["delivery"] == {"url": "none", "attempts": 0, "error": None}
+    agent.post(CPU, {"vmUuid": "vm1", "cpuNum": 2}, task_uuid=task, callback_url="none")
+    assert agent.get("/healthz").body["owedCallbacks"] == 0
+
+
 def test_the_same_target_again_changes_nothing(agent: AgentProcess, server: ManagementServer) -> None:
     run(agent, server, CPU, vmUuid="vm1", cpuNum=3)
     reply = run(agent, server, CPU, vmUuid="vm1", cpuNum=3)

@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents
+from kvmagent.model.errors import AgentError
 from kvmagent.tasks.journal import Task
 from kvmagent.tasks.late import LateRemovals
 from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest
@@ -123,3 +125,119 @@ def test_what_is_pending_is_looked_at_again_and_again_and_given_up_in_the_end(ag
     late.look_after()
     late.look_after()
     assert len(put) == 10
+
+
+class Watch:
+    """Late removals on an agent's journal, with a clock that is set by hand, and what they give to lanes."""
+
+    def __init__(self, agent: FakeAgent, now: float) -> None:
+        self.agent = agent
+        self.now = now
+        self.put: list[Task] = []
+        self.late = LateRemovals(agent.journal, self.put.append, clock=lambda: self.now)
+
+    def look(self) -> None:
+        """Let a second pass, and carry out what is due."""
+        self.flush()
+        self.now += 2
+        self.late.look_after()
+        for task in self.put:
+            self.agent.executor.run(task)
+        self.put.clear()
+
+    def flush(self) -> None:
+        """Wait for what was handed to the journal without waiting."""
+        with pytest.raises(AgentError):
+            self.agent.journal.owe_again("nobody")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_refusal_that_comes_late_is_recorded_and_told_even_over_a_restart(
+    agent: FakeAgent, domain: FakeDomain, restarted: bool
+) -> None:
+    task = ask_back(agent, late_callback=True)
+    deliver(agent)
+    watch = Watch(agent, (task.finished_at or 0.0) + 1)
+    watch.late.start()
+    events = DeviceEvents(watch.late.note_refusal)
+    agent.finished.clear()
+    for vm, kind, alias in (
+        ("another-vm", "removal-failed", ALIAS),
+        (domain.UUIDString(), "removal-failed", "ua-another"),
+        (domain.UUIDString(), "removed", ALIAS),
+    ):
+        events.put(vm, DeviceEvent(kind, alias))  # type: ignore[arg-type]
+    watch.look()
+    assert task_of(agent).outcome == "pending"
+
+    events.put(domain.UUIDString(), DeviceEvent("removal-failed", ALIAS))
+    watch.flush()
+    if restarted:
+        watch = Watch(agent, watch.now)
+        watch.late.start()
+    watch.look()
+    ended = task_of(agent)
+    assert (ended.state, ended.outcome) == ("finished", "refused")
+    assert agent.finished == ["late"]
+    reply = reply_of(ended)
+    assert (reply["success"], reply["late"], reply["errorCode"]) == (False, True, "MEMORY_REMOVAL_REFUSED")
+    assert (reply["memorySize"], reply["drift"], reply["sameRun"]) == (384 * MIB, [], True)
+    assert "online_movable" in reply["remedy"]
+    assert [step["problem"] for step in reply["steps"] if "problem" in step] == ["MEMORY_REMOVAL_REFUSED"]
+    assert domain.config.find("./devices/memory") is not None
+
+
+def test_a_refusal_between_the_wait_s_end_and_the_answer_is_not_lost(agent: FakeAgent, domain: FakeDomain) -> None:
+    task = ask_back(agent, late_callback=True)
+    deliver(agent)
+    watch = Watch(agent, (task.finished_at or 0.0) + 1)
+    watch.late.note_refusal(domain.UUIDString(), ALIAS)  # nobody waits for it yet
+    watch.late.add("late")
+    watch.look()
+    assert task_of(agent).outcome == "refused"
+
+
+def test_a_refusal_of_an_earlier_request_is_none_of_this_one(agent: FakeAgent, domain: FakeDomain) -> None:
+    task = ask_back(agent, late_callback=True)
+    deliver(agent)
+    watch = Watch(agent, (task.accepted_at or 0.0) - 60)
+    watch.late.note_refusal(domain.UUIDString(), ALIAS)
+    watch.late.add("late")
+    watch.look()
+    assert task_of(agent).outcome == "pending"
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_removal_that_was_pending_at_power_off_is_lost_and_said_so(
+    agent: FakeAgent, domain: FakeDomain, start: bool
+) -> None:
+    task = ask_back(agent, late_callback=True)
+    deliver(agent)
+    domain.power_cycle(start=start)
+    agent.executor.run(task)
+    reply = reply_of(task_of(agent))
+    assert (reply["success"], reply["late"], reply["errorCode"]) == (False, True, "REMOVAL_LOST")
+    assert reply["outcome"] == ("refused" if start else "partial")
+    assert reply["sameRun"] is (False if start else None)
+    assert (reply["after"]["memorySize"], reply["after"]["configMemorySize"]) == (
+        384 * MIB if start else None,
+        384 * MIB,
+    )
+    assert domain.config.find("./devices/memory") is not None
+
+
+def test_vcpus_that_were_to_leave_at_power_off_are_lost_too(tmp_path: Path) -> None:
+    spec = GuestSpec(name="vm1")
+    domain = make_domain(spec, make_guest(spec), virt_type="kvm")
+    agent = FakeAgent(tmp_path, domain)
+    try:
+        assert agent.run("HotPlugCpu", "plug", vmUuid="vm1", cpuNum=3).reply["outcome"] == "online"
+        domain.guest.unplugs = "not answering"
+        agent.run("HotUnplugCpu", "late", vmUuid="vm1", cpuNum=1, timeoutSec=1)
+        deliver(agent)
+        domain.power_cycle()
+        agent.executor.run(task_of(agent))
+        reply = reply_of(task_of(agent))
+        assert (reply["outcome"], reply["errorCode"], reply["cpuNum"]) == ("refused", "REMOVAL_LOST", 3)
+    finally:
+        agent.stop()

@@ -1,41 +1,176 @@
-"""Examines this host: what an agent needs here, and what it would meet; each finding with its remedy."""
+"""Examines this host: what an agent needs here, and what it would meet; each finding with its remedy.
 
-from collections.abc import Iterable
+configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory -> certificates -> clock -> the agent
+"""
+
+import getpass
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
-import msgspec
+from kvmagent import __version__
+from kvmagent.api.deadline import Asker
+from kvmagent.cli.configfile import read_settings
+from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.exits import CtlError
+from kvmagent.cli.ctl.findings import Finding
+from kvmagent.cli.ctl.hostchecks import examine_certificates, examine_clock, examine_kvm, examine_state_dir
+from kvmagent.hypervisor.probe import Probe, Version, probe
+from kvmagent.model.errors import AgentError
+from kvmagent.plugins import load_plugins
+from kvmagent.settings import Settings
 
-from kvmagent.cli.ctl.session import Session
-from kvmagent.cli.ctl.terminal import BAD, DIM, GOOD, WARN, paint
-
-_COLOURS = {"good": GOOD, "note": DIM, "warning": WARN, "wrong": BAD}
-
-
-class Finding(msgspec.Struct, frozen=True, rename="camel"):
-    """One thing that was looked at. A warning is no failure yet; a note is good to know."""
-
-    check: str
-    level: Literal["good", "note", "warning", "wrong"]
-    message: str
-    remedy: str = ""
-
-    @property
-    def is_wrong(self) -> bool:
-        """Whether it hinders the agent."""
-        return self.level == "wrong"
-
-
-def examine(config: Path, session: Session) -> list[Finding]:
-    """Return all findings."""
-    return []
+# libvirt may hang, and guests may: the pings of all together take 20 s at most.
+_PROBE_S = 40.0
+# The oldest versions that the agent was tried on (Ubuntu 22.04).
+_OLDEST_LIBVIRT, _OLDEST_QEMU = (8, 0, 0), (6, 2, 0)
+# Observed: QEMU 7.2 cannot detach a virtio-mem device; libvirt counts one against the slots. Source: libvirt's news
+# for 9.5; QEMU's commit "virtio-mem: Support device unplug" came in the months after 8.0.
+_VIRTIO_MEM_UNPLUG, _VIRTIO_MEM_NO_SLOT = (8, 1, 0), (9, 5, 0)
+_MOST_NAMES = 5
 
 
-def view_findings(findings: Iterable[Finding]) -> list[str]:
-    """Return findings as lines, each remedy below its finding."""
-    lines = []
-    for found in findings:
-        lines.append(f"{paint(f'{found.level:<7}', _COLOURS[found.level])}  {found.check}: {found.message}")
-        if found.remedy:
-            lines.append(f"         {paint('remedy', DIM)}: {found.remedy}")
-    return lines
+def examine(config: Path, given: dict[str, str]) -> list[Finding]:
+    """Return all findings; `given` are the options that say which agent to ask, and who asks."""
+    now = datetime.now(UTC)
+    findings: list[Finding] = []
+    try:
+        settings = read_settings(config)
+        findings.append(Finding("configuration", "good", str(config)))
+    except AgentError as error:
+        findings.append(Finding("configuration", "wrong", error.message, error.remedy))
+        settings = Settings()
+    state_dir = Path(settings.agent.state_dir)
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "plugins": lambda: _examine_plugins(settings),
+        "libvirt": lambda: _examine_libvirt(settings.libvirt.uri),
+        "kvm": examine_kvm,
+        "state_dir": lambda: examine_state_dir(state_dir),
+        "certificates": lambda: examine_certificates(settings, now),
+        "clock": lambda: examine_clock(state_dir, now),
+        "agent": lambda: _examine_agent(Target(**_find_target(settings) | given)),
+    }
+    for name, check in checks.items():
+        try:
+            findings += check()
+        except (AgentError, CtlError) as error:
+            findings.append(Finding(name, "wrong", error.message, error.remedy))
+        except Exception as error:  # one look that fails must not take the others away
+            findings.append(Finding(name, "wrong", f"not examined: {type(error).__name__}: {error}"))
+    return findings
+
+
+def _examine_plugins(settings: Settings) -> Iterator[Finding]:
+    plugins = load_plugins(settings.agent.plugins)
+    commands = sum(len(plugin.commands) for plugin in plugins)
+    found = ", ".join(f"{plugin.name} ({_version_of(plugin.name)})" for plugin in plugins)
+    yield Finding("plugins", "good", f"{found}: {commands} commands")
+
+
+def _version_of(plugin: str) -> str:
+    point = next(iter(importlib.metadata.entry_points(group="kvmagent.plugins", name=plugin)))
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+
+
+def _examine_libvirt(uri: str) -> Iterator[Finding]:
+    try:
+        found = Asker(at_once=1).ask(lambda: probe(uri), timeout_s=_PROBE_S, about=f"asking libvirt at {uri}")
+    except AgentError as error:
+        yield Finding("libvirt", "wrong", error.message, error.remedy)
+        return
+    running = f"{len(found.running)} of {found.vms} VMs run"
+    user = getpass.getuser()
+    yield Finding("libvirt", "good", f"{uri} lets {user} in: libvirt {_dotted(found.libvirt)}, {running}")
+    yield from examine_versions(found)
+    yield from examine_guests(found)
+
+
+def examine_versions(found: Probe) -> Iterator[Finding]:
+    """Look for what is known of the versions of libvirt and QEMU."""
+    if found.driver != "QEMU":
+        remedy = "Set libvirt.uri to qemu:///system."
+        yield Finding("qemu", "warning", f"libvirt.uri leads to the {found.driver} driver, not to QEMU", remedy)
+        return
+    libvirt, qemu = _dotted(found.libvirt), _dotted(found.hypervisor)
+    if found.libvirt < _OLDEST_LIBVIRT or found.hypervisor < _OLDEST_QEMU:
+        oldest = f"libvirt {_dotted(_OLDEST_LIBVIRT)} and QEMU {_dotted(_OLDEST_QEMU)}"
+        remedy = "Update them: plugging and taking away was never tried on older ones."
+        yield Finding("qemu", "warning", f"libvirt {libvirt} and QEMU {qemu} are older than {oldest}", remedy)
+    else:
+        yield Finding("qemu", "good", f"QEMU {qemu}")
+    if found.hypervisor < _VIRTIO_MEM_UNPLUG:
+        message = f"QEMU {qemu} cannot detach a virtio-mem device: it can be shrunk to nothing, its slot stays taken"
+        yield Finding("qemu", "note", message, "Update to QEMU 8.2 where slots run short.")
+    if found.libvirt < _VIRTIO_MEM_NO_SLOT:
+        message = f"libvirt {libvirt} counts a virtio-mem device against the memory slots"
+        yield Finding("qemu", "note", message, "Prepare VMs with a slot more than they need for dimms.")
+    if not found.offers_kvm:
+        remedy = (
+            "See the finding on kvm, let QEMU's user open /dev/kvm, then: systemctl restart libvirtd (or virtqemud)."
+        )
+        yield Finding("qemu", "warning", "libvirt offers no KVM: VMs are emulated", remedy)
+    emulated = [vm.name for vm in found.running if vm.hypervisor == "qemu"]
+    if emulated:
+        message = (
+            f"{_names(emulated)}: emulated, without KVM; vCPUs can be added and not be taken away again while running"
+        )
+        yield Finding("qemu", "note", message, "Define them with <domain type='kvm'> where KVM can be used.")
+
+
+def examine_guests(found: Probe) -> Iterator[Finding]:
+    """Look whose guests can confirm nothing: without an agent what is plugged stays `plugged`."""
+    by_reason: dict[str, list[str]] = {}
+    for vm in found.running:
+        by_reason.setdefault(vm.silence, []).append(vm.name)
+    answering = by_reason.pop("", [])
+    if answering:
+        yield Finding("guest agents", "good", f"{len(answering)} of {len(found.running)} answer")
+    for reason, names in by_reason.items():
+        no_channel = "no guest-agent channel" in reason
+        remedy = (
+            "kvmagentctl ready VM --prepare --apply adds the channel for the next start."
+            if no_channel
+            else "In the guest: install qemu-guest-agent and start it (systemctl enable --now qemu-guest-agent)."
+        )
+        yield Finding("guest agents", "warning", f"{reason}: {_names(names)}", remedy)
+
+
+def _find_target(settings: Settings) -> dict[str, str]:
+    """Return how to reach the agent of a configuration. The CA that signs clients often signs the agent too."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.http.host, settings.http.host)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if settings.security.tls_cert else "http"
+    return {"url": f"{scheme}://{shown}:{settings.http.port}", "ca": settings.security.client_ca}
+
+
+def _examine_agent(target: Target) -> Iterator[Finding]:
+    agent = Agent(target)
+    try:
+        health = agent.get("healthz")
+    except CtlError as error:
+        if error.code in ("TLS_REFUSED", "AGENT_NOT_TRUSTED", "CREDENTIALS_MISSING"):
+            remedy = "Give doctor --ca, --cert and --key, or --token-file."
+            yield Finding("agent", "note", f"it is there and tells us nothing: {error.message}", remedy)
+        else:
+            yield Finding("agent", "wrong", error.message, error.remedy)
+        return
+    for part, why in health["down"].items():
+        yield Finding("agent", "wrong", f"{agent.url}: {part} is down: {why}", "See the log: journalctl -u kvmagent.")
+    if health["ready"]:
+        yield Finding("agent", "good", f"{agent.url} is ready, version {health['version']}")
+    if health["version"] != __version__:
+        message = f"the agent that runs is {health['version']}, installed is {__version__}"
+        yield Finding("agent", "warning", message, "systemctl restart kvmagent: running tasks are finished first.")
+    if owed := health["owedCallbacks"]:
+        remedy = "kvmagentctl tasks --state finished says to whom; see that those servers can be reached."
+        yield Finding("agent", "note", f"{owed} outcomes wait for their callback servers", remedy)
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more

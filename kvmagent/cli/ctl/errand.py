@@ -2,6 +2,7 @@
 
     connect: which address does the agent see?  ->  a receiver on it  ->  POST, again until it is answered
     wait:  the callback wakes us; meanwhile GET /tasks/ID shows the steps, and gives the reply if no callback comes
+    where the agent may post no callback to us, or nobody waits for one, none is asked for
 
 A callback is plain HTTP. Where the agent speaks TLS it is no more than the wake-up: the reply is then read from the
 agent itself, whose certificate was verified.
@@ -17,6 +18,8 @@ from kvmagent.cli.ctl.callbacks import Receiver
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.terminal import WARN, Terminal, paint, printable
 from kvmagent.cli.ctl.views import format_step
+from kvmagent.model.command import NO_CALLBACK
+from kvmagent.model.errors import Code
 
 _UNFINISHED = ("accepted", "running")
 # How often the task is looked at: on a terminal to show its steps, else only in case that no callback can come.
@@ -44,13 +47,23 @@ class Errand:
         task_uuid = uuid.uuid4().hex
         with Receiver(self._agent.local_address(), task_uuid) as receiver:
             try:
-                self._agent.post(path, body, task_uuid=task_uuid, callback_url=receiver.url, tell=self._tell)
+                self._send(path, body, task_uuid, NO_CALLBACK if wait_s == 0 else receiver.url)
                 reply = self._wait(receiver, task_uuid, wait_s)
             except KeyboardInterrupt:
                 raise _left(Exit.INTERRUPTED, "interrupted", task_uuid) from None
             finally:
                 self._terminal.clear()
         return {"taskUuid": task_uuid, **reply}
+
+    def _send(self, path: str, body: Mapping[str, Any], task_uuid: str, callback_url: str) -> None:
+        """Send the command; without a callback where the agent may not send one to us."""
+        try:
+            self._agent.post(path, body, task_uuid=task_uuid, callback_url=callback_url, tell=self._tell)
+        except CtlError as error:
+            if error.code != Code.CALLBACK_NOT_ALLOWED:
+                raise
+            self._tell(f"{error.message} (security.allowed_callbacks of the agent): the reply is read from the agent")
+            self._agent.post(path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=self._tell)
 
     def _wait(self, receiver: Receiver, task_uuid: str, wait_s: float | None) -> dict[str, Any]:
         end_at = None if wait_s is None else time.monotonic() + wait_s
@@ -85,6 +98,8 @@ class Errand:
         return dict(receiver.reply)
 
     def _reply_without_callback(self, receiver: Receiver, task: dict[str, Any]) -> dict[str, Any]:
+        if task["delivery"]["url"] == NO_CALLBACK:
+            return dict(task["reply"])
         if not task["delivery"]["error"] and receiver.wait(_GRACE_S):
             return self._reply_after_callback(receiver, task["taskUuid"])
         why = task["delivery"]["error"] or "it has not come"

@@ -110,11 +110,12 @@ def doctor(context: click.Context, config: str) -> int:
 
     To be run on the host itself; as the agent's user (runuser -u kvmagent) it also sees what that one may not do.
     """
-    from kvmagent.cli.ctl.doctor import examine, view_findings
+    from kvmagent.cli.ctl.doctor import examine
+    from kvmagent.cli.ctl.findings import is_healthy, view_findings
 
     session = session_of(context)
-    findings = examine(Path(config), session)
-    body = {"healthy": not any(found.is_wrong for found in findings), "findings": msgspec.to_builtins(findings)}
+    findings = examine(Path(config), session.given)
+    body = {"healthy": is_healthy(findings), "findings": msgspec.to_builtins(findings)}
     _print(session, body, lambda _: view_findings(findings))
     return Exit.REACHED if body["healthy"] else Exit.NOT_READY
 

@@ -34,11 +34,6 @@ class Session:
         self._agent: Agent | None = None
 
     @property
-    def names_agent(self) -> bool:
-        """Whether an agent was named, by --url or KVMAGENT_URL."""
-        return "url" in self.given
-
-    @property
     def agent(self) -> Agent:
         """The agent that the options name.
 

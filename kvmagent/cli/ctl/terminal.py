@@ -40,7 +40,7 @@ def printable(value: Any) -> Any:
 def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return aligned lines, the headers first. A header that begins with ">" is of a column of numbers."""
     titles = [header.removeprefix(">") for header in headers]
-    table = [[paint(title, BOLD) for title in titles], *rows]
+    table = [[paint(title, BOLD) if title.strip() else title for title in titles], *rows]
     widths = [max(_width(row[n]) for row in table) for n in range(len(titles))]
     lines = []
     for row in table:

@@ -82,7 +82,7 @@ def view_reply(reply: Json) -> list[str]:
     if outcome == "planned":
         steps = reply.get("steps") or []
         lines += [f"  {n}. {format_step(step)}" for n, step in enumerate(steps, 1)] or ["  nothing to do"]
-    if outcome != "refused":
+    if outcome not in ("refused", "planned"):
         lines += _numbers(reply.get("before") or {}, reply.get("after") or {})
     lines += _rounding(reply)
     lines += [line for warning in reply.get("warnings") or [] for line in _problem("warning", WARN, warning)]
@@ -238,7 +238,10 @@ def _problem(kind: str, colour: str, problem: Json) -> list[str]:
 
 def _outcome(task: Json) -> str:
     outcome = task["outcome"]
-    return paint(outcome, _OUTCOME_COLOURS.get(outcome, BOLD)) if outcome else "-"
+    if not outcome:
+        return "-"
+    code = f" {task['errorCode']}" if task.get("errorCode") else ""
+    return paint(outcome, _OUTCOME_COLOURS.get(outcome, BOLD)) + code
 
 
 def _took(task: Json) -> str:

@@ -1,0 +1,69 @@
+// Reads of the agent, again and again. One request of a path at a time; none while nobody looks.
+//
+//     due -> request -> answer, refusal or silence -> `every` ms later (longer after a slow answer): due
+
+const TOKEN = "kvmagent.token";
+
+export const token = {
+  get: () => sessionStorage.getItem(TOKEN),
+  set: (value) => sessionStorage.setItem(TOKEN, value),
+  forget: () => sessionStorage.removeItem(TOKEN),
+};
+
+/** What the agent refused: `error`, `errorCode`, `remedy` as it told them. */
+export class Refused extends Error {
+  constructor(status, body) {
+    super(body.error || `HTTP status ${status}`);
+    Object.assign(this, { status, error: this.message, errorCode: body.errorCode, remedy: body.remedy });
+  }
+}
+
+// Seconds that the agent's clock is ahead of this one: ages are told by the agent's.
+let ahead = 0;
+export const now = () => Date.now() / 1000 + ahead;
+
+/** Read a path; a status of `also` is an answer too. Throws Refused, or what fetch throws when nothing answers. */
+export async function read(path, { timeout = 10000, also = [] } = {}) {
+  const known = token.get();
+  const response = await fetch(path, {
+    headers: known ? { Authorization: `Bearer ${known}` } : {},
+    cache: "no-store",
+    redirect: "error",
+    signal: AbortSignal.timeout(timeout),
+  });
+  const date = Date.parse(response.headers.get("Date") ?? "") / 1000;
+  if (date) ahead = date - Date.now() / 1000;
+  const body = await response.json();
+  if (!response.ok && !also.includes(response.status)) throw new Refused(response.status, body);
+  return body;
+}
+
+export class Poll {
+  /** `show(body)` takes each answer, `fail(error)` each failure, `hold()` says whether to wait. Times are in ms. */
+  constructor(path, { every, timeout, also, show, fail, hold }) {
+    Object.assign(this, { path, every, timeout, also, show, fail, hold });
+    this.busySince = null;
+    this.answeredAt = null;
+    this.timer = null;
+  }
+
+  /** Read at once, unless a request is under way already. */
+  async run() {
+    clearTimeout(this.timer);
+    this.timer = null;
+    if (this.busySince !== null || this.hold()) return;
+    this.busySince = Date.now();
+    try {
+      const body = await read(this.path, this);
+      this.answeredAt = Date.now();
+      this.show(body);
+    } catch (error) {
+      this.fail(error);
+    } finally {
+      const took = Date.now() - this.busySince;
+      this.busySince = null;
+      clearTimeout(this.timer);
+      this.timer = this.hold() ? null : setTimeout(() => this.run(), Math.max(this.every, 3 * took));
+    }
+  }
+}

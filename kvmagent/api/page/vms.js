@@ -1,0 +1,224 @@
+// The table of VMs. Rows are kept from one answer to the next, and changed only where their VM has changed.
+
+import { fill, h, icon, plural, remedy, size } from "./dom.js";
+
+// Rows that are drawn at once: a browser takes seconds for thousands of them.
+const AT_ONCE = 100;
+// One tick for each vCPU, as long as they can be told apart.
+const MOST_TICKS = 32;
+
+let shown = AT_ONCE;
+let vms = [];
+const rows = new Map();
+
+/** What a row says of a VM: [how bad, symbol, words]; from 2 up somebody has to do something. */
+function judge(vm) {
+  if (vm.success === false) return [4, "bad", "cannot be read"];
+  if (vm.state === "crashed") return [4, "bad", "crashed"];
+  if (vm.state === "shutoff") return [0, "idle", "off"];
+  const offline = vm.pluggedOffline ?? {};
+  if (offline.cpuNum || offline.memorySize) return [3, "warn", vm.state];
+  if (vm.blockers.some((blocker) => blocker.code !== "DRIFT")) return [2, "warn", vm.state];
+  if (vm.state !== "running" || vm.blockers.length) return [1, "warn", vm.state];
+  return [0, "good", vm.state];
+}
+
+/** The numbers that the row's bars are drawn from. */
+function measure(vm) {
+  const after = vm.after ?? {};
+  const offline = vm.pluggedOffline ?? {};
+  const live = vm.state !== "shutoff";
+  const cpus = (live ? after.cpuNum : after.configCpuNum) ?? 0;
+  const memory = (live ? after.memorySize : after.configMemorySize) ?? 0;
+  return {
+    live,
+    cpu: { has: cpus, most: Math.max(after.maxCpuNum ?? 0, cpus), offline: offline.cpuNum ?? null, ballooned: 0 },
+    memory: {
+      has: memory,
+      most: Math.max(after.maxMemorySize ?? 0, memory),
+      offline: offline.memorySize ?? null,
+      ballooned: offline.ballooned ?? 0,
+    },
+  };
+}
+
+/** Take in an answer of /vms. */
+export function take(body, changed) {
+  vms = body.vms.map((vm) => {
+    const [rank, symbol, words] = judge(vm);
+    const name = vm.name ?? vm.vmUuid;
+    const codes = [vm.errorCode, ...(vm.blockers ?? []).map((b) => b.code), ...(vm.warnings ?? []).map((w) => w.code)];
+    const text = [name, vm.vmUuid, words, ...codes].join(" ").toLowerCase();
+    return { vm, rank, symbol, words, name, text, measures: measure(vm), print: JSON.stringify(vm) };
+  });
+  const here = new Set(vms.map((entry) => entry.vm.vmUuid));
+  for (const uuid of rows.keys()) if (!here.has(uuid)) rows.delete(uuid);
+  draw();
+  changed(summary());
+}
+
+const room = (measures) => measures.most - measures.has;
+const ORDERS = {
+  trouble: (a, b) => b.rank - a.rank || b.measures.live - a.measures.live,
+  name: () => 0,
+  cpu: (a, b) => b.measures.live - a.measures.live || room(a.measures.cpu) - room(b.measures.cpu),
+  memory: (a, b) => b.measures.live - a.measures.live || room(a.measures.memory) - room(b.measures.memory),
+};
+const compareNames = new Intl.Collator("en", { numeric: true }).compare;
+
+/** Draw the rows that the filter leaves, in the order that is chosen. */
+export function draw() {
+  const words = document.getElementById("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  const order = ORDERS[document.getElementById("sort").value];
+  const found = vms.filter((entry) => words.every((word) => entry.text.includes(word)));
+  found.sort((a, b) => order(a, b) || compareNames(a.name, b.name));
+  const wanted = found.slice(0, shown).map(row);
+  const table = document.getElementById("vm-rows");
+  // Rows that stand where they stood are not touched: whoever reads one is not disturbed. The first group is the head.
+  wanted.forEach((element, n) => {
+    if (table.children[n + 1] !== element) table.insertBefore(element, table.children[n + 1] ?? null);
+  });
+  while (table.children.length > wanted.length + 1) table.lastElementChild.remove();
+  const count = document.getElementById("vms-count");
+  const none = vms.length ? "No VM has these words." : "This host has no VMs.";
+  const text = !found.length ? none : found.length < vms.length ? `${found.length} of ${plural(vms.length, "VM")}` : "";
+  if (count.textContent !== text) count.textContent = text;
+  const more = document.getElementById("more");
+  more.hidden = found.length <= shown;
+  more.textContent = `Show all ${plural(found.length, "VM")}`;
+}
+
+/** Draw all rows from now on. */
+export function drawAll() {
+  shown = Infinity;
+  draw();
+}
+
+/** The name of a VM by its name or UUID, as a task has it. */
+export function nameOf(lane) {
+  const bare = (text) => text.replaceAll("-", "").toLowerCase();
+  return vms.find((entry) => bare(entry.vm.vmUuid) === bare(lane))?.name ?? lane;
+}
+
+function summary() {
+  const total = (pick) => vms.reduce((sum, entry) => sum + (pick(entry.vm.pluggedOffline ?? {}) ?? 0), 0);
+  return {
+    vms: vms.length,
+    running: vms.filter((entry) => entry.vm.state === "running").length,
+    trouble: vms.filter((entry) => entry.rank >= 2).length,
+    offlineCpus: total((offline) => offline.cpuNum),
+    offlineMemory: total((offline) => offline.memorySize),
+  };
+}
+
+/** A VM's group of rows: its numbers, and what stands in its way once somebody has asked. */
+function row(entry) {
+  const known = rows.get(entry.vm.vmUuid);
+  if (known?.print === entry.print) return known.element;
+  const element = known?.element ?? h("tbody", { role: "rowgroup" });
+  const open = element.querySelector("button")?.getAttribute("aria-expanded") === "true";
+  const focused = element.contains(document.activeElement);
+  const { vm, measures } = entry;
+  const unread = vm.success === false;
+  const problems = unread || !measures.live ? [] : [...vm.warnings, ...vm.blockers];
+  fill(
+    element,
+    h("tr", { role: "row" },
+      h("th", { scope: "row", role: "rowheader" },
+        h("span", { class: "name" }, entry.name),
+        h("span", { class: "state" }, icon(entry.symbol), entry.words),
+        entry.name === vm.vmUuid ? null : h("span", { class: "uuid" }, vm.vmUuid)),
+      unread ? h("td", { role: "cell", class: "unread" }, "–") : cpuCell(measures, vm),
+      unread ? h("td", { role: "cell", class: "unread" }, "–") : memoryCell(measures, vm),
+      h("td", { role: "cell", class: "why" }, why(vm, problems, open))),
+    problems.length ? h("tr", { role: "row", class: "problems", hidden: !open },
+      h("td", { role: "cell", colspan: 4 }, h("ul", {}, problems.map(explain)))) : null);
+  const button = element.querySelector("button");
+  button?.addEventListener("click", () => {
+    const opens = button.getAttribute("aria-expanded") !== "true";
+    button.setAttribute("aria-expanded", String(opens));
+    element.lastElementChild.hidden = !opens;
+  });
+  if (focused) button?.focus();
+  rows.set(vm.vmUuid, { element, print: entry.print });
+  return element;
+}
+
+function cpuCell({ live, cpu }, vm) {
+  const guest = vm.after.guestCpuNum;
+  return h("td", { role: "cell", class: live ? "amount" : "amount off" },
+    h("p", { class: "figures" }, h("b", {}, plural(cpu.has, "vCPU")), h("span", {}, `max ${cpu.most}`)),
+    bar(cpu, live),
+    live && cpu.offline ? trouble(`${cpu.offline} plugged but offline`) : null,
+    live && guest === null ? h("p", { class: "muted" }, "guest does not tell") : null);
+}
+
+function memoryCell({ live, memory }, vm) {
+  const { maxMemorySize, guestMemorySize, freeSlots } = vm.after;
+  const notes = [
+    live && guestMemorySize !== null ? `guest sees ${size(guestMemorySize)}` : null,
+    live && memory.ballooned ? `${size(memory.ballooned)} in the balloon` : null,
+    live && memory.offline === null && guestMemorySize === null ? "guest does not tell" : null,
+    freeSlots === null ? null : plural(freeSlots, "free slot"),
+  ].filter(Boolean);
+  return h("td", { role: "cell", class: live ? "amount" : "amount off" },
+    h("p", { class: "figures" }, h("b", {}, size(memory.has)),
+      h("span", {}, maxMemorySize === null ? "no maximum" : `max ${size(memory.most)}`)),
+    bar(memory, live),
+    live && memory.offline ? trouble(`${size(memory.offline)} plugged but offline`) : null,
+    notes.length ? h("p", { class: "muted" }, notes.join(" · ")) : null);
+}
+
+const trouble = (words) => h("p", { class: "trouble" }, icon("warn"), words);
+
+/** A bar of parts that are as wide as their amounts. The words around it say the same. */
+function bar({ has, most, offline, ballooned }, live) {
+  const used = Math.max(0, has - (offline ?? 0) - ballooned);
+  const parts = [
+    [!live ? "config" : offline === null ? "unknown" : "used", used],
+    ["ballooned", ballooned],
+    ["offline", offline ?? 0],
+    ["room", most - has],
+  ];
+  const element = h("div", { class: "bar", "aria-hidden": "true" });
+  for (const [kind, amount] of parts) {
+    if (amount <= 0) continue;
+    const part = h("i", { class: kind });
+    part.style.flexGrow = String(amount / most);
+    element.append(part);
+  }
+  if (most <= MOST_TICKS && most > 1) {
+    element.classList.add("ticks");
+    element.style.setProperty("--ticks", String(most));
+  }
+  return element;
+}
+
+/** Whether hotplug can be had; where something stands in the way, the first of it and a button for all. */
+function why(vm, problems, open) {
+  if (vm.success === false) return [h("p", { class: "problem" }, icon("bad"), sentence(vm.error)), remedy(vm.remedy)];
+  if (vm.state === "shutoff") {
+    const after = vm.readyAfterRestart ? "ready once it is started" : "not ready once it is started";
+    return h("p", { class: "muted" }, `off; ${after}`);
+  }
+  if (!problems.length) return h("p", { class: "ready" }, icon("good"), "ready");
+  const [first, ...others] = problems;
+  return [
+    h("p", {}, sentence(first.message)),
+    h("button", { type: "button", class: "link", "aria-expanded": String(open) },
+      others.length ? `and ${plural(others.length, "other")}: what to do` : "What to do"),
+  ];
+}
+
+function explain(problem) {
+  return h("li", {},
+    h("div", {},
+      h("p", {}, sentence(problem.message)),
+      h("p", { class: "code" }, problem.code, problem.needsRestart ? " · needs a restart of the VM" : "")),
+    remedy(problem.remedy));
+}
+
+/** A message with a capital letter, unless it begins with the name of a field. */
+function sentence(text) {
+  return /^[a-z]+[ -]/.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
+}

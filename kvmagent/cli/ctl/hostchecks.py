@@ -1,0 +1,200 @@
+"""What the doctor looks at on the host itself: KVM, the state directory, certificates, the clock.
+
+Each check is told where to look and what time it is, and changes nothing.
+"""
+
+import ctypes
+import fcntl
+import os
+import pwd
+import stat
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from kvmagent.api.security import Security
+from kvmagent.cli.ctl.certificates import Certificate, read_certificates
+from kvmagent.cli.ctl.findings import Finding
+from kvmagent.model.errors import AgentError
+from kvmagent.model.units import MIB, format_size
+from kvmagent.settings import Settings, parse_callback_rule
+from kvmagent.tasks.callbacks import Callbacks
+
+# Source: Linux Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION and KVM_CREATE_VM.
+_KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_API_VERSION = 0xAE00, 0xAE01, 12
+# Source: adjtimex(2): TIME_ERROR is its result where the clock is not synchronised. struct timex has 208 bytes.
+_TIME_ERROR, _TIMEX_BYTES = 5, 256
+# The agent's own user, as conf/kvmagent.sysusers makes it.
+_USER = "kvmagent"
+_LITTLE_ROOM_BYTES, _NO_ROOM_BYTES, _FEW_INODES = 512 * MIB, 64 * MIB, 100
+_SOON = timedelta(days=30)
+_STEPPED_S = 60.0
+
+
+def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
+    """Look whether the kernel makes a VM when asked; whether it then also runs shows only when one does."""
+    try:
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        remedy = "Switch virtualisation on in the firmware (or nested virtualisation in the hypervisor): modprobe kvm."
+        yield Finding("kvm", "warning", f"{device} is not there: VMs can only be emulated", remedy)
+        return
+    except PermissionError:
+        remedy = "Run doctor as root to have it examined; QEMU opens it as its own user."
+        yield Finding("kvm", "note", f"{device} may not be opened by this user", remedy)
+        return
+    except OSError as error:
+        yield Finding("kvm", "wrong", f"{device}: {error.strerror}", "Load the module: modprobe kvm_intel, or kvm_amd.")
+        return
+    try:
+        version = fcntl.ioctl(descriptor, _KVM_GET_API_VERSION, 0)
+        os.close(fcntl.ioctl(descriptor, _KVM_CREATE_VM, 0))
+    except OSError as error:
+        remedy = "Another hypervisor may hold the processor, or virtualisation is off in the firmware: see dmesg."
+        yield Finding("kvm", "wrong", f"{device} makes no VM: {error.strerror}", remedy)
+        return
+    finally:
+        os.close(descriptor)
+    if version != _KVM_API_VERSION:
+        yield Finding(
+            "kvm", "wrong", f"{device} speaks version {version} of its API, needed is 12", "Update the kernel."
+        )
+    else:
+        yield Finding("kvm", "good", f"{device} makes VMs")
+
+
+def examine_state_dir(path: Path) -> Iterator[Finding]:
+    """Look whether tasks can be kept there, and by the agent alone."""
+    make = f"install -d -o {_USER} -g {_USER} -m 0700 {path}"
+    try:
+        found, room = path.stat(), os.statvfs(path)
+    except FileNotFoundError:
+        yield Finding("state_dir", "warning", f"{path} is not there; the agent makes it if it may", make)
+        return
+    except OSError as error:
+        yield Finding("state_dir", "note", f"{path}: {error.strerror}", "Run doctor as root or as the agent's user.")
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        yield Finding("state_dir", "wrong", f"{path} is no directory", f"Move it away, then: {make}")
+        return
+    faults = 0
+    if mode := stat.S_IMODE(found.st_mode) & 0o077:
+        yield Finding(
+            "state_dir", "warning", f"{path} has mode {mode | 0o700:04o}, needed is 0700", f"chmod 0700 {path}"
+        )
+        faults += 1
+    owner, wanted = _user_name(found.st_uid), _find_agent_user()
+    if wanted is not None and owner != wanted:
+        remedy = f"chown -R {wanted}: {path}, where the agent runs as {wanted}."
+        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, the agent's user is {wanted}", remedy)
+        faults += 1
+    free_bytes = room.f_bavail * room.f_frsize
+    few_inodes = bool(room.f_files) and room.f_favail < _FEW_INODES
+    if free_bytes < _LITTLE_ROOM_BYTES or few_inodes:
+        message = f"{path} has {format_size(free_bytes)} and {room.f_favail} inodes left"
+        remedy = "Make room: without it no task is accepted, and none is lost."
+        is_full = few_inodes or free_bytes < _NO_ROOM_BYTES
+        yield Finding("state_dir", "wrong" if is_full else "warning", message, remedy)
+        faults += 1
+    if not faults:
+        yield Finding("state_dir", "good", f"{path} is {owner}'s alone and has {format_size(free_bytes)} left")
+
+
+def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]:
+    """Look at keys, tokens and certificates as an agent that starts does, then at the dates and names of each."""
+    security, callback = settings.security, settings.callback
+    rules = map(parse_callback_rule, security.allowed_callbacks)
+    for load in (Security(security).load, Callbacks(rules, callback).load):
+        try:
+            load()
+        except AgentError as error:
+            yield Finding("certificates", "wrong", error.message, error.remedy)
+    files = {
+        "security.tls_cert": security.tls_cert,
+        "security.client_ca": security.client_ca,
+        "callback.tls_cert": callback.tls_cert,
+        "callback.server_ca": callback.server_ca,
+    }
+    if not any(files.values()):
+        words = "tokens" if security.tokens_file else "neither certificates nor tokens"
+        yield Finding("certificates", "note", f"none: plain HTTP on {settings.http.host}, {words}")
+    for key, name in files.items():
+        if name:
+            yield from _examine_file(key, Path(name), now)
+    if security.tls_cert:
+        yield from _examine_names(Path(security.tls_cert), settings.http.host)
+
+
+def _examine_file(key: str, path: Path, now: datetime) -> Iterator[Finding]:
+    try:
+        certificates = read_certificates(path)
+    except (OSError, ValueError) as error:
+        remedy = f"Put PEM certificates there, or another file into {key}."
+        yield Finding("certificates", "wrong", f"{key} {path}: {error}", remedy)
+        return
+    for one in certificates:
+        yield _examine_dates(key, one, now)
+
+
+def _examine_dates(key: str, one: Certificate, now: datetime) -> Finding:
+    renew = f"Issue it anew as SECURITY.md says, into the file of {key}, then: systemctl reload kvmagent."
+    name = f"{key} {one.subject!r}"
+    if now >= one.not_after:
+        return Finding("certificates", "wrong", f"{name} expired on {one.not_after:%Y-%m-%d}", renew)
+    if now < one.not_before:
+        message = f"{name} is good from {one.not_before:%Y-%m-%d %H:%M} UTC on, it is {now:%Y-%m-%d %H:%M}"
+        return Finding("certificates", "wrong", message, "Set the clock (timedatectl set-ntp true), or issue it anew.")
+    days = (one.not_after - now).days
+    if one.not_after - now < _SOON:
+        return Finding("certificates", "warning", f"{name} expires in {days} days", renew)
+    return Finding("certificates", "good", f"{name} is good for {days} more days")
+
+
+def _examine_names(path: Path, host: str) -> Iterator[Finding]:
+    try:
+        leaf = read_certificates(path)[0]
+    except (OSError, ValueError):
+        return  # told already
+    is_any = host in ("0.0.0.0", "::")
+    if not leaf.names or (not is_any and host.lower() not in leaf.names):
+        names = ", ".join(sorted(leaf.names)) or "nothing"
+        message = f"security.tls_cert is for {names}, the agent listens on {host}"
+        remedy = "Issue it for the names and addresses that clients use, as subjectAltName; curl and others refuse it."
+        yield Finding("certificates", "warning", message, remedy)
+
+
+def ask_kernel_clock() -> int:
+    """Return the state of the kernel's clock, as adjtimex(2) has it; nothing is set."""
+    return int(ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(_TIMEX_BYTES)))
+
+
+def examine_clock(state_dir: Path, now: datetime, ask_clock: Callable[[], int] = ask_kernel_clock) -> Iterator[Finding]:
+    """Look whether the clock is right: certificates and the age of callbacks depend on it."""
+    sync = "timedatectl set-ntp true, or install chrony."
+    journal = state_dir / "journal.sqlite"
+    try:
+        written = datetime.fromtimestamp(journal.stat().st_mtime, UTC)
+    except OSError:
+        written = now
+    if (written - now).total_seconds() > _STEPPED_S:
+        message = f"it is {now:%Y-%m-%d %H:%M} UTC, before the agent's journal was written ({written:%Y-%m-%d %H:%M})"
+        yield Finding("clock", "wrong", message, f"Set the clock: {sync}")
+    elif ask_clock() == _TIME_ERROR:
+        message = f"it is {now:%Y-%m-%d %H:%M} UTC, and the kernel's clock is not synchronised"
+        yield Finding("clock", "warning", message, f"Have it kept right: {sync}")
+    else:
+        yield Finding("clock", "good", f"synchronised, {now:%Y-%m-%d %H:%M} UTC")
+
+
+def _find_agent_user() -> str | None:
+    try:
+        return pwd.getpwnam(_USER).pw_name
+    except KeyError:
+        return None
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)

@@ -1,0 +1,66 @@
+"""What a guest's operating system is known to do of hotplug. Of one that is not known, nothing is claimed.
+
+    Linux      virtio-mem from 5.8 on, 5.16 advised
+    Windows    acknowledges a dimm and does not bring it online by itself; gives up no vCPU and no dimm;
+               virtio-mem with the viomem driver
+    FreeBSD    takes no plugged memory
+
+Observed by users: kubevirt 14095, virtio-win 1607, cloud-hypervisor 1799 and 1800. Source: Linux 5.8 drivers/virtio.
+"""
+
+from collections.abc import Iterator
+
+from kvmagent.model.command import Problem
+from kvmagent.model.errors import Code
+from kvmagent.model.facts import GuestOs
+
+from .requests import Blocker
+
+_VIRTIO_MEM_FROM, _VIRTIO_MEM_ADVISED = (5, 8), (5, 16)
+_USE_RESTART = 'Send "affect": "config" and power the VM off and on.'
+
+
+def check_plugs_memory(os: GuestOs | None) -> Iterator[Blocker]:
+    """The guest must be able to take plugged memory of any kind."""
+    if os is not None and os.family == "freebsd":
+        yield _unable(f"{os.name} takes no memory that is plugged while it runs", _USE_RESTART)
+
+
+def check_virtio_mem(os: GuestOs | None) -> Iterator[Blocker]:
+    """The guest must be able to take virtio-mem."""
+    yield from check_plugs_memory(os)
+    if os is not None and os.family == "linux" and os.kernel is not None and os.kernel < _VIRTIO_MEM_FROM:
+        yield _unable(f"{os.name} runs Linux {_words(os.kernel)}, virtio-mem needs 5.8", "Use method dimm.")
+
+
+def check_gives_up(os: GuestOs | None) -> Iterator[Blocker]:
+    """The guest must be able to give up vCPUs and dimms."""
+    if os is not None and os.family == "windows":
+        yield _unable(f"{os.name} gives up neither vCPUs nor dimms while it runs", _USE_RESTART)
+
+
+def find_limits(os: GuestOs | None, *, dimm: bool, virtio_mem: bool) -> list[Problem]:
+    """Return what may keep the guest from using memory of these kinds, without having to."""
+    found = []
+    if os is not None and os.family == "windows" and dimm:
+        message = f"{os.name} acknowledges a plugged dimm and may not bring it online by itself"
+        remedy = "Look in the guest whether it uses the memory; restart the guest if it does not."
+        found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
+    if os is not None and os.family == "windows" and virtio_mem:
+        message = f"{os.name} takes virtio-mem with a driver of its own"
+        remedy = "Install the viomem driver of virtio-win in the guest."
+        found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
+    old = os is not None and os.kernel is not None and _VIRTIO_MEM_FROM <= os.kernel < _VIRTIO_MEM_ADVISED
+    if os is not None and os.kernel is not None and os.family == "linux" and old and virtio_mem:
+        message = f"{os.name} runs Linux {_words(os.kernel)}, for virtio-mem 5.16 is advised"
+        remedy = "Run a newer kernel in the guest where virtio-mem does not come to its size."
+        found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
+    return found
+
+
+def _unable(message: str, remedy: str) -> Blocker:
+    return Blocker(code=Code.GUEST_OS_UNABLE, message=message, remedy=remedy, needs_restart=True)
+
+
+def _words(kernel: tuple[int, int]) -> str:
+    return ".".join(map(str, kernel))

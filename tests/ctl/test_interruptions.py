@@ -1,0 +1,163 @@
+"""What is lost on the way, and who goes away while a task is under way: never two tasks, never an outcome made up."""
+
+import http.client
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.ctl.ctl import Ctl, interrupt
+from tests.ctl.front import Answer, Front, Request, pass_on
+from tests.lab.agent import AgentProcess
+from tests.lab.processes import wait_for
+
+TASK: dict[str, Any] = {
+    "command": "HotPlugCpu",
+    "vm": "db-7",
+    "state": "running",
+    "outcome": None,
+    "acceptedAt": 1.0,
+    "startedAt": 1.0,
+    "finishedAt": None,
+    "client": "127.0.0.1",
+    "delivery": {"url": "http://127.0.0.1:1/", "attempts": 0, "error": None},
+    "request": {"vmUuid": "db-7", "cpuNum": 2},
+    "steps": [
+        {"step": "SetVcpus", "count": 2, "target": "live", "elapsedMs": 8.0, "problem": None},
+        {"step": "AwaitGuestVcpus", "known": [0], "added": 1, "timeoutSec": 60, "elapsedMs": None, "problem": None},
+    ],
+    "reply": None,
+}
+REPLY = {"success": True, "error": "", "outcome": "online", "vmUuid": "db-7", "before": {}, "after": {}}
+
+
+@contextmanager
+def unhurried(**task: Any) -> Iterator[Front]:
+    """In place of an agent: accepts whatever comes, and says of it what is given, else that it runs for ever."""
+
+    def decide(request: Request) -> Answer:
+        if request.method == "POST":
+            return Answer(200, {"taskUuid": request.headers["taskuuid"], "state": "accepted"})
+        return Answer(200, {**TASK, "taskUuid": request.path.rpartition("/")[2], **task})
+
+    with Front(decide) as front:
+        yield front
+
+
+def test_an_answer_that_is_lost_is_asked_for_again_as_the_same_task(ctl: Ctl, agent: AgentProcess) -> None:
+    def decide(request: Request) -> Answer | None:
+        answer = pass_on(agent.port, request)
+        return None if request.method == "POST" and len(front.posts()) < 3 else answer
+
+    with Front(decide) as front:
+        done = ctl("--url", front.url, "plug-cpu", "db-7", "2", "--json")
+    assert done.json["after"]["cpuNum"] == 2
+    assert done.err.count("the connection was lost: closed without an answer; the same task is sent again") == 2
+    sent = {(post.headers["taskuuid"], post.headers["callbackurl"], post.body) for post in front.posts()}
+    assert (len(front.posts()), len(sent)) == (3, 1)
+    newest = agent.get("/tasks?limit=2").body["tasks"]
+    assert [task["taskUuid"] == done.json["taskUuid"] for task in newest] in ([True], [True, False])
+
+
+def test_an_agent_that_takes_no_tasks_now_is_asked_again(ctl: Ctl, agent: AgentProcess) -> None:
+    def decide(request: Request) -> Answer:
+        if request.method == "POST" and len(front.posts()) == 1:
+            return Answer(503, {"success": False, "error": "the agent is stopping", "errorCode": "STOPPING"})
+        return pass_on(agent.port, request)
+
+    with Front(decide) as front:
+        done = ctl("--url", front.url, "plug-cpu", "db-7", "2")
+    assert done.status in (0, 3)
+    assert "the agent takes no tasks now: the agent is stopping; the same task is sent again" in done.err
+
+
+def test_an_agent_that_restarts_is_waited_for(ctl: Ctl, agent: AgentProcess) -> None:
+    def decide(request: Request) -> Answer | None:
+        if request.method == "POST":
+            return Answer(200, {"taskUuid": request.headers["taskuuid"], "state": "accepted"})
+        if len(front.requests) < 4:
+            return None
+        task = {**TASK, "taskUuid": "x", "state": "finished", "reply": REPLY, "finishedAt": 2.0}
+        task["delivery"] = {"url": "http://127.0.0.1:1/", "attempts": 1, "error": "no route to host"}
+        return Answer(200, task)
+
+    with Front(decide) as front:
+        done = ctl("--url", front.url, "plug-cpu", "db-7", "2")
+    assert done.status == 0
+    assert "the task is on its disk and goes on when it is back" in done.err
+
+
+def test_a_callback_that_cannot_come_is_told_and_the_reply_read(ctl: Ctl) -> None:
+    trouble = {"url": "http://127.0.0.1:1/", "attempts": 2, "error": "no route to host"}
+    with unhurried(state="finished", outcome="online", finishedAt=2.0, reply=REPLY, delivery=trouble) as front:
+        done = ctl("--url", front.url, "plug-cpu", "db-7", "2")
+    assert (done.status, done.out) == (0, "db-7: online\n")
+    assert re.fullmatch(
+        r"kvmagentctl: the agent's callback does not reach http://127\.0\.0\.1:\d+/\S+ \(no route to host\): "
+        r"the reply is read from the agent\n",
+        done.err,
+    )
+
+
+def test_an_agent_that_may_not_call_us_back_is_asked_without(node_uri: str) -> None:
+    with AgentProcess(uri=node_uri, settings={"security": {"allowed_callbacks": "10.0.0.100:8080"}}) as agent:
+        done = Ctl({"KVMAGENT_URL": agent.url})("plug-cpu", "db-7", "2", "--json")
+        assert done.json["after"]["cpuNum"] == 2
+        assert "(security.allowed_callbacks of the agent): the reply is read from the agent" in done.err
+        assert agent.get("/healthz").body["owedCallbacks"] == 0
+
+
+def test_ctrl_c_says_that_the_task_goes_on_and_how_to_look_at_it(ctl: Ctl) -> None:
+    with unhurried() as front, ctl.start("--url", front.url, "plug-cpu", "db-7", "2") as waiting:
+        wait_for(lambda: len(front.requests) > 1, timeout_s=20, what="a look at the task")
+        done = interrupt(waiting)
+    task = front.posts()[0].headers["taskuuid"]
+    assert (done.status, done.out) == (130, "")
+    assert done.err == (
+        f"kvmagentctl: INTERRUPTED: interrupted; the task goes on in the agent as {task}; "
+        f"remedy: Look at it with: kvmagentctl task {task}\n"
+    )
+
+
+def test_the_time_of_wait_ends_the_waiting_and_not_the_task(ctl: Ctl) -> None:
+    with unhurried() as front:
+        done = ctl("--url", front.url, "plug-cpu", "db-7", "2", "--wait", "0.2", "--json")
+        assert (done.status, done.json["errorCode"]) == (8, "UNFINISHED")
+        assert done.json["taskUuid"] == front.posts()[0].headers["taskuuid"]
+        assert ctl("--url", front.url, "plug-cpu", "db-7", "2", "--wait", "0").status == 8
+        assert front.posts()[1].headers["callbackurl"] == "none", "nobody waits for it"
+
+
+def test_a_terminal_shows_the_step_that_is_under_way(ctl: Ctl) -> None:
+    with unhurried() as front:
+        arguments = ("--url", front.url, "plug-cpu", "db-7", "2", "--wait", "2")
+        shown = ctl.on_terminal(*arguments, environment={"NO_COLOR": "1"}).out
+    lines = re.split(r"\n|\r\033\[K", shown)
+    assert lines[0] == "  SetVcpus count=2 target=live 8 ms"
+    assert lines[1] == "  AwaitGuestVcpus known=0 added=1 timeoutSec=60 ... 0 s"
+    assert lines[-2].startswith("kvmagentctl: UNFINISHED: no outcome after 2 s; the task goes on in the agent as ")
+
+
+@pytest.mark.parametrize("wrong", ["path", "task"])
+def test_a_stranger_cannot_give_the_outcome(ctl: Ctl, wrong: str) -> None:
+    with unhurried() as front, ctl.start("--url", front.url, "plug-cpu", "db-7", "2", "--json") as waiting:
+        wait_for(lambda: front.posts(), timeout_s=20, what="the command")
+        post = front.posts()[0]
+        base, _, secret = post.headers["callbackurl"].rpartition("/")
+        path, task = ("/guess", post.headers["taskuuid"]) if wrong == "path" else (f"/{secret}", "another")
+        connection = http.client.HTTPConnection(base.removeprefix("http://"), timeout=10)
+        connection.request("POST", path, json.dumps(REPLY), {"taskuuid": task})
+        assert connection.getresponse().status == 404
+        connection.close()
+        assert interrupt(waiting).status == 130
+
+
+def test_what_an_agent_says_moves_no_cursor(ctl: Ctl) -> None:
+    reply = {**REPLY, "warnings": [{"code": "X", "message": "\033[2Jgone\a", "remedy": ""}]}
+    with unhurried(state="finished", outcome="online", finishedAt=2.0, reply=reply) as front:
+        shown = ctl.on_terminal("--url", front.url, "task", "x", environment={"NO_COLOR": "1"}).out
+    assert "\033" not in shown
+    assert "X: \N{REPLACEMENT CHARACTER}[2Jgone\N{REPLACEMENT CHARACTER}" in shown

@@ -1,0 +1,111 @@
+"""The log of a running agent: whose each line is, changed and dumped while it runs."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.lab.agent import AgentProcess, find_free_port, new_task_uuid
+from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
+
+CPU = "/vm/hotplug/cpu"
+
+
+@pytest.fixture
+def talker(node_uri: str) -> Iterator[AgentProcess]:
+    """An agent that tells everything, as JSON."""
+    with AgentProcess(uri=node_uri, settings={"log": {"level": "debug", "format": "json"}}) as running:
+        yield running
+
+
+def json_lines(agent: AgentProcess) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in agent.log().splitlines()]
+
+
+def test_every_line_of_a_task_says_whose_it_is_those_of_libraries_too(
+    talker: AgentProcess, server: ManagementServer
+) -> None:
+    task = new_task_uuid()
+    talker.post(CPU, {"vmUuid": "vm1", "cpuNum": 2}, task_uuid=task, callback_url=server.url)
+    server.wait(task, 20)
+    wait_for(lambda: "callback delivered" in talker.log(), timeout_s=10, what="delivery")
+    lines = json_lines(talker)
+    ours = [line for line in lines if line.get("task") == task]
+    assert all((line["vm"], line["command"], line["caller"]) == ("vm1", "HotPlugCpu", "anonymous") for line in ours)
+    # Whoever accepts and whoever starts tell it side by side.
+    assert sorted(line["message"] for line in ours if line["message"].startswith(("task", "callback"))) == [
+        "callback delivered",
+        "task accepted",
+        "task finished",
+        "task started",
+    ]
+    # libvirt on the lane's thread, urllib3 on delivery's.
+    assert {"kvmagent.hypervisor.connection", "urllib3.connectionpool"} <= {line["logger"] for line in ours}
+    strangers = [line for line in lines if line["logger"].startswith("urllib3") and "task" not in line]
+    assert not strangers
+
+
+def test_a_refused_command_is_one_line_with_the_reason(agent: AgentProcess, server: ManagementServer) -> None:
+    task = new_task_uuid()
+    agent.post(CPU, {"vmUuid": "vm1"}, task_uuid=task, callback_url=server.url)
+    (line,) = [line for line in agent.log().splitlines() if task in line]
+    assert "outcome=MISSING_FIELD error=" in line
+    assert "command=HotPlugCpu" in line
+    assert "caller=anonymous" in line
+
+
+def test_a_hangup_takes_the_log_section_of_the_changed_file(node_uri: str) -> None:
+    with AgentProcess(uri=node_uri) as agent:
+        before = agent.config_file.read_text()
+        agent.config_file.write_text(f"{before}\n[log]\nlevel = debug\nformat = json\n")
+        hang_up(agent)
+        agent.get("/vms/vm9")
+        assert {"debug"} <= {json.loads(line)["level"] for line in agent.log().splitlines() if line.startswith("{")}
+        agent.config_file.write_text(f"{before}\n[log]\nlevel = loud\n")
+        hang_up(agent)
+        last = json_lines_after_text(agent)[-1]
+        assert (last["level"], last["section"], last["error_code"]) == ("error", "log", "BAD_CONFIGURATION")
+        assert "loud" in last["error"]
+        agent.config_file.unlink()
+        hang_up(agent)
+        assert json_lines_after_text(agent)[-1]["level"] == "error"
+        assert agent.get("/healthz").status == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_dumps_stacks_and_what_runs_waits_and_is_owed_to_the_log_file(
+    node_uri: str, number: signal.Signals
+) -> None:
+    with AgentProcess(uri=node_uri, settings={"log": {"file": "own.log"}}) as agent:
+        file = agent.directory / "own.log"
+        task, dead = new_task_uuid(), f"http://127.0.0.1:{find_free_port()}/done"
+        agent.post(CPU, {"vmUuid": "vm1", "cpuNum": 2}, task_uuid=task, callback_url=dead)
+        wait_for(lambda: "callback not taken" in file.read_text(), timeout_s=20, what="the first attempt")
+        file.rename(file.with_suffix(".1"))
+        wait_for(file.exists, timeout_s=10, what="the agent to follow")
+        os.kill(agent.pid, number)
+        told = wait_for(
+            lambda: (text := file.read_text()) and "dump thread" in text and text, timeout_s=20, what="the dump"
+        )
+        assert "Thread 0x" in told
+        assert re.search(r"dump totals threads=\d+ running=0 queued=0 owed=1 journal=well commit_seconds=0", told)
+        assert re.search(rf'dump callbacks destination="{dead[:-5]}.*" owed=1 oldest_seconds=\d+ failures=', told)
+        names = dict(re.findall(r"dump thread thread=(\S+) id=(0x[0-9a-f]+)", told))
+        assert f"Thread {names['journal']} (most recent call first)" in told
+        assert agent.get("/healthz").status == 200
+
+
+def hang_up(agent: AgentProcess) -> None:
+    """Send SIGHUP and wait for the last section to be read, or not."""
+    said = len(re.findall(r'section"?[=:] ?"?log', agent.log()))
+    os.kill(agent.pid, signal.SIGHUP)
+    wait_for(lambda: len(re.findall(r'section"?[=:] ?"?log', agent.log())) > said, timeout_s=10, what="the reload")
+
+
+def json_lines_after_text(agent: AgentProcess) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in agent.log().splitlines() if line.startswith("{")]

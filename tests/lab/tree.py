@@ -1,0 +1,173 @@
+"""Owns a fresh Debian in a directory, as a clean machine: to install packages in, and to run what they bring.
+
+    FreshDebian -- stdin --> unshare: a shell that is process 1 of namespaces of its own
+                                 /mnt/base    what debootstrap made, a tmpfs that no other process sees
+                                 /mnt/NAME    a Tree: a copy of it, with /proc and /dev
+
+Mounts and processes end with that shell, and it ends with its standard input: nothing is left to undo, also when the
+test run is killed. The network is the host's, so that the tests reach an agent that runs in a tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+ROOM = Path("/mnt")
+#: Process 1 of its namespace: what an ended daemon leaves is reaped by it. It says its id as the host has it.
+FIRST_PROCESS = f"""
+read -r pid rest </proc/self/stat
+mount -t tmpfs -o mode=0755 none {ROOM}
+mount -t proc none /proc
+echo "$pid"
+cat
+exit 0
+"""
+TIMEOUT_S = 300.0
+
+
+class FreshDebian:
+    """The namespaces, and in them the release that the host runs, from the mirror that the host uses. Needs root."""
+
+    def __init__(self) -> None:
+        self._shell: subprocess.Popen[str] | None = None
+        self._pid = 0
+
+    def __enter__(self) -> FreshDebian:
+        if os.getuid() != 0:
+            raise PermissionError("a fresh Debian needs root, for its namespaces and mounts")
+        self._shell = subprocess.Popen(
+            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", FIRST_PROCESS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self._shell.stdout is not None
+        self._pid = int(self._shell.stdout.readline())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._shell is not None
+        self._shell.communicate()
+
+    def bootstrap(self) -> None:
+        """Make the base: the required packages and apt."""
+        mirror, release = find_mirror()
+        self.run("debootstrap", "--variant=minbase", release, str(ROOM / "base"), mirror)
+
+    def copy(self, name: str) -> Tree:
+        """A tree of its own."""
+        root = ROOM / name
+        self.run("cp", "-a", str(ROOM / "base"), str(root))
+        self.run("mount", "-t", "proc", "none", str(root / "proc"))
+        self.run("mount", "--rbind", "/dev", str(root / "dev"))
+        return Tree(self, root)
+
+    def host_path(self, path: Path) -> Path:
+        """Where a file of the namespace is for the tests."""
+        return Path(f"/proc/{self._pid}/root{path}")
+
+    def run(self, *command: str, timeout_s: float = TIMEOUT_S) -> str:
+        """Run a command of the host in the namespaces; what it printed.
+
+        Raises:
+            RuntimeError: it failed; the text has what it printed.
+        """
+        enter = ["nsenter", f"--target={self._pid}", "--mount", "--pid"]
+        done = subprocess.run(
+            [*enter, *command],
+            env={"PATH": SYSTEM_PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-8000:]}")
+        return done.stdout
+
+
+class Process(NamedTuple):
+    """A process of a tree: its id in the namespace, and its user's."""
+
+    pid: int
+    user: int
+
+
+class Tree:
+    """One copy of the fresh Debian. `path` is how the tests see its root."""
+
+    def __init__(self, debian: FreshDebian, root: Path) -> None:
+        self._debian = debian
+        self._root = root
+        self.path = debian.host_path(root)
+
+    def run(self, *command: str) -> str:
+        """Run a command of the tree, as its root; what it printed.
+
+        Raises:
+            RuntimeError: it failed; the text has what it printed.
+        """
+        return self._debian.run("chroot", str(self._root), *command)
+
+    def bind(self, source: Path, target: str) -> None:
+        """Show a directory of the host in the tree."""
+        (self.path / target.lstrip("/")).mkdir(parents=True)
+        self._debian.run("mount", "--bind", str(source), f"{self._root}{target}")
+
+    def install(self, *packages: str | Path, options: Sequence[str] = ()) -> str:
+        """Install packages by name, and files of the host, with what they depend on and nothing more."""
+        names = [f"/var/tmp/{self._take(one).name}" if isinstance(one, Path) else one for one in packages]
+        return self.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *options, *names)
+
+    def run_services(self) -> None:
+        """As on a machine that runs: installations start and stop services. Without an init system they are denied."""
+        policy = self.path / "usr/sbin/policy-rc.d"
+        policy.write_text("#!/bin/sh\nexit 0\n")
+        policy.chmod(0o755)
+
+    def processes(self) -> list[Process]:
+        """What runs with this tree as its root."""
+        found = []
+        for entry in self._debian.host_path(Path("/proc")).iterdir():
+            # A process may end meanwhile.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if entry.name.isdigit() and os.readlink(entry / "root") == str(self._root):
+                    found.append(Process(int(entry.name), entry.stat().st_uid))
+        return found
+
+    def _take(self, file: Path) -> Path:
+        target = self.path / "var/tmp" / file.name
+        target.write_bytes(file.read_bytes())
+        return target
+
+
+def find_mirror() -> tuple[str, str]:
+    """The archive that the host's apt takes its release from, and the release's name.
+
+    Raises:
+        RuntimeError: apt names none.
+    """
+    command = ["apt-get", "indextargets", "--format", "$(SITE)|$(CODENAME)|$(RELEASE)", "Created-By: Packages"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    release = next(
+        line.partition("=")[2]
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if line.startswith("VERSION_CODENAME=")
+    )
+    for line in listed:
+        site, *names = line.split("|")
+        if release in names:
+            return site, release
+    raise RuntimeError(f"apt has no source of {release}: {listed}")

@@ -1,0 +1,52 @@
+"""A package as `make deb` builds it, and clean machines to install it on; both are made once, side by side."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.lab.tree import FreshDebian
+
+ROOT = Path(__file__).parents[2]
+
+
+class Made(NamedTuple):
+    """The package, and the fresh Debian that machines are copied from."""
+
+    deb: Path
+    debian: FreshDebian
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """Compiles in one thread, and waits for the network in the other."""
+    with FreshDebian() as debian, ThreadPoolExecutor() as pool:
+        bootstrap = pool.submit(debian.bootstrap)
+        deb = build(tmp_path_factory.mktemp("deb"))
+        bootstrap.result()
+        yield Made(deb, debian)
+
+
+@pytest.fixture(scope="session")
+def deb(made: Made) -> Path:
+    """The package."""
+    return made.deb
+
+
+@pytest.fixture(scope="session")
+def debian(made: Made) -> FreshDebian:
+    """Where clean machines come from."""
+    return made.debian
+
+
+def build(directory: Path) -> Path:
+    """Build the package as `make deb` does, with the Python packages of these tests."""
+    command = ["sh", str(ROOT / "conf/debian/build.sh"), sys.executable, str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (deb,) = directory.glob("kvmagent_*.deb")
+    return deb

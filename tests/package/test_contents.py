@@ -1,0 +1,116 @@
+"""What is in the package, before it is installed anywhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from kvmagent.cli.ctl.exits import MEANINGS
+from kvmagent.cli.ctl.main import make_cli
+from tests.package.conftest import ROOT
+
+SCRIPTS = [
+    "init.d/kvmagent",
+    "conf/debian/build.sh",
+    *(f"conf/debian/kvmagent.{name}" for name in ("postinst", "prerm", "postrm")),
+    "tests/lab/packages.sh",
+]
+PAGES = [f"usr/share/man/man{page[-1]}/{page}.gz" for page in ("kvmagentctl.1", "kvmagent.conf.5", "kvmagent.8")]
+
+
+@pytest.fixture(scope="module")
+def unpacked(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's files."""
+    directory = tmp_path_factory.mktemp("unpacked")
+    subprocess.run(["dpkg-deb", "--extract", str(deb), str(directory)], check=True)
+    return directory
+
+
+def test_lintian_finds_nothing_that_is_not_explained(deb: Path) -> None:
+    finds_nothing("lintian", "--allow-root", "--fail-on", "error,warning", str(deb))
+
+
+def test_shellcheck_finds_nothing() -> None:
+    finds_nothing("shellcheck", *(str(ROOT / script) for script in SCRIPTS))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_man_and_mandoc_find_nothing_in_a_page(unpacked: Path, page: str) -> None:
+    # "man" finds pages of other packages; this package's own are not installed here.
+    finds_nothing("mandoc", "-Tlint", "-Wwarning", str(unpacked / page))
+    finds_nothing("man", "--warnings", "--local-file", "--encoding=UTF-8", str(unpacked / page), prints=True)
+
+
+def test_each_setting_is_in_the_manual(unpacked: Path) -> None:
+    page = subprocess.run(["zcat", str(unpacked / PAGES[1])], capture_output=True, text=True, check=True).stdout
+    keys = [line.partition(" ")[0] for line in (ROOT / "conf/kvmagent.conf").read_text().splitlines() if " =" in line]
+    assert len(keys) > 20
+    for key in keys:
+        assert f".It Ic {key}\n" in page
+
+
+def test_each_subcommand_and_option_is_in_the_manual(unpacked: Path) -> None:
+    page = subprocess.run(["zcat", str(unpacked / PAGES[0])], capture_output=True, text=True, check=True).stdout
+    cli = make_cli()
+    described = cli.to_info_dict(click.Context(cli))
+    assert len(described["commands"]) > 10
+    for name, command in described["commands"].items():
+        assert re.search(rf'^\.Ss "{re.escape(escaped(name))}[ "]', page, re.MULTILINE), name
+        for param in command["params"]:
+            if param["param_type_name"] == "option":
+                assert escaped(param["opts"][0]) in page, param
+    for status in MEANINGS:
+        assert f".It {status.value}\n" in page
+
+
+def escaped(word: str) -> str:
+    """A word as it stands in a page."""
+    return word.replace("-", r"\-")
+
+
+@pytest.mark.parametrize(
+    ("shell", "file"),
+    [
+        ("bash", "bash-completion/completions/kvmagentctl"),
+        ("zsh", "zsh/vendor-completions/_kvmagentctl"),
+        ("fish", "fish/vendor_completions.d/kvmagentctl.fish"),
+    ],
+)
+def test_shells_find_what_completes_a_command_line(unpacked: Path, shell: str, file: str) -> None:
+    assert f"_KVMAGENTCTL_COMPLETE={shell}_complete" in (unpacked / "usr/share" / file).read_text()
+
+
+def test_no_path_of_the_builder_is_in_any_file(unpacked: Path) -> None:
+    paths = {str(ROOT), sys.prefix, "kvmagent-deb.", "pip-install-", "debian/kvmagent/"}
+    if not sys.base_prefix.startswith("/usr"):
+        paths.add(sys.base_prefix)
+    for file in unpacked.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            content = file.read_bytes()
+            assert not [path for path in paths if path.encode() in content], file
+
+
+def test_the_interpreter_is_the_distribution_s_and_takes_nothing_from_its_user(unpacked: Path) -> None:
+    home = unpacked / "usr/lib/kvmagent"
+    assert (home / "bin/python3").readlink().parts[:4] == ("..", "..", "..", "bin")
+    assert (home / "bin/kvmagent").read_text().startswith("#!/usr/lib/kvmagent/bin/python3 -I\n")
+    assert not list(home.rglob("*.pyc"))
+    assert not (home / "lib64").exists()
+
+
+def test_systemd_finds_the_unit_s_program_and_manual(unpacked: Path) -> None:
+    unit = unpacked / "lib/systemd/system/kvmagent.service"
+    assert "ExecStart=/usr/bin/kvmagent " in unit.read_text()
+    assert (unpacked / "usr/bin/kvmagent").readlink() == Path("../lib/kvmagent/bin/kvmagent")
+    for line in unit.read_text().splitlines():
+        if line.startswith("Documentation=file://"):
+            assert (unpacked / line.removeprefix("Documentation=file:///")).is_file()
+
+
+def finds_nothing(*command: str, prints: bool = False) -> None:
+    """Run a linter; `prints`: on standard output is what it is for."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "" if prints else done.stdout, done.stderr) == (0, "", ""), done.stdout + done.stderr

@@ -1,0 +1,181 @@
+"""A machine's life with the package, in this order: installed, in use, upgraded under load, removed, purged."""
+
+import http.client
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.crash.conftest import find_dimms
+from tests.lab.agent import find_free_port
+from tests.lab.domainxml import GuestSpec
+from tests.lab.guest import Guest
+from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
+from tests.lab.tree import FreshDebian, Tree
+
+MIB = 1024 * 1024
+CONF = "etc/kvmagent/kvmagent.conf"
+SOCKETS = "/run/lab"
+
+pytestmark = pytest.mark.guest
+
+
+class Machine:
+    """A tree with the package installed, and its agent, which is started as SysV init does it."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.port = find_free_port()
+
+    def configure(self, **values: str) -> None:
+        """Edit the configuration as an operator does: keys of any section, by their names."""
+        file = self.tree.path / CONF
+        text = file.read_text()
+        for key, value in values.items():
+            text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+            assert count == 1, key
+        file.write_text(f"# edited by an operator\n{text}")
+
+    def service(self, action: str) -> str:
+        """Call the init script."""
+        return self.tree.run("/etc/init.d/kvmagent", action)
+
+    def start(self) -> None:
+        """Start the agent and wait until it is ready."""
+        self.service("start")
+        wait_for(self.is_ready, timeout_s=30, what="the agent to be ready")
+
+    def is_ready(self) -> bool:
+        """Whether /healthz says so."""
+        try:
+            return self.request("GET", "/healthz") == 200
+        except OSError:
+            return False
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> int:
+        """Send a request; the status of its answer."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
+            connection.request(method, path, json.dumps(body), {"Content-Type": "application/json", **headers})
+            return connection.getresponse().status
+
+    def log(self) -> str:
+        """What the agent has said, over all its starts."""
+        return (self.tree.path / "var/log/kvmagent/stderr.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ManagementServer]:
+    """Takes the callbacks."""
+    with ManagementServer() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guest(boot_module: Callable[[GuestSpec], Guest]) -> Guest:
+    """A real guest."""
+    return boot_module(GuestSpec(name="packaged", memory_mib=512))
+
+
+@pytest.fixture(scope="module")
+def machine(debian: FreshDebian, deb: Path, lab: PrivateLibvirtd) -> Machine:
+    """The package, installed on a machine that has no init system, as in an image that is being built."""
+    tree = debian.copy("lifecycle")
+    tree.install("systemd-standalone-sysusers", deb)
+    tree.bind(lab.directory / "r" / "libvirt", SOCKETS)
+    return Machine(tree)
+
+
+def test_an_installation_makes_the_user_and_starts_nothing_where_no_service_is_wanted(machine: Machine) -> None:
+    assert machine.tree.processes() == []
+    assert "libvirt" in machine.tree.run("id", "--name", "--groups", "kvmagent").split()
+    owners = machine.tree.run("stat", "--format=%U:%G %a", "/etc/kvmagent", "/var/lib/kvmagent", "/var/log/kvmagent")
+    assert owners.splitlines() == ["root:kvmagent 750", "kvmagent:kvmagent 700", "kvmagent:kvmagent 700"]
+    assert list((machine.tree.path / "usr/lib/kvmagent/lib").rglob("*.pyc"))
+
+
+def test_the_installed_agent_plugs_a_guest_and_is_not_root(
+    machine: Machine, lab: PrivateLibvirtd, guest: Guest, server: ManagementServer
+) -> None:
+    socket = lab.uri.rpartition("/")[2]
+    uri = f"qemu+unix:///session?socket={SOCKETS}/{socket}"
+    # The lab's libvirtd lets in its own user alone.
+    machine.tree.run("usermod", "--non-unique", f"--uid={lab.user.pw_uid}", "kvmagent")
+    machine.configure(port=str(machine.port), uri=uri, stop_timeout_sec="3")
+    machine.start()
+    assert "is running" in machine.service("status")
+    body = {"vmUuid": "packaged", "cpuNum": 2}
+    assert machine.request("POST", "/vm/hotplug/cpu", body, taskuuid="cpu", callbackurl=server.url) == 200
+    reply = server.wait("cpu", 60)
+    assert (reply["outcome"], reply["after"]["guestCpuNum"]) == ("online", 2)
+    assert guest.cpus_online() == "0-1"
+    (process,) = machine.tree.processes()
+    assert process.user == lab.user.pw_uid
+
+
+def test_an_upgrade_in_the_middle_of_a_task_loses_nothing_and_keeps_the_configuration(
+    machine: Machine, lab: PrivateLibvirtd, guest: Guest, server: ManagementServer, deb: Path, tmp_path: Path
+) -> None:
+    edited = (machine.tree.path / CONF).read_text()
+    machine.tree.run_services()
+    (before,) = machine.tree.processes()
+    lab.pause()
+    try:
+        body = {"vmUuid": "packaged", "memorySize": 640 * MIB}
+        assert machine.request("POST", "/vm/hotplug/memory", body, taskuuid="memory", callbackurl=server.url) == 200
+        wait_for(lambda: "task=memory" in machine.log(), timeout_s=20, what="the task to be under way")
+        newer = make_newer(deb, tmp_path)
+        machine.tree.install(newer, options=["-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-confold"])
+        assert server.callbacks("memory") == []
+    finally:
+        lab.resume()
+    reply = server.wait("memory", 90)
+    assert (reply["outcome"], reply["recovered"]) == ("online", True)
+    assert reply["after"]["memorySize"] == 640 * MIB
+    assert [len(dimms) for dimms in find_dimms(guest)] == [1, 1]
+    assert all(callback.body == reply for callback in server.callbacks("memory"))
+    assert (machine.tree.path / CONF).read_text() == edited
+    assert "a newer default" in (machine.tree.path / f"{CONF}.dpkg-dist").read_text()
+    assert machine.tree.run("kvmagent", "--version").strip() == "0.99"
+    (after,) = machine.tree.processes()
+    assert after.pid != before.pid
+
+
+def test_a_removal_stops_the_agent_and_keeps_state_and_configuration(machine: Machine) -> None:
+    machine.tree.run("apt-get", "remove", "--yes", "kvmagent")
+    assert machine.tree.processes() == []
+    assert (machine.tree.path / CONF).exists()
+    assert (machine.tree.path / "var/lib/kvmagent/journal.sqlite").exists()
+    assert not (machine.tree.path / "usr/lib/kvmagent").exists()
+
+
+def test_a_purge_leaves_the_user_and_nothing_else(machine: Machine) -> None:
+    machine.tree.run("apt-get", "purge", "--yes", "kvmagent")
+    left = machine.tree.run("find", "/etc", "/lib", "/run", "/usr", "/var", "-xdev", "-name", "*kvmagent*")
+    assert [line for line in left.splitlines() if not line.startswith("/var/tmp/")] == []
+    assert "nologin" in machine.tree.run("getent", "passwd", "kvmagent")
+
+
+def make_newer(deb: Path, directory: Path) -> Path:
+    """The same package as its next version: other code, other defaults in its configuration."""
+    content, newer = directory / "content", directory / "kvmagent_0.99-1.deb"
+    subprocess.run(["dpkg-deb", "--raw-extract", str(deb), str(content)], check=True)
+    edit(content / "DEBIAN/control", r"(?m)^Version: .*$", "Version: 0.99-1")
+    edit(content / CONF, r"\A", "# a newer default\n")
+    (module,) = content.glob("usr/lib/kvmagent/lib/python3*/site-packages/kvmagent/__init__.py")
+    edit(module, r'__version__ = ".*"', '__version__ = "0.99"')
+    subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(content), str(newer)], check=True)
+    return newer
+
+
+def edit(file: Path, pattern: str, text: str) -> None:
+    """Replace the one place where the pattern is found."""
+    changed, count = re.subn(pattern, text, file.read_text())
+    assert count == 1, file
+    file.write_text(changed)

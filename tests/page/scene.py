@@ -1,0 +1,215 @@
+"""What the page is shown with: VMs in every state that it tells apart, made of the agent's own reply types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmagent.model.command import Problem
+from kvmagent.model.errors import CODES, Code
+from kvmagent.model.facts import VmState
+from kvmagent.model.host import HostLoad
+from kvmagent_plugins.vm.requests import Blocker, Headroom, Numbers, PluggedOffline, ReadinessReply
+from tests.page.stage import NOW
+
+GIB = 2**30
+MIB = 2**20
+
+
+def vm(
+    number: int,
+    name: str,
+    *,
+    state: VmState = "running",
+    cpus: tuple[int, int | None, int] = (2, 2, 8),
+    memory: tuple[int, int | None, int | None] = (4 * GIB, 0, 16 * GIB),
+    ballooned: int = 0,
+    blockers: tuple[tuple[Code, str], ...] = (),
+    warnings: tuple[tuple[Code, str], ...] = (),
+) -> ReadinessReply:
+    """One entry of /vms: `cpus` are plugged, online in the guest, maximum; `memory` is plugged, offline, maximum."""
+    (has, online, most), (size, idle, largest) = cpus, memory
+    live = state != "shutoff"
+    numbers = Numbers(
+        cpu_num=has if live else None,
+        max_cpu_num=most,
+        config_cpu_num=has,
+        guest_cpu_num=online if live else None,
+        memory_size=size if live else None,
+        max_memory_size=largest,
+        config_memory_size=size,
+        balloon_size=size - ballooned if live else None,
+        guest_memory_size=int((size - idle - ballooned) * 0.97) if live and idle is not None else None,
+        free_slots=None if largest is None else 14,
+    )
+    return ReadinessReply(
+        success=True,
+        error="",
+        vm_uuid=f"6f1de2a0-5b7c-4a35-9d0e-{number:012x}",
+        name=name,
+        state=state,
+        outcome="unchanged",
+        before=numbers,
+        after=numbers,
+        ready=not blockers and live,
+        ready_after_restart=True,
+        blockers=[
+            Blocker(code=code, message=message, remedy=CODES[code].remedy, needs_restart=code is Code.NO_MAX_MEMORY)
+            for code, message in blockers
+        ],
+        warnings=[Problem(code=code, message=message, remedy=CODES[code].remedy) for code, message in warnings],
+        headroom=Headroom(
+            cpu_num=most - has,
+            memory_size=(largest or size) - size,
+            slots=14,
+            removable_cpu_num=0,
+            removable_memory_size=0,
+            memory_granularity=128 * MIB,
+            memory_methods=["dimm"],
+        ),
+        plugged_offline=PluggedOffline(
+            cpu_num=None if online is None else has - online, memory_size=idle, ballooned=ballooned
+        )
+        if live
+        else None,
+    )
+
+
+def unread(number: int) -> dict[str, Any]:
+    """The entry of a VM that hangs."""
+    uuid = f"6f1de2a0-5b7c-4a35-9d0e-{number:012x}"
+    return {
+        "vmUuid": uuid,
+        "success": False,
+        "error": f"reading VM {uuid}: no answer in 10 s",
+        "errorCode": Code.LIBVIRT_UNAVAILABLE,
+        "remedy": CODES[Code.LIBVIRT_UNAVAILABLE].remedy,
+    }
+
+
+def task(
+    number: int,
+    command: str,
+    lane: str,
+    *,
+    state: str = "delivered",
+    outcome: str | None = None,
+    error: tuple[Code, str] | None = None,
+    delivery_error: str | None = None,
+    age_s: float = 60.0,
+    took_s: float = 0.4,
+) -> dict[str, Any]:
+    """One entry of /tasks."""
+    finished = state not in ("accepted", "running")
+    return {
+        "taskUuid": f"{number:032x}",
+        "command": command,
+        "vm": lane,
+        "state": state,
+        "outcome": outcome,
+        "error": error[1] if error else None,
+        "errorCode": error[0] if error else None,
+        "remedy": CODES[error[0]].remedy if error else None,
+        "acceptedAt": NOW - age_s - took_s,
+        "startedAt": None if state == "accepted" else NOW - age_s - took_s,
+        "finishedAt": NOW - age_s if finished else None,
+        "client": "10.0.0.5",
+        "delivery": {
+            "url": "http://10.0.0.5:8080/done",
+            "attempts": 3 if delivery_error else int(finished),
+            "error": delivery_error,
+        },
+    }
+
+
+def health(**changes: Any) -> dict[str, Any]:
+    """What /healthz answers."""
+    return {
+        "ready": True,
+        "down": {},
+        "version": "1.0.0",
+        "host": HostLoad(name="node-17", cpus=64, load=11.4, memory_total=512 * GIB, memory_available=int(143.5 * GIB)),
+        "running": [],
+        "queued": 0,
+        "owedCallbacks": 0,
+    } | changes
+
+
+VMS = [
+    vm(1, "web-1", cpus=(2, 2, 8), memory=(4 * GIB, 0, 16 * GIB)),
+    vm(
+        2,
+        "db-7",
+        cpus=(6, 4, 8),
+        memory=(12 * GIB, 4 * GIB, 32 * GIB),
+        warnings=(
+            (Code.GUEST_CPU_OFFLINE, "CPUs 4-5 are offline in the guest"),
+            (Code.GUEST_MEMORY_OFFLINE, "memory blocks 64-95 (4 GiB) are offline in the guest"),
+        ),
+    ),
+    vm(
+        3,
+        "build-3",
+        cpus=(4, None, 16),
+        memory=(8 * GIB, None, 64 * GIB),
+        blockers=(
+            (
+                Code.GUEST_AGENT_DISCONNECTED,
+                "hot-plug works, but the guest's use cannot be confirmed: no guest agent is connected",
+            ),
+        ),
+    ),
+    vm(
+        4,
+        "legacy-erp",
+        cpus=(2, 2, 2),
+        memory=(2 * GIB, 0, None),
+        blockers=(
+            (Code.CPU_ABOVE_MAXIMUM, "3 vCPUs were asked for, the running definition allows at most 2"),
+            (Code.NO_NUMA_CELL, "the running definition has no guest NUMA cell"),
+            (Code.NO_MAX_MEMORY, "the running definition has no <maxMemory>"),
+        ),
+    ),
+    vm(5, "cache-2", cpus=(8, 8, 32), memory=(24 * GIB, 0, 64 * GIB), ballooned=8 * GIB),
+    vm(
+        6,
+        "web-2",
+        cpus=(3, 3, 8),
+        memory=(6 * GIB, 0, 16 * GIB),
+        blockers=((Code.DRIFT, "cpuNum is 3 in the running VM, 2 in its definition"),),
+    ),
+    vm(7, "spare", state="shutoff", cpus=(2, None, 8), memory=(4 * GIB, None, 16 * GIB)),
+    vm(8, "ml-train", cpus=(96, 96, 128), memory=(192 * GIB, 0, 384 * GIB)),
+    unread(9),
+]
+TASKS = [
+    task(9, "HotUnplugMemory", "cache-2", state="accepted", age_s=2, took_s=0),
+    task(8, "HotPlugMemory", "ml-train", state="running", age_s=0, took_s=14),
+    task(
+        7,
+        "HotPlugCpu",
+        "legacy-erp",
+        outcome="refused",
+        error=(Code.CPU_ABOVE_MAXIMUM, "4 vCPUs were asked for, the running definition allows at most 2"),
+        age_s=42,
+        took_s=0.02,
+    ),
+    task(6, "HotPlugCpuMemory", "db-7", outcome="plugged", age_s=150, took_s=61),
+    task(
+        5,
+        "HotPlugCpu",
+        "web-1",
+        state="finished",
+        outcome="online",
+        delivery_error="connection refused",
+        age_s=260,
+        took_s=0.4,
+    ),
+    task(4, "HotPlugMemory", "web-2", outcome="online", age_s=3700, took_s=1.2),
+    task(3, "ReadyForHotplug", "spare", outcome="unchanged", age_s=9000, took_s=0.1),
+]
+RUNNING = [{"vm": "ml-train", "taskUuid": TASKS[1]["taskUuid"], "command": "HotPlugMemory", "seconds": 14.0}]
+ANSWERS: dict[str, tuple[int, Any]] = {
+    "/healthz": (200, health(running=RUNNING, queued=1, owedCallbacks=1)),
+    "/vms": (200, {"vms": VMS}),
+    "/tasks": (200, {"tasks": TASKS}),
+}

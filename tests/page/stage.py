@@ -1,0 +1,85 @@
+"""The page on the agent's own server, with answers that the test says: the same each time, or none at all."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from email.utils import formatdate
+from types import TracebackType
+from typing import Any
+
+from kvmagent.api.page import PUBLIC_PATHS, page_routes
+from kvmagent.api.security import Security
+from kvmagent.api.server import Answer, Call, Server
+from kvmagent.api.wire import encode
+from kvmagent.settings import HttpSection, SecuritySection
+from tests.lab.agent import LOOPBACK, find_free_port
+
+# The agent's clock, as the page is told it with each answer.
+NOW = 1_790_000_000
+
+
+class Stage:
+    """Serves the page and `answers`: path to (status, body), which may be replaced at any time.
+
+    While `gate` is cleared nothing but the page itself is answered. Counts requests by path, and those that wait.
+    """
+
+    def __init__(self, answers: Mapping[str, tuple[int, Any]]) -> None:
+        self.answers = dict(answers)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.asked: Counter[str] = Counter()
+        self.most_waiting: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._port = find_free_port()
+        self._server: Server | None = None
+
+    def __enter__(self) -> Stage:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{LOOPBACK}:{self._port}/"
+
+    def start(self) -> None:
+        """Listen; on the earlier port, if there was one."""
+        routes = {("GET", path): self._answer(path) for path in self.answers}
+        self._server = Server(
+            HttpSection(host=LOOPBACK, port=self._port),
+            Security(SecuritySection()),
+            {**routes, **page_routes()},
+            public=PUBLIC_PATHS,
+        )
+        self._server.bind()
+        self._server.start()
+
+    def stop(self) -> None:
+        """Be gone. May be called again."""
+        self.gate.set()
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def _answer(self, path: str) -> Callable[[Call], Answer]:
+        def answer(_call: Call) -> Answer:
+            with self._lock:
+                self.asked[path] += 1
+                self._waiting[path] += 1
+                self.most_waiting[path] = max(self.most_waiting[path], self._waiting[path])
+            self.gate.wait()
+            with self._lock:
+                self._waiting[path] -= 1
+            status, body = self.answers[path]
+            return Answer(encode(body), status=status, headers={"Date": formatdate(NOW, usegmt=True)})
+
+        return answer

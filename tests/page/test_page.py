@@ -1,0 +1,283 @@
+"""The status page in a real browser: what stands on it is what the agent said, and nothing more comes of it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmagent.api.security import new_token
+from kvmagent.model.errors import CODES, Code
+from tests.lab.agent import AgentProcess, new_task_uuid
+from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
+from tests.page.browser import Browser
+from tests.page.scene import GIB, TASKS, VMS, health, task, vm
+from tests.page.stage import Stage
+
+CONTRAST = """
+const channel = (value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+function ground(element) {
+  for (let one = element; one; one = one.parentElement) {
+    const colour = numbers(getComputedStyle(one).backgroundColor);
+    if (colour.length === 3 || colour[3] === 1) return colour;
+  }
+  return [255, 255, 255];
+}
+const found = [];
+for (const element of document.querySelectorAll('body *')) {
+  const words = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  if (!words || !element.checkVisibility()) continue;
+  const [a, b] = [light(numbers(getComputedStyle(element).color)), light(ground(element))].sort((x, y) => y - x);
+  found.push([(a + 0.05) / (b + 0.05), element.textContent.slice(0, 40)]);
+}
+return found.sort((a, b) => a[0] - b[0])[0];
+"""
+ROWS = "document.querySelectorAll('#vm-rows tbody').length"
+NAMES = "return [...document.querySelectorAll('#vm-rows .name')].map((name) => name.textContent)"
+
+
+@pytest.fixture
+def opened(browser: Browser, stage: Stage) -> Iterator[Callable[..., Browser]]:
+    """Opens the page and waits until it is drawn. In the end nothing may have been complained of, or sent elsewhere."""
+
+    def open_page(**window: Any) -> Browser:
+        browser.open(stage.url, **window)
+        browser.wait(f"{ROWS} && document.querySelector('#task-list li details, #task-list .muted')")
+        return browser
+
+    yield open_page
+    assert browser.complaints() == []
+    assert {url for url in browser.requests() if not url.startswith(stage.url)} <= {"about:blank"}
+
+
+def test_the_vms_in_trouble_come_first_with_what_is_plugged_and_offline(opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    names = browser.run(NAMES)
+    assert names[1:] == ["db-7", "build-3", "legacy-erp", "web-2", "cache-2", "ml-train", "web-1", "spare"]
+    row = browser.text("#vm-rows tbody:nth-of-type(2)")
+    assert "2 plugged but offline" in row
+    assert "4 GiB plugged but offline" in row
+    assert "max 32 GiB" in row
+    assert "2 vCPUs, 4 GiB" in browser.text("#figures")
+
+
+def test_bars_are_as_wide_as_the_numbers(opened: Callable[..., Browser]) -> None:
+    parts = opened().run(
+        "const bar = document.querySelectorAll('#vm-rows tbody')[1].querySelectorAll('.bar')[1];"
+        "return Object.fromEntries([...bar.children].map("
+        "(part) => [part.className, part.getBoundingClientRect().width / bar.getBoundingClientRect().width]))"
+    )
+    assert parts == pytest.approx({"used": 8 / 32, "offline": 4 / 32, "room": 20 / 32}, abs=0.02)
+
+
+def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    browser.run("document.querySelectorAll('#vm-rows tbody')[3].querySelector('button').click()")
+    told = browser.text("#vm-rows tbody:nth-of-type(4)")
+    for code in (Code.CPU_ABOVE_MAXIMUM, Code.NO_NUMA_CELL, Code.NO_MAX_MEMORY):
+        assert code in told
+        assert CODES[code].remedy in told
+
+
+def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened: Callable[..., Browser]) -> None:
+    tasks = opened().text("#task-list")
+    assert "4 vCPUs were asked for, the running definition allows at most 2" in tasks
+    assert CODES[Code.CPU_ABOVE_MAXIMUM].remedy in tasks
+    assert "for 14 s" in tasks
+    assert "waiting for its turn" in tasks
+    assert "Callback not taken after 3 attempts: connection refused" in tasks
+
+
+def test_refreshes_itself_and_reads_the_vms_when_a_task_has_ended(stage: Stage, opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    grown = vm(1, "web-1", cpus=(5, 5, 8))
+    stage.answers["/vms"] = (200, {"vms": [grown, *VMS[1:]]})
+    stage.answers["/tasks"] = (200, {"tasks": [task(10, "HotPlugCpu", "web-1", outcome="online"), *TASKS[2:]]})
+    # /vms alone would be read after ten seconds.
+    browser.wait("document.querySelector('#vm-rows').innerText.includes('5 vCPUs')", timeout_s=8)
+    assert "online in the guest" in browser.text("#task-list li:first-child")
+
+
+def test_a_row_that_is_open_stays_open_while_others_change(stage: Stage, opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    browser.run("document.querySelectorAll('#vm-rows tbody')[1].querySelector('button').click()")
+    stage.answers["/vms"] = (200, {"vms": [vm(1, "web-1", cpus=(6, 6, 8)), *VMS[1:]]})
+    stage.answers["/tasks"] = (200, {"tasks": TASKS[1:]})
+    browser.run("document.querySelector('#pause').click(); document.querySelector('#pause').click()")
+    browser.wait(
+        "[...document.querySelectorAll('#vm-rows .amount')].some((cell) => cell.innerText.includes('6 vCPUs'))"
+    )
+    assert CODES[Code.GUEST_CPU_OFFLINE].remedy in browser.text("#vm-rows tbody:nth-of-type(2)")
+
+
+def test_never_asks_again_before_it_was_answered(stage: Stage, opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    stage.gate.clear()
+    before = stage.asked.copy()
+    browser.wait("document.querySelector('#tasks-age').innerText.includes('waiting for an answer')")
+    for _ in range(20):
+        browser.run("document.dispatchEvent(new Event('visibilitychange'))")
+    for path in ("/vms", "/tasks"):
+        assert stage.asked[path] - before[path] <= 1
+        assert stage.most_waiting[path] == 1
+    stage.gate.set()
+    browser.wait("!document.querySelector('#tasks-age').innerText.includes('waiting for an answer')")
+
+
+def test_asks_for_nothing_while_nobody_looks_and_at_once_when_somebody_does(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    browser = opened()
+    see = "Object.defineProperty(document, 'hidden', {configurable: true, get: () => arguments[0]});"
+    browser.run(f"{see} document.dispatchEvent(new Event('visibilitychange'))", True)
+    pause = "return new Promise((resolve) => setTimeout(resolve, arguments[0]))"
+    browser.run(pause, 300)  # what was under way has come in
+    before = stage.asked.copy()
+    browser.run(pause, 3000)  # longer than between two reads of /healthz, and of /tasks
+    assert stage.asked == before
+    browser.run(f"{see} document.dispatchEvent(new Event('visibilitychange'))", False)
+    wait_for(lambda: set(stage.asked - before) == set(stage.answers), timeout_s=2, what="all to be read at once")
+
+
+def test_says_so_when_the_agent_is_down_and_goes_on_when_it_is_back(browser: Browser, stage: Stage) -> None:
+    browser.open(stage.url)
+    browser.wait(ROWS)
+    stage.stop()
+    browser.wait("!document.querySelector('#stale').hidden")
+    told = browser.text("#stale")
+    assert "The agent does not answer. What stands here is from" in told
+    assert "systemctl status kvmagent" in told
+    assert browser.run("return document.body.classList.contains('stale')")
+    assert "db-7" in browser.text("#vm-rows")
+    stage.start()
+    browser.wait("document.querySelector('#stale').hidden && !document.body.classList.contains('stale')")
+
+
+def test_says_what_is_down_when_the_agent_is_not_ready(stage: Stage, opened: Callable[..., Browser]) -> None:
+    down = {"libvirt": "cannot connect to qemu:///system: Connection refused"}
+    stage.answers["/healthz"] = (503, health(ready=False, down=down))
+    refusal = {
+        "success": False,
+        "error": "libvirt is away",
+        "errorCode": "LIBVIRT_UNAVAILABLE",
+        "remedy": CODES[Code.LIBVIRT_UNAVAILABLE].remedy,
+    }
+    browser = opened()
+    stage.answers["/vms"] = (503, refusal)
+    assert "Not ready" in browser.text("#health")
+    assert down["libvirt"] in browser.text("#health")
+    assert browser.run("return document.title").startswith("⚠")
+    browser.run("document.querySelector('#pause').click(); document.querySelector('#pause').click()")
+    browser.wait("!document.querySelector('#vms-error').hidden")
+    assert CODES[Code.LIBVIRT_UNAVAILABLE].remedy in browser.text("#vms-error")
+    assert browser.run(f"return {ROWS}") == len(VMS)
+    browser.complaints()  # the browser logs every answer of 503 itself
+
+
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>{{7*7}}\u202e\'"&amp;'
+
+
+def test_a_hostile_name_is_text_and_nothing_else(stage: Stage, opened: Callable[..., Browser]) -> None:
+    blocker = (Code.NO_ACPI, HOSTILE)
+    stage.answers["/vms"] = (200, {"vms": [vm(1, HOSTILE, blockers=(blocker,), warnings=(blocker,))]})
+    refused = task(1, "HotPlugCpu", HOSTILE, outcome="refused", error=(Code.NO_ACPI, HOSTILE), delivery_error=HOSTILE)
+    stage.answers["/tasks"] = (200, {"tasks": [refused | {"remedy": HOSTILE, "state": "finished"}]})
+    stage.answers["/healthz"] = (200, health(down={HOSTILE: HOSTILE}, ready=False))
+    browser = opened()
+    assert browser.run(NAMES) == [HOSTILE]
+    assert browser.text("#task-list").count("<img src=x") >= 4
+    assert browser.run("return document.querySelectorAll('img, script:not([src])').length") == 0
+    assert browser.run("return document.title") == "⚠ node-17 \u2013 kvmagent"
+
+
+def test_markup_could_not_become_elements_even_by_mistake(opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    tried = "try { document.body.innerHTML = arguments[0]; return 'done' } catch (error) { return error.name }"
+    assert browser.run(tried, "<b>x</b>") == "TypeError"
+    browser.complaints()
+
+
+def test_a_thousand_vms_can_be_filtered(stage: Stage, opened: Callable[..., Browser]) -> None:
+    fleet = [vm(n, f"vm-{n}", memory=(GIB, 0, 4 * GIB)) for n in range(1, 1000)]
+    late = vm(1000, "vm-1000", cpus=(4, 3, 8), warnings=((Code.GUEST_CPU_OFFLINE, "CPUs 3 are offline in the guest"),))
+    stage.answers["/vms"] = (200, {"vms": [*fleet, late]})
+    browser = opened()
+    names = browser.run(NAMES)
+    assert names[:3] == ["vm-1000", "vm-1", "vm-2"]
+    assert len(names) == 100
+    assert browser.text("#more") == "Show all 1,000 VMs"
+    took_ms = browser.run(
+        "const start = performance.now(); const filter = document.querySelector('#filter');"
+        "filter.value = 'vm-77 running'; filter.dispatchEvent(new Event('input')); document.body.offsetHeight;"
+        "return performance.now() - start"
+    )
+    assert browser.run(NAMES) == ["vm-77", *(f"vm-77{n}" for n in range(10))]
+    assert browser.text("#vms-count") == "11 of 1,000 VMs"
+    assert took_ms < 500
+    browser.run(
+        "const filter = document.querySelector('#filter'); filter.value = 'guest_cpu_offline';"
+        "filter.dispatchEvent(new Event('input'))"
+    )
+    assert browser.run(NAMES) == ["vm-1000"]
+
+
+def test_can_be_read_by_a_screen_reader_and_used_by_keyboard(opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    found = browser.run(
+        "return {main: document.querySelectorAll('main').length, header: document.querySelectorAll('header').length,"
+        "named: [...document.querySelectorAll('section')].every((s) => document.getElementById("
+        "s.getAttribute('aria-labelledby'))?.textContent), rows: document.querySelectorAll('th[scope=row]').length,"
+        "columns: document.querySelectorAll('th[scope=col]').length, lang: document.documentElement.lang,"
+        "labels: [...document.querySelectorAll('input, select')].every((e) => e.labels.length),"
+        "drawn: [...document.querySelectorAll('.bar')].every((e) => e.getAttribute('aria-hidden') === 'true')}"
+    )
+    expected = {"main": 1, "header": 1, "named": True, "rows": len(VMS), "columns": 4, "lang": "en", "labels": True}
+    assert found == expected | {"drawn": True}
+    stops = browser.run(
+        "const stops = [...document.querySelectorAll('a, button, input, select, summary')].filter((e) => "
+        "e.checkVisibility()); return stops.every((e) => { e.focus(); return document.activeElement === e })"
+    )
+    assert stops
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_have_enough_contrast(opened: Callable[..., Browser], scheme: str) -> None:
+    """WCAG 2.2, 1.4.3: 4.5 to 1."""
+    worst = opened(scheme=scheme).run(CONTRAST)
+    assert worst[0] >= 4.5, worst
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1024, 1440, 2200])
+def test_nothing_has_to_be_scrolled_sideways(opened: Callable[..., Browser], width: int) -> None:
+    """WCAG 2.2, 1.4.10: 320 CSS pixels."""
+    assert opened(width=width).run("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_running_agent_shows_its_vms_and_asks_for_a_token(browser: Browser, node_uri: str, tmp_path: Path) -> None:
+    """End to end: the agent itself on libvirt's test driver, with a token."""
+    token, line = new_token("operator")
+    tokens = tmp_path / "tokens"
+    tokens.write_text(line + "\n")
+    tokens.chmod(0o600)
+    settings = {"security": {"tokens_file": str(tokens)}}
+    with ManagementServer() as server, AgentProcess(uri=node_uri, settings=settings, token=token) as agent:
+        task_uuid = new_task_uuid()
+        agent.post("/vm/hotplug/cpu", {"vmUuid": "vm1", "cpuNum": 64}, task_uuid=task_uuid, callback_url=server.url)
+        reply = server.wait(task_uuid, 20)
+        browser.open(agent.url + "/")
+        browser.wait("!document.querySelector('#login').hidden")
+        enter = "document.querySelector('#token').value = arguments[0]; document.querySelector('#login button').click()"
+        browser.run(enter, "wrong")
+        browser.wait("document.querySelector('#login-why').innerText.includes('unknown')")
+        assert browser.run("return sessionStorage.length") == 0
+        browser.run(enter, token)
+        browser.wait(f"{ROWS} === 2")
+        browser.wait("document.querySelector('#task-list').innerText.includes('CPU_ABOVE_MAXIMUM')")
+        assert reply["remedy"] in browser.text("#task-list")
+        browser.run("document.querySelector('#task-list summary').click()")
+        browser.wait("document.querySelector('.steps').innerText.includes('No step was taken')")
+        assert browser.run("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+        assert token not in agent.log()
