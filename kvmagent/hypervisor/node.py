@@ -1,11 +1,13 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import libvirt
 import libvirt_qemu
+import msgspec
 
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
@@ -19,6 +21,9 @@ from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.model.facts import Definition, Facts, Host
 from kvmagent.model.host import HostLoad, HostView
 from kvmagent.model.steps import AnyStep
+
+# Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
+_SAME_LOOK_S = 0.05
 
 
 class Node:
@@ -41,6 +46,7 @@ class Node:
         self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
+        self._host: tuple[float, Host | None] = (0.0, None)
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -87,7 +93,7 @@ class Node:
         """
         with self._connection.lease() as connection:
             handle = find_vm(connection, vm, self._means)
-            yield HeldVm(handle, lambda definition: self._vcpu_limit(connection, definition), self._host_root)
+            yield HeldVm(handle, lambda definition, parts: self._look_at_host(connection, definition, parts))
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now, to who does nothing else with the VM; see HeldVm.
@@ -106,6 +112,18 @@ class Node:
         """
         with self.hold(vm) as held:
             return held.perform(step)
+
+    def _look_at_host(
+        self, connection: libvirt.virConnect, definition: Definition | None, parts: frozenset[str]
+    ) -> Host:
+        limit = self._vcpu_limit(connection, definition)
+        if "memory" not in parts:
+            return Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
+        looked_at, host = self._host
+        if host is None or time.monotonic() - looked_at > _SAME_LOOK_S:
+            host = read_host(None, self._host_root)
+            self._host = time.monotonic(), host
+        return msgspec.structs.replace(host, vcpu_limit=limit)
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
         """Return the most vCPUs of a machine type, asked once; None where it is not told."""
@@ -128,12 +146,9 @@ class Node:
 class HeldVm:
     """One VM as a task sees it while it works on it, by one thread."""
 
-    def __init__(
-        self, handle: VmHandle, find_vcpu_limit: Callable[[Definition | None], int | None], host_root: Path
-    ) -> None:
+    def __init__(self, handle: VmHandle, look_at_host: Callable[[Definition | None, frozenset[str]], Host]) -> None:
         self._handle = handle
-        self._find_vcpu_limit = find_vcpu_limit
-        self._host_root = host_root
+        self._look_at_host = look_at_host
 
     @property
     def uuid(self) -> str:
@@ -150,12 +165,7 @@ class HeldVm:
         """
         domain, connected = self._handle.read()
         guest = self._handle.ask_guest(domain, connected, parts)
-        limit = self._find_vcpu_limit(domain.live or domain.config)
-        if "memory" in parts:
-            host = read_host(limit, self._host_root)
-        else:
-            host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
-        return Facts(domain=domain, guest=guest, host=host)
+        return Facts(domain=domain, guest=guest, host=self._look_at_host(domain.live or domain.config, parts))
 
     def perform(self, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.
