@@ -34,7 +34,7 @@ def post(agent: AgentProcess, server: ManagementServer, body: Any = None, **give
         ({"callback_url": "/callback"}, 400, "BAD_CALLBACK_URL"),
         ({"headers": {"Content-Type": "text/plain"}}, 400, "BAD_CONTENT_TYPE"),
         ({"path": "/vm/hotplug/gpu"}, 404, "UNKNOWN_PATH"),
-        ({"path": "/"}, 404, "UNKNOWN_PATH"),
+        ({"path": "/"}, 405, "METHOD_NOT_ALLOWED"),
         ({"path": "/healthz"}, 405, "METHOD_NOT_ALLOWED"),
         ({"body": b"{"}, 400, "BAD_JSON"),
         ({"body": b""}, 400, "BAD_JSON"),
