@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,11 +162,7 @@ def find_mirror() -> tuple[str, str]:
     """
     command = ["apt-get", "indextargets", "--format", "$(SITE)|$(CODENAME)|$(RELEASE)", "Created-By: Packages"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    release = next(
-        line.partition("=")[2]
-        for line in Path("/etc/os-release").read_text().splitlines()
-        if line.startswith("VERSION_CODENAME=")
-    )
+    release = platform.freedesktop_os_release()["VERSION_CODENAME"]
     for line in listed:
         site, *names = line.split("|")
         if release in names:

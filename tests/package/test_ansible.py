@@ -27,7 +27,7 @@ Play = Callable[..., str]
 
 def test_ansible_lint_finds_nothing() -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "ansiblelint", "--offline", "--quiet", "--profile=production", str(ROLE)]
+    command = [sys.executable, "-m", "ansiblelint", "--offline", "-q", "--profile=production", str(ROLE)]
     done = subprocess.run(command, env=environment, cwd=ROLE, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 

@@ -10,6 +10,7 @@ import pytest
 
 from kvmagent.cli.ctl.exits import MEANINGS
 from kvmagent.cli.ctl.main import make_cli
+from tests.lab.agent import find_command
 from tests.package.conftest import ROOT
 
 SCRIPTS = [
@@ -52,6 +53,15 @@ def test_each_setting_is_in_the_manual(unpacked: Path) -> None:
         assert f".It Ic {key}\n" in page
 
 
+def test_each_option_of_the_agent_is_in_the_manual(unpacked: Path) -> None:
+    page = subprocess.run(["zcat", str(unpacked / PAGES[2])], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([*find_command(), "--help"], capture_output=True, text=True, check=True).stdout
+    options = set(re.findall(r"^  (?:-h, )?--([a-z-]+)", shown, re.MULTILINE))
+    assert options >= {"config", "set", "help"}
+    for option in options:
+        assert re.search(rf"^\.It (?:Fl h , )?Fl {re.escape(escaped('-' + option))}( |$)", page, re.MULTILINE), option
+
+
 def test_each_subcommand_and_option_is_in_the_manual(unpacked: Path) -> None:
     page = subprocess.run(["zcat", str(unpacked / PAGES[0])], capture_output=True, text=True, check=True).stdout
     cli = make_cli()
@@ -83,6 +93,14 @@ def test_shells_find_what_completes_a_command_line(unpacked: Path, shell: str, f
     assert f"_KVMAGENTCTL_COMPLETE={shell}_complete" in (unpacked / "usr/share" / file).read_text()
 
 
+@pytest.mark.parametrize(("source", "package"), [("kvmagent", "kvmagent"), ("plugins", "kvmagent_plugins")])
+def test_each_file_of_the_sources_is_there(unpacked: Path, source: str, package: str) -> None:
+    (target,) = unpacked.glob(f"usr/lib/kvmagent/lib/python3*/site-packages/{package}")
+    for file in (ROOT / source).rglob("*"):
+        if file.is_file() and "__pycache__" not in file.parts:
+            assert (target / file.relative_to(ROOT / source)).is_file(), file
+
+
 def test_no_path_of_the_builder_is_in_any_file(unpacked: Path) -> None:
     paths = {str(ROOT), sys.prefix, "kvmagent-deb.", "pip-install-", "debian/kvmagent/"}
     if not sys.base_prefix.startswith("/usr"):
@@ -99,6 +117,13 @@ def test_the_interpreter_is_the_distribution_s_and_takes_nothing_from_its_user(u
     assert (home / "bin/kvmagent").read_text().startswith("#!/usr/lib/kvmagent/bin/python3 -I\n")
     assert not list(home.rglob("*.pyc"))
     assert not (home / "lib64").exists()
+
+
+@pytest.mark.parametrize("file", ["etc/logrotate.d/kvmagent", "etc/kvmagent/kvmagent.conf", "etc/init.d/kvmagent"])
+def test_what_operators_edit_is_a_conffile(deb: Path, unpacked: Path, file: str) -> None:
+    assert (unpacked / file).is_file()
+    listed = subprocess.run(["dpkg-deb", "--info", str(deb), "conffiles"], capture_output=True, text=True, check=True)
+    assert f"/{file}" in listed.stdout.split()
 
 
 def test_systemd_finds_the_unit_s_program_and_manual(unpacked: Path) -> None:

@@ -33,6 +33,7 @@ class Machine:
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.port = find_free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
 
     def configure(self, **values: str) -> None:
         """Edit the configuration as an operator does: keys of any section, by their names."""
@@ -67,7 +68,7 @@ class Machine:
 
     def log(self) -> str:
         """What the agent has said, over all its starts."""
-        return (self.tree.path / "var/log/kvmagent/stderr.log").read_text()
+        return (self.tree.path / "var/log/kvmagent/stderr").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +101,8 @@ def test_an_installation_makes_the_user_and_starts_nothing_where_no_service_is_w
     assert list((machine.tree.path / "usr/lib/kvmagent/lib").rglob("*.pyc"))
 
 
-def test_the_installed_agent_plugs_a_guest_and_is_not_root(
-    machine: Machine, lab: PrivateLibvirtd, guest: Guest, server: ManagementServer
+def test_the_installed_programs_plug_a_guest_and_the_agent_is_not_root(
+    machine: Machine, lab: PrivateLibvirtd, guest: Guest
 ) -> None:
     socket = lab.uri.rpartition("/")[2]
     uri = f"qemu+unix:///session?socket={SOCKETS}/{socket}"
@@ -110,9 +111,7 @@ def test_the_installed_agent_plugs_a_guest_and_is_not_root(
     machine.configure(port=str(machine.port), uri=uri, stop_timeout_sec="3")
     machine.start()
     assert "is running" in machine.service("status")
-    body = {"vmUuid": "packaged", "cpuNum": 2}
-    assert machine.request("POST", "/vm/hotplug/cpu", body, taskuuid="cpu", callbackurl=server.url) == 200
-    reply = server.wait("cpu", 60)
+    reply = json.loads(machine.tree.run("kvmagentctl", f"--url={machine.url}", "plug-cpu", "packaged", "2", "--json"))
     assert (reply["outcome"], reply["after"]["guestCpuNum"]) == ("online", 2)
     assert guest.cpus_online() == "0-1"
     (process,) = machine.tree.processes()
