@@ -36,6 +36,7 @@ $(STAMP): setup.py pyproject.toml | packages
 
 image: $(STAMP)
 	@$(BIN)/python -m tests.lab.image
+	@$(BIN)/python -m tests.lab.promtool
 
 demo: setup
 	@$(BIN)/python -m tests.lab.demo

@@ -18,6 +18,10 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.intake import Intake
+from kvmagent.api.metrics.events import Metrics
+from kvmagent.api.metrics.sampler import Sampler
+from kvmagent.api.metrics.state import StateMetrics
+from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.api.page import PUBLIC_PATHS, page_routes
 from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
@@ -91,6 +95,7 @@ class Agent:
         self._stalls: dict[str, str] = {}
         self._commands, self._queries = _by_name(plugins)
         self._connection = Connection(settings.libvirt.uri)
+        self._metrics = metrics = Metrics()
         rules = map(parse_callback_rule, settings.security.allowed_callbacks)
         self._callbacks = Callbacks(rules, settings.callback)
         self._memory = ServerMemory(self._state_dir / "server.json")
@@ -101,17 +106,26 @@ class Agent:
             (device_events.register, VmEvents(self._reports.tell_event).register),
             on_gap=self._reports.tell_gap,
         )
-        node = Node(self._connection, events=device_events, former_xml_dir=self._state_dir / "former-xml")
-        self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault)
+        node = Node(
+            self._connection, events=device_events, former_xml_dir=self._state_dir / "former-xml", meters=metrics
+        )
+        self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault, meters=metrics)
         self._delivery = Delivery(
             self._journal,
             self._callbacks,
             timeout_s=settings.callback.timeout_sec,
             give_up_s=settings.callback.give_up_sec,
             fault=fault,
+            meters=metrics,
         )
         self._questions = Questions(
-            node, self._journal, self._queries, self._memory, self._callbacks, on_finished=self._delivery.put
+            node,
+            self._journal,
+            self._queries,
+            self._memory,
+            self._callbacks,
+            on_finished=self._delivery.put,
+            meters=metrics,
         )
         self._late = LateRemovals(self._journal, self._put)
         self._executor = Executor(
@@ -123,6 +137,7 @@ class Agent:
             on_progress=self._reports.tell_progress,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
+            meters=metrics,
         )
         self._lanes = Lanes(
             self._run,
@@ -133,7 +148,11 @@ class Agent:
         )
         declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
         withdrawal = Withdrawal(
-            self._journal, self._lanes, {one.name: one for one in declared}, on_finished=self._delivery.put
+            self._journal,
+            self._lanes,
+            {one.name: one for one in declared},
+            on_finished=self._delivery.put,
+            meters=metrics,
         )
         intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal)
         reads = Reads(
@@ -144,14 +163,31 @@ class Agent:
             declared,
             describe_vm=self._describe_vm,
             find_stalls=self._find_stalls,
+            metrics=metrics,
         )
+        state = StateMetrics(
+            self._lanes,
+            self._delivery,
+            self._journal,
+            stalled_s=self._stalled_s_of_parts,
+            is_connected=lambda: self._connection.wait_connected(0.0),
+            certificate_ends=lambda: {
+                "security": self._security.certificate_end,
+                "callback": self._callbacks.certificate_end,
+            },
+            max_queued=settings.agent.max_queued,
+        )
+        vms = VmMetrics(node.read_stats)
+        metrics.add(state)
+        metrics.add_vms(vms)
+        self._sampler = Sampler(node, vms.running, interval_s=settings.metrics.sample_sec)
         posts = {("POST", one.path): _handle(intake, one) for one in declared}
         posts["POST", "/tasks/*/cancel"] = lambda call: Answer(
             encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
         )
         self._security = Security(settings.security)
         routes = {**posts, **reads.routes(), **page_routes()}
-        self._server = Server(settings.http, self._security, routes, public=PUBLIC_PATHS)
+        self._server = Server(settings.http, self._security, routes, public=PUBLIC_PATHS, meters=metrics)
 
     def start(self) -> None:
         """Start, and take up what the journal left.
@@ -184,6 +220,7 @@ class Agent:
             self._delivery.put(callback)
         self._late.start()
         self._server.start()
+        self._sampler.start()
         log.info(
             "agent ready",
             version=__version__,
@@ -265,18 +302,22 @@ class Agent:
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""
-        stalled = {
+        stalled = self._stalled_s_of_parts()
+        return {
+            name: f"no progress for {seconds:.0f} s" for name, seconds in stalled.items() if seconds > self._stalled_s
+        }
+
+    def _stalled_s_of_parts(self) -> dict[str, float]:
+        return {
             "lanes": self._lanes.stalled_s(),
             "writer": self._journal.stalled_s(),
             "delivery": self._delivery.stalled_s(),
-        }
-        return {
-            name: f"no progress for {seconds:.0f} s" for name, seconds in stalled.items() if seconds > self._stalled_s
         }
 
     def _close(self) -> None:
         """Undo `_start`, as far as it came."""
         self._server.stop()
+        self._sampler.stop()
         self._journal.stop()
         self._events.stop()
         self._connection.stop()
@@ -286,7 +327,8 @@ class Agent:
             self._lock_fd = None
 
     def _run(self, task: Task) -> None:
-        (self._questions if task.command in self._queries else self._executor).run(task)
+        with self._metrics.timed(task):
+            (self._questions if task.command in self._queries else self._executor).run(task)
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)

@@ -13,6 +13,7 @@ a line that the agent did not write. A traceback is as many lines, each with the
 """
 
 import contextlib
+import functools
 import json
 import logging
 import logging.handlers
@@ -95,7 +96,8 @@ def error_fields(error: AgentError) -> dict[str, object]:
 @contextlib.contextmanager
 def log_context(**fields: str) -> Iterator[None]:
     """Put fields (task=, vm=, command=, caller=) on every line that this thread logs inside the block."""
-    token = _context.set({**_context.get(), **fields})
+    outer = {name: value for name, value in _context.get().items() if name not in fields}
+    token = _context.set({**outer, **fields})
     try:
         yield
     finally:
@@ -247,8 +249,12 @@ def _event(record: logging.LogRecord) -> tuple[str, Mapping[str, object]]:
 
 
 def _timestamp(record: logging.LogRecord) -> str:
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-    return f"{seconds}.{int(record.msecs):03d}Z"
+    return f"{_second(int(record.created))}.{int(record.msecs):03d}Z"
+
+
+@functools.lru_cache(maxsize=2)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _priority(record: logging.LogRecord, to_journal: bool) -> str:

@@ -139,6 +139,17 @@ class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: Annotated[Literal["text", "json"], Meta(description="text is key=value")] = "text"
 
 
+class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What /metrics tells."""
+
+    sample_sec: Annotated[
+        int,
+        Meta(
+            ge=0, le=86400, description="Seconds in which each running VM's guest is asked once what it uses; 0: never"
+        ),
+    ] = 300
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings, checked."""
 
@@ -148,6 +159,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     callback: CallbackSection = CallbackSection()
     security: SecuritySection = SecuritySection()
     log: LogSection = LogSection()
+    metrics: MetricsSection = MetricsSection()
 
 
 def parse_settings(text: str, overrides: Iterable[str] = ()) -> Settings:

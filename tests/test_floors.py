@@ -19,6 +19,8 @@ FLOORS = {
     "kvmagent.plugins": 12,
     "kvmagent.private": 13,
     "kvmagent.audit": 13,
+    "kvmagent.meters": 12,
+    "kvmagent.certificates": 12,
     "kvmagent.systemd": 13,
     "kvmagent.hypervisor": 20,
     "kvmagent.tasks.faults": 15,
@@ -41,6 +43,7 @@ OWNERS = {
     "cherrypy": "kvmagent.api.server",
     "cheroot": "kvmagent.api.listener",
     "simplejson": "kvmagent.api.wire",
+    "prometheus_client": "kvmagent.api.metrics",
     "click": "kvmagent.cli.ctl",
     "cryptography": "kvmagent.cli.ctl.certificates",
 }

@@ -31,6 +31,7 @@ from kvmagent.api.security import Security, certificate_names
 from kvmagent.api.wire import encode_error
 from kvmagent.audit import audit
 from kvmagent.logs import Log
+from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import HttpSection
 
@@ -56,7 +57,7 @@ _STRANGERS, _MAX_STRANGERS = "strangers", 64
 class Listener(cheroot.wsgi.Server):
     """Serves a WSGI application to those whom `security` lets in."""
 
-    def __init__(self, http: HttpSection, security: Security, application: Callable[..., Any]) -> None:
+    def __init__(self, http: HttpSection, security: Security, application: Callable[..., Any], meters: Meters) -> None:
         super().__init__(
             (http.host, http.port),
             application,
@@ -71,6 +72,7 @@ class Listener(cheroot.wsgi.Server):
         self.keep_alive_conn_limit = http.max_connections
         self.http = http
         self.security = security
+        self.meters = meters
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
         self._held_bytes = 0
@@ -185,6 +187,7 @@ class _Connection(cheroot.server.HTTPConnection):
 
     def refuse(self, error: AgentError) -> None:
         """Answer what is no request, or may not become one; the connection is of no use after it."""
+        self.server.meters.refused(error.code)
         audit(
             "refused",
             caller="",

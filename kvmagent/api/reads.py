@@ -8,6 +8,7 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
+from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
 from kvmagent.api.openapi import OwnPath, build_openapi
 from kvmagent.api.server import Answer, Call, Handler
 from kvmagent.api.wire import encode, encode_error
@@ -40,6 +41,7 @@ _PATHS = (
         method="post",
     ),
     OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
+    OwnPath("/metrics", "Metrics of the agent and its VMs, in Prometheus' text format"),
     OwnPath("/openapi.json", "This document"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
@@ -63,6 +65,7 @@ class Reads:
         *,
         describe_vm: Callable[[str], Any],
         find_stalls: Callable[[], Mapping[str, str]],
+        metrics: Metrics,
     ) -> None:
         self._node = node
         self._journal = journal
@@ -70,6 +73,7 @@ class Reads:
         self._delivery = delivery
         self._describe_vm = describe_vm
         self._find_stalls = find_stalls
+        self._metrics = metrics
         self._asker = Asker(at_once=_AT_ONCE)
         self._openapi = encode(build_openapi(declared, _PATHS))
 
@@ -81,6 +85,7 @@ class Reads:
             ("GET", "/tasks"): self._tasks,
             ("GET", "/tasks/*"): self._task,
             ("GET", "/healthz"): self._health,
+            ("GET", "/metrics"): self._render_metrics,
             ("GET", "/openapi.json"): lambda _call: Answer(self._openapi),
         }
 
@@ -132,6 +137,10 @@ class Reads:
             "reply": msgspec.Raw(task.reply or b"null"),
         }
         return Answer(encode(whole))
+
+    def _render_metrics(self, call: Call) -> Answer:
+        _check_query(call, ())
+        return Answer(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     def _health(self, call: Call) -> Answer:
         down = dict(self._find_stalls())

@@ -16,6 +16,7 @@ import ssl
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kvmagent.certificates import find_end
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
 from kvmagent.settings import SecuritySection
@@ -40,6 +41,8 @@ class Security:
         self._tokens: tuple[tuple[str, bytes], ...] = ()
         #: The TLS context for new connections; None for plain HTTP.
         self.context: ssl.SSLContext | None = None
+        #: Until when the certificate in force is good; None without one.
+        self.certificate_end: float | None = None
 
     def load(self) -> None:
         """Read certificates and tokens.
@@ -51,6 +54,7 @@ class Security:
         tokens = parse_tokens(read_private(section.tokens_file, "security.tokens_file")) if section.tokens_file else ()
         context = make_server_context(section) if section.tls_cert else None
         self._tokens, self.context = tokens, context
+        self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
 
     def is_allowed_address(self, client: str) -> bool:
         """Whether an address may connect at all."""

@@ -20,6 +20,7 @@ from kvmagent.api.security import Security
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.meters import Meters
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.settings import HttpSection
 
@@ -72,15 +73,18 @@ class Server:
         routes: Mapping[tuple[str, str], Handler],
         *,
         public: frozenset[str] = frozenset(),
+        meters: Meters | None = None,
     ) -> None:
+        meters = meters or Meters()
         self._http = http
         self._security = security
-        application = cherrypy.Application(None, "", {"/": {"request.dispatch": _Dispatcher(security, routes, public)}})
+        dispatcher = _Dispatcher(security, routes, public, meters)
+        application = cherrypy.Application(None, "", {"/": {"request.dispatch": dispatcher}})
         # CherryPy's own line for each request repeats what the task's lines say.
         application.log.access = lambda: None
         application.log.screen = False
         cherrypy.log.screen = False
-        self._server = Listener(http, security, application)
+        self._server = Listener(http, security, application, meters)
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
     def bind(self) -> None:
@@ -111,9 +115,16 @@ class Server:
 class _Dispatcher:
     """CherryPy's dispatcher: sets the handler of each request. Everything that it refuses is JSON."""
 
-    def __init__(self, security: Security, routes: Mapping[tuple[str, str], Handler], public: frozenset[str]) -> None:
+    def __init__(
+        self,
+        security: Security,
+        routes: Mapping[tuple[str, str], Handler],
+        public: frozenset[str],
+        meters: Meters,
+    ) -> None:
         self._security = security
         self._public = public
+        self._meters = meters
         self._routes: dict[tuple[str, ...], dict[str, Handler]] = {}
         for (method, path), handler in routes.items():
             self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = handler
@@ -131,6 +142,7 @@ class _Dispatcher:
         try:
             answer = self._answer(request)
         except AgentError as error:
+            self._meters.refused(error.code)
             log.debug("request refused", **asked, **error_fields(error))
             answer = _refusal(error)
         except Exception as error:

@@ -17,6 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
 
 import libvirt
 
@@ -60,6 +61,11 @@ class Connection:
         self._ended = threading.Event()
         self._opener = threading.Thread(target=self._run_opener, name="libvirt-opener", daemon=True)
         self._loop = threading.Thread(target=self._run_loop, name="libvirt-events", daemon=True)
+
+    @property
+    def is_privileged(self) -> bool:
+        """Whether it leads to a libvirt that may do what its host's root may. Source: libvirt uri.rst, session."""
+        return urlsplit(self._uri).path != "/session"
 
     def start(self) -> None:
         """Start the event loop and try to connect; a libvirt that is down is no reason not to start."""

@@ -25,6 +25,7 @@ from kvmagent.hypervisor.domainxml import (
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
+from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
@@ -41,6 +42,8 @@ STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 _OFF: frozenset[VmState] = frozenset({"shutoff", "crashed"})
+# Source: libvirt virDomainRunningReason.
+_MIGRATED = {libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY}
 _AFFECT = {"live": libvirt.VIR_DOMAIN_AFFECT_LIVE, "config": libvirt.VIR_DOMAIN_AFFECT_CONFIG}
 _JOBS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
@@ -55,11 +58,12 @@ _JOBS = {
 
 @dataclass(frozen=True)
 class Means:
-    """What a handle needs beside libvirt: the agent's transport, device events, and where former XML is kept."""
+    """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, meters."""
 
     send_to_agent: Send
     events: DeviceEvents
     former_xml_dir: Path
+    meters: Meters
 
 
 class VmHandle:
@@ -69,7 +73,7 @@ class VmHandle:
         self._domain = domain
         self._is_test_driver = is_test_driver
         self._means = means
-        self.agent = GuestAgent(domain, send=means.send_to_agent)
+        self.agent = GuestAgent(domain, send=means.send_to_agent, meters=means.meters)
 
     @property
     def uuid(self) -> str:
@@ -79,7 +83,8 @@ class VmHandle:
     def read(self) -> tuple[Domain, bool | None]:
         """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel)."""
         with libvirt_errors("reading the VM"):
-            state = STATES.get(self._domain.state()[0], "other")
+            number, reason = self._domain.state()
+            state = STATES.get(number, "other")
             live_xml = None if state in _OFF else self._domain.XMLDesc(0)
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
@@ -92,6 +97,7 @@ class VmHandle:
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=self.balloon_bytes() if live_xml else None,
             job=self.find_job() if live_xml else None,
+            migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )
         return domain, connected
 
@@ -140,6 +146,16 @@ class VmHandle:
             flags |= libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE
         with libvirt_errors(f"setting {count} vCPUs ({target})"):
             self._domain.setVcpusFlags(count, flags)
+
+    def set_cpu_shares(self, shares: int, target: Target) -> None:
+        """Set what the whole VM weighs for CPU time. A session libvirt has no cgroups, and refuses it."""
+        with libvirt_errors(f"setting CPU shares ({target})"):
+            self._domain.setSchedulerParametersFlags({libvirt.VIR_DOMAIN_SCHEDULER_CPU_SHARES: shares}, _AFFECT[target])
+
+    def is_active(self) -> bool:
+        """Return whether the VM runs, or is paused."""
+        with libvirt_errors("looking whether the VM runs"):
+            return bool(self._domain.isActive())
 
     def attach_dimm(self, *, alias: str, size_bytes: int, node: int, live: bool, config: bool) -> None:
         """Attach a dimm under a user alias. libvirt refuses an alias that is there already."""

@@ -5,7 +5,7 @@ Source: libvirt formatdomain. Sizes in XML carry a unit; libvirt writes KiB.
 
 from lxml import etree
 
-from kvmagent.model.facts import Definition, MemoryDevice, NumaCell, Vcpu
+from kvmagent.model.facts import Definition, Hugepages, MemoryDevice, NumaCell, Vcpu
 from kvmagent.model.units import GIB, KIB, MIB
 
 _UNITS = {"b": 1, "bytes": 1, "KiB": KIB, "k": KIB, "MiB": MIB, "M": MIB, "GiB": GIB, "G": GIB, "TiB": 1024 * GIB}
@@ -67,14 +67,19 @@ def _read_definition(root: etree._Element) -> Definition:
         machine=os_type.get("machine", ""),
         arch=os_type.get("arch", ""),
         hypervisor=root.get("type", ""),
-        hugepage_bytes=_hugepage_bytes(root),
+        hugepages=_hugepages(root),
         locked=root.find("./memoryBacking/locked") is not None,
         hard_limit_bytes=_size(root.find("./memtune/hard_limit")) or None,
         vfio_devices=len(_vfio_devices(root)),
         launch_security=_attribute(root, "./launchSecurity", "type"),
         host_nodes=_parse_ids(_attribute(root, "./numatune/memory[@mode='strict']", "nodeset") or ""),
+        cell_host_nodes=tuple(
+            (int(element.get("cellid", "0")), _parse_ids(element.get("nodeset", "")))
+            for element in root.iterfind("./numatune/memnode[@mode='strict']")
+        ),
         phys_bits=_phys_bits(root),
         iommu_eim=root.find("./devices/iommu/driver[@eim='on']") is not None,
+        cpu_shares=int(shares) if (shares := root.findtext("./cputune/shares")) else None,
         domain_id=int(number) if (number := root.get("id")) else None,
     )
 
@@ -183,12 +188,18 @@ def _vcpus(root: etree._Element, current: int, maximum: int) -> tuple[Vcpu, ...]
     )
 
 
-def _hugepage_bytes(root: etree._Element) -> int | None:
-    """Pages for single guest nodes are taken for all: the stricter reading."""
+def _hugepages(root: etree._Element) -> tuple[Hugepages, ...]:
     if root.find("./memoryBacking/hugepages") is None:
-        return None
-    page = root.find("./memoryBacking/hugepages/page")
-    return 0 if page is None else int(page.get("size", "0")) * _UNITS[page.get("unit", "KiB")]
+        return ()
+    pages = root.findall("./memoryBacking/hugepages/page")
+    found = (
+        Hugepages(
+            size_bytes=int(page.get("size", "0")) * _UNITS[page.get("unit", "KiB")],
+            nodes=_parse_ids(nodes) if (nodes := page.get("nodeset")) else None,
+        )
+        for page in pages
+    )
+    return tuple(found) if pages else (Hugepages(size_bytes=0),)
 
 
 def _vfio_devices(root: etree._Element) -> list[etree._Element]:

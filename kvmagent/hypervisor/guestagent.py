@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import libvirt
 
+from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import GuestBlock, GuestOs, GuestVcpu
 from kvmagent.model.units import KIB
@@ -56,9 +57,10 @@ Send = Callable[[libvirt.virDomain, str, int, int], str]
 class GuestAgent:
     """The agent of one running VM. Thread-safe as far as libvirt's domain is; libvirt queues its commands."""
 
-    def __init__(self, domain: libvirt.virDomain, *, send: Send) -> None:
+    def __init__(self, domain: libvirt.virDomain, *, send: Send, meters: Meters) -> None:
         self._domain = domain
         self._send = send
+        self._meters = meters
 
     def vcpus(self) -> tuple[GuestVcpu, ...]:
         """Return the CPUs that the guest's kernel lists, by id."""
@@ -145,12 +147,20 @@ class GuestAgent:
         if arguments is not None:
             request["arguments"] = arguments
         try:
-            answer = self._send(self._domain, json.dumps(request), timeout_s, 0)
+            with phase("guest"):
+                answer = self._send(self._domain, json.dumps(request), timeout_s, 0)
         except libvirt.libvirtError as error:
-            words = error.get_error_message()
-            if error.get_error_domain() == libvirt.VIR_FROM_RPC:
-                raise AgentError(Code.LIBVIRT_UNAVAILABLE, f"{command}: {words}") from error
-            if silence := _SILENT.get(error.get_error_code()):
-                raise GuestSilent(silence, words) from error
-            raise CommandRefused(command, words) from error
+            failure = _translate(command, error)
+            self._meters.guest_called(failure.code)
+            raise failure from error
+        self._meters.guest_called("answered")
         return json.loads(answer)["return"]
+
+
+def _translate(command: str, error: libvirt.libvirtError) -> AgentError:
+    words = error.get_error_message()
+    if error.get_error_domain() == libvirt.VIR_FROM_RPC:
+        return AgentError(Code.LIBVIRT_UNAVAILABLE, f"{command}: {words}")
+    if silence := _SILENT.get(error.get_error_code()):
+        return GuestSilent(silence, words)
+    return CommandRefused(command, words)

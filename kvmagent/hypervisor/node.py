@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import libvirt
@@ -15,11 +15,14 @@ from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
 from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
-from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
+from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
-from kvmagent.model.facts import Definition, Facts, Host
-from kvmagent.model.host import HostLoad, HostView
+from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.meters import Meters, phase
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
+from kvmagent.model.host import HostLoad, HostView, VmStats
 from kvmagent.model.steps import AnyStep
 
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
@@ -41,9 +44,13 @@ class Node:
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
         host_root: Path = Path("/"),
+        meters: Meters | None = None,
     ) -> None:
         self._connection = connection
-        self._means = Means(send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir)
+        self._meters = meters or Meters()
+        self._means = Means(
+            send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir, meters=self._meters
+        )
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
@@ -65,6 +72,11 @@ class Node:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             return [domain.UUIDString() for domain in connection.listAllDomains()]
+
+    def read_stats(self) -> tuple[VmStats, ...]:
+        """Return what libvirt tells of all running VMs in one call."""
+        with self._connection.lease() as connection:
+            return read_stats(connection)
 
     def read_load(self) -> HostLoad:
         """Return what the host has left, which its kernel tells without libvirt."""
@@ -91,9 +103,11 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self._connection.lease() as connection:
-            handle = find_vm(connection, vm, self._means)
-            yield HeldVm(handle, lambda definition, parts: self._look_at_host(connection, definition, parts))
+        with ExitStack() as stack:
+            with phase("libvirt"):
+                connection = stack.enter_context(self._connection.lease())
+                handle = find_vm(connection, vm, self._means)
+            yield HeldVm(handle, lambda domain, guest, parts: self._complete(connection, domain, guest, parts))
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now, to who does nothing else with the VM; see HeldVm.
@@ -113,17 +127,32 @@ class Node:
         with self.hold(vm) as held:
             return held.perform(step)
 
-    def _look_at_host(
-        self, connection: libvirt.virConnect, definition: Definition | None, parts: frozenset[str]
-    ) -> Host:
-        limit = self._vcpu_limit(connection, definition)
-        if "memory" not in parts:
-            return Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
+    def _complete(self, connection: libvirt.virConnect, domain: Domain, guest: Guest, parts: frozenset[str]) -> Facts:
+        """Return what was seen of a VM together with what is so of its host."""
+        limit = self._vcpu_limit(connection, domain.live or domain.config)
+        if "memory" in parts:
+            host = msgspec.structs.replace(self._read_host(), vcpu_limit=limit)
+            domain = self._with_memlock(domain)
+        else:
+            host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
+        facts = Facts(domain=domain, guest=guest, host=host)
+        self._meters.observed(facts)
+        return facts
+
+    def _read_host(self) -> Host:
         looked_at, host = self._host
         if host is None or time.monotonic() - looked_at > _SAME_LOOK_S:
             host = read_host(None, self._host_root)
             self._host = time.monotonic(), host
-        return msgspec.structs.replace(host, vcpu_limit=limit)
+        return msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
+
+    def _with_memlock(self, domain: Domain) -> Domain:
+        """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""
+        if domain.live is None or not (domain.live.vfio_devices or domain.live.locked):
+            return domain
+        pid = find_pid(self._host_root, domain.uuid)
+        limit = None if pid is None else read_memlock_bytes(self._host_root, pid)
+        return msgspec.structs.replace(domain, memlock_bytes=limit)
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
         """Return the most vCPUs of a machine type, asked once; None where it is not told."""
@@ -144,11 +173,14 @@ class Node:
 
 
 class HeldVm:
-    """One VM as a task sees it while it works on it, by one thread."""
+    """One VM as a task sees it while it works on it, by one thread.
 
-    def __init__(self, handle: VmHandle, look_at_host: Callable[[Definition | None, frozenset[str]], Host]) -> None:
+    `complete` makes facts of what was seen of the VM, of what its guest says, and of the parts that were asked for.
+    """
+
+    def __init__(self, handle: VmHandle, complete: Callable[[Domain, Guest, frozenset[str]], Facts]) -> None:
         self._handle = handle
-        self._look_at_host = look_at_host
+        self._complete = complete
 
     @property
     def uuid(self) -> str:
@@ -163,9 +195,10 @@ class HeldVm:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        domain, connected = self._handle.read()
-        guest = self._handle.ask_guest(domain, connected, parts)
-        return Facts(domain=domain, guest=guest, host=self._look_at_host(domain.live or domain.config, parts))
+        with phase("libvirt"):
+            domain, connected = self._handle.read()
+            guest = self._handle.ask_guest(domain, connected, parts)
+            return self._complete(domain, guest, parts)
 
     def perform(self, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.
@@ -173,7 +206,14 @@ class HeldVm:
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
-        return perform(self._handle, step)
+        with phase("libvirt"):
+            try:
+                return perform(self._handle, step)
+            except AgentError as error:
+                # libvirt gives one code to a QEMU that ended and to some host errors.
+                if error.code is Code.VM_CRASHED and self._handle.is_active():
+                    raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
+                raise
 
     def preview(self, step: AnyStep) -> str:
         """Return what the step would tell, without performing it.
@@ -181,4 +221,5 @@ class HeldVm:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        return preview(self._handle, step)
+        with phase("libvirt"):
+            return preview(self._handle, step)

@@ -13,7 +13,9 @@ from typing import Any
 
 from kvmagent.hypervisor.deviceevents import DeviceEvent
 from kvmagent.hypervisor.domain import VmHandle
+from kvmagent.hypervisor.guestagent import CommandRefused
 from kvmagent.hypervisor.shapexml import edit_shape, format_diff
+from kvmagent.meters import phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.steps import (
     AnyStep,
@@ -32,6 +34,7 @@ from kvmagent.model.steps import (
     OnlineGuestVcpus,
     ResizeVirtioMem,
     SetBalloon,
+    SetCpuShares,
     SetVcpus,
     UnplugVcpus,
 )
@@ -65,6 +68,10 @@ def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
     vm.set_vcpus(step.count, step.target)
 
 
+def _set_cpu_shares(vm: VmHandle, step: SetCpuShares) -> None:
+    vm.set_cpu_shares(step.shares, step.target)
+
+
 def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
     def is_listed() -> bool:
         return len({cpu.id for cpu in vm.agent.vcpus()} - set(step.known)) >= step.added
@@ -77,8 +84,16 @@ def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
 
 
 def _online_guest_vcpus(vm: VmHandle, step: OnlineGuestVcpus) -> None:
+    try:
+        count = vm.agent.online_vcpus(step.ids)
+    except CommandRefused as error:
+        if error.command in vm.agent.disabled():
+            raise
+        raise AgentError(
+            Code.GUEST_CPU_OFFLINE, f"the guest did not bring CPUs {format_ids(step.ids)} online: {error.words}"
+        ) from error
     # A short count is no failure: the next round goes on with the rest.
-    if vm.agent.online_vcpus(step.ids) == 0:
+    if count == 0:
         raise AgentError(Code.GUEST_CPU_OFFLINE, f"the guest brought none of CPUs {format_ids(step.ids)} online")
 
 
@@ -170,11 +185,8 @@ def _detach_memory(vm: VmHandle, step: DetachMemory) -> None:
                     Code.MEMORY_REMOVAL_PENDING,
                     f"after {step.timeout_sec:g} s the guest has neither given up {step.alias} nor refused",
                 )
-            try:
-                event = events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                continue
-            if event.kind == "removal-failed" and event.alias == step.alias:
+            event = _await_event(events, deadline)
+            if event is not None and event.kind == "removal-failed" and event.alias == step.alias:
                 raise AgentError(Code.MEMORY_REMOVAL_REFUSED, f"the guest refused to give up {step.alias}")
 
 
@@ -215,7 +227,7 @@ def _await_virtio_mem(vm: VmHandle, step: AwaitVirtioMem) -> None:
                     f"{step.alias} was asked for {format_size(step.size_bytes)}, after {step.timeout_sec:g} s it is "
                     f"{shown}",
                 )
-            _next_event(events, min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+            _await_event(events, deadline)
 
 
 def _define_shape(vm: VmHandle, step: DefineShape) -> str:
@@ -229,6 +241,17 @@ def _diff(xml: str, step: DefineShape) -> str:
     return format_diff(xml, edit_shape(xml, step.shape))
 
 
+def _await_event(events: "queue.SimpleQueue[DeviceEvent]", deadline: float) -> DeviceEvent | None:
+    """Wait for an event of the guest's, as long as may be without a look."""
+    return _next_event(events, min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+
+
+def _next_event(events: "queue.SimpleQueue[DeviceEvent]", timeout_s: float) -> DeviceEvent | None:
+    with phase("guest"), contextlib.suppress(queue.Empty):
+        return events.get(timeout=timeout_s)
+    return None
+
+
 def _wait(is_done: Callable[[], bool], timeout_s: float, pause: Callable[[float], object] = time.sleep) -> bool:
     """Look until it is so or the time is over; return whether it is so.
 
@@ -239,17 +262,14 @@ def _wait(is_done: Callable[[], bool], timeout_s: float, pause: Callable[[float]
         waited_s = time.monotonic() - began
         if waited_s >= timeout_s:
             return False
-        pause(min(max(waited_s / 10, _FIRST_LOOK_S), _LONGEST_LOOK_S))
+        with phase("guest"):
+            pause(min(max(waited_s / 10, _FIRST_LOOK_S), _LONGEST_LOOK_S))
     return True
-
-
-def _next_event(events: "queue.SimpleQueue[DeviceEvent]", timeout_s: float) -> None:
-    with contextlib.suppress(queue.Empty):
-        events.get(timeout=timeout_s)
 
 
 PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     SetVcpus: _set_vcpus,
+    SetCpuShares: _set_cpu_shares,
     AwaitGuestVcpus: _await_guest_vcpus,
     OnlineGuestVcpus: _online_guest_vcpus,
     AttachMemory: _attach_memory,

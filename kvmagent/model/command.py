@@ -49,7 +49,9 @@ class VmRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
         True
     )
     timeout_sec: Annotated[int, msgspec.Meta(ge=1, le=3600, description="Seconds to wait for the guest, per wait")] = 60
-    dry_run: Annotated[bool, msgspec.Meta(description="Reply with the plan and change nothing")] = False
+    dry_run: Annotated[
+        bool, msgspec.Meta(description="Reply with the plan, as far as it is known before, and change nothing")
+    ] = False
 
 
 class Problem(msgspec.Struct, frozen=True, rename="camel"):

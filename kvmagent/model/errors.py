@@ -67,6 +67,7 @@ class Code(StrEnum):
     VM_NOT_RUNNING = "VM_NOT_RUNNING"
     VM_PAUSED = "VM_PAUSED"
     VM_TRANSIENT = "VM_TRANSIENT"
+    VM_MIGRATED = "VM_MIGRATED"
     VM_CRASHED = "VM_CRASHED"
     NOT_AS_EXPECTED = "NOT_AS_EXPECTED"
     TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
@@ -81,6 +82,7 @@ class Code(StrEnum):
     CPU_ABOVE_HOST_LIMIT = "CPU_ABOVE_HOST_LIMIT"
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
+    CPU_SHARES_NOT_SET = "CPU_SHARES_NOT_SET"
     CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
     REMOVAL_LOST = "REMOVAL_LOST"
     # memory
@@ -96,6 +98,7 @@ class Code(StrEnum):
     HOST_NODE_MEMORY_SHORT = "HOST_NODE_MEMORY_SHORT"
     HOST_HUGEPAGES_SHORT = "HOST_HUGEPAGES_SHORT"
     MEMORY_HARD_LIMIT = "MEMORY_HARD_LIMIT"
+    MEMORY_LOCK_LIMIT = "MEMORY_LOCK_LIMIT"
     MEMORY_ENCRYPTED = "MEMORY_ENCRYPTED"
     MEMORY_NOT_REMOVABLE = "MEMORY_NOT_REMOVABLE"
     MEMORY_SIZE_NOT_REACHABLE = "MEMORY_SIZE_NOT_REACHABLE"
@@ -123,6 +126,8 @@ class Code(StrEnum):
     GUEST_OS_UNABLE = "GUEST_OS_UNABLE"
     GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
+    # the plan
+    PLAN_NOT_WHOLE = "PLAN_NOT_WHOLE"
 
 
 class CodeInfo(msgspec.Struct, frozen=True):
@@ -273,7 +278,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.JOURNAL_UNAVAILABLE: CodeInfo(
         503,
         "The task journal cannot be written, so no task can be accepted.",
-        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write.",
+        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write. Send the "
+        "command again with the same taskuuid: it is done once, even where the disk kept what was refused.",
     ),
     Code.TASK_UNREADABLE: CodeInfo(
         500,
@@ -328,6 +334,11 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM is transient: it has no persistent definition to change.",
         'Send "affect": "live", or define the VM persistently (virsh define).',
+    ),
+    Code.VM_MIGRATED: CodeInfo(
+        200,
+        "The VM came to this host by live migration: some guests cannot bring vCPUs online that are plugged after one.",
+        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on.",
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
@@ -388,6 +399,11 @@ CODES: dict[Code, CodeInfo] = {
         "The VM is emulated (domain type qemu): QEMU never confirms the removal of a vCPU there, and crashes later.",
         'Send "affect": "config" and power the VM off and on, or run the VM with KVM.',
     ),
+    Code.CPU_SHARES_NOT_SET: CodeInfo(
+        200,
+        "CPU shares were to follow the number of vCPUs, and the VM has none of its own: it weighs what any VM does.",
+        "Set <cputune><shares> (virsh schedinfo) if the VM is to weigh more or less than others.",
+    ),
     Code.CPU_REMOVAL_PENDING: CodeInfo(
         200,
         "The guest has neither given up the vCPUs nor can it be told to have refused.",
@@ -445,6 +461,12 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM's memtune hard_limit is too low for the amount: QEMU would be killed, or could not lock its memory.",
         "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
+    ),
+    Code.MEMORY_LOCK_LIMIT: CodeInfo(
+        400,
+        "The VM's memory is locked, for a passed-through device say, and its QEMU process may not lock so much.",
+        "Raise the limit of locked memory of the service that libvirt runs in (LimitMEMLOCK) and power the VM off and "
+        "on, or ask for less.",
     ),
     Code.MEMORY_ENCRYPTED: CodeInfo(
         400,
@@ -564,6 +586,11 @@ CODES: dict[Code, CodeInfo] = {
         200,
         "The guest's operating system is known not to do all of this by itself.",
         "Look in the guest whether it uses what was plugged.",
+    ),
+    Code.PLAN_NOT_WHOLE: CodeInfo(
+        200,
+        "The plan ends where only the guest can tell what comes next, such as what it has to bring online.",
+        "Nothing to do: the reply of the command itself has all steps.",
     ),
     Code.DRIFT: CodeInfo(
         200,

@@ -60,16 +60,25 @@ class MemoryDevice(msgspec.Struct, frozen=True):
         return 0
 
 
+class Hugepages(msgspec.Struct, frozen=True):
+    """Which guest NUMA nodes are backed by hugepages of which size (0: the host's default); None: all others."""
+
+    size_bytes: int
+    nodes: frozenset[int] | None = None
+
+
 class Definition(msgspec.Struct, frozen=True):
     """A VM's definition, live or persistent: the parts that hotplug depends on.
 
     `total_bytes` is libvirt's `<memory>`: boot memory and the full size of every device.
     `current_bytes` is `<currentMemory>`: what the balloon leaves.
-    `hugepage_bytes` is the page size that all memory is backed with, 0 for the host's default hugepage; None without.
+    `hugepages` say what memory is backed with, dimms included.
     `hard_limit_bytes` is memtune's, `vfio_devices` how many host devices are passed through by VFIO,
-    `host_nodes` the host NUMA nodes that memory must come from (empty: any), `phys_bits` the vCPUs' physical
-    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255. `domain_id` is
-    libvirt's number of a running VM, another after every start.
+    `host_nodes` the host NUMA nodes that memory must come from (empty: any) and `cell_host_nodes` those of single guest
+    nodes, `phys_bits` the vCPUs' physical
+    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
+    what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
+    every start.
     """
 
     vcpu_current: int
@@ -88,14 +97,16 @@ class Definition(msgspec.Struct, frozen=True):
     machine: str
     arch: str
     hypervisor: str
-    hugepage_bytes: int | None = None
+    hugepages: tuple[Hugepages, ...] = ()
     locked: bool = False
     hard_limit_bytes: int | None = None
     vfio_devices: int = 0
     launch_security: str | None = None
     host_nodes: frozenset[int] = frozenset()
+    cell_host_nodes: tuple[tuple[int, frozenset[int]], ...] = ()
     phys_bits: int | None = None
     iommu_eim: bool = False
+    cpu_shares: int | None = None
     domain_id: int | None = None
 
     @property
@@ -123,13 +134,44 @@ class Definition(msgspec.Struct, frozen=True):
         """The virtio-mem devices."""
         return tuple(device for device in self.devices if device.model == "virtio-mem")
 
+    def find_hugepage_bytes(self, node: int) -> int | None:
+        """Return the hugepage's size behind a guest node, 0 for the host's default one; None for normal pages.
+
+        Source: libvirt formatdomain, memoryBacking; a dimm that is plugged is backed as its node is.
+        """
+        own = [page.size_bytes for page in self.hugepages if page.nodes is not None and node in page.nodes]
+        others = [page.size_bytes for page in self.hugepages if page.nodes is None]
+        return next(iter(own + others), None)
+
+    def find_host_nodes(self, node: int) -> frozenset[int]:
+        """Return the host NUMA nodes that a guest node's memory must come from; empty: any."""
+        return dict(self.cell_host_nodes).get(node, self.host_nodes)
+
     def find_device(self, alias: str) -> MemoryDevice | None:
         """Return the memory device of that alias."""
         return next((device for device in self.devices if device.alias == alias), None)
 
 
+def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
+    """Return the guest's block numbers behind a device; none where its place is not known."""
+    if device.base is None:
+        return frozenset()
+    return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
+
+
+def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
+    """Return the guest's block numbers behind all dimms of a running VM."""
+    return frozenset[int]().union(
+        *(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
+    )
+
+
 class Domain(msgspec.Struct, frozen=True):
-    """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient."""
+    """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient.
+
+    `migrated` is true where libvirt says that the VM came here by live migration: a pause and a resume make it forget.
+    `memlock_bytes` is what its QEMU process may lock, where that matters and can be seen.
+    """
 
     name: str
     uuid: str
@@ -138,6 +180,8 @@ class Domain(msgspec.Struct, frozen=True):
     config: Definition | None
     balloon_bytes: int | None = None
     job: str | None = None
+    migrated: bool = False
+    memlock_bytes: int | None = None
 
 
 class GuestVcpu(msgspec.Struct, frozen=True):
@@ -202,7 +246,7 @@ class Host(msgspec.Struct, frozen=True):
 
     `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
-    every start of the host.
+    every start of the host. An unprivileged libvirt (qemu:///session) cannot raise the limits of its QEMU processes.
     """
 
     memory_available_bytes: int | None = None
@@ -211,6 +255,7 @@ class Host(msgspec.Struct, frozen=True):
     nodes: tuple[HostNode, ...] = ()
     hugepage_bytes: int | None = None
     boot_id: str | None = None
+    libvirt_is_privileged: bool = True
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -248,3 +293,19 @@ class Facts(msgspec.Struct, frozen=True):
         if self.domain.config is None:
             raise AgentError(Code.VM_TRANSIENT, f"VM {self.domain.name} is transient")
         return self.domain.config
+
+    @property
+    def offline_vcpus(self) -> int | None:
+        """How many vCPUs the running VM has that its guest does not use; None where the guest does not tell."""
+        live, online = self.domain.live, self.guest.cpus_online
+        return None if live is None or online is None else max(0, live.vcpu_current - online)
+
+    @property
+    def offline_memory_bytes(self) -> int | None:
+        """How much memory the guest lists and does not use, or has plugged and does not list; None where unknown."""
+        live, blocks, quantum = self.domain.live, self.guest.blocks, self.guest.block_bytes
+        if live is None or blocks is None or quantum is None:
+            return None
+        listed = frozenset(block.index for block in blocks)
+        online = frozenset(block.index for block in blocks if block.online)
+        return len((dimm_blocks(live, quantum) | listed) - online) * quantum

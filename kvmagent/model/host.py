@@ -24,6 +24,17 @@ class VmSummary(msgspec.Struct, frozen=True):
     memory_bytes: int
 
 
+class VmStats(msgspec.Struct, frozen=True):
+    """One running VM as libvirt tells it of many at once; None where it does not. `run` differs after each start."""
+
+    uuid: str
+    name: str
+    run: int
+    vcpus: int | None
+    max_vcpus: int | None
+    balloon_bytes: int | None
+
+
 class ManagementServer(msgspec.Struct, frozen=True):
     """What the management server told of itself and of this host when it connected; remembered over a restart.
 

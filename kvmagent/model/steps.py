@@ -39,6 +39,18 @@ class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
         return self.target == "config"
 
 
+class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
+    """Set what the whole VM weighs against others for CPU time, of the running VM or of its definition."""
+
+    soft: ClassVar[bool] = True
+    shares: int
+    target: Target
+
+    @property
+    def key(self) -> str:
+        return f"{type(self).__name__} {self.target}"
+
+
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
     """Wait until the guest lists `added` CPUs beside the `known` ones."""
 
@@ -211,6 +223,7 @@ class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):
 
 AnyStep = (
     SetVcpus
+    | SetCpuShares
     | AwaitGuestVcpus
     | OnlineGuestVcpus
     | AttachMemory

@@ -23,6 +23,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
+from kvmagent.certificates import find_end
 from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
@@ -60,6 +61,8 @@ class Callbacks:
         self._lookups = _Lookups(resolve)
         # Made when the first https callback needs it: the system's CAs take megabytes.
         self._context: ssl.SSLContext | None = None
+        #: Until when the certificate in force is good; None without one.
+        self.certificate_end: float | None = None
 
     def load(self) -> None:
         """Read the certificates that callbacks are sent with and verified by; connections that are open stay.
@@ -69,6 +72,7 @@ class Callbacks:
         """
         section = self._section
         self._context = self._make_context() if section.server_ca or section.tls_cert else None
+        self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
 
     def _make_context(self) -> ssl.SSLContext:
         section = self._section

@@ -21,11 +21,12 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.meters import Meters
 from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError
 from kvmagent.tasks.callbacks import Callbacks, Channel
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journal import Journal, Owed
+from kvmagent.tasks.journal import Journal, Owed, State, Task
 
 log = Log(__name__)
 
@@ -84,6 +85,7 @@ class Delivery:
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
         fault: Fault = no_fault,
+        meters: Meters | None = None,
     ) -> None:
         self._journal = journal
         self._callbacks = callbacks
@@ -92,6 +94,7 @@ class Delivery:
         self._clock = clock
         self._jitter = jitter
         self._fault = fault
+        self._meters = meters or Meters()
         self._changed = threading.Condition()
         self._destinations: dict[str, _Destination] = {}
         # When each destination that owes something and is not busy is due: the answering ones, and the suspect ones.
@@ -313,9 +316,11 @@ class Delivery:
         error = "no answer from the receiver"
         try:
             task = self._journal.find(task_uuid)
-            with log_context(**(task.log_fields if task else {"task": task_uuid})):
-                log.error("callback given up", url=destination.url, error=error)
-            self._journal.settle(task_uuid, "given_up", error)
+            if task is None:
+                return
+            with log_context(**task.log_fields):
+                log.error("callback given up", url=destination.url, attempts=task.attempts, error=error)
+            self._settle(task, "given_up", error, None)
         except AgentError as failure:  # the next start finds it owed, tries it, and gives it up
             log.warning("callback waits for the journal", task=task_uuid, **error_fields(failure))
 
@@ -345,17 +350,25 @@ class Delivery:
             status, error = destination.channel.post(task.callback_url, task.reply, headers, self._timeout_s)
             if status is not None and 200 <= status < 300:
                 self._fault("callback:taken")
-                self._journal.settle(task_uuid, "delivered", None, attempts=attempts)
+                self._settle(task, "delivered", None, attempts)
                 log.info("callback delivered", url=url, attempts=attempts)
                 return True, 0.0, True
             if status == 404:
-                self._journal.settle(task_uuid, "gone", error, attempts=attempts)
+                self._settle(task, "gone", error, attempts)
                 log.warning("callback refused for good", url=url, attempts=attempts, error=error)
                 return True, 0.0, True
-            if self._clock() - (task.owed_at or 0.0) >= self._give_up_s:
-                self._journal.settle(task_uuid, "given_up", error, attempts=attempts)
+            if self._age_s(task) >= self._give_up_s:
+                self._settle(task, "given_up", error, attempts)
                 log.error("callback given up", url=url, attempts=attempts, error=error)
                 return True, 0.0, status is not None
             self._journal.record_attempt(task_uuid, attempts, error)
+            self._meters.callback_failed()
             log.warning("callback not taken", url=url, attempts=attempts, error=error)
             return False, self._pause_s(attempts), status is not None
+
+    def _settle(self, task: Task, state: State, error: str | None, attempts: int | None) -> None:
+        self._journal.settle(task.task_uuid, state, error, attempts=attempts)
+        self._meters.settled(task.command, state, self._age_s(task))
+
+    def _age_s(self, task: Task) -> float:
+        return self._clock() - (task.owed_at or 0.0)

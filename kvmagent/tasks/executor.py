@@ -30,6 +30,7 @@ import msgspec
 
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Command, Ending, Problem, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
@@ -105,6 +106,7 @@ class Executor:
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
+        meters: Meters | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
@@ -115,6 +117,7 @@ class Executor:
         self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
+        self._meters = meters or Meters()
         self._locks = VmLocks()
         self._stopping = threading.Event()
 
@@ -145,6 +148,7 @@ class Executor:
                 log.error("task stays in the journal", **error_fields(failure))
                 return
             self._on_finished(owed)
+            self._meters.ended(task.command, outcome, error.code if error else None)
             if outcome == PENDING:
                 self._on_pending(task.task_uuid)
             audit(
@@ -292,12 +296,13 @@ class Executor:
         Raises:
             _Stopped: the agent is being stopped.
         """
-        while not self._stopping.wait(_PAUSE_S):
-            left_s = until - self._clock()
-            if left_s <= 0:
-                return False
-            if self._node.wait_connected(min(left_s, 1.0)):
-                return True
+        with phase("libvirt"):
+            while not self._stopping.wait(_PAUSE_S):
+                left_s = until - self._clock()
+                if left_s <= 0:
+                    return False
+                if self._node.wait_connected(min(left_s, 1.0)):
+                    return True
         raise _Stopped
 
     def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from kvmagent.meters import Meters
 from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault, no_fault
@@ -118,8 +119,9 @@ class Journal:
         on_accepted: Callable[[Task], None],
         clock: Callable[[], float] = time.time,
         fault: Fault = no_fault,
+        meters: Meters | None = None,
     ) -> None:
-        self._file = JournalFile(path, fault=fault)
+        self._file = JournalFile(path, fault=fault, meters=meters or Meters())
         self._on_accepted = on_accepted
         self._clock = clock
         self._pruned_at = 0.0

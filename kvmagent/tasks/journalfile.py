@@ -11,6 +11,9 @@
 
 While one commits, the changes of others gather and share the next commit. A full disk refuses new tasks and holds the
 results of running ones; when there is space again the writer goes on by itself. Reads have a connection of their own.
+
+A commit that failed in fsync may be on disk all the same, and is seen only after a crash: a task that was refused then
+is carried out once, a result that was tried again is the same one.
 """
 
 import contextlib
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmagent.logs import Log, error_fields
+from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault
 
@@ -111,8 +115,9 @@ class _Write:
 class JournalFile:
     """Thread-safe."""
 
-    def __init__(self, path: Path, *, fault: Fault) -> None:
+    def __init__(self, path: Path, *, fault: Fault, meters: Meters) -> None:
         self._path = path
+        self._meters = meters
         self._fault = fault
         self._changed = threading.Condition()
         self._writes: list[_Write] = []
@@ -188,10 +193,11 @@ class JournalFile:
         """
         with self._changed:
             done = self._hand_in(name, change, True, None)
-        with self._turn:
-            while not done.done() and self.failure is None:
-                self._commit_gathered()
-        return done.result()
+        with phase("journal"):
+            with self._turn:
+                while not done.done() and self.failure is None:
+                    self._commit_gathered()
+            return done.result()
 
     def write_later(
         self, name: str, change: Change, *, keep: bool = True, then: Callable[[Any], None] | None = None
@@ -269,10 +275,11 @@ class JournalFile:
             self._hurried = self._hurried or bool(self._writes)
         if not batch and self.failure is None:
             return True
-        self._busy_since = time.monotonic()
+        self._busy_since = started = time.monotonic()
         error = self._commit(batch)
         self._busy_since = None
         if error is None:
+            self._meters.committed(time.monotonic() - started, len(batch))
             return True
         with self._changed:
             self._writes = [write for write in batch if write.keep] + self._writes

@@ -11,6 +11,7 @@ import msgspec
 
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, Query
 from kvmagent.tasks.callbacks import Callbacks
@@ -39,6 +40,7 @@ class Questions:
         callbacks: Callbacks,
         *,
         on_finished: Callable[[Owed], None],
+        meters: Meters | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
@@ -46,6 +48,7 @@ class Questions:
         self._memory = memory
         self._callbacks = callbacks
         self._on_finished = on_finished
+        self._meters = meters or Meters()
         self._noticed: set[str] = set()
 
     def run(self, task: Task) -> None:
@@ -65,6 +68,7 @@ class Questions:
                 log.error("task stays in the journal", **error_fields(error))
                 return
             self._on_finished(owed)
+            self._meters.ended(task.command, outcome, failure.code if failure else None)
             audit(
                 "finished",
                 caller=task.caller,

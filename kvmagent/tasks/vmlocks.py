@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvmagent.meters import phase
+
 
 class VmLocks:
     """Thread-safe. A VM is known by its UUID, and costs nothing while nobody works on it."""
@@ -20,8 +22,12 @@ class VmLocks:
             lock = self._held.setdefault(uuid, threading.Lock())
             self._users[uuid] += 1
         try:
-            with lock:
+            with phase("queue"):
+                lock.acquire()
+            try:
                 yield
+            finally:
+                lock.release()
         finally:
             with self._lock:
                 self._users[uuid] -= 1

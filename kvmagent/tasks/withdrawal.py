@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from kvmagent.meters import Meters
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
@@ -33,11 +34,13 @@ class Withdrawal:
         declared: Mapping[str, Command | Query],
         *,
         on_finished: Callable[[Owed], None],
+        meters: Meters | None = None,
     ) -> None:
         self._journal = journal
         self._lanes = lanes
         self._declared = declared
         self._on_finished = on_finished
+        self._meters = meters or Meters()
 
     def withdraw(self, task_uuid: str) -> Task:
         """Take a task back and return it as it was; one that was taken back before stays so, and is not told again.
@@ -53,6 +56,7 @@ class Withdrawal:
         owed = self._journal.cancel(task_uuid, self._make_reply(task), OUTCOME)
         self._lanes.withdraw(task)
         self._on_finished(owed)
+        self._meters.ended(task.command, OUTCOME, Code.CANCELLED)
         return task
 
     def _make_reply(self, task: Task) -> bytes:

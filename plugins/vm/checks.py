@@ -47,6 +47,27 @@ def block_bytes(facts: Facts) -> int:
     return DEFAULT_BLOCK_BYTES.get(arch, X86_BLOCK_BYTES)
 
 
+def dimm_quantum(facts: Facts, node: int | None) -> int:
+    """Return what a dimm for this guest node (None: any) must be a multiple of: the guest's block, and the page.
+
+    Observed: QEMU 7.2 refuses memory that is no multiple of the hugepage behind it.
+    """
+    definition = facts.domain.live or facts.domain.config
+    pages = [find_page_bytes(facts, one) or 0 for one in _guest_nodes(definition, node)] if definition else []
+    return max([block_bytes(facts), *pages])
+
+
+def find_page_bytes(facts: Facts, node: int) -> int | None:
+    """Return the size of the hugepages behind a guest node; None for normal pages."""
+    definition = facts.domain.live or facts.domain.config
+    size = definition.find_hugepage_bytes(node) if definition else None
+    return facts.host.hugepage_bytes if size == 0 else size
+
+
+def _guest_nodes(definition: Definition, node: int | None) -> list[int]:
+    return [cell.id for cell in definition.cells] or [0] if node is None else [node]
+
+
 def refuse_first(blockers: Iterable[Blocker]) -> None:
     """Raise the first blocker, if there is one.
 
@@ -209,23 +230,39 @@ def check_dimm_room(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], 
         yield from check_host(facts, wanted)
 
 
-def check_host(facts: Facts, added_bytes: int) -> Iterator[Blocker]:
-    """The host must have the memory that the running VM is to get, of the kind and from where it must come."""
+def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Iterator[Blocker]:
+    """The host must have the memory that the running VM is to get, of the kind and from where it must come.
+
+    `node` is the guest node that gets it; where it is not known yet, only what is so of all of them is judged.
+    """
     live, host = facts.domain.live, facts.host
     if live is None:
         return
-    if live.hard_limit_bytes is not None:
-        # QEMU pins all guest memory for VFIO and locked VMs.
-        # Source: libvirt qemuDomainGetMemLockLimitBytes: 1 GiB on top.
-        pinned = GIB if live.vfio_devices or live.locked else 0
-        needed = live.memory_bytes + added_bytes + pinned
-        if needed > live.hard_limit_bytes:
-            yield blocker(
-                Code.MEMORY_HARD_LIMIT,
-                f"{format_size(needed)} are needed, the hard_limit is {format_size(live.hard_limit_bytes)}",
-            )
-    if live.hugepage_bytes is not None:
-        yield from _check_hugepages(host, live, added_bytes)
+    # QEMU pins all guest memory for VFIO and locked VMs. Source: libvirt qemuDomainGetMemLockLimitBytes: 1 GiB on top.
+    is_pinned = bool(live.vfio_devices or live.locked)
+    needed = live.memory_bytes + added_bytes + (GIB if is_pinned else 0)
+    if live.hard_limit_bytes is not None and needed > live.hard_limit_bytes:
+        yield blocker(
+            Code.MEMORY_HARD_LIMIT,
+            f"{format_size(needed)} are needed, the hard_limit is {format_size(live.hard_limit_bytes)}",
+        )
+    # A privileged libvirt raises the limit of its QEMU process by itself when memory is attached.
+    # Source: libvirt qemuDomainAdjustMaxMemLock.
+    lockable = facts.domain.memlock_bytes
+    if is_pinned and lockable is not None and needed > lockable and not host.libvirt_is_privileged:
+        yield blocker(
+            Code.MEMORY_LOCK_LIMIT,
+            f"{format_size(needed)} must be locked, RLIMIT_MEMLOCK of the QEMU process is {format_size(lockable)} and "
+            "an unprivileged libvirt cannot raise it",
+        )
+    nodes = _guest_nodes(live, node)
+    sizes = {find_page_bytes(facts, one) for one in nodes}
+    where = [live.find_host_nodes(one) for one in nodes]
+    sources = frozenset[int]().union(*where) if all(where) else frozenset[int]()
+    if len(sizes) > 1:
+        return
+    if (size := sizes.pop()) is not None:
+        yield from _check_hugepages(host, size, sources, added_bytes)
         return
     available = host.memory_available_bytes
     if available is not None and added_bytes + HOST_RESERVE_BYTES > available:
@@ -234,19 +271,18 @@ def check_host(facts: Facts, added_bytes: int) -> Iterator[Blocker]:
             f"{format_size(added_bytes)} are needed and {format_size(HOST_RESERVE_BYTES)} kept free, "
             f"the host has {format_size(available)} available",
         )
-    bound = [node for node in host.nodes if node.id in live.host_nodes]
-    if bound and sum(node.free_bytes for node in bound) < added_bytes:
+    bound = [one for one in host.nodes if one.id in sources]
+    if bound and sum(one.free_bytes for one in bound) < added_bytes:
         yield blocker(
             Code.HOST_NODE_MEMORY_SHORT,
-            f"{format_size(added_bytes)} are needed from host NUMA nodes {format_ids(live.host_nodes)}, "
-            f"they have {format_size(sum(node.free_bytes for node in bound))} free",
+            f"{format_size(added_bytes)} are needed from host NUMA nodes {format_ids(sources)}, "
+            f"they have {format_size(sum(one.free_bytes for one in bound))} free",
         )
 
 
-def _check_hugepages(host: Host, live: Definition, added_bytes: int) -> Iterator[Blocker]:
-    size = live.hugepage_bytes or host.hugepage_bytes
-    nodes = [node for node in host.nodes if not live.host_nodes or node.id in live.host_nodes]
-    if not size or not nodes:
+def _check_hugepages(host: Host, size: int, sources: frozenset[int], added_bytes: int) -> Iterator[Blocker]:
+    nodes = [node for node in host.nodes if not sources or node.id in sources]
+    if not nodes:
         return
     free = sum(node.free_hugepages.get(size, 0) for node in nodes)
     if free * size < added_bytes:

@@ -16,6 +16,7 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
+from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
 from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
 from .requests import HotPlugCpuRequest, Stage, VmReply
 
@@ -30,6 +31,7 @@ class CpuGoal(Goal, frozen=True, rename="camel"):
     known: tuple[int, ...] | None
     guest_online: bool
     timeout_sec: float
+    shares: tuple[PlannedShares, ...] = ()
 
 
 def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
@@ -54,6 +56,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         known=tuple(sorted(cpu.id for cpu in facts.guest.vcpus)) if facts.guest.vcpus is not None else None,
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
+        shares=plan_shares(facts, request.affect, request.cpu_num, scale=request.scale_shares),
     )
     if advance(goal, facts, frozenset()):
         refuse_first(check_cpu(facts, request.affect, request.cpu_num))
@@ -69,7 +72,7 @@ def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep
         steps.append(SetVcpus(count=goal.cpu_num, target="config"))
     if steps and goal.added and goal.known is not None:
         steps.append(_await_guest(goal, goal.known))
-    return tuple(steps) or _guest_steps(goal, facts, spent)
+    return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent) or _guest_steps(goal, facts, spent)
 
 
 def conclude(ending: Ending) -> VmReply:
@@ -80,7 +83,7 @@ def conclude(ending: Ending) -> VmReply:
     warnings = find_warnings(goal, ending.after)
     if (outcome := settle(ending)) is None:
         outcome = "configured" if not goal.added else "plugged" if warnings else "online"
-    return VmReply(**shared_fields(ending, outcome, warnings, cpu_stages(ending)))
+    return VmReply(**shared_fields(ending, outcome, warnings + explain_shares(ending), cpu_stages(ending)))
 
 
 def cpu_stages(ending: Ending) -> list[Stage]:
@@ -124,9 +127,17 @@ def find_warnings(goal: CpuGoal | None, facts: Facts | None) -> list[Problem]:
     if guest.vcpus is None:
         return [refused_warning(guest, "guest-get-vcpus", CPU_ONLINE_HINT)]
     found = idle_warnings(guest.vcpus, count, frozenset(goal.known or ()))
+    if found:
+        found += migration_warnings(facts)
     if not goal.guest_online and any(not cpu.online for cpu in guest.vcpus):
         found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
     return found
+
+
+def migration_warnings(facts: Facts) -> list[Problem]:
+    """Return that the VM was migrated, where libvirt knows it. Observed by users: cubecos 1269."""
+    words = f"VM {facts.domain.name} came to this host by live migration"
+    return [warning(Code.VM_MIGRATED, words)] if facts.domain.migrated else []
 
 
 def idle_warnings(vcpus: tuple[GuestVcpu, ...], count: int, known: frozenset[int] = frozenset()) -> list[Problem]:

@@ -11,7 +11,9 @@ from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
 
 from . import cpu, memory, memorygoal, shrink, unplugcpu
+from .checks import check_expected, check_state, refuse_first
 from .cpu import CpuGoal
+from .cpushares import explain_shares
 from .guestmemory import find_growth, memory_stages
 from .memorygoal import MemoryGoal
 from .reply import settle, shared_fields
@@ -45,10 +47,10 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
         "timeout_sec": request.timeout_sec,
     }
     live, config = facts.domain.live, facts.domain.config
-    more_memory = HotPlugMemoryRequest(
-        memory_size=request.memory_size, expected_memory_size=request.expected_memory_size, **shared
-    )
-    more_cpus = HotPlugCpuRequest(cpu_num=request.cpu_num, expected_cpu_num=request.expected_cpu_num, **shared)
+    refuse_first(check_state(facts.domain, request.affect))
+    refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size))
+    more_memory = HotPlugMemoryRequest(memory_size=request.memory_size, **shared)
+    more_cpus = HotPlugCpuRequest(cpu_num=request.cpu_num, scale_shares=request.scale_shares, **shared)
     return CpuMemoryGoal(
         memory=memory.decide(more_memory, facts, task_uuid),
         cpu=cpu.decide(more_cpus, facts, task_uuid),
@@ -99,7 +101,7 @@ def conclude(ending: Ending) -> MemoryReply:
         changes_live = goal.memory.changes_live or goal.cpu.added
         outcome = "configured" if not changes_live else "plugged" if warnings else "online"
     definition = None if facts is None else facts.domain.config if _is_config(ending) else facts.domain.live
-    explained = memory.explain(replace(ending, goal=None if goal is None else goal.memory))
+    explained = memory.explain(replace(ending, goal=None if goal is None else goal.memory)) + explain_shares(ending)
     return MemoryReply(
         **shared_fields(ending, outcome, warnings + explained, memory_stages(ending) + cpu.cpu_stages(ending)),
         requested=ending.request.memory_size,

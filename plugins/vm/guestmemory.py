@@ -2,7 +2,7 @@
 
 from kvmagent.model.command import Ending, Problem
 from kvmagent.model.errors import MEMORY_ONLINE_HINT, AgentError, Code
-from kvmagent.model.facts import Definition, Facts, Guest, MemoryDevice
+from kvmagent.model.facts import Facts, Guest, dimm_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -18,7 +18,6 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import MIB, align_down, format_ids, format_size
 
-from .checks import block_bytes
 from .reply import find_stages, refused_warning, silence_warning, warning
 from .requests import Stage
 
@@ -29,20 +28,6 @@ MAP_DIVISOR = 64
 GUEST_RESERVE_BYTES = 32 * MIB
 # What the balloon must leave of memory that is online in the guest.
 BALLOON_FLOOR_BYTES = 128 * MIB
-
-
-def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
-    """Return the guest's block numbers behind a device; none where its place is not known."""
-    if device.base is None:
-        return frozenset()
-    return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
-
-
-def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
-    """Return the guest's block numbers behind all dimms of a running VM."""
-    return frozenset[int]().union(
-        *(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
-    )
 
 
 def find_idle(facts: Facts) -> tuple[int, ...]:
@@ -83,7 +68,9 @@ def offline_bytes(facts: Facts) -> int:
     return len(dimm_blocks(live, quantum) - online_blocks(facts.guest)) * quantum
 
 
-def split_for_guest(facts: Facts, sizes_bytes: list[int], *, online: bool) -> tuple[list[int], bool]:
+def split_for_guest(
+    facts: Facts, sizes_bytes: list[int], quantum_bytes: int, *, online: bool
+) -> tuple[list[int], bool]:
     """Return dimm sizes that the guest can take in, and whether each must be online before the next is attached.
 
     Raises:
@@ -95,11 +82,11 @@ def split_for_guest(facts: Facts, sizes_bytes: list[int], *, online: bool) -> tu
     room = available - GUEST_RESERVE_BYTES
     if sum(sizes_bytes) <= room * MAP_DIVISOR:
         return sizes_bytes, False
-    quantum, pieces = block_bytes(facts), list[int]()
+    pieces = list[int]()
     for size in sizes_bytes:
         left = size
         while left:
-            piece = min(left, align_down(max(0, room) * MAP_DIVISOR, quantum))
+            piece = min(left, align_down(max(0, room) * MAP_DIVISOR, quantum_bytes))
             if not piece or not online:
                 raise AgentError(
                     Code.GUEST_MEMORY_SHORT,

@@ -12,13 +12,14 @@ from kvmagent.model.units import KIB, MIB, align_down, align_up, format_size
 
 from .checks import (
     STATE_REFUSALS,
-    block_bytes,
     check_balloon,
     check_dimm_room,
     check_dimm_support,
     check_expected,
     check_host,
     check_state,
+    dimm_quantum,
+    find_page_bytes,
     refuse_first,
     round_up_addition,
 )
@@ -178,9 +179,12 @@ def _decide_virtio_mem(
     if not missing:
         return None
     refuse_first(check_dimm_support(facts, request.affect))
-    added = round_up_addition(request, max(missing.values()), VIRTIO_MEM_BLOCK_BYTES)
+    node = _place(current_definition(facts, request.affect), [max(missing.values())], request.node)[0]
+    block = max(VIRTIO_MEM_BLOCK_BYTES, find_page_bytes(facts, node) or 0)
+    added = round_up_addition(request, max(missing.values()), block)
     affect: Affect = "both" if len(missing) == 2 else next(iter(missing))
     refuse_first(check_dimm_room(facts, affect, (added,), request.node))
+    refuse_first(check_host(facts, added, node) if "live" in missing else ())
     rooms = [
         (definition.max_memory_bytes or 0) - definition.total_bytes
         for definition, name in ((facts.domain.live, "live"), (facts.domain.config, "config"))
@@ -188,11 +192,11 @@ def _decide_virtio_mem(
     ]
     planned = PlannedVirtioMem(
         alias=f"ua-kvmagent-{task_uuid}-0",
-        size_bytes=align_down(min(rooms), VIRTIO_MEM_BLOCK_BYTES),
-        node=_place(current_definition(facts, request.affect), [added], request.node)[0],
+        size_bytes=align_down(min(rooms), block),
+        node=node,
         live="live" in missing,
         config="config" in missing,
-        block_bytes=VIRTIO_MEM_BLOCK_BYTES,
+        block_bytes=block,
         requested_bytes=added,
     )
     missing.clear()
@@ -231,7 +235,7 @@ def _decide_dimms(
     refuse_first(check_dimm_support(facts, request.affect))
     refuse_first(check_dimm_room(facts, request.affect, (), request.node))
     parts: list[tuple[int, bool, bool]] = []
-    one_by_one = False
+    one_by_one, quantum = False, dimm_quantum(facts, request.node)
     both = min(missing.get("live", 0), missing.get("config", 0))
     for amount, live, config in (
         (both, True, True),
@@ -239,15 +243,18 @@ def _decide_dimms(
         (missing.get("config", 0) - both, False, True),
     ):
         if amount:
-            sizes = _split(facts, round_up_addition(request, amount, block_bytes(facts)), request.dimm_size)
+            sizes = _split(round_up_addition(request, amount, quantum), request.dimm_size, quantum)
             if live:
-                sizes, one_by_one = split_for_guest(facts, sizes, online=request.guest_online)
+                sizes, one_by_one = split_for_guest(facts, sizes, quantum, online=request.guest_online)
             parts += [(size, live, config) for size in sizes]
     for affect in TARGETS:
         wanted = tuple(size for size, live, config in parts if (live if affect == "live" else config))
         if wanted:
             refuse_first(check_dimm_room(facts, affect, wanted, request.node))
     nodes = _place(current_definition(facts, request.affect), [size for size, _, _ in parts], request.node)
+    for node in sorted(set(nodes)):
+        live_bytes = sum(size for (size, live, _), place in zip(parts, nodes, strict=True) if live and place == node)
+        refuse_first(check_host(facts, live_bytes, node))
     dimms = tuple(
         PlannedDimm(alias=f"ua-kvmagent-{task_uuid}-{n}", size_bytes=size, node=node, live=live, config=config)
         for n, ((size, live, config), node) in enumerate(zip(parts, nodes, strict=True))
@@ -255,11 +262,10 @@ def _decide_dimms(
     return dimms, one_by_one
 
 
-def _split(facts: Facts, added_bytes: int, dimm_bytes: int | None) -> list[int]:
+def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
     """Return the sizes of the dimms that make up an aligned amount, none larger than `dimm_bytes`."""
     if dimm_bytes is None:
         return [added_bytes]
-    quantum = block_bytes(facts)
     if dimm_bytes % quantum:
         raise AgentError(
             Code.MEMORY_NOT_ALIGNED,
@@ -348,6 +354,7 @@ HOT_PLUG_MEMORY = Command(
         Code.MEMORY_ABOVE_MAXIMUM,
         Code.MEMORY_ENCRYPTED,
         Code.MEMORY_HARD_LIMIT,
+        Code.MEMORY_LOCK_LIMIT,
         Code.SLOTS_EXHAUSTED,
         Code.MEMORY_NOT_ALIGNED,
         Code.MEMORY_DEVICE_MISALIGNED,

@@ -4,7 +4,7 @@ import msgspec
 
 from kvmagent.model.command import Goal, Problem
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -18,7 +18,6 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import format_size
 
 from .guestmemory import (
-    device_blocks,
     online_blocks,
     online_steps,
     plug_warnings,

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, dimm_blocks
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import align_up
 
 from .checks import (
-    block_bytes,
     blocker,
     check_balloon,
     check_cpu,
@@ -21,9 +20,10 @@ from .checks import (
     check_expected,
     check_guest,
     check_state,
+    dimm_quantum,
 )
-from .cpu import idle_warnings
-from .guestmemory import dimm_blocks, online_blocks, plug_warnings
+from .cpu import idle_warnings, migration_warnings
+from .guestmemory import plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, is_prepared, plan_preparation
 from .reply import drift, settle, shared_fields
@@ -55,7 +55,7 @@ def conclude(ending: Ending) -> ReadinessReply:
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
     return ReadinessReply(
-        **shared_fields(ending, outcome, _offline_warnings(facts) + _os_warnings(facts)),
+        **shared_fields(ending, outcome, _find_warnings(facts)),
         name=facts.domain.name,
         state=facts.domain.state,
         plugged_offline=_find_offline(facts),
@@ -73,17 +73,12 @@ def conclude(ending: Ending) -> ReadinessReply:
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:
     """Return what is plugged and not used in the guest; None for a VM that is off."""
-    live, guest, actual = facts.domain.live, facts.guest, facts.domain.balloon_bytes
+    live, actual = facts.domain.live, facts.domain.balloon_bytes
     if live is None:
         return None
-    cpus, memory = guest.cpus_online, None
-    if guest.blocks is not None and guest.block_bytes is not None:
-        listed = frozenset(block.index for block in guest.blocks)
-        idle = (dimm_blocks(live, guest.block_bytes) | listed) - online_blocks(guest)
-        memory = len(idle) * guest.block_bytes
     return PluggedOffline(
-        cpu_num=None if cpus is None else max(0, live.vcpu_current - cpus),
-        memory_size=memory,
+        cpu_num=facts.offline_vcpus,
+        memory_size=facts.offline_memory_bytes,
         ballooned=None if actual is None else max(0, live.balloon_total_bytes - actual),
     )
 
@@ -105,6 +100,10 @@ def _os_warnings(facts: Facts) -> list[Problem]:
         return []
     told = [Problem(code=one.code, message=one.message, remedy=one.remedy) for one in check_gives_up(os)]
     return told + find_limits(os, dimm=True, virtio_mem=bool(live.virtio_mems))[:1]
+
+
+def _find_warnings(facts: Facts) -> list[Problem]:
+    return _offline_warnings(facts) + _os_warnings(facts) + migration_warnings(facts)
 
 
 def _find_diff(ending: Ending) -> str | None:
@@ -160,7 +159,7 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
         return
     yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + 1)
     yield from check_dimm_support(facts, affect)
-    quantum = block_bytes(facts)
+    quantum = dimm_quantum(facts, None)
     wanted = definition.memory_bytes + quantum if request.memory_size is None else request.memory_size
     added = align_up(max(0, wanted - definition.memory_bytes), quantum)
     yield from check_dimm_room(facts, affect, (added,) if added else (), node=None)
@@ -188,7 +187,7 @@ def _headroom(facts: Facts) -> Headroom | None:
         slots=max(0, slots),
         removable_cpu_num=removable,
         removable_memory_size=definition.memory_bytes - definition.boot_bytes,
-        memory_granularity=block_bytes(facts),
+        memory_granularity=dimm_quantum(facts, None),
         memory_methods=[name for name, can in methods.items() if can],
     )
 

@@ -7,7 +7,7 @@ import msgspec
 from kvmagent.model.command import SUCCESSFUL, Ending, Outcome, Problem
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Facts, Guest
-from kvmagent.model.steps import Step
+from kvmagent.model.steps import AnyStep, DefineShape, Step
 
 from .requests import Drift, Numbers, Stage
 
@@ -30,7 +30,7 @@ def shared_fields(
         "memory_size": after.memory_size,
         "before": before,
         "after": after,
-        "warnings": _warnings(ending, warnings) if outcome not in ("refused", "planned") else [],
+        "warnings": _planned_warnings(ending) if outcome in ("refused", "planned") else _warnings(ending, warnings),
         "stages": stages or [],
         "steps": _steps(ending),
         "drift": drift(ending.after),
@@ -186,7 +186,22 @@ def _steps(ending: Ending) -> list[dict[str, Any]]:
     return told
 
 
+def _planned_warnings(ending: Ending) -> list[Problem]:
+    """Say that a plan for a running VM goes on; one for a definition is whole."""
+    if ending.request.affect == "config" or not any(_touches_vm(step) for step in ending.planned or ()):
+        return []
+    return [warning(Code.PLAN_NOT_WHOLE, "more steps may follow from what the guest shows after these")]
+
+
+def _touches_vm(step: AnyStep) -> bool:
+    return not step.follows and not isinstance(step, DefineShape)
+
+
 def _warnings(ending: Ending, warnings: list[Problem]) -> list[Problem]:
-    """Return one warning of each code: what went wrong on the way, then what is so now."""
-    problems = [report.problem for report in ending.reports if report.problem] + warnings
-    return list({problem.code: problem for problem in problems}.values())
+    """Return one warning of each code: what is so now, and in whose words it went wrong on the way."""
+    told = {report.problem.code: report.problem for report in ending.reports if report.problem}
+    for now in warnings:
+        way = told.get(now.code)
+        words = now.message if way is None or way.message == now.message else f"{now.message}; {way.message}"
+        told[now.code] = msgspec.structs.replace(now, message=words)
+    return list(told.values())

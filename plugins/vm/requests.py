@@ -29,12 +29,17 @@ ExpectedMemorySize = (
     | None
 )
 
+ScaleShares = Annotated[
+    bool, msgspec.Meta(description="Scale the VM's CPU shares, where it has its own, with the number of vCPUs")
+]
+
 
 class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM up to a number of vCPUs."""
 
     cpu_num: CpuNum
     expected_cpu_num: ExpectedCpuNum = None
+    scale_shares: ScaleShares = False
 
 
 class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
@@ -60,6 +65,7 @@ class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="came
     cpu_num: CpuNum
     memory_size: MemorySize
     expected_cpu_num: ExpectedCpuNum = None
+    scale_shares: ScaleShares = False
     expected_memory_size: ExpectedMemorySize = None
 
 
@@ -68,6 +74,7 @@ class HotUnplugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", 
 
     cpu_num: CpuNum
     expected_cpu_num: ExpectedCpuNum = None
+    scale_shares: ScaleShares = False
     late_callback: LateCallback = False
 
 

@@ -4,7 +4,7 @@ import msgspec
 
 from kvmagent.model.command import Ending, Goal
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AwaitBalloon,
@@ -16,7 +16,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import format_size
 
-from .guestmemory import device_blocks, online_blocks
+from .guestmemory import online_blocks
 from .memorygoal import PlannedResize, find_stalled, resize_steps
 from .reply import find_failure, find_lost, not_verified
 

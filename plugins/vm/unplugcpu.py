@@ -10,6 +10,7 @@ from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_expected, check_state, refuse_first
 from .cpu import cpu_stages
+from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
 from .guestos import check_gives_up
 from .reply import find_failure, find_lost, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
@@ -24,6 +25,7 @@ class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
     guest_online: bool
     timeout_sec: float
     run: str | None = None
+    shares: tuple[PlannedShares, ...] = ()
 
 
 def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> UnplugCpuGoal:
@@ -49,6 +51,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
         run=facts.run,
+        shares=plan_shares(facts, request.affect, request.cpu_num, scale=request.scale_shares),
     )
 
 
@@ -67,7 +70,7 @@ def advance(goal: UnplugCpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[A
             steps.append(UnplugVcpus(count=goal.cpu_num, timeout_sec=goal.timeout_sec))
     if goal.config and facts.get_config().vcpu_current > wanted:
         steps.append(SetVcpus(count=wanted, target="config"))
-    return tuple(steps)
+    return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent)
 
 
 def conclude(ending: Ending) -> VmReply:
@@ -81,7 +84,7 @@ def conclude(ending: Ending) -> VmReply:
     outcome = settle_removal(ending) or settle(ending)
     if outcome is None:
         outcome = "configured" if not goal.live else "plugged" if warnings else "online"
-    return VmReply(**shared_fields(ending, outcome, warnings, cpu_stages(ending)))
+    return VmReply(**shared_fields(ending, outcome, warnings + explain_shares(ending), cpu_stages(ending)))
 
 
 def find_shortfall(goal: UnplugCpuGoal, ending: Ending) -> AgentError | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvmagent.model.command import Affect, Command, Ending, Problem
 from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks
 from kvmagent.model.steps import Target
 from kvmagent.model.units import align_down, align_up, format_size
 
@@ -16,7 +16,6 @@ from .exactfit import Sums
 from .guestmemory import (
     BALLOON_FLOOR_BYTES,
     check_guest_can_spare,
-    device_blocks,
     explain_free,
     find_growth,
     memory_stages,

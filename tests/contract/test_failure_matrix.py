@@ -41,10 +41,11 @@ class Row:
     fails: dict[str, Exception] = field(default_factory=dict)
     guest: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fake_only(self) -> bool:
-        return bool(self.fails or self.guest or self.domain)
+        return bool(self.fails or self.guest or self.domain or self.host)
 
 
 def dimm(size_mib: int = 128, alias: str = "ua-old") -> AttachMemory:
@@ -189,6 +190,16 @@ ROWS = {
         "method dimm",
         guest={"os": {"id": "ubuntu", "kernel-release": "5.4.0-1", "kernel-version": "#1 SMP"}},
     ),
+    "dimm for a vm whose memory may not be locked": Row(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        "refused",
+        "MEMORY_LOCK_LIMIT",
+        "RLIMIT_MEMLOCK of the QEMU process is 1 GiB",
+        "LimitMEMLOCK",
+        host={"memlock_mib": 1024, "uri": "qemu:///session"},
+        spec={"devices_xml": "<hostdev mode='subsystem' type='pci'/>"},
+    ),
     "dimm without a free slot": Row(
         MEMORY, MORE_MEMORY, "refused", "SLOTS_EXHAUSTED", "0 of 1 free", "slots", spec={"slots": 1}, before=(dimm(),)
     ),
@@ -240,10 +251,19 @@ ROWS = {
             )
         },
     ),
-    "dimm while QEMU dies": Row(
+    "dimm for which the host has no hugepage file": Row(
         MEMORY,
         MORE_MEMORY,
         "refused",
+        "LIBVIRT_REFUSED",
+        "unable to create hugepage path",
+        "QEMU's log",
+        fails={"attachDeviceFlags": qemu_error(38, "unable to create hugepage path /dev/hugepages/libvirt/qemu/1-vm1")},
+    ),
+    "dimm while QEMU dies": Row(
+        MEMORY,
+        MORE_MEMORY,
+        "partial",
         "VM_CRASHED",
         "End of file from qemu monitor",
         "QEMU's log",
@@ -405,7 +425,7 @@ def fake(tmp_path: Path) -> Make:
         domain.paused = row.running and not row.guest
         if row.domain.get("persistent", True) and domain.paused:
             domain.guest.unplugs = "not answering"
-        node = make_node(tmp_path, domain)
+        node = make_node(tmp_path, domain, **row.host)
         for step in row.before:
             node.perform("vm1", step)
         domain.fail_next.update(row.fails)

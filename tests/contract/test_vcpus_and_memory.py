@@ -28,6 +28,7 @@ from kvmagent.model.steps import (
     OnlineGuestVcpus,
     ResizeVirtioMem,
     SetBalloon,
+    SetCpuShares,
     SetVcpus,
     Shape,
 )
@@ -104,6 +105,21 @@ def failure_of(node: Node, step: AnyStep) -> AgentError:
 def dimm(**changes: Any) -> AttachMemory:
     values = {"alias": "ua-kvmagent-a-0", "size_bytes": 128 * MIB, "node": 0, "live": True, "config": True}
     return AttachMemory(**(values | changes))
+
+
+@pytest.mark.guest
+def test_a_session_libvirt_has_no_cgroups_and_refuses_cpu_shares(lab_libvirt: MakeNode) -> None:
+    error = failure_of(lab_libvirt(GuestSpec(name="vm1")), SetCpuShares(shares=2048, target="config"))
+    assert (error.code, error.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 84)
+    assert "session mode" in error.message
+
+
+def test_cpu_shares_of_a_definition_are_set_and_read(fake: MakeNode) -> None:
+    """On the fake alone: the lab's libvirt is one of a session."""
+    node = fake(GuestSpec(name="vm1"))
+    assert observe(node).get_config().cpu_shares is None
+    node.perform("vm1", SetCpuShares(shares=2048, target="config"))
+    assert (observe(node).get_live().cpu_shares, observe(node).get_config().cpu_shares) == (None, 2048)
 
 
 @pytest.mark.parametrize("make", ALL, indirect=True)

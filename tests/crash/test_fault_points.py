@@ -162,3 +162,33 @@ def test_a_task_that_was_taken_back_before_the_kill_stays_so_and_one_that_was_no
     assert server.wait(TASK, 20, attempt=2)["errorCode"] == "CANCELLED"
     assert host.vcpus("vm1") == (1, 1)
     assert agent.get("/healthz").body["queued"] == 0
+
+
+def test_a_task_whose_commit_failed_is_refused_and_done_once_when_it_is_sent_again(
+    make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    """The commit was written and not kept: after a crash the task may be there, although its caller was told no."""
+    agent = make_agent(host.uri, fault="fsync!journal.accept:written")
+    assert send(agent, server) == 503
+    assert "journal" in agent.get("/healthz").body["down"]
+    assert send(agent, server) == 503
+    assert host.vcpus("vm1") == (1, 1)
+    agent.kill()
+    agent.start()
+    assert send(agent, server) == 200
+    check_done_once(agent, server, host)
+
+
+@pytest.mark.parametrize("point", ["journal.record_goal:written", "journal.finish:written"])
+def test_a_task_whose_later_commit_fails_waits_for_the_disk_and_is_done_once(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=f"fsync!{point}")
+    assert send(agent, server) == 200
+    wait_for(lambda: "journal" in agent.get("/healthz").body["down"], timeout_s=20, what="the disk's failure")
+    # Nothing is touched before it is on disk, and nothing told.
+    assert host.vcpus("vm1") == ((1, 1) if "record_goal" in point else (3, 3))
+    assert server.callbacks(TASK) == []
+    agent.kill()
+    agent.start()
+    check_done_once(agent, server, host)

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -265,9 +266,10 @@ class Held:
 
 
 def test_the_watchdog_goes_hungry_while_the_writer_hangs_and_no_longer(
-    node_uri: str, tmp_path: Path, server: ManagementServer
+    node_uri: str, tmp_path: Path, server: ManagementServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A disk that hangs, here a writer that is held inside its transaction."""
+    """A disk that hangs, here a writer that is held inside its transaction. What all were at is dumped, once."""
+    dumps: list[str] = []
     held = Held("journal.settle:written")
     port = find_free_port()
     agent = start_in_process(node_uri, tmp_path / "state", port=port, fault=held, stalled_s=0.3)
@@ -275,7 +277,11 @@ def test_the_watchdog_goes_hungry_while_the_writer_hangs_and_no_longer(
         assert agent.look_after()
         post_in_process(port, server)
         assert held.reached.wait(10)
-        wait_for(lambda: not agent.look_after(), timeout_s=5, what="the watchdog to go hungry")
+        dump = partial(dumps.append, "stacks")
+        wait_for(lambda: not agent.look_after(dump), timeout_s=5, what="the watchdog to go hungry")
+        assert not agent.look_after(dump)
+        assert dumps == ["stacks"]
+        assert len([line for line in caplog.messages if line.startswith("dump totals")]) == 1
         held.let_go.set()
         wait_for(agent.look_after, timeout_s=5, what="the watchdog to be fed")
     finally:

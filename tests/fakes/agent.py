@@ -25,6 +25,8 @@ from tests.lab.image import Image
 
 COMMANDS: dict[str, Command] = {command.name: command for command in PLUGIN.commands}
 MIB = 1024 * 1024
+#: A fake domain's, where its XML has none.
+UUID = "11111111-2222-3333-4444-555555555555"
 
 
 def make_domain(
@@ -35,17 +37,29 @@ def make_domain(
 
 
 def make_host(
-    directory: Path, *, available_mib: int = 64 * 1024, node_free_mib: int = 64 * 1024, free_hugepages: int = 0
+    directory: Path,
+    *,
+    available_mib: int = 64 * 1024,
+    node_free_mib: int = 64 * 1024,
+    free_hugepages: int = 0,
+    hugepage_mib: int = 2,
+    memlock_mib: int | None = None,
 ) -> Path:
-    """The kernel's files of a host with one NUMA node, 2 MiB hugepages and 46 physical address bits."""
+    """The kernel's files of a host with one NUMA node, hugepages of one size and 46 physical address bits."""
+    page_kib = hugepage_mib * 1024
     node = directory / "sys/devices/system/node/node0"
     files = {
-        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: 2048 kB\n",
+        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: {page_kib} kB\n",
         directory / "proc/cpuinfo": "address sizes\t: 46 bits physical, 48 bits virtual\n",
         directory / "proc/sys/kernel/random/boot_id": "boot-1\n",
         node / "meminfo": f"Node 0 MemFree: {node_free_mib * 1024} kB\n",
-        node / "hugepages/hugepages-2048kB/free_hugepages": f"{free_hugepages}\n",
+        node / f"hugepages/hugepages-{page_kib}kB/free_hugepages": f"{free_hugepages}\n",
     }
+    if memlock_mib is not None:
+        process = directory / "proc/4711"
+        files[process / "cmdline"] = "/usr/bin/qemu-system-x86_64\0-uuid\0" + UUID + "\0"
+        limit = f"{memlock_mib * MIB}  bytes\n"
+        files[process / "limits"] = f"Limit  Soft Limit  Hard Limit  Units\nMax locked memory  65536  {limit}"
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -64,12 +78,12 @@ def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
     return FakeGuest(online_cpus=dict.fromkeys(range(spec.vcpus), True), blocks=blocks, **options)
 
 
-def make_node(directory: Path, *domains: FakeDomain, **host: int) -> Node:
+def make_node(directory: Path, *domains: FakeDomain, uri: str = "fake", **host: int) -> Node:
     """A Node on these domains, on a host of `make_host`; `directory` has its files."""
     fake, events = FakeConnection(*domains), DeviceEvents()
     events.register(fake)
     return Node(
-        Connection("fake", open_libvirt=lambda _uri: fake),
+        Connection(uri, open_libvirt=lambda _uri: fake),
         events=events,
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,
@@ -102,7 +116,7 @@ class Done:
 class FakeAgent:
     """An executor on a journal of its own and on fake domains."""
 
-    def __init__(self, directory: Path, *domains: FakeDomain, **host: int) -> None:
+    def __init__(self, directory: Path, *domains: FakeDomain, **host: Any) -> None:
         self.finished: list[str] = []
         self.pending: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)

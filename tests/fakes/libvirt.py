@@ -57,7 +57,7 @@ class FakeGuest:
     `sees_nothing` never lists what is plugged. `onlines` is how many CPUs one guest-set-vcpus brings online at most.
     `pinned` memory blocks will not go offline, and those that are `fixed` are told beforehand that they cannot.
     `unplugs` is what it does when a device is to leave: let it go, refuse, or not answer. A virtio-mem device comes
-    to `virtio_mem_limit` at most.
+    to `virtio_mem_limit` at most. `broken_cpus` will not come online.
     """
 
     agent: str = "running"
@@ -76,6 +76,7 @@ class FakeGuest:
     fixed_cpus: frozenset[int] = frozenset({0})
     unplugs: str = "lets go"
     virtio_mem_limit: int = 1 << 60
+    broken_cpus: bool = False
     os: dict[str, str] = field(default_factory=lambda: dict(DEBIAN))
     asked: list[str] = field(default_factory=list)
 
@@ -98,6 +99,12 @@ class FakeGuest:
         ]
 
     def _guest_set_vcpus(self, vcpus: list[dict[str, Any]]) -> Any:
+        if self.broken_cpus:
+            raise qemu_error(
+                libvirt.VIR_ERR_INTERNAL_ERROR,
+                "internal error: unable to execute QEMU agent command 'guest-set-vcpus': failed to write to "
+                "/sys/devices/system/cpu/cpu1/online: Input/output error",
+            )
         done = vcpus[: self.onlines]
         for cpu in done:
             self.online_cpus[cpu["logical-id"]] = cpu["online"]
@@ -155,7 +162,7 @@ class FakeDomain:
         self.live = _normalise(etree.fromstring(xml)) if running else None
         self.guest = guest or FakeGuest()
         self.paused = False
-        self.number = 1
+        self.number, self.reason = 1, libvirt.VIR_DOMAIN_RUNNING_BOOTED
         self.calls: list[str] = []
         self.fail_next: dict[str, Exception] = {}
         self.tell: Callable[[int, str], None] = lambda event_id, alias: None
@@ -176,7 +183,7 @@ class FakeDomain:
     def state(self) -> tuple[int, int]:
         if self.live is None:
             return libvirt.VIR_DOMAIN_SHUTOFF, 0
-        return (libvirt.VIR_DOMAIN_PAUSED if self.paused else libvirt.VIR_DOMAIN_RUNNING), 0
+        return (libvirt.VIR_DOMAIN_PAUSED, 1) if self.paused else (libvirt.VIR_DOMAIN_RUNNING, self.reason)
 
     def connect(self) -> FakeConnection:
         assert self.connection is not None
@@ -310,6 +317,18 @@ class FakeDomain:
             if name == "persistent" or self.guest.balloon_driver:
                 root.find("currentMemory").text = str(size_kib)
 
+    def setSchedulerParametersFlags(self, parameters: dict[str, int], flags: int) -> None:
+        self._called("setSchedulerParametersFlags", f"setSchedulerParametersFlags({parameters}, {flags})")
+        for _, root in self._affected(flags):
+            if root.find("cputune") is None:
+                root.append(etree.Element("cputune"))
+            for shares in root.findall("./cputune/shares"):
+                shares.getparent().remove(shares)
+            etree.SubElement(root.find("cputune"), "shares").text = str(parameters["cpu_shares"])
+
+    def isActive(self) -> bool:
+        return self.live is not None
+
     # what the tests' libvirt does inside
 
     def _attach(self, root: Any, device: Any, *, live: bool) -> None:
@@ -405,7 +424,10 @@ class FakeDomain:
         self.calls.append(call)
         for key in (name, call):
             if key in self.fail_next:
-                raise self.fail_next.pop(key)
+                error = self.fail_next.pop(key)
+                if "End of file" in str(error):
+                    self.live = None  # QEMU is gone
+                raise error
 
 
 class FakeConnection:

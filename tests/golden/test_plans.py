@@ -31,7 +31,7 @@ class Case:
     spec: dict[str, Any] = field(default_factory=dict)
     domain: dict[str, Any] = field(default_factory=dict)
     guest: dict[str, Any] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
     arrange: Callable[[FakeDomain], None] = lambda domain: None
 
 
@@ -45,6 +45,10 @@ def inflate_balloon(size_mib: int) -> Callable[[FakeDomain], None]:
 
 def offline_cpu_1(domain: FakeDomain) -> None:
     domain.guest.online_cpus[1] = False
+
+
+def migrate(domain: FakeDomain) -> None:
+    domain.reason = libvirt.VIR_DOMAIN_RUNNING_MIGRATED
 
 
 def pause(domain: FakeDomain) -> None:
@@ -137,6 +141,8 @@ def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+HUGE_1G = "<memoryBacking><hugepages><page size='1' unit='GiB'/></hugepages></memoryBacking>"
+SHARES = "<cputune><shares>1024</shares></cputune>"
 WINDOWS = {"id": "mswindows", "pretty-name": "Windows Server 2022 Standard", "kernel-release": "20348"}
 FREEBSD = {
     "id": "freebsd",
@@ -180,6 +186,10 @@ CASES = {
     "cpu-agent-blocks-set": Case(CPU, {"cpuNum": 3}, guest={"refuses": frozenset({"guest-set-vcpus"})}),
     "cpu-agent-one-at-a-time": Case(CPU, {"cpuNum": 4}, guest={"onlines": 1}),
     "cpu-guest-sees-nothing": Case(CPU, {"cpuNum": 2, "timeoutSec": 1}, guest={"sees_nothing": True}),
+    "cpu-broken-in-guest": Case(CPU, {"cpuNum": 2}, guest={"broken_cpus": True}),
+    "cpu-broken-in-guest-after-migration": Case(CPU, {"cpuNum": 2}, guest={"broken_cpus": True}, arrange=migrate),
+    "cpu-online-after-migration": Case(CPU, {"cpuNum": 2}, arrange=migrate),
+    "ready-after-migration": Case(READY, {}, arrange=migrate),
     "cpu-online-not-asked": Case(CPU, {"cpuNum": 2, "guestOnline": False}),
     "cpu-paused": Case(CPU, {"cpuNum": 2}, arrange=pause),
     "cpu-refused-maximum": Case(CPU, {"cpuNum": 5}),
@@ -201,6 +211,27 @@ CASES = {
         LESS_MEMORY, {"memorySize": 256 * MIB, "expectedMemorySize": 256 * MIB}, arrange=plug(128)
     ),
     "ready-not-as-expected": Case(READY, {"expectedCpuNum": 2, "expectedMemorySize": 512 * MIB}),
+    "cpu-shares-follow": Case(CPU, {"cpuNum": 3, "scaleShares": True}, arrange=add_xml(".", SHARES)),
+    "cpu-shares-not-asked": Case(CPU, {"cpuNum": 3}, arrange=add_xml(".", SHARES)),
+    "cpu-shares-not-set": Case(CPU, {"cpuNum": 3, "scaleShares": True}),
+    "cpu-shares-refused": Case(
+        CPU,
+        {"cpuNum": 3, "scaleShares": True},
+        arrange=then(
+            add_xml(".", SHARES),
+            fail(
+                "setSchedulerParametersFlags",
+                84,
+                "Operation not supported: CPU tuning is not available in session mode",
+            ),
+        ),
+    ),
+    "less-cpu-shares-follow": Case(
+        LESS_CPU, {"cpuNum": 1, "scaleShares": True}, domain=KVM, arrange=then(add_xml(".", SHARES), plug_vcpus(3))
+    ),
+    "cpumem-shares-follow": Case(
+        BOTH, {"cpuNum": 2, "memorySize": 512 * MIB, "scaleShares": True}, arrange=add_xml(".", SHARES)
+    ),
     "memory-dimm-online": Case(MEMORY, {"memorySize": 512 * MIB, "method": "dimm"}),
     "memory-dimm-auto-onlined-by-guest": Case(MEMORY, {"memorySize": 512 * MIB}, guest={"auto_online": True}),
     "memory-dimm-rounded": Case(MEMORY, {"memorySize": 300 * MIB}),
@@ -269,11 +300,67 @@ CASES = {
             add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
         ),
     ),
+    "memory-refused-lock-limit": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"memlock_mib": 1024, "uri": "qemu:///session"},
+        arrange=add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
+    ),
+    "memory-lock-limit-that-libvirt-raises": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"memlock_mib": 1024},
+        arrange=add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
+    ),
     "memory-refused-hugepages": Case(
         MEMORY,
         {"memorySize": 512 * MIB},
         host={"free_hugepages": 100},
         arrange=add_xml(".", "<memoryBacking><hugepages/></memoryBacking>"),
+    ),
+    "memory-hugepages": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"free_hugepages": 128},
+        arrange=add_xml(".", "<memoryBacking><hugepages/></memoryBacking>"),
+    ),
+    "memory-hugepages-of-1g-rounded": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB},
+        host={"free_hugepages": 1, "hugepage_mib": 1024},
+        arrange=add_xml(".", HUGE_1G),
+    ),
+    "memory-hugepages-of-1g-virtio-mem": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "method": "virtio-mem"},
+        host={"free_hugepages": 1, "hugepage_mib": 1024},
+        arrange=add_xml(".", HUGE_1G),
+    ),
+    "memory-hugepages-of-another-node": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "node": 1},
+        spec={"numa_cells": 2},
+        arrange=add_xml(
+            ".",
+            "<memoryBacking><hugepages><page size='1' unit='GiB' nodeset='0'/></hugepages></memoryBacking>",
+        ),
+    ),
+    "memory-refused-hugepages-of-node": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "node": 1},
+        spec={"numa_cells": 2},
+        host={"free_hugepages": 100},
+        arrange=add_xml(
+            ".",
+            "<memoryBacking><hugepages><page size='2' unit='MiB' nodeset='1'/></hugepages></memoryBacking>",
+        ),
+    ),
+    "memory-refused-host-node-of-guest-node": Case(
+        MEMORY,
+        {"memorySize": 1 * GIB, "node": 1},
+        spec={"numa_cells": 2},
+        host={"node_free_mib": 300},
+        arrange=add_xml(".", "<numatune><memnode cellid='1' mode='strict' nodeset='0'/></numatune>"),
     ),
     "memory-refused-host-node": Case(
         MEMORY,

@@ -22,7 +22,8 @@ BROWSER="chromium chromium-driver fonts-inter"
 # shellcheck disable=SC1091
 [ "$(. /etc/os-release 2>/dev/null && echo "${ID:-}")" = ubuntu ] && BROWSER=""
 # To build the Debian package, for the distribution's own python3, and to look into it; a fresh tree to install it in.
-DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap"
+# systemd-container boots one.
+DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap systemd-container"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.

@@ -73,6 +73,11 @@ class FreshDebian:
         self.run("mount", "--rbind", "/dev", str(root / "dev"))
         return Tree(self, root)
 
+    @property
+    def entering(self) -> list[str]:
+        """The words before a command of the host that is to run in the namespaces."""
+        return ["nsenter", f"--target={self._pid}", "--mount", "--pid"]
+
     def host_path(self, path: Path) -> Path:
         """Where a file of the namespace is for the tests."""
         return Path(f"/proc/{self._pid}/root{path}")
@@ -83,9 +88,8 @@ class FreshDebian:
         Raises:
             RuntimeError: it failed; the text has what it printed.
         """
-        enter = ["nsenter", f"--target={self._pid}", "--mount", "--pid"]
         done = subprocess.run(
-            [*enter, *command],
+            [*self.entering, *command],
             env={"PATH": SYSTEM_PATH, "HOME": "/root", "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -107,11 +111,11 @@ class Process(NamedTuple):
 
 
 class Tree:
-    """One copy of the fresh Debian. `path` is how the tests see its root."""
+    """One copy of the fresh Debian. `root` is where it is in the namespaces, `path` how the tests see that."""
 
     def __init__(self, debian: FreshDebian, root: Path) -> None:
-        self._debian = debian
-        self._root = root
+        self.debian = debian
+        self.root = root
         self.path = debian.host_path(root)
 
     def run(self, *command: str) -> str:
@@ -120,16 +124,16 @@ class Tree:
         Raises:
             RuntimeError: it failed; the text has what it printed.
         """
-        return self._debian.run("chroot", str(self._root), *command)
+        return self.debian.run("chroot", str(self.root), *command)
 
     def bind(self, source: Path, target: str) -> None:
         """Show a directory of the host in the tree."""
         (self.path / target.lstrip("/")).mkdir(parents=True)
-        self._debian.run("mount", "--bind", str(source), f"{self._root}{target}")
+        self.debian.run("mount", "--bind", str(source), f"{self.root}{target}")
 
     def install(self, *packages: str | Path, options: Sequence[str] = ()) -> str:
         """Install packages by name, and files of the host, with what they depend on and nothing more."""
-        names = [f"/var/tmp/{self._take(one).name}" if isinstance(one, Path) else one for one in packages]
+        names = [f"/var/tmp/{self.take(one).name}" if isinstance(one, Path) else one for one in packages]
         return self.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *options, *names)
 
     def run_services(self) -> None:
@@ -141,14 +145,15 @@ class Tree:
     def processes(self) -> list[Process]:
         """What runs with this tree as its root."""
         found = []
-        for entry in self._debian.host_path(Path("/proc")).iterdir():
+        for entry in self.debian.host_path(Path("/proc")).iterdir():
             # A process may end meanwhile.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if entry.name.isdigit() and os.readlink(entry / "root") == str(self._root):
+                if entry.name.isdigit() and os.readlink(entry / "root") == str(self.root):
                     found.append(Process(int(entry.name), entry.stat().st_uid))
         return found
 
-    def _take(self, file: Path) -> Path:
+    def take(self, file: Path) -> Path:
+        """Copy a file of the host into the tree's /var/tmp; where it is for the tests."""
         target = self.path / "var/tmp" / file.name
         target.write_bytes(file.read_bytes())
         return target

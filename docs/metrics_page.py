@@ -1,0 +1,32 @@
+"""Prints docs/metrics.md, made from the table of metrics."""
+
+from kvmagent.api.metrics.table import METRICS
+
+HEAD = """\
+# Metrics
+
+`GET /metrics`, for whoever may read. This page is made: `python docs/metrics_page.py > docs/metrics.md`.
+
+A scrape asks libvirt once for all VMs and no guest at all, and waits two seconds at most; of a libvirt that hangs the
+last answer is told, and `kvmagent_vm_stats_age_seconds` grows. What a guest uses is what it said last, when a command,
+a read or the sampler (`metrics.sample_sec`) asked it, and its age stands beside it. A VM's series end with its run.
+`process_...` and `python_gc_...` are those of every Python program.
+
+`conf/prometheus/kvmagent.rules.yml` alerts on them, `conf/grafana/kvmagent.json` shows them.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+
+
+def make_page() -> str:
+    """Return the page."""
+    rows = (
+        f"| `{metric.exported}` | {metric.type} | {', '.join(metric.labels)} | {metric.words} |"
+        for metric in METRICS.values()
+    )
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(make_page(), end="")

@@ -1,0 +1,179 @@
+"""What is known of each running VM: from libvirt of all at once, and from what the agent last learnt of its guest.
+
+    scrape  -> one libvirt call for all VMs, waited for _WAIT_S at most -> else the last answer, and its age
+    observe -> what a command, a read or the sampler saw of VM and guest at the same moment
+
+A number of one moment is never compared with a number of another: what is plugged and offline is told only while the
+VM has as many vCPUs, and is in the same run, as when its guest was asked. The series of a VM that is gone, or off, go
+with it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from kvmagent.api.deadline import Asker
+from kvmagent.api.metrics.table import METRICS, make_gauge
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Facts
+from kvmagent.model.host import VmStats
+
+# How long a scrape waits for libvirt, and how long an answer is good for scrapes that follow.
+_WAIT_S, _FRESH_S = 2.0, 2.0
+# Calls that hang at once: one that hangs in a VM keeps the next from waiting for that VM.
+_AT_ONCE = 3
+# Of a guest that has an agent: it ought to answer. One that has none, or is paused, does neither.
+_SILENT = (Code.GUEST_AGENT_DISCONNECTED, Code.GUEST_AGENT_UNRESPONSIVE)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was last learnt of a VM; `run` is its libvirt id, None until the next look at all VMs.
+
+    `..._at` are of the monotonic clock. Of a guest that does not answer, what it last said stays.
+    """
+
+    vcpus: int
+    memory_bytes: int
+    slots_free: int | None
+    run: int | None = None
+    answers: bool | None = None
+    guest_vcpus: int | None = None
+    offline_vcpus: int | None = None
+    vcpus_at: float | None = None
+    guest_memory_bytes: int | None = None
+    offline_memory_bytes: int | None = None
+    memory_at: float | None = None
+
+
+class VmMetrics(Collector):
+    """Thread-safe. `read_stats` returns what libvirt tells of all running VMs, and may hang."""
+
+    def __init__(
+        self,
+        read_stats: Callable[[], tuple[VmStats, ...]],
+        *,
+        wait_s: float = _WAIT_S,
+        fresh_s: float = _FRESH_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read_stats = read_stats
+        self._wait_s = wait_s
+        self._fresh_s = fresh_s
+        self._clock = clock
+        self._asker = Asker(at_once=_AT_ONCE)
+        self._asking = threading.Lock()
+        self._stats: tuple[VmStats, ...] = ()
+        self._stats_at: float | None = None
+        self._lock = threading.Lock()
+        self._seen: dict[str, _Seen] = {}
+
+    def observed(self, facts: Facts) -> None:
+        """Keep what was seen of a VM."""
+        live, uuid = facts.domain.live, facts.domain.uuid
+        with self._lock:
+            if live is None:
+                self._seen.pop(uuid, None)
+                return
+            slots_free = live.slots - live.slots_used if live.max_memory_bytes is not None else None
+            former = self._seen.get(uuid)
+            if former is not None and former.vcpus == live.vcpu_current and former.memory_bytes == live.memory_bytes:
+                seen = replace(former, slots_free=slots_free)
+            else:
+                seen = _Seen(live.vcpu_current, live.memory_bytes, slots_free, run=former.run if former else None)
+            self._seen[uuid] = self._with_guest(seen, facts)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Return the metrics, in bounded time whatever hangs."""
+        self._refresh()
+        now = self._clock()
+        with self._lock:
+            seen = dict(self._seen)
+        values: dict[str, list[tuple[tuple[str, ...], float]]] = {name: [] for name in METRICS if _is_of_vm(name)}
+        for vm in self._stats:
+            for name, value in _numbers(vm, seen.get(vm.uuid), now):
+                if value is not None:
+                    values[name].append(((vm.uuid, vm.name), value))
+        if self._stats_at is not None:
+            values["kvmagent_vm_stats_age_seconds"].append(((), now - self._stats_at))
+            values["kvmagent_vms_running"].append(((), len(self._stats)))
+        return [make_gauge(name, known) for name, known in values.items()]
+
+    def running(self) -> tuple[VmStats, ...]:
+        """Return the running VMs as libvirt told last, or tells now."""
+        self._refresh()
+        return self._stats
+
+    def _with_guest(self, seen: _Seen, facts: Facts) -> _Seen:
+        guest, now = facts.guest, self._clock()
+        if guest.silence in _SILENT:
+            seen = replace(seen, answers=False)
+        if guest.cpus_online is not None:
+            seen = replace(
+                seen,
+                answers=True,
+                guest_vcpus=guest.cpus_online,
+                offline_vcpus=facts.offline_vcpus,
+                vcpus_at=now,
+            )
+        if guest.blocks is not None:
+            seen = replace(
+                seen,
+                answers=True,
+                guest_memory_bytes=guest.mem_total_bytes,
+                offline_memory_bytes=facts.offline_memory_bytes,
+                memory_at=now,
+            )
+        return seen
+
+    def _refresh(self) -> None:
+        """Ask libvirt anew; whoever comes while another asks takes the last answer."""
+        if not self._asking.acquire(blocking=False):
+            return
+        try:
+            if self._stats_at is not None and self._clock() - self._stats_at < self._fresh_s:
+                return
+            asked_at = self._clock()
+            stats = self._asker.ask(self._read_stats, timeout_s=self._wait_s, about="the VMs' statistics")
+            self._stats, self._stats_at = stats, asked_at
+            self._forget({vm.uuid: vm.run for vm in stats})
+        except AgentError:
+            pass  # the age of the last answer tells it
+        finally:
+            self._asking.release()
+
+    def _forget(self, runs: dict[str, int]) -> None:
+        """Forget the VMs that do not run any more, and what was seen of another run of one."""
+        with self._lock:
+            self._seen = {
+                uuid: replace(seen, run=runs[uuid])
+                for uuid, seen in self._seen.items()
+                if uuid in runs and seen.run in (None, runs[uuid])
+            }
+
+
+def _is_of_vm(name: str) -> bool:
+    return name.startswith(("kvmagent_vm_", "kvmagent_vms_"))
+
+
+def _numbers(vm: VmStats, seen: _Seen | None, now: float) -> Iterable[tuple[str, float | None]]:
+    yield "kvmagent_vm_vcpus", vm.vcpus
+    yield "kvmagent_vm_vcpus_max", vm.max_vcpus
+    yield "kvmagent_vm_balloon_bytes", vm.balloon_bytes
+    if seen is None or seen.run not in (None, vm.run):
+        return
+    yield "kvmagent_vm_memory_bytes", seen.memory_bytes
+    yield "kvmagent_vm_slots_free", seen.slots_free
+    yield "kvmagent_vm_guest_answers", seen.answers
+    if seen.vcpus_at is not None and vm.vcpus in (None, seen.vcpus):
+        yield "kvmagent_vm_guest_vcpus", seen.guest_vcpus
+        yield "kvmagent_vm_offline_vcpus", seen.offline_vcpus
+        yield "kvmagent_vm_guest_vcpus_age_seconds", now - seen.vcpus_at
+    if seen.memory_at is not None:
+        yield "kvmagent_vm_guest_memory_bytes", seen.guest_memory_bytes
+        yield "kvmagent_vm_offline_memory_bytes", seen.offline_memory_bytes
+        yield "kvmagent_vm_guest_memory_age_seconds", now - seen.memory_at

@@ -1,0 +1,33 @@
+"""The QEMU process of a VM, as far as the kernel lets the agent see it; what it does not see is None.
+
+Source: proc(5); libvirt qemuBuildCommandLine gives every QEMU its VM's UUID as -uuid.
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+from kvmagent.hypervisor.kernelfiles import read_text
+
+UNLIMITED_BYTES = 2**63 - 1
+
+
+def find_pid(root: Path, uuid: str) -> int | None:
+    """Return the process that runs the VM of this UUID, `root` being where /proc is.
+
+    An agent that is confined (ProtectProc=invisible) sees no other user's processes, and so none.
+    """
+    for path in (root / "proc").glob("[0-9]*/cmdline"):
+        arguments = (read_text(path) or "").split("\0")
+        if ("-uuid", uuid) in itertools.pairwise(arguments):
+            return int(path.parent.name)
+    return None
+
+
+def read_memlock_bytes(root: Path, pid: int) -> int | None:
+    """Return how much memory a process may lock at most: RLIMIT_MEMLOCK, to which its soft limit can be raised."""
+    limits = read_text(root / "proc" / str(pid) / "limits") or ""
+    found = re.search(r"^Max locked memory +\S+ +(\S+)", limits, re.MULTILINE)
+    if found is None:
+        return None
+    return UNLIMITED_BYTES if found.group(1) == "unlimited" else int(found.group(1))

@@ -1,0 +1,68 @@
+"""CPU shares that follow the number of vCPUs, where the caller asks for it.
+
+libvirt itself gives a plugged vCPU the pinning, the set of host CPUs, the quota and the scheduler that the VM's
+definition has for it. Shares alone are of the whole VM, so that each vCPU weighs less the more there are.
+Source: libvirt 9.0, qemuProcessSetupVcpu; formatdomain, cputune.
+"""
+
+import msgspec
+
+from kvmagent.model.command import Affect, Ending, Problem
+from kvmagent.model.errors import Code
+from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.steps import AnyStep, SetCpuShares, Target
+
+from .reply import warning
+
+# Source: Linux Documentation/scheduler: the least that the kernel takes.
+_LEAST = 2
+
+
+class PlannedShares(msgspec.Struct, frozen=True, rename="camel"):
+    """What one definition's shares are to be."""
+
+    shares: int
+    target: Target
+
+
+def plan_shares(facts: Facts, affect: Affect, cpu_num: int, *, scale: bool) -> tuple[PlannedShares, ...]:
+    """Return the shares by which each of `cpu_num` vCPUs weighs as much as one does now; none where none are set."""
+    if not scale:
+        return ()
+    return tuple(
+        PlannedShares(shares=max(_LEAST, round(own.cpu_shares * cpu_num / own.vcpu_current)), target=target)
+        for target, own in _definitions(facts, affect)
+        if own.cpu_shares is not None and own.vcpu_current != cpu_num
+    )
+
+
+def shares_steps(
+    planned: tuple[PlannedShares, ...], facts: Facts, cpu_num: int, spent: frozenset[str]
+) -> tuple[AnyStep, ...]:
+    """Return what sets the shares of the definitions that have their vCPUs already."""
+    definitions = dict(_definitions(facts, "both"))
+    steps = (
+        SetCpuShares(shares=one.shares, target=one.target)
+        for one in planned
+        if (own := definitions.get(one.target)) and own.vcpu_current == cpu_num and own.cpu_shares != one.shares
+    )
+    return tuple(step for step in steps if step.key not in spent)
+
+
+def explain_shares(ending: Ending) -> list[Problem]:
+    """Say where shares were to follow and there are none."""
+    request, before = ending.request, ending.before
+    if not request.scale_shares or before is None:
+        return []
+    if any(own.cpu_shares is not None for _, own in _definitions(before, request.affect)):
+        return []
+    return [warning(Code.CPU_SHARES_NOT_SET, f"VM {before.domain.name} has no CPU shares of its own: none were scaled")]
+
+
+def _definitions(facts: Facts, affect: Affect) -> list[tuple[Target, Definition]]:
+    found: list[tuple[Target, Definition]] = []
+    if affect != "config" and facts.domain.live is not None:
+        found.append(("live", facts.domain.live))
+    if affect != "live" and facts.domain.config is not None:
+        found.append(("config", facts.domain.config))
+    return found

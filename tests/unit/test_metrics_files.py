@@ -1,0 +1,127 @@
+"""What operators load into Prometheus and Grafana names metrics that exist, and alerts when it should."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kvmagent.api.metrics.table import METRICS
+from tests.lab.promtool import find_promtool
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "conf/prometheus/kvmagent.rules.yml"
+RULE_TESTS = Path(__file__).parent / "data/kvmagent.rules.test.yml"
+DASHBOARD = ROOT / "conf/grafana/kvmagent.json"
+DOCUMENT = ROOT / "docs/metrics.md"
+# What every Python program exports, and what Prometheus makes of each target.
+OTHERS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds", "process_max_fds"}
+
+
+@pytest.fixture(scope="module")
+def rules() -> dict[str, dict[str, Any]]:
+    return {rule["alert"]: rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]}
+
+
+def exported() -> set[str]:
+    """All names that a query may ask for."""
+    names = {metric.exported for metric in METRICS.values()}
+    parts = ("_bucket", "_sum", "_count")
+    histograms = {metric.name for metric in METRICS.values() if metric.type == "histogram"}
+    return names - histograms | {name + part for name in histograms for part in parts}
+
+
+def panels(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for panel in found:
+        yield panel
+        yield from panels(panel.get("panels", []))
+
+
+def names_in(query: str) -> set[str]:
+    return set(re.findall(r"\b(?:kvmagent|process|python)_[a-z0-9_]+|\bup\b", re.sub(r'"[^"]*"', "", query)))
+
+
+def promtool(*arguments: str, directory: Path = ROOT, text: str | None = None) -> str:
+    command = [str(find_promtool()), *arguments]
+    done = subprocess.run(command, cwd=directory, input=text, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_rules_are_rules() -> None:
+    promtool("check", "rules", str(RULES))
+
+
+def test_each_rule_fires_when_it_should_and_not_before(tmp_path: Path) -> None:
+    bare = yaml.safe_load(RULES.read_text())
+    for group in bare["groups"]:
+        for rule in group["rules"]:
+            del rule["annotations"]["runbook"]
+    (tmp_path / RULES.name).write_text(yaml.safe_dump(bare))
+    (tmp_path / RULE_TESTS.name).write_text(RULE_TESTS.read_text())
+    promtool("test", "rules", RULE_TESTS.name, directory=tmp_path)
+
+
+def test_each_rule_is_seen_to_fire_and_seen_not_to(rules: dict[str, dict[str, Any]]) -> None:
+    tests = [one for group in yaml.safe_load(RULE_TESTS.read_text())["tests"] for one in group["alert_rule_test"]]
+    assert {one["alertname"] for one in tests if one["exp_alerts"]} == rules.keys()
+    assert {one["alertname"] for one in tests if not one["exp_alerts"]} == rules.keys()
+
+
+def test_each_rule_says_how_bad_it_is_and_what_to_do(rules: dict[str, dict[str, Any]]) -> None:
+    for name, rule in rules.items():
+        assert rule["labels"]["severity"] in ("critical", "warning", "info"), name
+        assert len(rule["annotations"]["runbook"]) > 80, name
+        assert "{{ $labels.instance }}" in rule["annotations"]["summary"], name
+
+
+def test_each_rule_and_panel_asks_for_metrics_that_exist(rules: dict[str, dict[str, Any]]) -> None:
+    queries = {name: rule["expr"] for name, rule in rules.items()}
+    for panel in panels(json.loads(DASHBOARD.read_text())["panels"]):
+        for target in panel.get("targets", []):
+            queries[f"{panel['title']} {target['refId']}"] = target["expr"]
+    assert len(queries) > len(rules) + 15
+    for name, query in queries.items():
+        assert names_in(query), name
+        assert names_in(query) <= exported() | OTHERS, name
+
+
+def test_each_query_of_the_dashboard_is_one(tmp_path: Path) -> None:
+    """As a rule, for promtool checks those; Grafana's variables are put in first."""
+    found = panels(json.loads(DASHBOARD.read_text())["panels"])
+    queries = [target["expr"] for panel in found for target in panel.get("targets", [])]
+    filled = [query.replace("$__rate_interval", "5m").replace("$instance", ".*") for query in queries]
+    rules = [{"record": f"query:{n}", "expr": query} for n, query in enumerate(filled)]
+    file = tmp_path / "queries.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    assert f"{len(queries)} rules found" in promtool("check", "rules", str(file))
+
+
+def test_each_panel_has_a_place_of_its_own() -> None:
+    found = list(panels(json.loads(DASHBOARD.read_text())["panels"]))
+    assert len({panel["id"] for panel in found}) == len(found)
+    cells = [
+        (x, y)
+        for panel in found
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert all(x < 24 for x, _ in cells)
+
+
+def test_each_number_of_a_vm_is_on_the_dashboard() -> None:
+    text = DASHBOARD.read_text()
+    missing = {name for name in METRICS if name.startswith("kvmagent_vm_") and name not in text}
+    assert not missing
+
+
+def test_the_document_is_made_from_the_table() -> None:
+    page = [sys.executable, str(ROOT / "docs/metrics_page.py")]
+    made = subprocess.run(page, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert DOCUMENT.read_text() == made, "python docs/metrics_page.py > docs/metrics.md"
