@@ -172,7 +172,6 @@ class Journal:
         """accepted -> running; does not wait for the disk: a task that is started again loses nothing."""
 
         def change(db: Database) -> None:
-            _refuse_withdrawn(db, task_uuid)
             _move(db, task_uuid, "running", started_at=self._clock())
 
         self._file.write_later("start_task", change)
@@ -187,7 +186,6 @@ class Journal:
         """
 
         def change(db: Database) -> None:
-            _refuse_withdrawn(db, task_uuid)
             _move(db, task_uuid, "running", goal=goal, before=before)
             _start_step(db, task_uuid, n, first_step, self._clock())
 
@@ -390,7 +388,10 @@ class Journal:
 
 
 def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
-    """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns."""
+    """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns.
+
+    Raises AgentError CANCELLED for a task that is to run and was taken back.
+    """
     formers = [former for former, next_states in TRANSITIONS.items() if state in next_states]
     columns = ", ".join(f"{name} = ?" for name in ("state", *values))
     sql = (
@@ -399,6 +400,8 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
     )
     row = db.execute(sql, (state, *values.values(), task_uuid, *formers)).fetchone()
     if row is None:
+        if state == "running":
+            _refuse_withdrawn(db, task_uuid)
         row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)

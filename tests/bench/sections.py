@@ -25,6 +25,7 @@ from tests.bench.measures import (
     time_bare_same,
     time_guest_agent,
     time_virsh,
+    unplug,
 )
 from tests.bench.profile import profiled
 from tests.bench.report import Report
@@ -111,6 +112,7 @@ def run_real_guest(report: Report) -> None:
         many, many_cpu_ms = runs(commands, clients=16, outcome="unchanged")
         report.add("16 clients on this one VM, in turn: commands", many.per_s, "/s")
         report.add("16 clients: CPU of the agent for a command", many_cpu_ms, "ms")
+        runs([unplug(guest.name, 1, "config")], clients=1)
         changes, _ = runs(config_changes([guest.name], 200), clients=1, outcome="configured")
         # Beside the change it asks the guest, before and after: what it says has to be so.
         report.add(
