@@ -80,6 +80,7 @@ class Code(StrEnum):
     # vCPUs
     CPU_ABOVE_MAXIMUM = "CPU_ABOVE_MAXIMUM"
     CPU_TOPOLOGY_MISMATCH = "CPU_TOPOLOGY_MISMATCH"
+    CPU_NOT_WHOLE_CORE = "CPU_NOT_WHOLE_CORE"
     CPU_ABOVE_HOST_LIMIT = "CPU_ABOVE_HOST_LIMIT"
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
@@ -99,6 +100,7 @@ class Code(StrEnum):
     HOST_NODE_MEMORY_SHORT = "HOST_NODE_MEMORY_SHORT"
     HOST_HUGEPAGES_SHORT = "HOST_HUGEPAGES_SHORT"
     MEMORY_HARD_LIMIT = "MEMORY_HARD_LIMIT"
+    MEMORY_LOCKED = "MEMORY_LOCKED"
     MEMORY_LOCK_LIMIT = "MEMORY_LOCK_LIMIT"
     MEMORY_ENCRYPTED = "MEMORY_ENCRYPTED"
     MEMORY_NOT_REMOVABLE = "MEMORY_NOT_REMOVABLE"
@@ -385,6 +387,11 @@ CODES: dict[Code, CodeInfo] = {
         "power the VM off and on.",
     ),
     Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(400, "sockets x dies x cores x threads is not the vCPU maximum.", _PREPARE),
+    Code.CPU_NOT_WHOLE_CORE: CodeInfo(
+        400,
+        "On this architecture whole cores are plugged, and the number is not one of whole cores.",
+        "Ask for a multiple of the threads that a core of the VM has.",
+    ),
     Code.CPU_ABOVE_HOST_LIMIT: CodeInfo(
         400,
         "The VM's vCPU maximum is above what the hypervisor gives to its machine type.",
@@ -462,6 +469,9 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM's memtune hard_limit is too low for the amount: QEMU would be killed, or could not lock its memory.",
         "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
+    ),
+    Code.MEMORY_LOCKED: CodeInfo(
+        400, "The VM's memory is locked, and virtio-mem cannot be used with that.", "Use method dimm."
     ),
     Code.MEMORY_LOCK_LIMIT: CodeInfo(
         400,

@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     with FreshDebian() as debian, ThreadPoolExecutor() as pool:
         bootstrap = pool.submit(debian.bootstrap)
         deb = build(tmp_path_factory.mktemp("deb"))
-        lintian = pool.submit(run, "lintian", "--allow-root", "--fail-on", "error,warning", str(deb))
+        lintian = pool.submit(run, "lintian", "--allow-root", "--fail-on", "error", str(deb))
         bootstrap.result()
         yield Made(deb, lintian, debian)
 
