@@ -29,7 +29,16 @@ from tests.bench.measures import (
 )
 from tests.bench.profile import profiled
 from tests.bench.report import Report
-from tests.bench.subject import connect_at_once, cpu_s, domain_name, rss_mib, start_agent, time_start, write_node
+from tests.bench.subject import (
+    anonymous_mib,
+    connect_at_once,
+    cpu_s,
+    domain_name,
+    rss_mib,
+    start_agent,
+    time_start,
+    write_node,
+)
 from tests.bench.visible import compare_visible
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
@@ -177,6 +186,7 @@ def run_footprint(report: Report) -> None:
         result, _ = Runs(agent)(config_changes(names, 10_000), clients=16, outcome="configured")
         report.add("10,000 changes of persistent definitions, 16 clients: commands", result.per_s, "/s")
         report.add("resident memory after 10,000 commands", rss_mib(agent.pid), "MiB", at_most=60)
+        report.add("of it not pages of files: the agent's own", anonymous_mib(agent.pid), "MiB")
         used_s = cpu_s(agent.pid)
         time.sleep(IDLE_S)
         used_s = cpu_s(agent.pid) - used_s

@@ -53,8 +53,17 @@ def write_node(directory: Path, domains: int) -> str:
 
 def rss_mib(pid: int) -> float:
     """The resident memory of a process."""
+    return _status_mib(pid, "VmRSS")
+
+
+def anonymous_mib(pid: int) -> float:
+    """What of it is the process's own; the rest are pages of files, mostly libraries that libvirtd has as well."""
+    return _status_mib(pid, "RssAnon")
+
+
+def _status_mib(pid: int, name: str) -> float:
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 1024
+    return int(fields[name].split()[0]) / 1024
 
 
 def cpu_s(pid: int) -> float:
