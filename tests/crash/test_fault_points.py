@@ -153,7 +153,9 @@ def test_a_task_that_was_taken_back_before_the_kill_stays_so_and_one_that_was_no
             agent.post(f"/tasks/{TASK}/cancel", b"")
         agent.wait_killed()
         agent.start(health=503)
-        assert agent.post(f"/tasks/{TASK}/cancel", b"") == (200, {"taskUuid": TASK, "state": "finished"})
+        again = agent.post(f"/tasks/{TASK}/cancel", b"")
+        assert again.status == 200
+        assert again.body["state"] in ("finished", "delivered")
     finally:
         host.resume()
     assert server.wait(TASK, 20)["errorCode"] == "CANCELLED"
