@@ -6,13 +6,11 @@
 and a value that could be mistaken for two fields is quoted as JSON is.
 """
 
-import logging
 from typing import Literal
 
 from kvmagent.logs import Log
 
-logging.getLogger(__name__).setLevel(logging.INFO)
-log = Log(__name__)
+log = Log(__name__, always=True)
 
 
 def audit(

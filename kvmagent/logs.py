@@ -55,10 +55,15 @@ class Event(NamedTuple):
 
 
 class Log:
-    """Writes lines: what happened in a few fixed words, and what differs from line to line in fields."""
+    """Writes lines: what happened in a few fixed words, and what differs from line to line in fields.
 
-    def __init__(self, name: str) -> None:
+    `always`: whatever level is set, for what nobody may turn off or has just asked for.
+    """
+
+    def __init__(self, name: str, *, always: bool = False) -> None:
         self._logger = logging.getLogger(name)
+        if always:
+            self._logger.setLevel(logging.INFO)
 
     def debug(self, event: str, /, **fields: object) -> None:
         """What only who looks for a fault in the agent wants to see."""

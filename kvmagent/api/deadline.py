@@ -1,10 +1,12 @@
 """Questions that may hang, asked so that whoever asks does not."""
 
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from kvmagent.model.errors import AgentError, Code
 
@@ -12,6 +14,8 @@ AnswerT = TypeVar("AnswerT")
 
 # How long a question waits for a thread when all are taken.
 _SLOT_WAIT_S = 0.5
+# Threads that many questions share: libvirt answers some while Python makes replies of others.
+_SIDE_BY_SIDE = 2
 
 
 class Asker:
@@ -48,3 +52,111 @@ class Asker:
             return answer.result(timeout_s)
         except TimeoutError as error:
             raise AgentError(Code.LIBVIRT_UNAVAILABLE, f"{about}: no answer in {timeout_s:g} s") from error
+
+    def ask_all(
+        self, questions: Mapping[str, Callable[[], AnswerT]], *, timeout_s: float, about: str
+    ) -> dict[str, AnswerT | AgentError]:
+        """Ask on a few threads, each one question after another; return each one's answer, or why there is none.
+
+        A question that hangs is left to its thread, and another thread goes on with the rest: it holds up no other for
+        longer than `timeout_s`, and most not at all. What else than an AgentError a question raises, is raised.
+        """
+        series = _Series(questions, timeout_s, about)
+
+        def add_thread() -> bool:
+            # The first waits for a place, as `ask` does; what is more is taken where it is free.
+            if not self._places.acquire(timeout=0.0 if series.is_begun else _SLOT_WAIT_S):
+                return False
+            threading.Thread(target=run, name=f"read {about}", daemon=True).start()
+            return True
+
+        def run() -> None:
+            try:
+                series.work()
+            finally:
+                self._places.release()
+
+        return series.finish(add_thread)
+
+
+class _Series(Generic[AnswerT]):
+    """Questions that several threads answer. Thread-safe."""
+
+    def __init__(self, questions: Mapping[str, Callable[[], AnswerT]], timeout_s: float, about: str) -> None:
+        self._waiting = deque(questions.items())
+        self._timeout_s = timeout_s
+        self._about = about
+        self._changed = threading.Condition()
+        self._begun_at: dict[str, float] = {}
+        self._answers: dict[str, AnswerT | AgentError] = dict.fromkeys(questions, self._failure("not asked"))
+        self._unexpected: BaseException | None = None
+        self._threads = 0
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a thread works on it."""
+        return self._threads > 0
+
+    def work(self) -> None:
+        """Answer questions until none waits, or until one took so long that it was given up."""
+        answer: AnswerT | AgentError
+        while (taken := self._take()) is not None:
+            key, question = taken
+            try:
+                answer = question()
+            except AgentError as error:
+                answer = error
+            except BaseException as error:
+                answer, self._unexpected = self._failure(repr(error)), error
+            if not self._put(key, answer):
+                return
+
+    def finish(self, add_thread: Callable[[], bool]) -> dict[str, AnswerT | AgentError]:
+        """Have it worked on until every question has an answer or was given up."""
+        with self._changed:
+            while self._waiting or self._begun_at:
+                while self._threads < min(_SIDE_BY_SIDE, len(self._waiting)) and add_thread():
+                    self._threads += 1
+                if not self._threads:
+                    self._answers |= dict.fromkeys(
+                        (key for key, _ in self._waiting), self._failure("too many reads wait for an answer")
+                    )
+                    break
+                self._changed.wait(
+                    min(self._begun_at.values(), default=time.monotonic()) + self._timeout_s - time.monotonic()
+                )
+                self._give_up_late()
+        if self._unexpected is not None:
+            raise self._unexpected
+        return self._answers
+
+    def _take(self) -> tuple[str, Callable[[], AnswerT]] | None:
+        with self._changed:
+            if not self._waiting:
+                self._threads -= 1
+                return None
+            key, question = self._waiting.popleft()
+            self._begun_at[key] = time.monotonic()
+            return key, question
+
+    def _put(self, key: str, answer: AnswerT | AgentError) -> bool:
+        """Take an answer; return False where it comes too late."""
+        with self._changed:
+            if key not in self._begun_at:
+                return False
+            del self._begun_at[key]
+            self._answers[key] = answer
+            if not self._waiting and not self._begun_at:
+                self._changed.notify_all()
+            return True
+
+    def _give_up_late(self) -> None:
+        """Leave what has taken too long to its thread, which no longer counts."""
+        late = time.monotonic() - self._timeout_s
+        for key in [key for key, at in self._begun_at.items() if at <= late]:
+            del self._begun_at[key]
+            self._answers[key] = self._failure(f"no answer in {self._timeout_s:g} s")
+            self._threads -= 1
+
+    def _failure(self, words: str) -> AgentError:
+        return AgentError(Code.LIBVIRT_UNAVAILABLE, f"{self._about}: {words}")

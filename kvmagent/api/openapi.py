@@ -30,12 +30,13 @@ class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class OwnPath(NamedTuple):
-    """A path that no plugin declares, what it answers, and the schemas of its query's parameters."""
+    """A path that no plugin declares, what it answers, the schemas of its query's parameters, and of its answer."""
 
     path: str
     summary: str
     query: Mapping[str, Any] = MappingProxyType({})
     method: str = "get"
+    content: Mapping[str, Any] = MappingProxyType({"application/json": {"schema": {}}})
 
 
 def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _own(own: OwnPath) -> dict[str, Any]:
             *({"name": name, "in": "query", "schema": schema} for name, schema in own.query.items()),
         ],
         "responses": {
-            "200": {"description": own.summary, "content": {"application/json": {"schema": {}}}},
+            "200": {"description": own.summary, "content": dict(own.content)},
             **_refusals(_ANY + _READ + (_COMMAND if own.method == "post" else ())),
         },
     }

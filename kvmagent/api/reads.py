@@ -1,6 +1,7 @@
 """The GET paths: VMs, tasks, health and the OpenAPI document, which tells of all paths."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import msgspec
@@ -40,7 +41,11 @@ _PATHS = (
         method="post",
     ),
     OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
-    OwnPath("/metrics", "Metrics of the agent and its VMs, in Prometheus' text format"),
+    OwnPath(
+        "/metrics",
+        "Metrics of the agent and its VMs, in Prometheus' text format",
+        content={CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}},
+    ),
     OwnPath("/openapi.json", "This document"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
@@ -90,14 +95,15 @@ class Reads:
 
     def _vms(self, call: Call) -> Answer:
         _check_query(call, ())
-        vms: list[Any] = []
-        for uuid in self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs"):
-            try:
-                vms.append(self._describe(uuid))
-            except AgentError as error:
-                if error.code is not Code.VM_NOT_FOUND:  # gone since it was listed
-                    # One VM that hangs is told as such, and hides no other.
-                    vms.append({"vmUuid": uuid} | msgspec.json.decode(encode_error(error)))
+        uuids = self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs")
+        questions = {uuid: partial(self._describe_vm, uuid) for uuid in uuids}
+        answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
+        # One VM that hangs is told as such, and hides no other; one that is gone since it was listed is left out.
+        vms = [
+            {"vmUuid": uuid} | msgspec.json.decode(encode_error(answer)) if isinstance(answer, AgentError) else answer
+            for uuid, answer in answers.items()
+            if not (isinstance(answer, AgentError) and answer.code is Code.VM_NOT_FOUND)
+        ]
         return Answer(encode({"vms": vms}))
 
     def _vm(self, call: Call) -> Answer:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import faulthandler
 import os
 import queue
@@ -24,6 +25,8 @@ from kvmagent.tasks.faults import Fault, no_fault
 log = Log(__name__)
 
 _MAX_FILES = 65536
+# Source: glibc, malloc.h.
+_M_ARENA_MAX = -8
 
 
 def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
@@ -36,6 +39,7 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     # The journal, its companions and a log file are made by libraries that ask for no mode.
     os.umask(0o077)
     _raise_file_limit()
+    _share_memory()
     try:
         if options.new_token is not None:
             token, line = new_token(options.new_token)
@@ -92,6 +96,15 @@ class _Process:
         self.log_output.follow()
         if well:
             self.manager.feed()
+
+
+def _share_memory() -> None:
+    """Have all threads allocate from one place: else glibc gives each its own, and each keeps what it once needed.
+
+    They hardly wait for each other there: Python lets one run at a time. Source: mallopt(3).
+    """
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _raise_file_limit() -> None:

@@ -33,8 +33,8 @@ KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 3, 3
 _OPEN_WAIT_S = 5.0
 # While libvirt is away it is tried at growing intervals, each with jitter: a host has other clients that do so too.
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
-# Connections kept open for the next piece of work.
-_MOST_IDLE = 8
+# Connections kept open for the next piece of work: as many as tasks run side by side on a busy host.
+_MOST_IDLE = 16
 
 _REASONS = {
     libvirt.VIR_CONNECT_CLOSE_REASON_ERROR: "error",

@@ -1,4 +1,4 @@
-"""What libvirt tells of devices: removed, removal refused, size changed.
+"""What libvirt tells of devices: removed, removal refused, size changed, balloon changed.
 
     libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event
@@ -17,12 +17,12 @@ from typing import Literal
 
 import libvirt
 
-EventKind = Literal["removed", "removal-failed", "size-changed"]
+EventKind = Literal["removed", "removal-failed", "size-changed", "balloon-changed"]
 
 
 @dataclass(frozen=True)
 class DeviceEvent:
-    """One event of a device of a VM, by the device's alias."""
+    """One event of a device of a VM, by the device's alias; the balloon has none."""
 
     kind: EventKind
     alias: str
@@ -42,6 +42,7 @@ class DeviceEvents:
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: "removed",
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: "removal-failed",
             libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE: "size-changed",
+            libvirt.VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE: "balloon-changed",
         }
         return [
             connection.domainEventRegisterAny(None, event_id, self._callback(kind), None)
@@ -70,7 +71,7 @@ class DeviceEvents:
             self._on_refused(uuid, event.alias)
 
     def _callback(self, kind: EventKind) -> Callable[..., None]:
-        def callback(_connection: object, domain: libvirt.virDomain, alias: str, *_rest: object) -> None:
-            self.put(domain.UUIDString(), DeviceEvent(kind, alias))
+        def callback(_connection: object, domain: libvirt.virDomain, about: object, *_rest: object) -> None:
+            self.put(domain.UUIDString(), DeviceEvent(kind, about if isinstance(about, str) else ""))
 
         return callback

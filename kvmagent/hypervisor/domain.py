@@ -20,8 +20,8 @@ from kvmagent.hypervisor.domainxml import (
     find_memory_xml,
     format_dimm,
     format_virtio_mem,
-    is_agent_connected,
     parse_definition,
+    parse_live,
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
@@ -42,7 +42,7 @@ STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
 }
 _OFF: frozenset[VmState] = frozenset({"shutoff", "crashed"})
-# Source: libvirt virDomainRunningReason.
+# Source: libvirt virDomainRunningReason. Observed: libvirt 9.0 keeps it over its own restart, not over a pause.
 _MIGRATED = {libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY}
 _AFFECT = {"live": libvirt.VIR_DOMAIN_AFFECT_LIVE, "config": libvirt.VIR_DOMAIN_AFFECT_CONFIG}
 _JOBS = {
@@ -88,17 +88,18 @@ class VmHandle:
             live_xml = None if state in _OFF else self._domain.XMLDesc(0)
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
+        live, connected = parse_live(live_xml) if live_xml else (None, None)
         domain = Domain(
             name=self._domain.name(),
             uuid=self.uuid,
             state=state,
-            live=parse_definition(live_xml) if live_xml else None,
+            live=live,
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=self.balloon_bytes() if live_xml else None,
             job=self.find_job() if live_xml else None,
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )
-        return domain, is_agent_connected(live_xml) if live_xml else None
+        return domain, connected
 
     def ask_guest(self, domain: Domain, connected: bool | None, parts: frozenset[str]) -> Guest:
         """Return what the guest says of the `parts` ("cpus", "memory", "agent", "os"); silence is an answer too."""

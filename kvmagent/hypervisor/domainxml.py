@@ -23,7 +23,25 @@ def parse_definition(xml: str) -> Definition:
     Raises:
         ValueError: when it is not a domain that libvirt wrote.
     """
+    return _read_definition(_parse(xml))
+
+
+def parse_live(xml: str) -> tuple[Definition, bool | None]:
+    """Return the facts of a running domain's XML, and what `is_agent_connected` says of it.
+
+    Raises:
+        ValueError: when it is not a domain that libvirt wrote.
+    """
     root = _parse(xml)
+    return _read_definition(root), _find_agent_state(root)
+
+
+def is_agent_connected(live_xml: str) -> bool | None:
+    """Return whether the guest has opened its agent channel; None where there is no channel."""
+    return _find_agent_state(_parse(live_xml))
+
+
+def _read_definition(root: etree._Element) -> Definition:
     current, maximum = _vcpu_counts(root)
     max_memory = root.find("./maxMemory")
     os_type = root.find("./os/type")
@@ -66,9 +84,8 @@ def parse_definition(xml: str) -> Definition:
     )
 
 
-def is_agent_connected(live_xml: str) -> bool | None:
-    """Return whether the guest has opened its agent channel; None where there is no channel."""
-    target = _parse(live_xml).find(_AGENT_CHANNEL)
+def _find_agent_state(root: etree._Element) -> bool | None:
+    target = root.find(_AGENT_CHANNEL)
     return None if target is None else target.get("state") == "connected"
 
 
@@ -133,10 +150,12 @@ def parse_vcpu_limit(capabilities_xml: str) -> int | None:
     return int(maximum) if maximum else None
 
 
+# libvirt's XML is trusted to be well-formed, not to be free of what a user wrote into it. Threads may share it.
+_PARSER = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True)
+
+
 def _parse(xml: str) -> etree._Element:
-    # libvirt's XML is trusted to be well-formed, not to be free of what a user wrote into it.
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True)
-    return etree.fromstring(xml, parser)
+    return etree.fromstring(xml, _PARSER)
 
 
 def _vcpu_counts(root: etree._Element) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import libvirt
@@ -20,9 +21,12 @@ from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
 from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Domain, Facts, Host
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.host import HostLoad, HostView, VmStats
 from kvmagent.model.steps import AnyStep
+
+# Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
+_SAME_LOOK_S = 0.05
 
 
 class Node:
@@ -49,6 +53,7 @@ class Node:
         )
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
+        self._host: tuple[float, Host | None] = (0.0, None)
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -91,33 +96,55 @@ class Node:
                 vms=list_vms(connection) if "vms" in needs else None,
             )
 
-    def get_uuid(self, vm: str) -> str:
-        """Return the UUID of a VM, which is the same whatever form it was named in."""
-        with self._find(vm) as handle:
-            return handle.uuid
-
-    def observe(self, vm: str, parts: frozenset[str]) -> Facts:
-        """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
-
-        The host's memory is looked at where the guest's is.
+    @contextmanager
+    def hold(self, vm: str) -> Iterator["HeldVm"]:
+        """Have a VM for a piece of work: looked up once, on a connection of its own.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with phase("libvirt"), self._connection.lease() as connection:
-            handle = find_vm(connection, vm, self._means)
-            domain, connected = handle.read()
-            guest = handle.ask_guest(domain, connected, parts)
-            limit = self._vcpu_limit(connection, domain.live or domain.config)
+        with ExitStack() as stack:
+            with phase("libvirt"):
+                connection = stack.enter_context(self._connection.lease())
+                handle = find_vm(connection, vm, self._means)
+            yield HeldVm(handle, lambda domain, guest, parts: self._complete(connection, domain, guest, parts))
+
+    def observe(self, vm: str, parts: frozenset[str]) -> Facts:
+        """Return what is so now, to who does nothing else with the VM; see HeldVm.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        with self.hold(vm) as held:
+            return held.observe(parts)
+
+    def perform(self, vm: str, step: AnyStep) -> str:
+        """Perform one step, for who does nothing else with the VM; see HeldVm.
+
+        Raises:
+            AgentError: what went wrong; what is so after it must be observed.
+        """
+        with self.hold(vm) as held:
+            return held.perform(step)
+
+    def _complete(self, connection: libvirt.virConnect, domain: Domain, guest: Guest, parts: frozenset[str]) -> Facts:
+        """Return what was seen of a VM together with what is so of its host."""
+        limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
-            host = read_host(limit, self._host_root)
-            host = msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
+            host = msgspec.structs.replace(self._read_host(), vcpu_limit=limit)
             domain = self._with_memlock(domain)
         else:
             host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
         facts = Facts(domain=domain, guest=guest, host=host)
         self._meters.observed(facts)
         return facts
+
+    def _read_host(self) -> Host:
+        looked_at, host = self._host
+        if host is None or time.monotonic() - looked_at > _SAME_LOOK_S:
+            host = read_host(None, self._host_root)
+            self._host = time.monotonic(), host
+        return msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
 
     def _with_memlock(self, domain: Domain) -> Domain:
         """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""
@@ -126,35 +153,6 @@ class Node:
         pid = find_pid(self._host_root, domain.uuid)
         limit = None if pid is None else read_memlock_bytes(self._host_root, pid)
         return msgspec.structs.replace(domain, memlock_bytes=limit)
-
-    def perform(self, vm: str, step: AnyStep) -> str:
-        """Perform one step; return what it has to tell, mostly nothing.
-
-        Raises:
-            AgentError: what went wrong; what is so after it must be observed.
-        """
-        with self._find(vm) as handle:
-            try:
-                return perform(handle, step)
-            except AgentError as error:
-                # libvirt gives one code to a QEMU that ended and to some host errors.
-                if error.code is Code.VM_CRASHED and handle.is_active():
-                    raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
-                raise
-
-    def preview(self, vm: str, step: AnyStep) -> str:
-        """Return what the step would tell, without performing it.
-
-        Raises:
-            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
-        """
-        with self._find(vm) as handle:
-            return preview(handle, step)
-
-    @contextmanager
-    def _find(self, vm: str) -> Iterator[VmHandle]:
-        with phase("libvirt"), self._connection.lease() as connection:
-            yield find_vm(connection, vm, self._means)
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
         """Return the most vCPUs of a machine type, asked once; None where it is not told."""
@@ -172,3 +170,56 @@ class Node:
                     return None
                 self._vcpu_limits[key] = None
         return self._vcpu_limits[key]
+
+
+class HeldVm:
+    """One VM as a task sees it while it works on it, by one thread.
+
+    `complete` makes facts of what was seen of the VM, of what its guest says, and of the parts that were asked for.
+    """
+
+    def __init__(self, handle: VmHandle, complete: Callable[[Domain, Guest, frozenset[str]], Facts]) -> None:
+        self._handle = handle
+        self._complete = complete
+
+    @property
+    def uuid(self) -> str:
+        """The VM's UUID, which is the same whatever form it was named in."""
+        return self._handle.uuid
+
+    def observe(self, parts: frozenset[str]) -> Facts:
+        """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
+
+        The host's memory is looked at where the guest's is.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        with phase("libvirt"):
+            domain, connected = self._handle.read()
+            guest = self._handle.ask_guest(domain, connected, parts)
+            return self._complete(domain, guest, parts)
+
+    def perform(self, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing.
+
+        Raises:
+            AgentError: what went wrong; what is so after it must be observed.
+        """
+        with phase("libvirt"):
+            try:
+                return perform(self._handle, step)
+            except AgentError as error:
+                # libvirt gives one code to a QEMU that ended and to some host errors.
+                if error.code is Code.VM_CRASHED and self._handle.is_active():
+                    raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
+                raise
+
+    def preview(self, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        with phase("libvirt"):
+            return preview(self._handle, step)

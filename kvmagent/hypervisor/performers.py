@@ -132,7 +132,10 @@ def _await_balloon(vm: VmHandle, step: AwaitBalloon) -> None:
     def is_reached() -> bool:
         return vm.balloon_bytes() == step.size_bytes
 
-    if not _wait(is_reached, step.timeout_sec):
+    with vm.watch() as events:
+        # QEMU tells of a balloon's changes once a second at most: so a look comes between.
+        reached = _wait(is_reached, step.timeout_sec, lambda pause_s: _next_event(events, pause_s))
+    if not reached:
         actual = vm.balloon_bytes()
         shown = "unknown" if actual is None else format_size(actual)
         raise AgentError(
@@ -240,20 +243,27 @@ def _diff(xml: str, step: DefineShape) -> str:
 
 def _await_event(events: "queue.SimpleQueue[DeviceEvent]", deadline: float) -> DeviceEvent | None:
     """Wait for an event of the guest's, as long as may be without a look."""
+    return _next_event(events, min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+
+
+def _next_event(events: "queue.SimpleQueue[DeviceEvent]", timeout_s: float) -> DeviceEvent | None:
     with phase("guest"), contextlib.suppress(queue.Empty):
-        return events.get(timeout=min(_LOOK_WITHOUT_EVENT_S, max(0.0, deadline - time.monotonic())))
+        return events.get(timeout=timeout_s)
     return None
 
 
-def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
-    """Look until it is so or the time is over, at growing intervals; return whether it is so."""
-    deadline, pause_s = time.monotonic() + timeout_s, _FIRST_LOOK_S
+def _wait(is_done: Callable[[], bool], timeout_s: float, pause: Callable[[float], object] = time.sleep) -> bool:
+    """Look until it is so or the time is over; return whether it is so.
+
+    Each pause is a tenth of the time waited so far, within bounds: so what took long is not seen much later.
+    """
+    began = time.monotonic()
     while not is_done():
-        if time.monotonic() >= deadline:
+        waited_s = time.monotonic() - began
+        if waited_s >= timeout_s:
             return False
         with phase("guest"):
-            time.sleep(pause_s)
-        pause_s = min(pause_s * 1.5, _LONGEST_LOOK_S)
+            pause(min(max(waited_s / 10, _FIRST_LOOK_S), _LONGEST_LOOK_S))
     return True
 
 

@@ -80,6 +80,7 @@ class Code(StrEnum):
     # vCPUs
     CPU_ABOVE_MAXIMUM = "CPU_ABOVE_MAXIMUM"
     CPU_TOPOLOGY_MISMATCH = "CPU_TOPOLOGY_MISMATCH"
+    CPU_NOT_WHOLE_CORE = "CPU_NOT_WHOLE_CORE"
     CPU_ABOVE_HOST_LIMIT = "CPU_ABOVE_HOST_LIMIT"
     CPU_NOT_REMOVABLE = "CPU_NOT_REMOVABLE"
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
@@ -99,6 +100,7 @@ class Code(StrEnum):
     HOST_NODE_MEMORY_SHORT = "HOST_NODE_MEMORY_SHORT"
     HOST_HUGEPAGES_SHORT = "HOST_HUGEPAGES_SHORT"
     MEMORY_HARD_LIMIT = "MEMORY_HARD_LIMIT"
+    MEMORY_LOCKED = "MEMORY_LOCKED"
     MEMORY_LOCK_LIMIT = "MEMORY_LOCK_LIMIT"
     MEMORY_ENCRYPTED = "MEMORY_ENCRYPTED"
     MEMORY_NOT_REMOVABLE = "MEMORY_NOT_REMOVABLE"
@@ -385,6 +387,11 @@ CODES: dict[Code, CodeInfo] = {
         "power the VM off and on.",
     ),
     Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(400, "sockets x dies x cores x threads is not the vCPU maximum.", _PREPARE),
+    Code.CPU_NOT_WHOLE_CORE: CodeInfo(
+        400,
+        "On this architecture whole cores are plugged, and the number is not one of whole cores.",
+        "Ask for a multiple of the threads that a core of the VM has.",
+    ),
     Code.CPU_ABOVE_HOST_LIMIT: CodeInfo(
         400,
         "The VM's vCPU maximum is above what the hypervisor gives to its machine type.",
@@ -462,6 +469,9 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "The VM's memtune hard_limit is too low for the amount: QEMU would be killed, or could not lock its memory.",
         "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
+    ),
+    Code.MEMORY_LOCKED: CodeInfo(
+        400, "The VM's memory is locked, and virtio-mem cannot be used with that.", "Use method dimm."
     ),
     Code.MEMORY_LOCK_LIMIT: CodeInfo(
         400,
@@ -624,6 +634,7 @@ LOOKS: dict[Code, str] = {
     Code.VM_NOT_RUNNING: "virsh domstate VM --reason",
     Code.VM_PAUSED: "virsh domstate VM --reason",
     Code.VM_TRANSIENT: "virsh dominfo VM",
+    Code.VM_MIGRATED: "in the guest: lscpu -e",
     Code.VM_CRASHED: "tail -n 50 /var/log/libvirt/qemu/VM.log",
     Code.NO_ACPI: "kvmagentctl ready VM --prepare --diff",
     Code.MACHINE_NOT_SUPPORTED: "virsh dumpxml VM | grep '<type arch'",
@@ -631,9 +642,11 @@ LOOKS: dict[Code, str] = {
     Code.CPU_ABOVE_MAXIMUM: "virsh vcpucount VM",
     Code.CPU_TOPOLOGY_MISMATCH: "virsh dumpxml VM | grep -e '<vcpu ' -e '<topology'",
     Code.CPU_ABOVE_HOST_LIMIT: "virsh domcapabilities --machine q35 | grep '<vcpu'",
+    Code.CPU_NOT_WHOLE_CORE: "virsh dumpxml VM | grep '<topology'",
     Code.CPU_NOT_REMOVABLE: "virsh dumpxml VM | grep '<vcpu '",
     Code.CPU_REMOVAL_UNSAFE: "virsh dumpxml VM | grep '<domain type'",
     Code.CPU_REMOVAL_PENDING: "virsh vcpucount VM; in the guest: lscpu -e",
+    Code.CPU_SHARES_NOT_SET: "virsh schedinfo VM",
     Code.NO_MAX_MEMORY: "kvmagentctl ready VM --prepare --diff",
     Code.MEMORY_ABOVE_MAXIMUM: "virsh dumpxml VM | grep -i memory",
     Code.SLOTS_EXHAUSTED: "virsh dumpxml VM | grep -e '<maxMemory' -e '<memory model'",
@@ -645,6 +658,8 @@ LOOKS: dict[Code, str] = {
     Code.HOST_NODE_MEMORY_SHORT: "virsh freecell --all; virsh numatune VM",
     Code.HOST_HUGEPAGES_SHORT: "virsh freepages --all",
     Code.MEMORY_HARD_LIMIT: "virsh memtune VM",
+    Code.MEMORY_LOCK_LIMIT: "grep 'Max locked memory' /proc/$(cat /run/libvirt/qemu/VM.pid)/limits",
+    Code.MEMORY_LOCKED: "virsh dumpxml VM | grep -e '<locked' -e '<hostdev'",
     Code.MEMORY_ENCRYPTED: "virsh dumpxml VM | grep -A 5 '<launchSecurity'",
     Code.MEMORY_NOT_REMOVABLE: "virsh dumpxml VM | grep -A 12 '<memory model'",
     Code.MEMORY_SIZE_NOT_REACHABLE: "virsh dumpxml VM | grep -A 12 '<memory model'",

@@ -59,7 +59,8 @@ class Callbacks:
         self._section = section
         self._resolve = resolve
         self._lookups = _Lookups(resolve)
-        self._context = ssl.create_default_context()
+        # Made when the first https callback needs it: the system's CAs take megabytes.
+        self._context: ssl.SSLContext | None = None
         #: Until when the certificate in force is good; None without one.
         self.certificate_end: float | None = None
 
@@ -69,6 +70,11 @@ class Callbacks:
         Raises:
             AgentError: BAD_CONFIGURATION; what was in force stays.
         """
+        section = self._section
+        self._context = self._make_context() if section.server_ca or section.tls_cert else None
+        self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
+
+    def _make_context(self) -> ssl.SSLContext:
         section = self._section
         try:
             context = ssl.create_default_context(cafile=section.server_ca or None)
@@ -81,8 +87,7 @@ class Callbacks:
             files = ", ".join(filter(None, (section.server_ca, section.tls_cert, section.tls_key)))
             message = f"callback.server_ca, tls_cert, tls_key ({files}): {error}"
             raise AgentError(Code.BAD_CONFIGURATION, message) from error
-        self._context = context
-        self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
+        return context
 
     def check(self, url: str, client: str) -> None:
         """Refuse a callback URL that is known not to be allowed for this client; one that is not known may pass.
@@ -103,7 +108,9 @@ class Callbacks:
         return Channel(url, lambda host, port, timeout: self._connect(host, port, timeout, client), self._get_context)
 
     def _get_context(self) -> ssl.SSLContext:
-        return self._context
+        context = self._context or self._make_context()
+        self._context = context
+        return context
 
     def _connect(self, host: str, port: int, timeout: Any, client: str) -> socket.socket:
         """Return a connection to the first allowed address that takes one.

@@ -14,7 +14,7 @@ from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal
 from kvmagent.tasks.lanes import Lanes
 
-log = Log(__name__)
+log = Log(__name__, always=True)
 
 # More lines say no more: the longest come first.
 _MOST_LINES = 200
@@ -23,7 +23,7 @@ _MOST_LINES = 200
 def dump_state(lanes: Lanes, delivery: Delivery, journal: Journal) -> None:
     """Write the state to the log. Takes each part's lock for a moment."""
     running, queued, backlog = lanes.running(), lanes.queued(), delivery.backlog()
-    log.warning(
+    log.info(
         "dump totals",
         threads=threading.active_count(),
         running=len(running),
@@ -36,9 +36,9 @@ def dump_state(lanes: Lanes, delivery: Delivery, journal: Journal) -> None:
     for lane in names[:_MOST_LINES]:
         task, seconds = running.get(lane, (None, 0.0))
         fields = {} if task is None else {**task.log_fields, "seconds": round(seconds, 1)}
-        log.warning("dump lane", **{"vm": lane, **fields, "queued": queued.get(lane, 0)})
+        log.info("dump lane", **{"vm": lane, **fields, "queued": queued.get(lane, 0)})
     for one in sorted(backlog, key=lambda one: one.oldest_at)[:_MOST_LINES]:
-        log.warning(
+        log.info(
             "dump callbacks",
             destination=one.destination,
             owed=one.owed,
@@ -48,4 +48,4 @@ def dump_state(lanes: Lanes, delivery: Delivery, journal: Journal) -> None:
             next_in_seconds=one.next_in_s and round(one.next_in_s, 1),
         )
     for thread in threading.enumerate():
-        log.warning("dump thread", thread=thread.name, id=f"{thread.ident or 0:#018x}")
+        log.info("dump thread", thread=thread.name, id=f"{thread.ident or 0:#018x}")

@@ -2,12 +2,13 @@
 
     run(task)
       journal.start_task
-      node.observe                       before
+      node.hold                          the VM, on a connection of its own
+      vm.observe                         before
       command.decide      -> goal        an AgentError ends the task, nothing was touched
       journal.record_goal                on disk before the first step
       command.advance     -> steps       none: done
-        node.perform each                a soft step's failure is a warning, any other ends the task
-        node.observe, advance again
+        vm.perform each                  a soft step's failure is a warning, any other ends the task
+        vm.observe, advance again
       command.retreat     -> goal        after a failure: where to go instead, by the same loop
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
@@ -22,6 +23,7 @@ finds. While libvirt is away it waits, up to a limit; when the agent is stopped 
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import msgspec
@@ -52,20 +54,31 @@ _NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
 _PAUSE_S = 0.2
 
 
+class HeldVm(Protocol):
+    """What the executor needs of hypervisor.node.HeldVm."""
+
+    @property
+    def uuid(self) -> str:
+        """The VM's UUID."""
+
+    def observe(self, parts: frozenset[str]) -> Facts:
+        """Return what is so now."""
+
+    def perform(self, step: AnyStep) -> str:
+        """Perform one step; return what it has to tell, mostly nothing."""
+
+    def preview(self, step: AnyStep) -> str:
+        """Return what the step would tell, without performing it."""
+
+
 class VmNode(Protocol):
     """What the executor needs of hypervisor.node.Node."""
 
-    def get_uuid(self, vm: str) -> str:
-        """Return the VM's UUID."""
+    def hold(self, vm: str) -> AbstractContextManager[HeldVm]:
+        """Have a VM for a piece of work."""
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now."""
-
-    def perform(self, vm: str, step: AnyStep) -> str:
-        """Perform one step; return what it has to tell, mostly nothing."""
-
-    def preview(self, vm: str, step: AnyStep) -> str:
-        """Return what the step would tell, without performing it."""
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for libvirt to be reachable; return whether it is."""
@@ -173,11 +186,11 @@ class Executor:
             run = self._take_up(task)
             run.late = True
             spent = {word for report in run.reports if report.problem for word in spent_by(report)}
-            with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
-                run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            with self._node.hold(run.request.vm_uuid) as vm, self._locks.hold(vm.uuid):
+                run.after = vm.observe(run.command.observe_guest)
                 steps = self._find_following(run, frozenset(spent))
-                self._perform_round(task, run, steps, spent, set())
-                run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+                self._perform_round(task, run, vm, steps, spent, set())
+                run.after = vm.observe(run.command.observe_guest)
             reply = run.command.conclude(run.end())
             outcome = str(getattr(reply, "outcome", ""))
             if outcome == PENDING:
@@ -263,8 +276,8 @@ class Executor:
         give_up_at: float | None = None
         while True:
             try:
-                with self._locks.hold(self._node.get_uuid(run.request.vm_uuid)):
-                    self._pursue(task, run)
+                with self._node.hold(run.request.vm_uuid) as vm, self._locks.hold(vm.uuid):
+                    self._pursue(task, run, vm)
                 return
             except AgentError as error:
                 if error.code is not Code.LIBVIRT_UNAVAILABLE:
@@ -292,27 +305,27 @@ class Executor:
                     return True
         raise _Stopped
 
-    def _pursue(self, task: Task, run: Run) -> None:
-        vm, command = run.request.vm_uuid, run.command
+    def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:
+        command = run.command
         fresh = run.goal is None
-        run.after = self._node.observe(vm, command.observe_guest | (command.observe_first if fresh else frozenset()))
+        run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
         if run.goal is None:
             run.before = run.after
             run.goal = command.decide(run.request, run.after, task.task_uuid)
         steps = command.advance(run.goal, run.after, frozenset())
         if run.request.dry_run:
-            run.planned, run.preview = steps, "".join(self._node.preview(vm, step) for step in steps)
+            run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
             return
         if steps and fresh:
             self._record_goal(task, run, steps)
         try:
-            self._reach_goal(task, run)
+            self._reach_goal(task, run, vm)
         except AgentError as error:
             if error.code not in _NO_WAY_BACK:
-                self._retreat(task, run, error)
+                self._retreat(task, run, vm, error)
             raise
 
-    def _reach_goal(self, task: Task, run: Run) -> None:
+    def _reach_goal(self, task: Task, run: Run, vm: HeldVm) -> None:
         """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
@@ -330,12 +343,12 @@ class Executor:
             if not steps:
                 return
             _refuse_repetition(confirmed, steps)
-            self._perform_round(task, run, steps, spent, confirmed)
-            run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            self._perform_round(task, run, vm, steps, spent, confirmed)
+            run.after = vm.observe(run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
 
     def _perform_round(
-        self, task: Task, run: Run, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
+        self, task: Task, run: Run, vm: HeldVm, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
     ) -> None:
         """Perform steps up to the first that fails: what follows it was planned for its success."""
         for n, step in enumerate(steps):
@@ -344,9 +357,9 @@ class Executor:
                 percent = 100 * done // (done + left)
                 self._on_progress(Progress(task.command, run.request.vm_uuid, percent, type(step).__name__))
             try:
-                problem = self._perform(task, run, step)
+                problem = self._perform(task, run, vm, step)
             except AgentError as error:
-                if not self._is_done_anyway(run, step, error):
+                if not self._is_done_anyway(run, vm, step, error):
                     raise
                 run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
                 return
@@ -356,14 +369,14 @@ class Executor:
             if not step.soft:
                 confirmed.add(step)
 
-    def _retreat(self, task: Task, run: Run, error: AgentError) -> None:
+    def _retreat(self, task: Task, run: Run, vm: HeldVm, error: AgentError) -> None:
         """Go where the command wants to be after this failure, as far as it can be reached.
 
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the way back is recorded, and taken up later.
         """
         try:
-            run.after = facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+            run.after = facts = vm.observe(run.command.observe_guest)
             goal = run.command.retreat(run.goal, facts, error)
             if goal is None:
                 return
@@ -371,7 +384,7 @@ class Executor:
             run.goal = goal
             if steps := run.command.advance(goal, facts, frozenset()):
                 self._record_goal(task, run, steps)
-            self._reach_goal(task, run)
+            self._reach_goal(task, run, vm)
         except AgentError as failure:
             if failure.code in _NO_WAY_BACK:
                 raise
@@ -379,9 +392,10 @@ class Executor:
 
     def _record_goal(self, task: Task, run: Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
-        self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), len(run.reports))
+        run.recorded = len(run.reports)
+        self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), run.recorded)
 
-    def _is_done_anyway(self, run: Run, step: AnyStep, error: AgentError) -> bool:
+    def _is_done_anyway(self, run: Run, vm: HeldVm, step: AnyStep, error: AgentError) -> bool:
         """Return whether a step that failed after an interruption has its effect nevertheless.
 
         A call that was cut off may still be carried out by libvirt after it was looked for, and then its repetition
@@ -389,13 +403,13 @@ class Executor:
         """
         if not run.interrupted or error.code is Code.LIBVIRT_UNAVAILABLE:
             return False
-        facts = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
+        facts = vm.observe(run.command.observe_guest)
         if step in run.command.advance(run.goal, facts, frozenset()):
             return False
         log.info("step failed and is there already", step=type(step).__name__, error=error.message)
         return True
 
-    def _perform(self, task: Task, run: Run, step: AnyStep) -> Problem | None:
+    def _perform(self, task: Task, run: Run, vm: HeldVm, step: AnyStep) -> Problem | None:
         """Perform and journal one step; return a soft step's problem.
 
         Raises:
@@ -403,10 +417,11 @@ class Executor:
         """
         n, started, problem, told = len(run.reports), self._clock(), None, ""
         # Nothing is touched that a crash would leave without a trace; the first step came to disk with the goal.
-        self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
+        if run.recorded != n:
+            self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
         self._fault("step:begun")
         try:
-            told = self._node.perform(run.request.vm_uuid, step)
+            told = vm.perform(step)
         except AgentError as error:
             if error.code is Code.LIBVIRT_UNAVAILABLE:
                 raise

@@ -174,7 +174,6 @@ class Journal:
         """accepted -> running; does not wait for the disk: a task that is started again loses nothing."""
 
         def change(db: Database) -> None:
-            _refuse_withdrawn(db, task_uuid)
             _move(db, task_uuid, "running", started_at=self._clock())
 
         self._file.write_later("start_task", change)
@@ -189,7 +188,6 @@ class Journal:
         """
 
         def change(db: Database) -> None:
-            _refuse_withdrawn(db, task_uuid)
             _move(db, task_uuid, "running", goal=goal, before=before)
             _start_step(db, task_uuid, n, first_step, self._clock())
 
@@ -397,16 +395,24 @@ class Journal:
 
 
 def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
-    """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns."""
-    sql = "SELECT state, lane, callback_url, client, owed_at FROM tasks WHERE task_uuid = ?"
-    row = db.execute(sql, (task_uuid,)).fetchone()
-    if row is None or state not in TRANSITIONS[row["state"]]:
+    """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns.
+
+    Raises AgentError CANCELLED for a task that is to run and was taken back.
+    """
+    formers = [former for former, next_states in TRANSITIONS.items() if state in next_states]
+    columns = ", ".join(f"{name} = ?" for name in ("state", *values))
+    sql = (
+        f"UPDATE tasks SET {columns} WHERE task_uuid = ? AND state IN ({', '.join('?' * len(formers))})"
+        " RETURNING lane, callback_url, client, owed_at"
+    )
+    row = db.execute(sql, (state, *values.values(), task_uuid, *formers)).fetchone()
+    if row is None:
+        if state == "running":
+            _refuse_withdrawn(db, task_uuid)
+        row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
-    columns = ", ".join(f"{name} = ?" for name in ("state", *values))
-    db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (state, *values.values(), task_uuid))
-    owed_at = values.get("owed_at", row["owed_at"]) or 0.0
-    return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], owed_at)
+    return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0)
 
 
 def _refuse_withdrawn(db: Database, task_uuid: str, reply: bytes | None = None) -> None:

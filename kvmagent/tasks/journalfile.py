@@ -93,6 +93,8 @@ _BATCH = 256
 LATER_S = 0.02
 # After a commit that failed, the next try without anyone asking for it.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+# For each connection; the kernel's own cache has the rest of the file.
+_CACHE_KIB = 256
 # Errors that lie in one change, and not in the file.
 _OWN_ERRORS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its tasks), and start the agent again."
@@ -344,6 +346,7 @@ class JournalFile:
             db.row_factory = sqlite3.Row
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
+            db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         except sqlite3.Error:
             db.close()
             raise

@@ -68,7 +68,6 @@ class Questions:
                 log.error("task stays in the journal", **error_fields(error))
                 return
             self._on_finished(owed)
-            self._meters.ended(task.command, outcome, failure.code if failure else None)
             audit(
                 "finished",
                 caller=task.caller,
@@ -84,6 +83,11 @@ class Questions:
 
         `client` is the address that asks; a server is told of events only where its callbacks may go.
         """
+        reply, failure = self._find_answer(query, request, client)
+        self._meters.ended(query.name, "refused" if failure else "answered", failure.code if failure else None)
+        return reply, failure
+
+    def _find_answer(self, query: Query, request: Any, client: str) -> tuple[msgspec.Struct, AgentError | None]:
         notice = query.notice(request)
         if notice is not None and notice not in self._noticed:
             self._noticed.add(notice)

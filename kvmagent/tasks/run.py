@@ -24,7 +24,8 @@ _PROBLEM = msgspec.json.Decoder(Problem)
 class Run:
     """One task under way: what a reply is made from, as far as it has come.
 
-    `interrupted`: a step may have taken effect without having been told of.
+    `interrupted`: a step may have taken effect without having been told of. `recorded` is the number of the step that
+    came to disk with the goal.
     """
 
     command: Command
@@ -40,6 +41,7 @@ class Run:
     preview: str = ""
     late: bool = False
     started: float = 0.0
+    recorded: int | None = None
 
     def end(self) -> Ending:
         return Ending(

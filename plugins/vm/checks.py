@@ -33,6 +33,7 @@ _NEEDED_AGENT_COMMANDS = frozenset(
         "guest-set-memory-blocks",
     }
 )
+_WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
 STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY)
@@ -136,12 +137,25 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
         if definition.topology is not None:
             sockets, dies, cores, threads = definition.topology
             product = sockets * dies * cores * threads
+            if cpu_num % vcpu_quantum(definition):
+                yield blocker(
+                    Code.CPU_NOT_WHOLE_CORE,
+                    f"{cpu_num} vCPUs were asked for, cores of the {name} definition have {threads} threads",
+                )
             if product != definition.vcpu_maximum:
                 yield blocker(
                     Code.CPU_TOPOLOGY_MISMATCH,
                     f"the {name} definition's topology makes {product} vCPUs, its maximum is {definition.vcpu_maximum}",
                     needs_restart=True,
                 )
+
+
+def vcpu_quantum(definition: Definition) -> int:
+    """Return how many vCPUs are plugged at once at least.
+
+    Source: libvirt 9.0, "vcpu granularity": QEMU plugs whole cores on POWER. Observed: single threads on x86.
+    """
+    return definition.topology[3] if definition.topology and definition.arch in _WHOLE_CORE_ARCHES else 1
 
 
 def vcpu_limit(host: Host, definition: Definition) -> int:
@@ -194,6 +208,13 @@ def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
                     f"{device.alias or 'a dimm'} of the {name} definition has {format_size(device.size_bytes)}, "
                     f"not a multiple of the guest's block of {format_size(quantum)}",
                 )
+
+
+def check_unlocked(facts: Facts, affect: Affect) -> Iterator[Blocker]:
+    """A virtio-mem device gives pages back, which locked memory cannot. Source: QEMU, virtio-mem and mlock."""
+    for name, definition in _definitions(facts.domain, affect):
+        if definition.locked:
+            yield blocker(Code.MEMORY_LOCKED, f"memory of the {name} definition is locked (memoryBacking)")
 
 
 def check_dimm_room(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], node: int | None) -> Iterator[Blocker]:

@@ -186,5 +186,6 @@ HOT_PLUG_CPU = Command(
         Code.CPU_ABOVE_MAXIMUM,
         Code.CPU_ABOVE_HOST_LIMIT,
         Code.CPU_TOPOLOGY_MISMATCH,
+        Code.CPU_NOT_WHOLE_CORE,
     ),
 )

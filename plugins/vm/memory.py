@@ -18,6 +18,7 @@ from .checks import (
     check_expected,
     check_host,
     check_state,
+    check_unlocked,
     dimm_quantum,
     find_page_bytes,
     refuse_first,
@@ -184,6 +185,7 @@ def _decide_virtio_mem(
     added = round_up_addition(request, max(missing.values()), block)
     affect: Affect = "both" if len(missing) == 2 else next(iter(missing))
     refuse_first(check_dimm_room(facts, affect, (added,), request.node))
+    refuse_first(check_unlocked(facts, affect))
     refuse_first(check_host(facts, added, node) if "live" in missing else ())
     rooms = [
         (definition.max_memory_bytes or 0) - definition.total_bytes
@@ -355,6 +357,7 @@ HOT_PLUG_MEMORY = Command(
         Code.MEMORY_ENCRYPTED,
         Code.MEMORY_HARD_LIMIT,
         Code.MEMORY_LOCK_LIMIT,
+        Code.MEMORY_LOCKED,
         Code.SLOTS_EXHAUSTED,
         Code.MEMORY_NOT_ALIGNED,
         Code.MEMORY_DEVICE_MISALIGNED,

@@ -21,6 +21,7 @@ from .checks import (
     check_guest,
     check_state,
     dimm_quantum,
+    vcpu_quantum,
 )
 from .cpu import idle_warnings, migration_warnings
 from .guestmemory import plug_warnings
@@ -156,7 +157,7 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
     definition = facts.domain.config if affect == "config" else facts.domain.live or facts.domain.config
     if definition is None:
         return
-    yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + 1)
+    yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + vcpu_quantum(definition))
     yield from check_dimm_support(facts, affect)
     quantum = dimm_quantum(facts, None)
     wanted = definition.memory_bytes + quantum if request.memory_size is None else request.memory_size

@@ -69,6 +69,26 @@ def run_load(port: int, commands: Sequence[Command], *, clients: int, run: str) 
         return process.apply(_generate, (port, commands, clients, run))
 
 
+class Receiver:
+    """Takes callbacks on the thread that calls `take`; listens from the beginning."""
+
+    def __init__(self) -> None:
+        self._load = _Load(0, [], "0")
+
+    @property
+    def url(self) -> str:
+        """Where callbacks go."""
+        return self._load.url
+
+    def take(self, count: int) -> float:
+        """Take the callbacks of so many tasks; return the seconds from the first connection to the last callback.
+
+        Raises:
+            TimeoutError: none came for SILENCE_S.
+        """
+        return self._load.take(count)
+
+
 def _generate(port: int, commands: Sequence[Command], clients: int, run: str) -> Result:
     return _Load(port, commands, run).go(clients)
 
@@ -93,10 +113,11 @@ class _Load:
         self._poll = select.epoll()
         self._poll.register(self._listener.fileno(), select.EPOLLIN)
         self._peers: dict[int, _Peer] = {}
-        url = f"http://{LOOPBACK}:{self._listener.getsockname()[1]}/callback"
-        self._requests = [_format_request(port, command, f"{run}-{n}", url) for n, command in enumerate(commands)]
+        self.url = f"http://{LOOPBACK}:{self._listener.getsockname()[1]}/callback"
+        self._requests = [_format_request(port, command, f"{run}-{n}", self.url) for n, command in enumerate(commands)]
         self._sent_at = [0.0] * len(commands)
         self._waiting: dict[int, _Peer] = {}
+        self._others: set[bytes] = set()
         self._next = 0
         self._done = 0
         self._result = Result(0.0, [0.0] * len(commands), [0.0] * len(commands))
@@ -107,20 +128,34 @@ class _Load:
         for peer in peers:
             self._send_next(peer)
         while self._done < len(self._requests):
-            events = self._poll.poll(SILENCE_S)
-            if not events:
-                raise TimeoutError(f"{self._done} of {len(self._requests)} callbacks came, then none for {SILENCE_S} s")
-            for number, _ in events:
-                if number == self._listener.fileno():
-                    self._result.connections += 1
-                    self._add(self._listener.accept()[0], is_client=False)
-                else:
-                    self._receive(self._peers[number])
+            self._wait(self._done, len(self._requests))
         self._result.elapsed_s = time.perf_counter() - began
+        self._close()
+        return self._result
+
+    def take(self, count: int) -> float:
+        began: float | None = None
+        while len(self._others) < count:
+            self._wait(len(self._others), count)
+            began = began or time.perf_counter()
+        self._close()
+        return time.perf_counter() - (began or 0.0)
+
+    def _wait(self, done: int, wanted: int) -> None:
+        events = self._poll.poll(SILENCE_S)
+        if not events:
+            raise TimeoutError(f"{done} of {wanted} callbacks came, then none for {SILENCE_S} s")
+        for number, _ in events:
+            if number == self._listener.fileno():
+                self._result.connections += 1
+                self._add(self._listener.accept()[0], is_client=False)
+            else:
+                self._receive(self._peers[number])
+
+    def _close(self) -> None:
         for peer in self._peers.values():
             peer.socket.close()
         self._listener.close()
-        return self._result
 
     def _add(self, connection: socket.socket, *, is_client: bool) -> _Peer:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -163,7 +198,8 @@ class _Load:
         task, outcome = _TASK.search(callback), _OUTCOME.search(callback)
         client = self._waiting.pop(int(task[1]), None) if task else None
         if client is None:
-            return  # the second copy of one that was sent twice
+            self._others.add(task[1] if task else b"")
+            return  # the second copy of one that was sent twice, or of a task of another run
         self._result.callback_ms[client.command] = (now - self._sent_at[client.command]) * 1000
         self._result.outcomes[outcome[1].decode() if outcome else "none"] += 1
         self._done += 1

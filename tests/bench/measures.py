@@ -6,9 +6,10 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import libvirt
+import libvirt_qemu
 
 from tests.bench.load import Command, Result, run_load
 from tests.bench.subject import MAX_VCPUS, cpu_s, domain_name
@@ -18,19 +19,26 @@ from tests.lab.guest import Guest
 LIVE_AND_CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
 
 
-def plug(vm: str, count: int) -> Command:
-    """HotPlugCpu of a VM, live and persistent."""
-    return Command("/vm/hotplug/cpu", json.dumps({"vmUuid": vm, "cpuNum": count}).encode())
+def plug(vm: str, count: int, affect: str = "both") -> Command:
+    """HotPlugCpu of a VM."""
+    return Command("/vm/hotplug/cpu", json.dumps({"vmUuid": vm, "cpuNum": count, "affect": affect}).encode())
 
 
-def unplug(vm: str, count: int) -> Command:
-    """HotUnplugCpu of a VM, live and persistent."""
-    return Command("/vm/hotunplug/cpu", json.dumps({"vmUuid": vm, "cpuNum": count}).encode())
+def unplug(vm: str, count: int, affect: str = "both") -> Command:
+    """HotUnplugCpu of a VM."""
+    return Command("/vm/hotunplug/cpu", json.dumps({"vmUuid": vm, "cpuNum": count, "affect": affect}).encode())
 
 
 def ready(vm: str) -> Command:
     """ReadyForHotplug of a VM."""
     return Command("/vm/hotplug/ready", json.dumps({"vmUuid": vm}).encode())
+
+
+def config_changes(vms: Sequence[str], count: int) -> list[Command]:
+    """So many changes of persistent definitions, each a real one: up by HotPlugCpu, down by HotUnplugCpu, in turn."""
+    rounds = range(-(-count // len(vms)))
+    pairs = ((vm, n) for n in rounds for vm in vms)
+    return [unplug(vm, 1, "config") if n % 2 else plug(vm, 2, "config") for vm, n in pairs][:count]
 
 
 def growing(domains: int, count: int) -> list[Command]:
@@ -84,6 +92,20 @@ def time_bare_same(guest: Guest, count: int, times: int) -> list[float]:
     """The milliseconds of virDomainSetVcpusFlags, live and persistent, with the number of vCPUs that the guest has."""
     with guest.domain() as domain:
         return [_time_ms(lambda: domain.setVcpusFlags(count, LIVE_AND_CONFIG)) for _ in range(times)]
+
+
+def time_bare_config(guest: Guest, times: int) -> list[float]:
+    """The milliseconds of virDomainSetVcpusFlags on the persistent definition, up and down in turn."""
+    with guest.domain() as domain:
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE
+        return [_time_ms(lambda n=n: domain.setVcpusFlags(1 + n % 2, flags)) for n in range(1, times + 1)]
+
+
+def time_guest_agent(guest: Guest, times: int) -> list[float]:
+    """The milliseconds of the guest agent's answer to guest-get-vcpus, through libvirt."""
+    question = '{"execute":"guest-get-vcpus"}'
+    with guest.domain() as domain:
+        return [_time_ms(lambda: libvirt_qemu.qemuAgentCommand(domain, question, 5, 0)) for _ in range(times)]
 
 
 def time_virsh(uri: str, name: str, counts: Iterable[int]) -> list[float]:

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.bench.measures import Runs, growing, p50, p99, plug, time_bare_plugs, time_bare_same, time_virsh
+from kvmagent.tasks.journal import Journal, Task
+from tests.bench.load import Command, Receiver
+from tests.bench.measures import (
+    Runs,
+    config_changes,
+    growing,
+    p50,
+    p99,
+    plug,
+    ready,
+    time_bare_config,
+    time_bare_plugs,
+    time_bare_same,
+    time_guest_agent,
+    time_virsh,
+    unplug,
+)
+from tests.bench.profile import profiled
 from tests.bench.report import Report
-from tests.bench.subject import connect_at_once, domain_name, start_agent, write_node
+from tests.bench.subject import (
+    anonymous_mib,
+    connect_at_once,
+    cpu_s,
+    domain_name,
+    rss_mib,
+    start_agent,
+    time_start,
+    write_node,
+)
+from tests.bench.visible import compare_visible
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.image import build_image
@@ -17,66 +48,224 @@ from tests.lab.libvirtd import PrivateLibvirtd
 #: POST to callback, over the bare libvirt call, at the median.
 OVERHEAD_MS = 3.0
 DOMAINS = 400
+IDLE_S = 60.0
+OWED = 10_000
+#: Defined and never started: what is changed is their persistent definition.
+OFF_GUESTS = 16
 
 
 def run_test_driver(report: Report) -> None:
     """(a) on libvirt's test driver, whose calls take microseconds: what is measured is the agent itself."""
     report.begin("(a) HotPlugCpu on libvirt's test driver: each command one vCPU more, live and persistent")
     with tempfile.TemporaryDirectory() as directory, start_agent(uri := write_node(Path(directory), DOMAINS)) as agent:
-        runs, commands = Runs(agent), growing(DOMAINS, 15 * DOMAINS)
-        take = iter(commands)
+        runs, commands = Runs(agent), iter(growing(DOMAINS, 14 * DOMAINS))
 
-        def some(count: int) -> list:
-            return [next(take) for _ in range(count)]
+        def some(count: int) -> list[Command]:
+            return [next(commands) for _ in range(count)]
 
         bare = time_bare_plugs(uri, DOMAINS, 1000)
         virsh = time_virsh(write_node(Path(directory), 1), domain_name(0), [2] * 20)
-        report.add("bare virDomainSetVcpusFlags, median", p50(bare), "ms")
-        report.add("virsh setvcpus, median", p50(virsh), "ms")
+        report.add("bare virDomainSetVcpusFlags, live and persistent, median", p50(bare), "ms")
+        report.add("virsh setvcpus --live --config, median", p50(virsh), "ms")
         runs(some(400), clients=4, outcome="plugged")
         one, one_cpu_ms = runs(some(800), clients=1, outcome="plugged")
         two, _ = runs(some(800), clients=2, outcome="plugged")
-        many, many_cpu_ms = runs(some(4000), clients=16, outcome="plugged")
+        many, many_cpu_ms = runs(some(2000), clients=16, outcome="plugged")
         report.add("one client: POST to callback, median", p50(one.callback_ms), "ms", at_most=p50(bare) + OVERHEAD_MS)
         report.add("one client: POST to callback, p99", p99(one.callback_ms), "ms")
         report.add("one client: immediate answer, median", p50(one.answer_ms), "ms", at_most=3.0)
-        report.add("one client: against virsh", p50(one.callback_ms) / p50(virsh), "times")
-        report.add("one client: CPU of the agent", one_cpu_ms, "ms")
+        report.add("one client: commands", one.per_s, "/s")
+        report.add("one client: POST to callback against virsh", p50(one.callback_ms) / p50(virsh), "times")
+        report.add("one client: CPU of the agent for a command", one_cpu_ms, "ms")
         report.add("two clients: commands", two.per_s, "/s", at_least=350)
         report.add("two clients: immediate answer, median", p50(two.answer_ms), "ms", at_most=3.0)
         report.add("16 clients: commands", many.per_s, "/s", at_least=400)
         report.add("16 clients: POST to callback, median", p50(many.callback_ms), "ms")
         report.add("16 clients: POST to callback, p99", p99(many.callback_ms), "ms", at_most=100)
-        report.add("16 clients: CPU of the agent", many_cpu_ms, "ms")
+        report.add("16 clients: immediate answer, median", p50(many.answer_ms), "ms")
+        report.add("16 clients: CPU of the agent for a command", many_cpu_ms, "ms")
         connects = connect_at_once(agent.port, 200)
         report.add("200 clients connecting at once: the slowest connect", max(connects), "ms", at_most=900)
+        with profiled(report, "one client", agent.pid):
+            runs(some(500), clients=1)
+        with profiled(report, "16 clients", agent.pid):
+            runs(last := some(1000), clients=16)
+        repeated, repeated_cpu_ms = runs(last[-DOMAINS:], clients=1, outcome="unchanged")
+        report.add("unchanged, one client: POST to callback, median", p50(repeated.callback_ms), "ms")
+        report.add("unchanged, one client: CPU of the agent for a command", repeated_cpu_ms, "ms")
 
 
 def run_real_guest(report: Report) -> None:
-    """(a) on a real guest. Its vCPUs cannot be taken away again under emulation, so what is repeated is the command
-    for the number that it has: looked at twice as any other, guest agent included, and answered `unchanged`."""
-    report.begin("(a) HotPlugCpu on a real guest, repeated with the number of vCPUs that it has")
+    """(a) on a real guest. Its vCPUs cannot be taken away again under emulation. So two things are repeated: the
+    command for the number that it has, looked at as any other, guest agent included, and answered `unchanged`; and
+    real changes of the persistent definition, up and down in turn."""
+    report.begin("(a) HotPlugCpu on a real guest")
+    with booted(GuestSpec(name="bench", vcpus=2)) as (lab, guest), start_agent(lab.uri) as agent:
+        runs = Runs(agent)
+        same, config, answer = time_bare_same(guest, 2, 300), time_bare_config(guest, 300), time_guest_agent(guest, 50)
+        report.add("bare virDomainSetVcpusFlags, the number it has, median", p50(same), "ms")
+        report.add("bare virDomainSetVcpusFlags, persistent, up and down, median", p50(config), "ms")
+        report.add("the guest agent's answer to guest-get-vcpus, median", p50(answer), "ms")
+        report.add("virsh setvcpus --live --config, median", p50(time_virsh(lab.uri, guest.name, [2] * 20)), "ms")
+        commands = [plug(guest.name, 2)] * 400
+        runs(commands[:50], clients=1)
+        one, one_cpu_ms = runs(commands, clients=1, outcome="unchanged")
+        report.add(
+            "one client, the number it has: POST to callback, median (bare + guest agent + 3)",
+            p50(one.callback_ms),
+            "ms",
+            at_most=p50(same) + p50(answer) + OVERHEAD_MS,
+        )
+        report.add("one client: immediate answer, median", p50(one.answer_ms), "ms", at_most=3.0)
+        report.add("one client: CPU of the agent for a command", one_cpu_ms, "ms")
+        many, many_cpu_ms = runs(commands, clients=16, outcome="unchanged")
+        report.add("16 clients on this one VM, in turn: commands", many.per_s, "/s")
+        report.add("16 clients: CPU of the agent for a command", many_cpu_ms, "ms")
+        runs([unplug(guest.name, 1, "config")], clients=1)
+        changes, _ = runs(config_changes([guest.name], 200), clients=1, outcome="configured")
+        # Beside the change it asks the guest, before and after: what it says has to be so.
+        report.add(
+            "one client, persistent, up and down: POST to callback, median (bare + 2 guest agent + 3)",
+            p50(changes.callback_ms),
+            "ms",
+            at_most=p50(config) + 2 * p50(answer) + OVERHEAD_MS,
+        )
+
+
+def run_many_domains(report: Report) -> None:
+    """(b): does a command cost more where there are more domains?"""
+    report.begin("(b) many domains on libvirt's test driver, one client")
+    costs: dict[int, list[float]] = {}
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        counts = (10, 100, 1000)
+        agents = {n: stack.enter_context(start_agent(write_node(Path(directory), n))) for n in counts}
+        runs = {n: Runs(agent) for n, agent in agents.items()}
+        commands = {n: iter(growing(n, 15 * n)) for n in counts}
+        for n in counts:
+            runs[n]([next(commands[n]) for _ in range(30)], clients=1)
+        # In turn, so that what else the machine does falls on all alike.
+        for _ in range(6):
+            for n in counts:
+                _, cpu_ms = runs[n]([next(commands[n]) for _ in range(20)], clients=1, outcome="plugged")
+                costs.setdefault(n, []).append(cpu_ms)
+        for n in counts:
+            report.add(f"CPU of the agent for a plug, {n} domains, median of 6", p50(costs[n]), "ms")
+        report.add("a plug at 1,000 domains against 10", p50(costs[1000]) / p50(costs[10]), "times", at_most=1.1)
+        all_ready, _ = runs[1000]([ready(domain_name(n)) for n in range(1000)], clients=16)
+        report.add("ReadyForHotplug for each of 1,000 domains, 16 clients", all_ready.elapsed_s, "s")
+        plugged, _ = runs[1000]([next(commands[1000]) for _ in range(1000)], clients=16, outcome="plugged")
+        report.add("a plug on each of 1,000 domains, 16 clients", plugged.elapsed_s, "s")
+        took = []
+        for _ in range(3):
+            began = time.perf_counter()
+            answer = agents[1000].get("/vms")
+            took.append(time.perf_counter() - began)
+            if len(answer.body["vms"]) != 1000:
+                raise RuntimeError(f"/vms tells of {len(answer.body['vms'])} domains")
+        report.add("/vms of 1,000 domains, median of 3", p50(took), "s", at_most=1.0)
+
+
+def run_footprint(report: Report) -> None:
+    """(c) on a real libvirt daemon: the test driver's domains would be in the agent's own memory."""
+    report.begin("(c) memory, idleness, start, on a libvirt daemon with 16 defined domains")
+    with PrivateLibvirtd() as lab, ExitStack() as stack:
+        guests = [Guest(lab, build_image(), GuestSpec(name=f"off-{n}")) for n in range(OFF_GUESTS)]
+        for guest in guests:
+            stack.callback(guest.destroy)
+            guest.define()
+        agent = start_agent(lab.uri)
+        stack.callback(agent.remove)
+        starts = []
+        for _ in range(5):
+            starts.append(time_start(agent))
+            agent.stop()
+        report.add("start to ready, median of 5", p50(starts), "s", at_most=1.5)
+        agent.start()
+        report.add("resident memory at start", rss_mib(agent.pid), "MiB")
+        names = [guest.name for guest in guests]
+        result, _ = Runs(agent)(config_changes(names, 10_000), clients=16, outcome="configured")
+        report.add("10,000 changes of persistent definitions, 16 clients: commands", result.per_s, "/s")
+        report.add("resident memory after 10,000 commands", rss_mib(agent.pid), "MiB", at_most=60)
+        report.add("of it not pages of files: the agent's own", anonymous_mib(agent.pid), "MiB")
+        used_s = cpu_s(agent.pid)
+        time.sleep(IDLE_S)
+        used_s = cpu_s(agent.pid) - used_s
+        report.add(f"idle: CPU over {IDLE_S:.0f} s", 100 * used_s / IDLE_S, "%", at_most=0.5)
+        report.add("resident memory after it", rss_mib(agent.pid), "MiB")
+
+
+def run_owed(report: Report) -> None:
+    """(d): an agent starts and finds 10,000 callbacks owed to one server, of 100 VMs."""
+    report.begin("(d) delivery of 10,000 owed callbacks")
+    with tempfile.TemporaryDirectory() as directory:
+        agent = start_agent(write_node(Path(directory), 1))
+        receiver = Receiver()
+        owe(agent.directory / "state/journal.sqlite", receiver.url, OWED)
+        starting = threading.Thread(target=agent.start)
+        starting.start()
+        try:
+            elapsed_s = receiver.take(OWED)
+            starting.join()
+            report.add("10,000 owed callbacks, from the first connection to the last", elapsed_s, "s")
+            report.add("callbacks", OWED / elapsed_s, "/s")
+            report.add("resident memory after it", rss_mib(agent.pid), "MiB")
+        finally:
+            starting.join()
+            agent.remove()
+
+
+def owe(path: Path, url: str, count: int) -> None:
+    """Write a journal with so many finished tasks whose callbacks are owed."""
+    reply = b'{"success":true,"outcome":"plugged","vmUuid":"vm","cpuNum":2,"steps":[],"warnings":[],"drift":[]}'
+    journal = Journal(path, on_accepted=lambda _task: None)
+    journal.start()
+
+    def finish(n: int) -> None:
+        task = f"d-{n}"
+        vm = f"vm-{n % 100}"
+        journal.accept(
+            Task(task_uuid=task, command="HotPlugCpu", lane=vm, request=b"{}", callback_url=url, client="127.0.0.1")
+        )
+        journal.finish(task, reply, "plugged")
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(finish, range(count)))
+    journal.stop()
+
+
+def run_visible(report: Report) -> None:
+    """(e): until the guest itself says that it uses the vCPU."""
+    report.begin("(e) until the guest's kernel has the vCPU online, real guest, by turns")
+    by_agent: list[float] = []
+    by_script: list[float] = []
+    with booted(GuestSpec(name="visible", max_vcpus=9)) as (lab, guest), start_agent(lab.uri) as agent:
+        compare_visible(guest, lab.uri, agent, by_agent, by_script)
+    report.add("an operator's script of virsh calls, median", p50(by_script), "ms")
+    report.add(
+        "HotPlugCpu, from the POST, median (1.1 times the script)",
+        p50(by_agent),
+        "ms",
+        at_most=1.1 * p50(by_script),
+    )
+
+
+@contextmanager
+def booted(spec: GuestSpec) -> Iterator[tuple[PrivateLibvirtd, Guest]]:
+    """A real guest that runs, and its libvirt daemon."""
     with PrivateLibvirtd() as lab:
-        guest = Guest(lab, build_image(), GuestSpec(name="bench", vcpus=2))
+        guest = Guest(lab, build_image(), spec)
         try:
             guest.boot()
-            with start_agent(lab.uri) as agent:
-                runs = Runs(agent)
-                bare = time_bare_same(guest, 2, 300)
-                virsh = time_virsh(lab.uri, guest.name, [2] * 20)
-                report.add("bare virDomainSetVcpusFlags, median", p50(bare), "ms")
-                report.add("virsh setvcpus, median", p50(virsh), "ms")
-                commands = [plug(guest.name, 2)] * 400
-                runs(commands[:50], clients=1, outcome="unchanged")
-                one, one_cpu_ms = runs(commands, clients=1, outcome="unchanged")
-                many, many_cpu_ms = runs(commands, clients=16, outcome="unchanged")
-                report.add("one client: POST to callback, median", p50(one.callback_ms), "ms")
-                report.add("one client: immediate answer, median", p50(one.answer_ms), "ms", at_most=3.0)
-                report.add("one client: CPU of the agent", one_cpu_ms, "ms")
-                report.add("16 clients on this one VM: commands", many.per_s, "/s")
-                report.add("16 clients on this one VM: CPU of the agent", many_cpu_ms, "ms")
+            yield lab, guest
         finally:
             guest.destroy()
 
 
-ALL: dict[str, Callable[[Report], None]] = {"test-driver": run_test_driver, "real-guest": run_real_guest}
+ALL: dict[str, Callable[[Report], None]] = {
+    "test-driver": run_test_driver,
+    "real-guest": run_real_guest,
+    "many-domains": run_many_domains,
+    "footprint": run_footprint,
+    "owed": run_owed,
+    "visible": run_visible,
+}

@@ -200,6 +200,16 @@ ROWS = {
         host={"memlock_mib": 1024, "uri": "qemu:///session"},
         spec={"devices_xml": "<hostdev mode='subsystem' type='pci'/>"},
     ),
+    "virtio-mem for a vm whose memory is locked": Row(
+        MEMORY,
+        {**MORE_MEMORY, "method": "virtio-mem"},
+        "refused",
+        "MEMORY_LOCKED",
+        "is locked",
+        "method dimm",
+        spec={"devices_xml": "</devices><memoryBacking><locked/></memoryBacking><devices>"},
+        guest={"agent": "running"},
+    ),
     "dimm without a free slot": Row(
         MEMORY, MORE_MEMORY, "refused", "SLOTS_EXHAUSTED", "0 of 1 free", "slots", spec={"slots": 1}, before=(dimm(),)
     ),

@@ -2,16 +2,31 @@
 
 import os
 import resource
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.model.steps import SetVcpus
 from tests.fakes.agent import open_node
+from tests.lab.agent import find_free_port
 from tests.lab.domainxml import GuestSpec
+from tests.lab.libvirtd import PrivateLibvirtd
 
 ROOT = Path("/")
+HOST_UUIDS = ("11111111-1111-4111-8111-111111111112", "21111111-1111-4111-8111-111111111113")
+SMALL = """\
+<domain type='qemu'>
+  <name>small</name>
+  <memory unit='MiB'>64</memory>
+  <vcpu current='1'>2</vcpu>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <features><acpi/></features>
+</domain>
+"""
 
 
 def test_the_limit_of_locked_memory_is_the_one_that_the_kernel_holds_to() -> None:
@@ -39,3 +54,37 @@ def test_a_run_ends_with_its_process_and_a_process_is_found_by_its_vm(lab: Any, 
         assert find_pid(ROOT, first.domain.uuid) is None
         guest.start_paused()
         assert node.observe("runs", frozenset()).run not in (None, first.run)
+
+
+@pytest.mark.guest
+def test_a_vm_that_came_by_live_migration_is_known_as_such_until_it_is_paused(tmp_path: Path) -> None:
+    """Over a restart of its libvirtd too; the run is another one on every host."""
+    with ExitStack() as stack:
+        here, there = (stack.enter_context(make_daemon(uuid)) for uuid in HOST_UUIDS)
+        connections = [stack.enter_context(daemon.connect()) for daemon in (here, there)]
+        domain = connections[0].defineXML(SMALL)
+        domain.create()
+        way = {
+            libvirt.VIR_MIGRATE_PARAM_URI: f"tcp:127.0.0.1:{find_free_port()}",
+            libvirt.VIR_MIGRATE_PARAM_LISTEN_ADDRESS: "127.0.0.1",
+        }
+        domain.migrate3(connections[1], way, libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PERSIST_DEST)
+        there.kill()
+        there.start()
+        with open_node(there.uri, tmp_path) as node, there.connect() as connection:
+            assert node.observe("small", frozenset()).domain.migrated is True
+            node.perform("small", SetVcpus(count=2, target="live"))
+            assert node.observe("small", frozenset()).domain.migrated is True
+            arrived = connection.lookupByName("small")
+            arrived.suspend()
+            arrived.resume()
+            assert node.observe("small", frozenset()).domain.migrated is False
+            arrived.destroy()
+
+
+def make_daemon(host_uuid: str) -> PrivateLibvirtd:
+    """A libvirtd that takes itself for another host's: else it would not migrate to its neighbour."""
+    daemon = PrivateLibvirtd()
+    (conf,) = (daemon.directory / "c" / "libvirt").glob("*d.conf")
+    conf.write_text(conf.read_text() + f'host_uuid = "{host_uuid}"\n')
+    return daemon

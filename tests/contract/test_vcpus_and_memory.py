@@ -139,12 +139,12 @@ class TestVcpus:
 
     def test_a_vm_is_found_by_name_and_by_uuid_with_or_without_dashes(self, make: MakeNode) -> None:
         node = make(GuestSpec(name="vm1"))
-        uuid = node.get_uuid("vm1")
-        assert node.list_vms() == [uuid]
-        assert node.get_uuid(uuid) == node.get_uuid(uuid.replace("-", "").upper()) == uuid
+        (uuid,) = node.list_vms()
+        for name in ("vm1", uuid, uuid.replace("-", "").upper()):
+            assert node.observe(name, NOTHING).domain.uuid == uuid
         for unknown in ("vm2", "0" * 32, "vm1 "):
             with pytest.raises(AgentError) as caught:
-                node.get_uuid(unknown)
+                node.observe(unknown, NOTHING)
             assert caught.value.code is Code.VM_NOT_FOUND
 
     def test_live_and_persistent_counts_are_set_apart(self, make: MakeNode) -> None:
@@ -278,7 +278,8 @@ class TestDevices:
     def test_a_shape_is_taken_and_the_running_vm_is_not_touched(self, make: MakeNode, tmp_path: Path) -> None:
         node = make(GuestSpec(name="vm1", devices_xml=PASSWORD))
         live = observe(node).get_live()
-        told = node.preview("vm1", DefineShape(shape=SHAPE))
+        with node.hold("vm1") as vm:
+            told = vm.preview(DefineShape(shape=SHAPE))
         assert "+" in told
         assert "s3cret" not in told
         assert node.perform("vm1", DefineShape(shape=SHAPE)) == told

@@ -17,10 +17,10 @@ AT_THE_END = ("finish_step", "committed", 2)
 # Two steps: the running VM, then its persistent definition.
 ON_THE_WAY = [
     *(f"journal.{name}:{when}" for name in ("start_task", "record_goal") for when in ("written", "committed")),
+    # The first step's beginning is written with the goal.
     *(
         f"journal.{name}:{when}@{n}"
-        for n in (1, 2)
-        for name in ("start_step", "finish_step")
+        for name, n in (("finish_step", 1), ("start_step", 1), ("finish_step", 2))
         for when in ("written", "committed")
         if (name, when, n) != AT_THE_END
     ),

@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.lab.agent import AgentProcess
+from tests.lab.processes import wait_for
+
 TIMEOUT_S = 60.0
 
 
@@ -81,6 +84,12 @@ class Ctl:
             except OSError:  # the last process has closed the terminal: EIO
                 pass
         return Done(child.wait(TIMEOUT_S), shown.decode().replace("\r\n", "\n"), "")
+
+
+def settled(agent: AgentProcess, task_uuid: str) -> Any:
+    """A task as the agent tells it, once its callback is no longer owed: that is noted after the callback was taken."""
+    path = f"/tasks/{task_uuid}"
+    return wait_for(lambda: (task := agent.get(path).body)["state"] == "delivered" and task, timeout_s=20, what=path)
 
 
 def interrupt(child: subprocess.Popen[str]) -> Done:

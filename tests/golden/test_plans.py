@@ -132,6 +132,14 @@ def be_a(machine: str) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+def be_of(arch: str) -> Callable[[FakeDomain], None]:
+    def arrange(domain: FakeDomain) -> None:
+        for root in (domain.live, domain.config):
+            root.find("./os/type").set("arch", arch)
+
+    return arrange
+
+
 def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
     def arrange(domain: FakeDomain) -> None:
         for root in (domain.live, domain.config):
@@ -299,6 +307,14 @@ CASES = {
             add_xml(".", "<memtune><hard_limit unit='KiB'>1048576</hard_limit></memtune>"),
             add_xml("./devices", "<hostdev mode='subsystem' type='pci'/>"),
         ),
+    ),
+    "cpu-refused-part-of-a-core": Case(
+        CPU, {"cpuNum": 3}, spec={"vcpus": 2, "max_vcpus": 8, "topology": (2, 2, 2)}, arrange=be_of("ppc64le")
+    ),
+    "memory-refused-virtio-mem-locked": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "method": "virtio-mem"},
+        arrange=add_xml(".", "<memoryBacking><locked/></memoryBacking>"),
     ),
     "memory-refused-lock-limit": Case(
         MEMORY,

@@ -63,6 +63,13 @@ def test_a_command_is_counted_by_outcome_with_the_time_of_each_phase(
     assert changed(agent, before, 'kvmagent_callbacks_total{result="delivered"}') == 1
 
 
+def test_a_question_is_counted_as_well(agent: AgentProcess) -> None:
+    before = scrape(agent)
+    assert agent.post("/host/echo", {}).status == 200
+    answered = [series for series in scrape(agent) if series.endswith('outcome="answered"}')]
+    assert sum(changed(agent, before, series) for series in answered) == 1
+
+
 def test_refusals_are_counted_by_code_at_once_and_of_tasks(agent: AgentProcess, server: ManagementServer) -> None:
     before = scrape(agent)
     agent.post(CPU, {"vmUuid": "vm1"}, task_uuid=new_task_uuid(), callback_url=server.url)

@@ -25,7 +25,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--lang=en-US", "--hide-scrollbars"),
     *("--disable-lcd-text", "--font-render-hinting=none", "--force-device-scale-factor=1"),
-    "--force-color-profile=srgb",
+    *("--force-color-profile=srgb", "--disable-dev-shm-usage"),
 )
 FONTCONFIG = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 <fontconfig><dir>{fonts}</dir><cachedir>{cache}</cachedir></fontconfig>

@@ -11,6 +11,19 @@ from kvmagent.model.host import HostLoad
 from kvmagent_plugins.vm.requests import Blocker, Headroom, Numbers, PluggedOffline, ReadinessReply
 from tests.page.stage import NOW
 
+# The agent's remedies, but for those that the pictures show: other words for them are no other look.
+REMEDIES = {code: info.remedy for code, info in CODES.items()} | {
+    Code.LIBVIRT_UNAVAILABLE: "Check that libvirtd runs and that libvirt.uri is right, then send the command again.",
+    Code.CPU_ABOVE_MAXIMUM: "Ask for no more than the maximum, or raise <vcpu> (and the topology) in the persistent "
+    "definition and power the VM off and on.",
+    Code.GUEST_CPU_OFFLINE: "Let the guest online new vCPUs by itself: udev rule "
+    'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0", ATTR{online}="1"; '
+    "or start the guest agent (qemu-ga) and run in the guest: echo 1 > /sys/devices/system/cpu/cpuN/online.",
+    Code.GUEST_MEMORY_OFFLINE: "Let the guest online new memory by itself: kernel parameter memhp_default_state=online "
+    '(it also lasts over a reboot), or udev rule SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", '
+    'ATTR{state}="online"; or start the guest agent (qemu-ga) and run in the guest: '
+    "echo online > /sys/devices/system/memory/memoryN/state.",
+}
 GIB = 2**30
 MIB = 2**20
 
@@ -53,10 +66,10 @@ def vm(
         ready=not blockers and live,
         ready_after_restart=True,
         blockers=[
-            Blocker(code=code, message=message, remedy=CODES[code].remedy, needs_restart=code is Code.NO_MAX_MEMORY)
+            Blocker(code=code, message=message, remedy=REMEDIES[code], needs_restart=code is Code.NO_MAX_MEMORY)
             for code, message in blockers
         ],
-        warnings=[Problem(code=code, message=message, remedy=CODES[code].remedy) for code, message in warnings],
+        warnings=[Problem(code=code, message=message, remedy=REMEDIES[code]) for code, message in warnings],
         headroom=Headroom(
             cpu_num=most - has,
             memory_size=(largest or size) - size,
@@ -82,7 +95,7 @@ def unread(number: int) -> dict[str, Any]:
         "success": False,
         "error": f"reading VM {uuid}: no answer in 10 s",
         "errorCode": Code.LIBVIRT_UNAVAILABLE,
-        "remedy": CODES[Code.LIBVIRT_UNAVAILABLE].remedy,
+        "remedy": REMEDIES[Code.LIBVIRT_UNAVAILABLE],
     }
 
 
@@ -108,7 +121,7 @@ def task(
         "outcome": outcome,
         "error": error[1] if error else None,
         "errorCode": error[0] if error else None,
-        "remedy": CODES[error[0]].remedy if error else None,
+        "remedy": REMEDIES[error[0]] if error else None,
         "acceptedAt": NOW - age_s - took_s,
         "startedAt": None if state == "accepted" else NOW - age_s - took_s,
         "finishedAt": NOW - age_s if finished else None,
@@ -182,7 +195,7 @@ VMS = [
     unread(9),
 ]
 TASKS = [
-    task(9, "HotUnplugMemory", "cache-2", state="accepted", age_s=2, took_s=0),
+    task(9, "HotUnplugMemory", "cache-2", state="accepted", age_s=180, took_s=0),
     task(8, "HotPlugMemory", "ml-train", state="running", age_s=0, took_s=14),
     task(
         7,
@@ -190,10 +203,10 @@ TASKS = [
         "legacy-erp",
         outcome="refused",
         error=(Code.CPU_ABOVE_MAXIMUM, "4 vCPUs were asked for, the running definition allows at most 2"),
-        age_s=42,
+        age_s=240,
         took_s=0.02,
     ),
-    task(6, "HotPlugCpuMemory", "db-7", outcome="plugged", age_s=150, took_s=61),
+    task(6, "HotPlugCpuMemory", "db-7", outcome="plugged", age_s=420, took_s=61),
     task(
         5,
         "HotPlugCpu",
@@ -201,7 +214,7 @@ TASKS = [
         state="finished",
         outcome="online",
         delivery_error="connection refused",
-        age_s=260,
+        age_s=720,
         took_s=0.4,
     ),
     task(4, "HotPlugMemory", "web-2", outcome="online", age_s=3700, took_s=1.2),

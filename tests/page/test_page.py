@@ -12,7 +12,7 @@ from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 from tests.page.browser import Browser
-from tests.page.scene import GIB, TASKS, VMS, health, task, vm
+from tests.page.scene import GIB, REMEDIES, TASKS, VMS, health, task, vm
 from tests.page.stage import Stage
 
 CONTRAST = """
@@ -79,7 +79,7 @@ def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -
     told = browser.text("#vm-rows tbody:nth-of-type(4)")
     for code in (Code.CPU_ABOVE_MAXIMUM, Code.NO_NUMA_CELL, Code.NO_MAX_MEMORY):
         assert code in told
-        assert CODES[code].remedy in told
+        assert REMEDIES[code] in told
 
 
 def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
@@ -97,7 +97,7 @@ def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
 def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened: Callable[..., Browser]) -> None:
     tasks = opened().text("#task-list")
     assert "4 vCPUs were asked for, the running definition allows at most 2" in tasks
-    assert CODES[Code.CPU_ABOVE_MAXIMUM].remedy in tasks
+    assert REMEDIES[Code.CPU_ABOVE_MAXIMUM] in tasks
     assert "for 14 s" in tasks
     assert "waiting for its turn" in tasks
     assert "Callback not taken after 3 attempts: connection refused" in tasks
@@ -122,7 +122,7 @@ def test_a_row_that_is_open_stays_open_while_others_change(stage: Stage, opened:
     browser.wait(
         "[...document.querySelectorAll('#vm-rows .amount')].some((cell) => cell.innerText.includes('6 vCPUs'))"
     )
-    assert CODES[Code.GUEST_CPU_OFFLINE].remedy in browser.text("#vm-rows tbody:nth-of-type(2)")
+    assert REMEDIES[Code.GUEST_CPU_OFFLINE] in browser.text("#vm-rows tbody:nth-of-type(2)")
 
 
 def test_never_asks_again_before_it_was_answered(stage: Stage, opened: Callable[..., Browser]) -> None:

@@ -152,6 +152,13 @@ def test_the_level_and_the_form_change_at_run_time(output: LogOutput, file: Path
     assert [json.loads(line)["message"] for line in lines(file)] == ["seen"]
 
 
+def test_what_nobody_may_turn_off_is_written_at_any_level(output: LogOutput, file: Path) -> None:
+    output.open(section(file, level="error"))
+    log.info("unseen")
+    Log("kvmagent.test.always", always=True).info("seen")
+    assert [line.rpartition(" ")[2] for line in lines(file)] == ["seen"]
+
+
 def test_a_file_that_cannot_be_opened_leaves_what_was_in_force(output: LogOutput, file: Path, tmp_path: Path) -> None:
     output.open(section(file))
     with pytest.raises(AgentError, match=r"log\.file"):
@@ -305,4 +312,4 @@ def test_only_the_log_s_own_modules_write_without_fields() -> None:
         for path in (ROOT / "kvmagent").rglob("*.py")
         if re.search(r"^(import|from) logging", path.read_text(), re.MULTILINE)
     }
-    assert users == {"kvmagent/logs.py", "kvmagent/audit.py", "kvmagent/api/listener.py"}
+    assert users == {"kvmagent/logs.py", "kvmagent/api/listener.py"}

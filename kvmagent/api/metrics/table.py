@@ -26,8 +26,8 @@ METRICS = {
     metric.name: metric
     for metric in (
         # What happens.
-        Metric("kvmagent_commands", "counter", "Tasks that ended, by outcome.", ("command", "outcome")),
-        Metric("kvmagent_command_errors", "counter", "Tasks that ended in an error, by its code.", ("command", "code")),
+        Metric("kvmagent_commands", "counter", "Commands and questions that ended.", ("command", "outcome")),
+        Metric("kvmagent_command_errors", "counter", "Those of them that ended in an error.", ("command", "code")),
         Metric("kvmagent_requests_refused", "counter", "Requests that were refused at once.", ("code",)),
         Metric("kvmagent_callbacks", "counter", "Callbacks that were delivered, are gone or given up.", ("result",)),
         Metric("kvmagent_callback_attempts_failed", "counter", "Callbacks that were not taken and are sent again."),

@@ -18,6 +18,8 @@ from kvmagent.model.errors import AgentError
 from kvmagent.private import read_private
 
 _CONNECT_S, _READ_S = 5.0, 30.0
+# How long a server that refuses a client's certificate may take to say so.
+_ALERT_S = 2.0
 # How long a POST whose answer was lost is sent again, and with what pauses at first and at most.
 _RESEND_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 0.25, 4.0
 _UNREACHABLE = (
@@ -59,8 +61,11 @@ class Agent:
 
     def local_address(self) -> str:
         """Return the address of this host that the agent sees; found out by connecting to it."""
-        with self._errors(), socket.create_connection((self._host, self._port), _CONNECT_S) as probe:
-            return str(probe.getsockname()[0])
+        try:
+            with socket.create_connection((self._host, self._port), _CONNECT_S) as probe:
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            raise self._unreachable(error) from error
 
     def get(self, *segments: str, query: str = "", timeout_s: float = _READ_S) -> Any:
         """Return what a GET path answers; /healthz also where it answers that the agent is not ready.
@@ -69,8 +74,10 @@ class Agent:
             CtlError: no answer; a refusal.
         """
         path = "/" + "/".join(quote(segment, safe="") for segment in segments) + (f"?{query}" if query else "")
-        with self._errors():
+        try:
             reply = self._request("GET", path, None, {}, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
         if reply.status == 200 or (segments == ("healthz",) and "ready" in reply.body):
             return reply.body
         raise _refusal(reply)
@@ -104,8 +111,8 @@ class Agent:
                     raise _refusal(reply)
                 trouble = f"the agent takes no tasks now: {reply.body.get('error')}"
             except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
-                    raise unreachable(self.url, error) from error
+                if (refusal := self._find_refusal(error)) is not None:
+                    raise self._unreachable(refusal) from error
                 trouble = f"the connection was lost: {_words(error)}"
             if time.monotonic() + pause_s >= give_up_at:
                 raise CtlError(
@@ -123,10 +130,7 @@ class Agent:
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         """Raises OSError and HTTPException where no whole answer came."""
-        if self._context is None:
-            connection = http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_S)
-        else:
-            connection = http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_S, context=self._context)
+        connection = self._open()
         try:
             connection.connect()
             connection.sock.settimeout(timeout_s)
@@ -148,26 +152,42 @@ class Agent:
             "Name the agent's own address with --url; there must be no proxy between.",
         )
 
-    def _errors(self) -> "_Errors":
-        return _Errors(self.url)
+    def _open(self) -> http.client.HTTPConnection:
+        if self._context is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_S)
+        return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_S, context=self._context)
+
+    def _find_refusal(self, error: Exception) -> ssl.SSLError | None:
+        """Return why TLS was refused, if it was that which ended a connection.
+
+        In TLS 1.3 a client learns only after its handshake that its certificate, or none, is refused; a request that
+        it has sent by then resets the connection, and the alert is lost. One that sends nothing gets it.
+        """
+        if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError):
+            return error
+        if self._context is None or isinstance(error, ConnectionRefusedError):
+            return None
+        connection = self._open()
+        try:
+            connection.connect()
+            connection.sock.settimeout(_ALERT_S)
+            connection.sock.recv(1)
+        except ssl.SSLEOFError:
+            return None
+        except ssl.SSLError as refusal:
+            return refusal
+        except OSError:
+            return None
+        finally:
+            connection.close()
+        return None
+
+    def _unreachable(self, error: Exception) -> CtlError:
+        return _explain(self.url, self._find_refusal(error) or error)
 
 
-class _Errors:
-    """Turns what goes wrong with a connection into a CtlError."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, OSError | http.client.HTTPException):
-            raise unreachable(self._url, error) from error
-
-
-def unreachable(url: str, error: Exception) -> CtlError:
-    """Return the error of an agent that does not answer, or that cannot be trusted."""
+def _explain(url: str, error: Exception) -> CtlError:
+    """Return the error of an agent that does not answer, or that cannot be trusted, or does not trust us."""
     if isinstance(error, ssl.SSLCertVerificationError):
         remedy = "Name the CA that signed its certificate with --ca or KVMAGENT_CA, and the agent as it is named there."
         return CtlError(Exit.UNREACHABLE, "AGENT_NOT_TRUSTED", f"{url}: {error.verify_message}", remedy)
