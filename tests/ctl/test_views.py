@@ -44,6 +44,7 @@ def test_vms_that_hang_that_are_off_and_that_leave_cpus_offline_are_told() -> No
         },
         {
             "vmUuid": "2", "name": "db-7", "state": "running", "ready": True, "blockers": [],
+            "pluggedOffline": {"cpuNum": 2, "memorySize": 0, "ballooned": 0},
             "after": {"cpuNum": 4, "maxCpuNum": 8, "guestCpuNum": 2, "memorySize": 1536 * MIB, "freeSlots": 3,
                       "maxMemorySize": 8192 * MIB, "guestMemorySize": 1470000000},
         },
@@ -56,6 +57,7 @@ def test_vms_that_hang_that_are_off_and_that_leave_cpus_offline_are_told() -> No
         "off   shutoff      2    4      -   512 MiB      -        -      -  VM_NOT_RUNNING",
     ]
     assert paint("2", "yellow") in shown[2], "plugged, and offline in the guest"
+    assert paint("1.4 GiB", "yellow") not in shown[2]
     assert plain(view_vms([])) == ["no VMs"]
 
 
@@ -82,6 +84,7 @@ def test_readiness_tells_room_blockers_and_limits() -> None:
         "headroom": {"cpuNum": 1, "memorySize": 0, "slots": 1, "removableCpuNum": 0, "removableMemorySize": 128 * MIB,
                      "memoryGranularity": 128 * MIB, "memoryMethods": []},
         "blockers": [{"code": "NO_ACPI", "message": "no ACPI", "remedy": "Add it.", "needsRestart": True}],
+        "warnings": [{"code": "GUEST_CPU_OFFLINE", "message": "2 vCPUs", "remedy": "Online them."}],
         "changes": [{"field": "numaCells", "former": {}, "prepared": {"0": "0-7"}},
                     {"field": "acpi", "former": False, "prepared": True}],
         "clamped": [{"field": "maxMemorySize", "asked": 2**50, "prepared": 2**40, "why": "40 address bits"}],
@@ -92,6 +95,8 @@ def test_readiness_tells_room_blockers_and_limits() -> None:
         "  can give  0 vCPUs; 128 MiB",
         "  blocker  NO_ACPI: no ACPI (needs a restart)",
         "           remedy: Add it.",
+        "  warning  GUEST_CPU_OFFLINE: 2 vCPUs",
+        "           remedy: Online them.",
         "",
         "prepare would change, from the next start on:",
         "  WHAT       WAS   IS",

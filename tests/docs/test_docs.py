@@ -89,7 +89,7 @@ def test_commands_of_the_agent_exist_with_their_options(document: Path) -> None:
     context = click.Context(kvmagentctl)
     for words in commands(document):
         if words[0] == "kvmagentctl" and len(words) > 1:
-            options, command = set(own(kvmagentctl)), None
+            options, command = set(own(kvmagentctl)) | {"--help"}, None
             for word in words[1:]:
                 if command is None and (found := kvmagentctl.get_command(context, word)) is not None:
                     command, options = found, set(own(found)) | {"--help", "--json"}

@@ -47,18 +47,17 @@ def _vm_row(vm: Json) -> list[str]:
     now = vm.get("after") or {}
     is_on = now.get("cpuNum") is not None
     cpus, memory = ("cpuNum", "memorySize") if is_on else ("configCpuNum", "configMemorySize")
-    guest_cpus = _number(now.get("guestCpuNum"))
-    if is_on and now.get("guestCpuNum") is not None and now["guestCpuNum"] < now["cpuNum"]:
-        guest_cpus = paint(guest_cpus, WARN)  # plugged, and not in use
+    offline = vm.get("pluggedOffline") or {}
+    guest_cpus, guest_memory = _number(now.get("guestCpuNum")), _size(now.get("guestMemorySize"))
     return [
         str(vm.get("name") or vm["vmUuid"]),
         str(vm.get("state") or "-"),
         _number(now.get(cpus)),
         _number(now.get("maxCpuNum")),
-        guest_cpus,
+        paint(guest_cpus, WARN) if offline.get("cpuNum") else guest_cpus,
         _size(now.get(memory)),
         _size(now.get("maxMemorySize")),
-        _size(now.get("guestMemorySize")),
+        paint(guest_memory, WARN) if offline.get("memorySize") else guest_memory,
         _number(now.get("freeSlots")),
         _readiness(vm),
     ]
@@ -85,7 +84,7 @@ def view_reply(reply: Json) -> list[str]:
     if outcome not in ("refused", "planned"):
         lines += _numbers(reply.get("before") or {}, reply.get("after") or {})
     lines += _rounding(reply)
-    lines += [line for warning in reply.get("warnings") or [] for line in _problem("warning", WARN, warning)]
+    lines += _warnings(reply)
     lines += [
         f"  {paint('drift', WARN)}  {one['field']}: {_value(one['field'], one['live'])} running, "
         f"{_value(one['field'], one['config'])} in the definition"
@@ -133,6 +132,7 @@ def view_readiness(reply: Json, *, with_diff: bool) -> list[str]:
             f"  can give  {_count(room['removableCpuNum'], 'vCPU')}; {format_size(room['removableMemorySize'])}",
         ]
     lines += [line for blocker in reply.get("blockers") or [] for line in _problem("blocker", BAD, blocker)]
+    lines += _warnings(reply)
     return lines + _preparation(reply, with_diff=with_diff)
 
 
@@ -229,6 +229,10 @@ def format_step(step: Json) -> str:
     if problem:
         words.append(paint(problem if isinstance(problem, str) else problem["code"], WARN))
     return " ".join(words)
+
+
+def _warnings(reply: Json) -> list[str]:
+    return [line for warning in reply.get("warnings") or [] for line in _problem("warning", WARN, warning)]
 
 
 def _problem(kind: str, colour: str, problem: Json) -> list[str]:
