@@ -25,6 +25,9 @@ class Booted:
         self._tree = tree
 
     def __enter__(self) -> Booted:
+        # The container gets its own; systemd-nspawn takes what is mounted there, and does not start.
+        for mounted in ("dev", "proc"):
+            self._tree.debian.run("umount", "--recursive", str(self._tree.root / mounted))
         # The console goes where nobody looks: what is of interest is in the journal.
         self._container = subprocess.Popen(
             [
