@@ -5,7 +5,15 @@ Source: libvirt formatdomain. Sizes in XML carry a unit; libvirt writes KiB.
 
 from lxml import etree
 
-from kvmagent.model.facts import Definition, Hugepages, MemoryDevice, NumaCell, Vcpu
+from kvmagent.model.facts import (
+    POLICY_NAMESPACE,
+    Definition,
+    Hugepages,
+    MemoryDevice,
+    NumaCell,
+    Policy,
+    Vcpu,
+)
 from kvmagent.model.units import GIB, KIB, MIB
 
 _UNITS = {"b": 1, "bytes": 1, "KiB": KIB, "k": KIB, "MiB": MIB, "M": MIB, "GiB": GIB, "G": GIB, "TiB": 1024 * GIB}
@@ -81,6 +89,7 @@ def _read_definition(root: etree._Element) -> Definition:
         iommu_eim=root.find("./devices/iommu/driver[@eim='on']") is not None,
         cpu_shares=int(shares) if (shares := root.findtext("./cputune/shares")) else None,
         domain_id=int(number) if (number := root.get("id")) else None,
+        policy=_policy(root),
     )
 
 
@@ -218,6 +227,49 @@ def _phys_bits(root: etree._Element) -> int | None:
     if root.get("type") == "kvm" and _attribute(root, "./cpu", "mode") in ("host-passthrough", "maximum"):
         return None
     return _DEFAULT_PHYS_BITS
+
+
+def _policy(root: etree._Element) -> Policy:
+    """Return what the VM's owner allows. libvirt keeps metadata as it came, so anything may stand there."""
+    elements = [one for one in root.iterfind("./metadata/*") if etree.QName(one).namespace == POLICY_NAMESPACE]
+    if not elements:
+        return Policy()
+    element, mistakes = elements[0], list[str]()
+    if len(elements) > 1 or etree.QName(element).localname != "policy" or len(element) or (element.text or "").strip():
+        mistakes.append("it is not one empty <policy> element")
+    unknown = sorted(str(name) for name in element.attrib if name not in _POLICY)
+    mistakes += [f"{name[:40]!r} is no attribute of it" for name in unknown]
+    is_whole = not mistakes
+    return Policy(
+        hotplug=_switch(element, "hotplug", mistakes) and is_whole,
+        guest_online=_switch(element, "guestOnline", mistakes) and is_whole,
+        max_cpu_num=_ceiling(element, "maxCpuNum", mistakes),
+        max_memory_bytes=_ceiling(element, "maxMemorySize", mistakes),
+        mistakes=tuple(mistakes),
+    )
+
+
+_POLICY = frozenset({"hotplug", "guestOnline", "maxCpuNum", "maxMemorySize"})
+# What a JSON number holds exactly.
+_LARGEST_CEILING = 2**53 - 1
+
+
+def _switch(element: etree._Element, name: str, mistakes: list[str]) -> bool:
+    value = element.get(name, "on")
+    if value not in ("on", "off"):
+        mistakes.append(f"{name} is {value[:40]!r}, neither on nor off, and counts as off")
+    return value == "on"
+
+
+def _ceiling(element: etree._Element, name: str, mistakes: list[str]) -> int | None:
+    value = element.get(name)
+    if value is None:
+        return None
+    digits = len(str(_LARGEST_CEILING))
+    if value.isascii() and value.isdigit() and len(value) <= digits and int(value) <= _LARGEST_CEILING:
+        return int(value)
+    mistakes.append(f"{name} is {value[:40]!r}, not a whole number, and counts as 0")
+    return 0
 
 
 def _attribute(root: etree._Element, path: str, name: str) -> str | None:

@@ -70,6 +70,9 @@ class Code(StrEnum):
     VM_TRANSIENT = "VM_TRANSIENT"
     VM_MIGRATED = "VM_MIGRATED"
     VM_CRASHED = "VM_CRASHED"
+    VM_OPTED_OUT = "VM_OPTED_OUT"
+    ABOVE_POLICY = "ABOVE_POLICY"
+    POLICY_UNREADABLE = "POLICY_UNREADABLE"
     NOT_AS_EXPECTED = "NOT_AS_EXPECTED"
     TARGET_BELOW_CURRENT = "TARGET_BELOW_CURRENT"
     TARGET_ABOVE_CURRENT = "TARGET_ABOVE_CURRENT"
@@ -145,6 +148,11 @@ _USE_PREPARE = (
     "Let ReadyForHotplug correct the persistent definition (prepare: true), then power the VM off and start it again."
 )
 _PREPARE = "Correct the VM's persistent definition as the message says, then power the VM off and start it again."
+
+_USE_POLICY = (
+    "Its owner reads it with virsh metadata VM urn:kvmagent:policy:1, and sets another with virsh metadata VM "
+    "urn:kvmagent:policy:1 --key kvmagent --set '<policy/>' --live --config (docs/operate.md, Per-VM limits)."
+)
 
 CPU_ONLINE_HINT = (
     "Let the guest online new vCPUs by itself: udev rule "
@@ -345,6 +353,21 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
+    ),
+    Code.VM_OPTED_OUT: CodeInfo(
+        400,
+        "The VM's owner allows no hotplug of it: the policy in its metadata has hotplug off, or cannot be read.",
+        _USE_POLICY,
+    ),
+    Code.ABOVE_POLICY: CodeInfo(
+        400,
+        "The VM's owner allows it less: the policy in its metadata has a ceiling (maxCpuNum, maxMemorySize).",
+        f"Ask for no more than the message names. {_USE_POLICY}",
+    ),
+    Code.POLICY_UNREADABLE: CodeInfo(
+        200,
+        "The policy in the VM's metadata holds what cannot be read; that counts as the strictest it could have meant.",
+        _USE_POLICY,
     ),
     Code.NOT_AS_EXPECTED: CodeInfo(
         409,
@@ -549,7 +572,9 @@ CODES: dict[Code, CodeInfo] = {
         "Allow the command in qemu-ga's configuration (block-rpcs, allow-rpcs) in the guest.",
     ),
     Code.GUEST_ONLINE_NOT_ASKED: CodeInfo(
-        400, "guestOnline was false: nothing was brought online in the guest.", "Bring it online in the guest."
+        400,
+        "guestOnline was false, or off in the VM's policy: nothing was brought online in the guest.",
+        "Bring it online in the guest.",
     ),
     Code.GUEST_CPU_NOT_SEEN: CodeInfo(
         400,
@@ -610,6 +635,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
 }
 
+_LOOK_AT_POLICY = "virsh metadata VM urn:kvmagent:policy:1; virsh metadata VM urn:kvmagent:policy:1 --config"
 #: What an operator runs to see the cause of a code: on the host, or in the guest where it says so. VM is its name.
 LOOKS: dict[Code, str] = {
     Code.UNKNOWN_TASK: "kvmagentctl tasks --limit 1000",
@@ -636,6 +662,9 @@ LOOKS: dict[Code, str] = {
     Code.VM_TRANSIENT: "virsh dominfo VM",
     Code.VM_MIGRATED: "in the guest: lscpu -e",
     Code.VM_CRASHED: "tail -n 50 /var/log/libvirt/qemu/VM.log",
+    Code.VM_OPTED_OUT: _LOOK_AT_POLICY,
+    Code.ABOVE_POLICY: _LOOK_AT_POLICY,
+    Code.POLICY_UNREADABLE: _LOOK_AT_POLICY,
     Code.NO_ACPI: "kvmagentctl ready VM --prepare --diff",
     Code.MACHINE_NOT_SUPPORTED: "virsh dumpxml VM | grep '<type arch'",
     Code.FORMER_XML_NOT_KEPT: "df -h /var/lib/kvmagent; ls -l /var/lib/kvmagent/former-xml",

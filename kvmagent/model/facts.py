@@ -67,6 +67,28 @@ class Hugepages(msgspec.Struct, frozen=True):
     nodes: frozenset[int] | None = None
 
 
+#: The namespace of what an owner says of a VM in its metadata. Stable: definitions out there hold it.
+POLICY_NAMESPACE = "urn:kvmagent:policy:1"
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What the owner of a VM allows, as its definition's metadata says it; without any, everything.
+
+    `max_cpu_num` and `max_memory_bytes` are ceilings (None: none), not what the VM must come down to. `mistakes` say
+    what could not be read: each counts as the strictest that it could have meant.
+    """
+
+    hotplug: bool = True
+    guest_online: bool = True
+    max_cpu_num: int | None = None
+    max_memory_bytes: int | None = None
+    mistakes: tuple[str, ...] = ()
+
+    def allows_above(self, size_bytes: int) -> bool:
+        """Return whether the VM may have more memory than this."""
+        return self.hotplug and (self.max_memory_bytes is None or size_bytes < self.max_memory_bytes)
+
+
 class Definition(msgspec.Struct, frozen=True):
     """A VM's definition, live or persistent: the parts that hotplug depends on.
 
@@ -78,7 +100,7 @@ class Definition(msgspec.Struct, frozen=True):
     nodes, `phys_bits` the vCPUs' physical
     address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
-    every start.
+    every start. `policy` is what this definition's owner allows.
     """
 
     vcpu_current: int
@@ -108,6 +130,7 @@ class Definition(msgspec.Struct, frozen=True):
     iommu_eim: bool = False
     cpu_shares: int | None = None
     domain_id: int | None = None
+    policy: Policy = Policy()
 
     @property
     def boot_bytes(self) -> int:
@@ -123,6 +146,11 @@ class Definition(msgspec.Struct, frozen=True):
     def balloon_total_bytes(self) -> int:
         """What a fully deflated balloon leaves to the guest. Source: libvirt leaves virtio-mem out of it."""
         return self.boot_bytes + sum(device.size_bytes for device in self.devices if device.model == "dimm")
+
+    @property
+    def virtio_mem_bytes(self) -> int:
+        """What the virtio-mem devices give: the part of the memory that the balloon has no hand in."""
+        return self.memory_bytes - self.balloon_total_bytes
 
     @property
     def slots_used(self) -> int:

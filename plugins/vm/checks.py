@@ -11,6 +11,7 @@ from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
+from . import policy
 from .requests import Blocker, HotPlugMemoryRequest
 
 # Linux adds memory in blocks: the guest agent tells their size, and without it the kernel's smallest is assumed.
@@ -36,7 +37,7 @@ _NEEDED_AGENT_COMMANDS = frozenset(
 _WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
-STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY)
+STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY, Code.VM_OPTED_OUT)
 
 
 def block_bytes(facts: Facts) -> int:
@@ -85,13 +86,26 @@ def refuse_first(blockers: Iterable[Blocker]) -> None:
 
 
 def check_state(domain: Domain, affect: Affect) -> Iterator[Blocker]:
-    """The VM must be there in the form that is to be changed, and no other job may hold it."""
+    """The VM must be there in the form that is to be changed, its owner allow it, and no other job hold it."""
     if affect != "config" and domain.live is None:
         yield blocker(Code.VM_NOT_RUNNING, f"VM {domain.name} is {domain.state}, and affect is {affect}")
     if affect != "live" and domain.config is None:
         yield blocker(Code.VM_TRANSIENT, f"VM {domain.name} is transient, and affect is {affect}")
+    yield from check_opted_out(domain, affect)
     if domain.job is not None:
         yield blocker(Code.LIBVIRT_BUSY, f"VM {domain.name} has a {domain.job} job in progress")
+
+
+def check_opted_out(domain: Domain, affect: Affect) -> Iterator[Blocker]:
+    """The owner must allow hotplug of each definition to be changed."""
+    for name, definition in _definitions(domain, affect):
+        yield from policy.check_opt_out(domain, name, definition)
+
+
+def check_memory_ceiling(facts: Facts, affect: Affect, size_bytes: int) -> Iterator[Blocker]:
+    """Memory that grows to this must stay within the ceiling of each definition to be changed."""
+    for name, definition in _definitions(facts.domain, affect):
+        yield from policy.check_memory_ceiling(facts.domain, name, definition, size_bytes)
 
 
 def check_expected(facts: Facts, affect: Affect, cpu_num: int | None, memory_size: int | None) -> Iterator[Blocker]:
@@ -116,7 +130,7 @@ def check_expected(facts: Facts, affect: Affect, cpu_num: int | None, memory_siz
 
 
 def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
-    """Each definition to be changed must allow `cpu_num` vCPUs, and the host its maximum."""
+    """Each definition to be changed, and its owner, must allow `cpu_num` vCPUs, and the host its maximum."""
     for name, definition in _definitions(facts.domain, affect):
         yield from _check_machine(name, definition, _CPU_HOTPLUG_ARCHES)
         limit = vcpu_limit(facts.host, definition)
@@ -134,6 +148,7 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
                 f"{cpu_num} vCPUs were asked for, the {name} definition allows at most {definition.vcpu_maximum}",
                 needs_restart=True,
             )
+        yield from policy.check_cpu_ceiling(facts.domain, name, definition, cpu_num)
         if definition.topology is not None:
             sockets, dies, cores, threads = definition.topology
             product = sockets * dies * cores * threads

@@ -17,6 +17,7 @@ from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
 from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
+from .policy import explain_not_asked, may_online
 from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
 from .requests import HotPlugCpuRequest, Stage, VmReply
 
@@ -54,7 +55,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         config=config,
         added=request.cpu_num - current if live else 0,
         known=tuple(sorted(cpu.id for cpu in facts.guest.vcpus)) if facts.guest.vcpus is not None else None,
-        guest_online=request.guest_online,
+        guest_online=request.guest_online and may_online(facts),
         timeout_sec=request.timeout_sec,
         shares=plan_shares(facts, request.affect, request.cpu_num, scale=request.scale_shares),
     )
@@ -130,7 +131,7 @@ def find_warnings(goal: CpuGoal | None, facts: Facts | None) -> list[Problem]:
     if found:
         found += migration_warnings(facts)
     if not goal.guest_online and any(not cpu.online for cpu in guest.vcpus):
-        found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
+        found.append(explain_not_asked(facts))
     return found
 
 
@@ -183,6 +184,7 @@ HOT_PLUG_CPU = Command(
         Code.TARGET_BELOW_CURRENT,
         Code.NO_ACPI,
         Code.MACHINE_NOT_SUPPORTED,
+        Code.ABOVE_POLICY,
         Code.CPU_ABOVE_MAXIMUM,
         Code.CPU_ABOVE_HOST_LIMIT,
         Code.CPU_TOPOLOGY_MISMATCH,

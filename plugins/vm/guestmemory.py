@@ -18,6 +18,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import MIB, align_down, format_ids, format_size
 
+from .policy import explain_not_asked
 from .reply import find_stages, refused_warning, silence_warning, warning
 from .requests import Stage
 
@@ -92,7 +93,8 @@ def split_for_guest(
                     Code.GUEST_MEMORY_SHORT,
                     f"{format_size(sum(sizes_bytes))} more need {format_size(sum(sizes_bytes) // MAP_DIVISOR)} for the "
                     f"guest's page map and {format_size(GUEST_RESERVE_BYTES)} kept free, the guest has "
-                    f"{format_size(available)} available" + ("" if online else ", and guestOnline is false"),
+                    f"{format_size(available)} available"
+                    + ("" if online else f", and {explain_not_asked(facts).message}"),
                 )
             pieces.append(piece)
             left -= piece
@@ -142,7 +144,7 @@ def plug_warnings(facts: Facts, blocks: frozenset[int], *, online: bool) -> list
             )
         )
         if not online:
-            found.append(warning(Code.GUEST_ONLINE_NOT_ASKED, "guestOnline was false"))
+            found.append(explain_not_asked(facts))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import msgspec
+
 from kvmagent.model.command import Affect, Command, Ending, Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice
@@ -17,6 +19,7 @@ from .checks import (
     check_dimm_support,
     check_expected,
     check_host,
+    check_memory_ceiling,
     check_state,
     check_unlocked,
     dimm_quantum,
@@ -33,6 +36,7 @@ from .guestmemory import (
 )
 from .guestos import check_plugs_memory, check_virtio_mem, find_limits
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance, find_shortfall, find_warnings
+from .policy import may_online
 from .reply import settle, shared_fields
 from .requests import HotPlugMemoryRequest, MemoryReply
 
@@ -55,6 +59,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     """
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
+    request = msgspec.structs.replace(request, guest_online=request.guest_online and may_online(facts))
     balloon_bytes = _decide_balloon(request, facts)
     missing = {} if request.method == "balloon" else _find_missing(request, facts)
     refuse_first(check_virtio_mem(facts.guest.os) if request.method == "virtio-mem" else ())
@@ -62,10 +67,11 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     virtio_mem = _decide_virtio_mem(request, facts, missing, task_uuid) if request.method == "virtio-mem" else None
     dimms, one_by_one = _decide_dimms(request, facts, missing, task_uuid)
     plugs = bool(dimms or resizes or virtio_mem)
+    added = {target: _added_bytes(target, resizes, virtio_mem, dimms) for target in TARGETS}
+    for target in [name for name in TARGETS if added[name]]:
+        size_bytes = current_definition(facts, target).memory_bytes + added[target]
+        refuse_first(check_memory_ceiling(facts, target, size_bytes))
     main: Target = "config" if request.affect == "config" else "live"
-    added = sum(resize.requested_bytes - resize.former_bytes for resize in resizes if resize.target == main)
-    added += sum(dimm.size_bytes for dimm in dimms if (dimm.live if main == "live" else dimm.config))
-    added += virtio_mem.requested_bytes if virtio_mem else 0
     return MemoryGoal(
         balloon_bytes=balloon_bytes,
         balloon_live=balloon_bytes is not None and request.affect != "config",
@@ -77,7 +83,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         virtio_mem=virtio_mem,
         back_online=() if plugs or request.affect == "config" or not request.guest_online else find_idle(facts),
         known_blocks=frozenset(block.index for block in facts.guest.blocks or () if resizes or virtio_mem),
-        total_bytes=current_definition(facts, request.affect).memory_bytes + added,
+        total_bytes=current_definition(facts, request.affect).memory_bytes + added[main],
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
     )
@@ -111,6 +117,20 @@ def explain(ending: Ending) -> list[Problem]:
     virtio_mem = goal.virtio_mem is not None or any(resize.target == "live" for resize in goal.resizes)
     limits = find_limits(before.guest.os, dimm=any(dimm.live for dimm in goal.dimms), virtio_mem=virtio_mem)
     return limits + explain_free(ending)
+
+
+def _added_bytes(
+    target: Target,
+    resizes: tuple[PlannedResize, ...],
+    virtio_mem: PlannedVirtioMem | None,
+    dimms: tuple[PlannedDimm, ...],
+) -> int:
+    """Return what all that is planned adds to one definition."""
+    added = sum(resize.requested_bytes - resize.former_bytes for resize in resizes if resize.target == target)
+    added += sum(dimm.size_bytes for dimm in dimms if (dimm.live if target == "live" else dimm.config))
+    if virtio_mem and (virtio_mem.live if target == "live" else virtio_mem.config):
+        added += virtio_mem.requested_bytes
+    return added
 
 
 def _find_missing(request: HotPlugMemoryRequest, facts: Facts) -> dict[Target, int]:
@@ -221,6 +241,8 @@ def _decide_balloon(request: HotPlugMemoryRequest, facts: Facts) -> int | None:
         raise _below_current(facts, request.memory_size, actual, "")
     if request.affect != "config":
         refuse_first(check_host(facts, wanted - actual))
+    if wanted > actual:
+        refuse_first(check_memory_ceiling(facts, request.affect, wanted + current.virtio_mem_bytes))
     return wanted
 
 
@@ -353,6 +375,7 @@ HOT_PLUG_MEMORY = Command(
         Code.NO_NUMA_CELL,
         Code.NUMA_CELLS_INCOMPLETE,
         Code.NUMA_NODE_NOT_FOUND,
+        Code.ABOVE_POLICY,
         Code.MEMORY_ABOVE_MAXIMUM,
         Code.MEMORY_ENCRYPTED,
         Code.MEMORY_HARD_LIMIT,

@@ -8,7 +8,7 @@ from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import CellShape, Shape
 from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
 
-from .checks import X86_BLOCK_BYTES, vcpu_limit
+from .checks import X86_BLOCK_BYTES, check_opted_out, refuse_first, vcpu_limit
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
 # Room that a VM without any is given where the request names none, in multiples of what it has.
@@ -36,9 +36,10 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
     """Return the shape that allows for the request's maxima: nothing in it is less than the definition has.
 
     Raises:
-        AgentError: VM_TRANSIENT; MACHINE_NOT_SUPPORTED; TARGET_BELOW_CURRENT.
+        AgentError: VM_TRANSIENT; VM_OPTED_OUT; MACHINE_NOT_SUPPORTED; TARGET_BELOW_CURRENT.
     """
     config = facts.get_config()
+    refuse_first(check_opted_out(facts.domain, "config"))
     if config.arch not in PREPARABLE_ARCHES or config.machine.startswith(("microvm", "isapc")):
         raise AgentError(
             Code.MACHINE_NOT_SUPPORTED, f"VM {facts.domain.name} is a {config.machine} of architecture {config.arch}"
@@ -72,7 +73,10 @@ def _plan_vcpus(
             f"maxCpuNum is {asked}, VM {facts.domain.name} has {config.vcpu_current} vCPUs",
             remedy="Ask for a maximum that is not below what the VM has.",
         )
-    limit = vcpu_limit(facts.host, config)
+    limit, ceiling = vcpu_limit(facts.host, config), config.policy.max_cpu_num
+    why = f"the hypervisor gives at most {limit} to a {config.machine} ({config.hypervisor})"
+    if ceiling is not None and ceiling < limit:
+        limit, why = ceiling, f"the VM's policy allows at most {ceiling}"
     if asked is None:
         grown = config.vcpu_maximum > config.vcpu_current
         asked = config.vcpu_maximum if grown else min(limit, DEFAULT_GROWTH * config.vcpu_current)
@@ -83,7 +87,6 @@ def _plan_vcpus(
     maximum = align_up(wanted, unit)
     if maximum > max(limit, config.vcpu_maximum):
         maximum = max(align_down(limit, unit), config.vcpu_maximum)
-        why = f"the hypervisor gives at most {limit} to a {config.machine} ({config.hypervisor})"
         clamped.append(Clamp(field="maxCpuNum", asked=wanted, prepared=maximum, why=why))
     elif maximum != wanted:
         why = f"whole sockets of {unit} vCPUs"
@@ -107,11 +110,13 @@ def _plan_max_memory(
     former = config.max_memory_bytes or config.total_bytes
     wanted = align_up(max(asked, request.memory_size or 0, former), X86_BLOCK_BYTES)
     bits = config.phys_bits or facts.host.phys_bits or _DEFAULT_PHYS_BITS
-    ceiling = _addressable_bytes(bits, slots)
+    ceiling, allowed = _addressable_bytes(bits, slots), config.policy.max_memory_bytes
+    why = f"the vCPUs have {bits} physical address bits, which leave {format_size(ceiling)} with {slots} slots"
+    if allowed is not None and allowed < ceiling:
+        ceiling, why = align_down(allowed, X86_BLOCK_BYTES), f"the VM's policy allows at most {format_size(allowed)}"
     if wanted <= ceiling or wanted == former:
         return wanted
     prepared = max(ceiling, former)
-    why = f"the vCPUs have {bits} physical address bits, which leave {format_size(ceiling)} with {slots} slots"
     clamped.append(Clamp(field="maxMemorySize", asked=wanted, prepared=prepared, why=why))
     return prepared
 

@@ -19,6 +19,8 @@ from .checks import (
     check_dimm_support,
     check_expected,
     check_guest,
+    check_memory_ceiling,
+    check_opted_out,
     check_state,
     dimm_quantum,
     vcpu_quantum,
@@ -147,6 +149,7 @@ def _blockers_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> It
     if facts.domain.config is None:
         yield from check_state(facts.domain, "config")
         return
+    yield from check_opted_out(facts.domain, "config")
     yield from _definition_blockers(request, facts, "config")
     if not facts.domain.config.agent_channel:
         yield blocker(Code.GUEST_AGENT_ABSENT, "the persistent definition has no guest-agent channel")
@@ -163,6 +166,8 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
     wanted = definition.memory_bytes + quantum if request.memory_size is None else request.memory_size
     added = align_up(max(0, wanted - definition.memory_bytes), quantum)
     yield from check_dimm_room(facts, affect, (added,) if added else (), node=None)
+    if added:
+        yield from check_memory_ceiling(facts, affect, definition.memory_bytes + added)
     yield from check_balloon(facts, affect, 0)
 
 
@@ -178,17 +183,27 @@ def _headroom(facts: Facts) -> Headroom | None:
         return None
     slots = definition.slots - definition.slots_used if definition.max_memory_bytes is not None else 0
     room = (definition.max_memory_bytes or 0) - definition.total_bytes if slots > 0 else 0
-    os = facts.guest.os
+    os, policy, balloon_bytes = facts.guest.os, definition.policy, facts.domain.balloon_bytes or 0
+    most_cpus = definition.vcpu_maximum
+    if policy.max_cpu_num is not None:
+        most_cpus = min(most_cpus, policy.max_cpu_num)
+    if policy.max_memory_bytes is not None:
+        room = min(room, policy.max_memory_bytes - definition.memory_bytes)
+    if not policy.hotplug:
+        return Headroom(0, 0, 0, 0, 0, memory_granularity=dimm_quantum(facts, None), memory_methods=[])
     fixed = definition.hypervisor == "qemu" or any(check_gives_up(os))
     removable = 0 if fixed else sum(vcpu.enabled and vcpu.hotpluggable for vcpu in definition.vcpus)
     methods = {
-        "balloon": definition.balloon and (facts.domain.balloon_bytes or 0) < definition.balloon_total_bytes,
+        "balloon": definition.balloon
+        and balloon_bytes < definition.balloon_total_bytes
+        and policy.allows_above(balloon_bytes + definition.virtio_mem_bytes),
         "virtio-mem": (any(device.room_bytes for device in definition.virtio_mems) or room > 0)
+        and policy.allows_above(definition.memory_bytes)
         and not any(check_virtio_mem(os)),
         "dimm": room > 0 and not any(check_plugs_memory(os)),
     }
     return Headroom(
-        cpu_num=definition.vcpu_maximum - definition.vcpu_current,
+        cpu_num=max(0, most_cpus - definition.vcpu_current),
         memory_size=max(0, room),
         slots=max(0, slots),
         removable_cpu_num=removable,
@@ -210,5 +225,11 @@ READY_FOR_HOTPLUG = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
-    refusals=(Code.VM_NOT_FOUND, Code.VM_TRANSIENT, Code.MACHINE_NOT_SUPPORTED, Code.TARGET_BELOW_CURRENT),
+    refusals=(
+        Code.VM_NOT_FOUND,
+        Code.VM_TRANSIENT,
+        Code.VM_OPTED_OUT,
+        Code.MACHINE_NOT_SUPPORTED,
+        Code.TARGET_BELOW_CURRENT,
+    ),
 )

@@ -9,6 +9,7 @@ from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Facts, Guest
 from kvmagent.model.steps import AnyStep, DefineShape, Step
 
+from .policy import find_mistakes
 from .requests import Drift, Numbers, Stage
 
 
@@ -30,7 +31,8 @@ def shared_fields(
         "memory_size": after.memory_size,
         "before": before,
         "after": after,
-        "warnings": _planned_warnings(ending) if outcome in ("refused", "planned") else _warnings(ending, warnings),
+        "warnings": find_mistakes(ending.after or ending.before)
+        + (_planned_warnings(ending) if outcome in ("refused", "planned") else _warnings(ending, warnings)),
         "stages": stages or [],
         "steps": _steps(ending),
         "drift": drift(ending.after),

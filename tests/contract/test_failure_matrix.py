@@ -16,6 +16,7 @@ import libvirt
 import pytest
 
 from kvmagent.hypervisor.node import Node
+from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.model.steps import AnyStep, AttachMemory, AttachVirtioMem, SetVcpus
 from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node, open_node
 from tests.fakes.libvirt import libvirt_error, qemu_error
@@ -52,6 +53,11 @@ def dimm(size_mib: int = 128, alias: str = "ua-old") -> AttachMemory:
     return AttachMemory(alias=alias, size_bytes=size_mib * MIB, node=0, live=True, config=True)
 
 
+def own(attributes: str) -> str:
+    """The owner's policy, put where only devices are asked for."""
+    return f"</devices><metadata><policy xmlns='{POLICY_NAMESPACE}' {attributes}/></metadata><devices>"
+
+
 VIRTIO_MEM = AttachVirtioMem(
     alias="ua-vm", size_bytes=1 * GIB, block_bytes=2 * MIB, requested_bytes=0, node=0, live=True, config=True
 )
@@ -80,6 +86,33 @@ ROWS = {
         "NOT_AS_EXPECTED",
         "2 vCPUs were expected, VM vm1 has 1",
         "fresh taskuuid",
+    ),
+    "vcpus of a vm whose owner wants none": Row(
+        CPU,
+        {"cpuNum": 2},
+        "refused",
+        "VM_OPTED_OUT",
+        "VM vm1's running definition has hotplug off",
+        f"virsh metadata vm1 {POLICY_NAMESPACE} --key kvmagent --set '<policy/>' --live --config",
+        spec={"devices_xml": own("hotplug='off'")},
+    ),
+    "vcpus above what the owner allows": Row(
+        CPU,
+        {"cpuNum": 3},
+        "refused",
+        "ABOVE_POLICY",
+        "allows at most 2",
+        "--set '<policy maxCpuNum=\"3\"/>' --live --config",
+        spec={"devices_xml": own("maxCpuNum='2'")},
+    ),
+    "memory above a ceiling that cannot be read": Row(
+        MEMORY,
+        MORE_MEMORY,
+        "refused",
+        "ABOVE_POLICY",
+        "maxMemorySize is '4G', not a whole number, and counts as 0",
+        "--set '<policy maxMemorySize=\"536870912\"/>' --live --config",
+        spec={"devices_xml": own("maxMemorySize='4G'")},
     ),
     "vcpu plug that QEMU refuses": Row(
         CPU,

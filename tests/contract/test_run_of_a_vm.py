@@ -10,8 +10,9 @@ import libvirt
 import pytest
 
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.model.facts import POLICY_NAMESPACE, Policy
 from kvmagent.model.steps import SetVcpus
-from tests.fakes.agent import open_node
+from tests.fakes.agent import carry_out, open_node
 from tests.lab.agent import find_free_port
 from tests.lab.domainxml import GuestSpec
 from tests.lab.libvirtd import PrivateLibvirtd
@@ -54,6 +55,42 @@ def test_a_run_ends_with_its_process_and_a_process_is_found_by_its_vm(lab: Any, 
         assert find_pid(ROOT, first.domain.uuid) is None
         guest.start_paused()
         assert node.observe("runs", frozenset()).run not in (None, first.run)
+
+
+@pytest.mark.guest
+def test_what_the_owner_sets_as_metadata_is_read_in_each_definition_and_stays(
+    lab: Any, define: Any, tmp_path: Path
+) -> None:
+    """As virsh metadata --key kvmagent --set sets it, with and without --live and --config."""
+    guest = define(GuestSpec(name="owned"))
+    live, config = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+
+    def set_policy(xml: str, flags: int) -> None:
+        with guest.domain() as domain:
+            domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, xml, "kvmagent", POLICY_NAMESPACE, flags)
+
+    with open_node(lab.uri, tmp_path) as node:
+
+        def policies() -> tuple[Policy, Policy]:
+            facts = node.observe("owned", frozenset())
+            return facts.get_live().policy, facts.get_config().policy
+
+        assert policies() == (Policy(), Policy())
+        set_policy("<policy maxCpuNum='2' guestOnline='off'/>", live | config)
+        allowed = Policy(max_cpu_num=2, guest_online=False)
+        assert policies() == (allowed, allowed)
+        set_policy("<policy hotplug='off'/>", config)
+        assert policies() == (allowed, Policy(hotplug=False))
+        # A definition that is changed keeps it, and so does the next start.
+        node.perform("owned", SetVcpus(count=2, target="config"))
+        with guest.domain() as domain:
+            domain.destroy()
+        guest.start_paused()
+        assert policies() == (Policy(hotplug=False), Policy(hotplug=False))
+        refused = carry_out(node, "HotPlugCpu", vmUuid="owned", cpuNum=3)
+        assert (refused["outcome"], refused["errorCode"]) == ("refused", "VM_OPTED_OUT")
+        set_policy("<policy/>", live | config)
+        assert policies() == (Policy(), Policy())
 
 
 @pytest.mark.guest

@@ -14,6 +14,7 @@ import pytest
 from lxml import etree
 
 from kvmagent.hypervisor.domainxml import format_dimm, format_virtio_mem
+from kvmagent.model.facts import POLICY_NAMESPACE
 from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
@@ -149,6 +150,18 @@ def allow_vcpus(maximum: int) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+def own(attributes: str, where: str = "both") -> Callable[[FakeDomain], None]:
+    """Put the owner's policy into a definition's metadata."""
+
+    def arrange(domain: FakeDomain) -> None:
+        xml = f"<metadata><policy xmlns='{POLICY_NAMESPACE}' {attributes}/></metadata>"
+        for name, root in (("live", domain.live), ("config", domain.config)):
+            if root is not None and where in ("both", name):
+                root.append(etree.fromstring(xml))
+
+    return arrange
+
+
 HUGE_1G = "<memoryBacking><hugepages><page size='1' unit='GiB'/></hugepages></memoryBacking>"
 SHARES = "<cputune><shares>1024</shares></cputune>"
 WINDOWS = {"id": "mswindows", "pretty-name": "Windows Server 2022 Standard", "kernel-release": "20348"}
@@ -219,6 +232,55 @@ CASES = {
         LESS_MEMORY, {"memorySize": 256 * MIB, "expectedMemorySize": 256 * MIB}, arrange=plug(128)
     ),
     "ready-not-as-expected": Case(READY, {"expectedCpuNum": 2, "expectedMemorySize": 512 * MIB}),
+    "cpu-refused-opted-out": Case(CPU, {"cpuNum": 2}, arrange=own("hotplug='off' maxCpuNum='3'")),
+    "cpu-refused-opted-out-of-the-next-start": Case(CPU, {"cpuNum": 2}, arrange=own("hotplug='off'", "config")),
+    "cpu-live-only-where-the-next-start-is-opted-out": Case(
+        CPU, {"cpuNum": 2, "affect": "live"}, arrange=own("hotplug='off'", "config")
+    ),
+    "cpu-refused-opted-out-by-mistake": Case(CPU, {"cpuNum": 2}, arrange=own("hotplug='of'")),
+    "cpu-refused-above-policy": Case(CPU, {"cpuNum": 3}, arrange=own("maxCpuNum='2' maxMemorySize='268435456'")),
+    "cpu-up-to-policy": Case(CPU, {"cpuNum": 2}, arrange=own("maxCpuNum='2'")),
+    "cpu-above-policy-already": Case(CPU, {"cpuNum": 2}, spec={"vcpus": 2}, arrange=own("maxCpuNum='1'")),
+    "cpu-online-not-allowed": Case(CPU, {"cpuNum": 2}, arrange=own("guestOnline='off'")),
+    "cpu-online-not-allowed-by-mistake": Case(CPU, {"cpuNum": 2}, arrange=own("guestOnline='maybe'")),
+    "memory-refused-opted-out": Case(MEMORY, {"memorySize": 512 * MIB}, arrange=own("hotplug='off'")),
+    "memory-refused-above-policy": Case(
+        MEMORY, {"memorySize": 512 * MIB}, arrange=own(f"maxMemorySize='{384 * MIB}'", "config")
+    ),
+    "memory-refused-above-policy-by-rounding": Case(
+        MEMORY, {"memorySize": 300 * MIB}, arrange=own(f"maxMemorySize='{300 * MIB}'")
+    ),
+    "memory-refused-above-policy-by-virtio-mem": Case(
+        MEMORY,
+        {"memorySize": 512 * MIB, "method": "virtio-mem"},
+        arrange=own(f"maxMemorySize='{384 * MIB}'"),
+    ),
+    "memory-refused-above-policy-by-balloon": Case(
+        MEMORY,
+        {"memorySize": 256 * MIB, "method": "balloon"},
+        arrange=then(inflate_balloon(200), own(f"maxMemorySize='{220 * MIB}'")),
+    ),
+    "memory-up-to-policy": Case(MEMORY, {"memorySize": 512 * MIB}, arrange=own(f"maxMemorySize='{512 * MIB}'")),
+    "memory-online-not-allowed": Case(MEMORY, {"memorySize": 384 * MIB}, arrange=own("guestOnline='off'")),
+    "cpumem-refused-above-policy": Case(BOTH, {"cpuNum": 3, "memorySize": 512 * MIB}, arrange=own("maxCpuNum='2'")),
+    "less-cpu-refused-opted-out": Case(
+        LESS_CPU, {"cpuNum": 1}, domain=KVM, arrange=then(plug_vcpus(3), own("hotplug='off'"))
+    ),
+    "less-cpu-above-policy": Case(
+        LESS_CPU, {"cpuNum": 2}, domain=KVM, arrange=then(plug_vcpus(3), own("maxCpuNum='1'"))
+    ),
+    "less-memory-refused-opted-out": Case(
+        LESS_MEMORY, {"memorySize": 256 * MIB}, arrange=then(plug(128), own("hotplug='off'"))
+    ),
+    "prepare-refused-opted-out": Case(READY, {"prepare": True}, arrange=own("hotplug='off'")),
+    "prepare-clamped-by-policy": Case(
+        READY,
+        {"prepare": True, "maxCpuNum": 8, "maxMemorySize": 16 * GIB},
+        arrange=own(f"maxCpuNum='6' maxMemorySize='{8 * GIB}'"),
+    ),
+    "ready-not-opted-out": Case(READY, {}, arrange=own("hotplug='off'")),
+    "ready-not-above-policy": Case(READY, {}, arrange=own(f"maxCpuNum='1' maxMemorySize='{256 * MIB}'")),
+    "ready-limited-by-policy": Case(READY, {}, arrange=own(f"maxCpuNum='2' maxMemorySize='{512 * MIB}'")),
     "cpu-shares-follow": Case(CPU, {"cpuNum": 3, "scaleShares": True}, arrange=add_xml(".", SHARES)),
     "cpu-shares-not-asked": Case(CPU, {"cpuNum": 3}, arrange=add_xml(".", SHARES)),
     "cpu-shares-not-set": Case(CPU, {"cpuNum": 3, "scaleShares": True}),

@@ -1,7 +1,7 @@
 import pytest
 
 from kvmagent.hypervisor.domainxml import format_dimm, is_agent_connected, parse_definition
-from kvmagent.model.facts import MemoryDevice, Vcpu
+from kvmagent.model.facts import POLICY_NAMESPACE, MemoryDevice, Policy, Vcpu
 
 MIB = 1024 * 1024
 # As libvirt 9.0 writes it, cut to what hotplug depends on; the description is a user's own words.
@@ -91,6 +91,52 @@ def test_vcpus_that_libvirt_does_not_list_are_the_first_ones_and_fixed() -> None
 def test_a_balloon_of_model_none_is_no_balloon(model: str | None) -> None:
     balloon = "" if model is None else f"<memballoon model='{model}'/>"
     assert not parse_definition(LIVE.replace("<memballoon model='virtio'/>", balloon)).balloon
+
+
+def policy_of(xml: str) -> Policy:
+    metadata = f"<metadata><o:other xmlns:o='urn:other' hotplug='off'/>{xml}</metadata>"
+    return parse_definition(LIVE.replace("<os>", metadata + "<os>").replace("NS", POLICY_NAMESPACE)).policy
+
+
+def test_a_vm_whose_owner_says_nothing_is_free() -> None:
+    assert parse_definition(LIVE).policy == policy_of("") == policy_of("<policy xmlns='NS'/>") == Policy()
+
+
+def test_reads_what_the_owner_allows() -> None:
+    assert policy_of("<k:policy xmlns:k='NS' hotplug='off' guestOnline='on'/>") == Policy(hotplug=False)
+    assert policy_of("<k:policy xmlns:k='NS' maxCpuNum='8' maxMemorySize='17179869184' guestOnline='off'/>") == Policy(
+        guest_online=False, max_cpu_num=8, max_memory_bytes=16 * 1024 * MIB
+    )
+
+
+@pytest.mark.parametrize("value", ["", "no", "false", "OFF", "0", " off"])
+def test_a_switch_that_cannot_be_read_is_off_and_told(value: str) -> None:
+    policy = policy_of(f"<policy xmlns='NS' hotplug='{value}' guestOnline='{value}'/>")
+    assert (policy.hotplug, policy.guest_online, len(policy.mistakes)) == (False, False, 2)
+    assert repr(value) in policy.mistakes[0]
+
+
+@pytest.mark.parametrize("value", ["", "8 GiB", "-1", "1e3", "1_0", "\u0663", str(2**53), "9" * 5000])
+def test_a_ceiling_that_cannot_be_read_is_zero_and_told(value: str) -> None:
+    policy = policy_of(f"<policy xmlns='NS' maxCpuNum='{value}' maxMemorySize='{value}'/>")
+    assert (policy.max_cpu_num, policy.max_memory_bytes, len(policy.mistakes)) == (0, 0, 2)
+    assert all(len(words) < 120 for words in policy.mistakes)
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        "<policy xmlns='NS' maxCpus='8'/>",
+        "<policies xmlns='NS'/>",
+        "<policy xmlns='NS'/><policy xmlns='NS'/>",
+        "<policy xmlns='NS'>hotplug=off</policy>",
+        "<policy xmlns='NS'><hotplug>off</hotplug></policy>",
+    ],
+)
+def test_a_policy_of_another_shape_allows_nothing_and_is_told(xml: str) -> None:
+    policy = policy_of(xml)
+    assert (policy.hotplug, policy.guest_online) == (False, False)
+    assert policy.mistakes
 
 
 def test_opens_no_entity_and_no_file() -> None:

@@ -3,6 +3,7 @@
 The fake goes through the same contract tests as the lab, and the executor is the real one.
 """
 
+import copy
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
+from kvmagent.hypervisor.domainxml import parse_definition
+from kvmagent.model.facts import POLICY_NAMESPACE
 from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import DEBIAN, FakeDomain
 from tests.lab.domainxml import GuestSpec
@@ -147,6 +150,37 @@ def check_reached(vm: Vm, command: str, fields: dict[str, Any], reply: dict[str,
         if command == "HotPlugMemory" and not fields.get("strict"):
             assert reply["applied"] - fields["memorySize"] < vm.quantum_mib * MIB
     assert reply["drift"] == []
+
+
+@examples
+@given(
+    vm=vms(),
+    cpus=st.none() | st.integers(0, 8),
+    blocks=st.none() | st.integers(0, 20),
+    where=st.sampled_from(["both", "live", "config"]),
+    sequence=st.lists(commands, min_size=1, max_size=3),
+)
+def test_no_command_brings_a_vm_above_what_its_owner_allows(
+    vm: Vm, cpus: int | None, blocks: int | None, where: str, sequence: list[tuple[str, dict[str, Any]]]
+) -> None:
+    policy = etree.Element(f"{{{POLICY_NAMESPACE}}}policy")
+    for name, ceiling in (("maxCpuNum", cpus), ("maxMemorySize", None if blocks is None else blocks * BLOCK_MIB * MIB)):
+        if ceiling is not None:
+            policy.set(name, str(ceiling))
+    for name, root in (("live", vm.domain.live), ("config", vm.domain.config)):
+        if where in ("both", name):
+            etree.SubElement(root, "metadata").append(copy.deepcopy(policy))
+    for command, fields in sequence:
+        before = [parse_definition(xml) for xml in vm.xml()]
+        vm.send(command, **fields)
+        for was, has in zip(before, [parse_definition(xml) for xml in vm.xml()], strict=True):
+            assert has.policy == was.policy
+            if has.policy.max_cpu_num is not None:
+                assert has.vcpu_current <= max(was.vcpu_current, has.policy.max_cpu_num)
+            if has.policy.max_memory_bytes is not None:
+                assert has.memory_bytes <= max(was.memory_bytes, has.policy.max_memory_bytes)
+                usable = [one.current_bytes + one.virtio_mem_bytes for one in (was, has)]
+                assert usable[1] <= max(usable[0], has.policy.max_memory_bytes)
 
 
 @examples
