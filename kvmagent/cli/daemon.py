@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import os
 import queue
 import resource
@@ -49,6 +50,9 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
         process.log_output.open(settings.log)
         agent = Agent(settings, load_plugins(settings.agent.plugins), fault=fault)
         agent.start()
+        # What is there now stays: looking through it for garbage again and again holds all threads up.
+        gc.collect()
+        gc.freeze()
     except AgentError as error:
         print(f"kvmagent: {error.code}: {error.message}\nkvmagent: remedy: {error.remedy}", file=sys.stderr)
         if process.log_output.is_file:
