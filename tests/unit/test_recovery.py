@@ -6,10 +6,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from lxml import etree
 
+from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, Task
-from tests.fakes.agent import COMMANDS, MIB, make_domain, make_node
+from tests.fakes.agent import COMMANDS, MIB, carry_out, make_domain, make_node
 from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
 from tests.lab.domainxml import GuestSpec
 
@@ -28,9 +30,9 @@ class Agent:
         self.point = ""
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
-        node = make_node(directory, self.domain)
+        self.node = make_node(directory, self.domain)
         self.executor = Executor(
-            node,
+            self.node,
             self.journal,
             COMMANDS,
             on_finished=lambda owed: None,
@@ -75,6 +77,22 @@ def test_what_an_earlier_run_did_is_told_as_done_and_not_as_unchanged(agent: Age
     assert (reply["recovered"], reply["before"]["cpuNum"], reply["after"]["cpuNum"]) == (True, 1, 2)
     assert reply["outcome"] == "plugged"
     assert reply["steps"][0]["step"] == "SetVcpus"
+
+
+def test_a_task_that_has_its_goal_goes_on_though_the_owner_opts_out_meanwhile(agent: Agent) -> None:
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
+    agent.point = "step:done"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    for root in (agent.domain.live, agent.domain.config):
+        xml = f"<metadata><policy xmlns='{POLICY_NAMESPACE}' hotplug='off'/></metadata>"
+        root.append(etree.fromstring(xml))
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    reply = agent.reply()
+    assert (reply["outcome"], reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == ("online", 2, 2)
+    again = carry_out(agent.node, "HotPlugCpu", vmUuid="vm1", cpuNum=3)
+    assert (again["outcome"], again["errorCode"]) == ("refused", "VM_OPTED_OUT")
 
 
 def test_a_task_is_not_refused_by_its_own_effect(agent: Agent) -> None:
