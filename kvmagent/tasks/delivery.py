@@ -114,6 +114,8 @@ class Delivery:
         """
         if owed.callback_url == NO_CALLBACK:
             self._journal.settle(owed.task_uuid, "delivered", None)
+            with self._changed:
+                self._drop(owed)
             return
         parts = urlsplit(owed.callback_url)
         # Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
@@ -301,6 +303,21 @@ class Delivery:
         if not owed:
             del destination.lanes[lane]
 
+    def _drop(self, unwanted: Owed) -> None:
+        """Forget a callback that is no longer wanted; one that is under way is found settled by its next try."""
+        for destination in self._destinations.values():
+            lane = unwanted.lane
+            if destination.busy != lane and unwanted.task_uuid in destination.lanes.get(lane, {}):
+                self._forget(destination, lane, unwanted.task_uuid)
+                self._drop_due(destination)
+                destination.scheduled_at = None
+                self._schedule(destination)
+
+    def _drop_due(self, destination: _Destination) -> None:
+        """Take what is owed nothing any more out of what is due."""
+        destination.due = [entry for entry in destination.due if entry[2] in destination.lanes]
+        heapq.heapify(destination.due)
+
     def _forget_old(self, destination: _Destination) -> list[str]:
         """Forget what this destination has been owed for too long, and return it: it has just been tried once more."""
         oldest, old = self._clock() - self._give_up_s, []
@@ -308,8 +325,7 @@ class Delivery:
             for task_uuid in [task_uuid for task_uuid, owed_at in owed.items() if owed_at <= oldest]:
                 self._forget(destination, lane, task_uuid)
                 old.append(task_uuid)
-        destination.due = [entry for entry in destination.due if entry[2] in destination.lanes]
-        heapq.heapify(destination.due)
+        self._drop_due(destination)
         return old
 
     def _give_up(self, destination: _Destination, task_uuid: str) -> None:

@@ -17,7 +17,7 @@ LIFE_S = (0.02, 0.6)
 # How far a client runs ahead of its results: enough that something is always queued, running and owed.
 AHEAD = 6
 # libvirt's test driver gives a VM no more; each client therefore has several VMs, one after the other.
-MAX_VCPUS, VMS_PER_CLIENT = 32, 8
+MAX_VCPUS, VMS_PER_CLIENT = 32, 24
 # Time for a client to look again.
 PAUSE_S = 0.01
 

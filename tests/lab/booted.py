@@ -7,6 +7,7 @@ The container has its own cgroup, and the host's network. It ends with `FreshDeb
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -46,7 +47,8 @@ class Booted:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._container.send_signal(signal.SIGKILL)
+        # With its first process the container ends, and with it systemd-nspawn, which holds our pipe.
+        os.kill(self._leader, signal.SIGKILL)
         self._container.communicate()
 
     def run(self, *command: str) -> str:
