@@ -43,6 +43,7 @@ from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.dump import dump_state
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.late import LateRemovals
@@ -128,6 +129,7 @@ class Agent:
             meters=metrics,
         )
         self._late = LateRemovals(self._journal, self._put)
+        self._hooks = Hooks(settings.hooks.directory, timeout_s=settings.hooks.timeout_sec)
         self._executor = Executor(
             node,
             self._journal,
@@ -135,6 +137,7 @@ class Agent:
             on_finished=self._delivery.put,
             on_pending=self._late.add,
             on_progress=self._reports.tell_progress,
+            hooks=self._hooks,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
             meters=metrics,
@@ -204,6 +207,7 @@ class Agent:
     def _start(self) -> None:
         self._security.load()
         self._callbacks.load()
+        self._hooks.check()
         make_private_directory(self._state_dir, "agent.state_dir")
         self._lock_fd = _lock(self._state_dir / "lock")
         # A port that is taken is found out before any VM is touched.
@@ -235,6 +239,7 @@ class Agent:
         log.info("agent stopping", running=len(self._lanes.running()), queued=self._lanes.depth())
         self._executor.stop()
         self._lanes.stop(self._settings.agent.stop_timeout_sec)
+        self._hooks.stop()
         self._delivery.stop(_LAST_CALLBACKS_S)
         self._close()
         log.info("agent stopped")

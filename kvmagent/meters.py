@@ -18,7 +18,7 @@ from typing import Literal
 
 from kvmagent.model.facts import Facts
 
-Phase = Literal["queue", "plan", "journal", "libvirt", "guest", "callback"]
+Phase = Literal["queue", "plan", "journal", "libvirt", "guest", "hook", "callback"]
 
 
 class Meters:

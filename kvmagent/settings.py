@@ -150,6 +150,21 @@ class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 300
 
 
+class HooksSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The operator's own executables around each change of a VM."""
+
+    directory: Annotated[
+        str,
+        Meta(
+            description="Absolute path of a directory whose before.d/ and after.d/ hold them, writable by root and the "
+            "agent's user alone; empty: none"
+        ),
+    ] = ""
+    timeout_sec: Annotated[
+        int, Meta(ge=1, le=300, description="Seconds that those of before.d, or of after.d, may take in all for a task")
+    ] = 10
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings, checked."""
 
@@ -160,6 +175,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     security: SecuritySection = SecuritySection()
     log: LogSection = LogSection()
     metrics: MetricsSection = MetricsSection()
+    hooks: HooksSection = HooksSection()
 
 
 def parse_settings(text: str, overrides: Iterable[str] = ()) -> Settings:

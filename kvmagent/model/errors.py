@@ -55,6 +55,7 @@ class Code(StrEnum):
     JOURNAL_UNAVAILABLE = "JOURNAL_UNAVAILABLE"
     TASK_UNREADABLE = "TASK_UNREADABLE"
     STATE_DIR_IN_USE = "STATE_DIR_IN_USE"
+    REFUSED_BY_HOOK = "REFUSED_BY_HOOK"
     INTERNAL_ERROR = "INTERNAL_ERROR"
     BAD_CONFIGURATION = "BAD_CONFIGURATION"
     # libvirt
@@ -302,6 +303,13 @@ CODES: dict[Code, CodeInfo] = {
         500,
         "Another agent runs with the same agent.state_dir.",
         "Stop the other agent, or give this one a state_dir and port of its own.",
+    ),
+    Code.REFUSED_BY_HOOK: CodeInfo(
+        403,
+        "A hook of the operator's, in before.d of hooks.directory, said no, could not be run or took too long. Nothing "
+        "was touched.",
+        "Do what the hook says and send the command again with a fresh taskuuid; or correct the hook that the message "
+        "names.",
     ),
     Code.INTERNAL_ERROR: CodeInfo(
         500, "The agent failed in a way that it should not.", "Report it with the agent's log lines of this task."
@@ -649,6 +657,7 @@ LOOKS: dict[Code, str] = {
     Code.QUEUE_FULL: "kvmagentctl status; kvmagentctl tasks --state running",
     Code.JOURNAL_UNAVAILABLE: "df -h /var/lib/kvmagent; df -i /var/lib/kvmagent; ls -ld /var/lib/kvmagent",
     Code.TASK_UNREADABLE: "kvmagentctl task ID; kvmagentctl config",
+    Code.REFUSED_BY_HOOK: "journalctl -u kvmagent -g 'hook='; kvmagentctl config",
     Code.STATE_DIR_IN_USE: "cat /var/lib/kvmagent/lock; systemctl status kvmagent",
     Code.INTERNAL_ERROR: "journalctl -u kvmagent -p err -n 100",
     Code.BAD_CONFIGURATION: "kvmagentctl config --check",

@@ -5,6 +5,7 @@
       node.hold                          the VM, on a connection of its own
       vm.observe                         before
       command.decide      -> goal        an AgentError ends the task, nothing was touched
+      hooks.run_before                   the operator's; they may refuse. Then observe and decide anew
       journal.record_goal                on disk before the first step
       command.advance     -> steps       none: done
         vm.perform each                  a soft step's failure is a warning, any other ends the task
@@ -13,6 +14,7 @@
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
+      hooks.run_after                    the operator's; what they do changes nothing
 
 A task that answered `pending` comes again later, to be looked at: see tasks.late.
 
@@ -37,6 +39,7 @@ from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Journal, Owed, Task
 from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
 from kvmagent.tasks.vmlocks import VmLocks
@@ -103,6 +106,7 @@ class Executor:
         on_finished: Callable[[Owed], None],
         on_pending: Callable[[str], None],
         on_progress: Callable[[Progress], None] = lambda _progress: None,
+        hooks: Hooks | None = None,
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
@@ -114,6 +118,7 @@ class Executor:
         self._on_finished = on_finished
         self._on_pending = on_pending
         self._on_progress = on_progress
+        self._hooks = hooks or Hooks()
         self._libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
@@ -135,7 +140,7 @@ class Executor:
             log.info("task started", recovered=task.recovered or None)
             try:
                 self._journal.start_task(task.task_uuid)
-                reply, outcome, error = self._carry_out(task)
+                reply, outcome, error, hooked = self._carry_out(task)
                 owed = self._journal.finish(task.task_uuid, reply, outcome)
             except _Stopped:
                 log.warning("task waits for libvirt at stop and stays in the journal")
@@ -166,6 +171,8 @@ class Executor:
                 seconds=round(self._clock() - started, 3),
                 **(error_fields(error) if error else {}),
             )
+            if hooked:
+                self._hooks.run_after(task, reply)
 
     def ask(self, command: Command, request: VmRequest) -> msgspec.Struct:
         """Answer a command that changes nothing, without a task.
@@ -211,22 +218,23 @@ class Executor:
             return ()
         return tuple(step for step in run.command.advance(run.goal, run.after, spent) if step.follows)
 
-    def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None]:
-        """Return the reply as JSON, its outcome, and the error that it tells.
+    def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None, bool]:
+        """Return the reply as JSON, its outcome, the error that it tells, and whether the hooks have been asked.
 
         Raises:
-            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back.
+            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back;
+                STOPPING, when a hook was cut off: nothing was touched.
             _Stopped: the task is left to the next start.
         """
         try:
             run = self._take_up(task)
         except AgentError as error:
             log.error("task cannot be read", **error_fields(error))
-            return bare_reply(task, error)
+            return *bare_reply(task, error), False
         try:
             self._pursue_through_outages(task, run)
         except AgentError as error:
-            if error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED):
+            if error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED, Code.STOPPING):
                 raise
             run.error = error
         except _Stopped:
@@ -242,8 +250,9 @@ class Executor:
             reply = run.command.conclude(run.end())
         except Exception as error:
             log.failure("no reply could be made", error)
-            return bare_reply(task, AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
-        return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error
+            failure = AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
+            return *bare_reply(task, failure), run.hooked
+        return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error, run.hooked
 
     def _take_up(self, task: Task) -> Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
@@ -261,6 +270,7 @@ class Executor:
                 recovered=task.recovered,
                 interrupted=task.goal is not None,
                 started=self._clock(),
+                hooked=task.goal is not None,
             )
             if task.goal is not None:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
@@ -306,16 +316,18 @@ class Executor:
         raise _Stopped
 
     def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:
-        command = run.command
         fresh = run.goal is None
-        run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
-        if run.goal is None:
-            run.before = run.after
-            run.goal = command.decide(run.request, run.after, task.task_uuid)
-        steps = command.advance(run.goal, run.after, frozenset())
+        steps = self._plan(task, run, vm)
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
             return
+        if steps and fresh:
+            assert run.goal is not None
+            run.hooked = True
+            if self._hooks.run_before(task, run.goal):
+                # They take time and may change the host: what was seen before them is no ground to stand on.
+                run.goal = None
+                steps = self._plan(task, run, vm)
         if steps and fresh:
             self._record_goal(task, run, steps)
         try:
@@ -324,6 +336,15 @@ class Executor:
             if error.code not in _NO_WAY_BACK:
                 self._retreat(task, run, vm, error)
             raise
+
+    def _plan(self, task: Task, run: Run, vm: HeldVm) -> tuple[AnyStep, ...]:
+        """Look, decide where there is no goal yet, and return the steps towards it."""
+        command, fresh = run.command, run.goal is None
+        run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
+        if run.goal is None:
+            run.before = run.after
+            run.goal = command.decide(run.request, run.after, task.task_uuid)
+        return command.advance(run.goal, run.after, frozenset())
 
     def _reach_goal(self, task: Task, run: Run, vm: HeldVm) -> None:
         """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.

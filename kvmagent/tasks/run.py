@@ -25,7 +25,7 @@ class Run:
     """One task under way: what a reply is made from, as far as it has come.
 
     `interrupted`: a step may have taken effect without having been told of. `recorded` is the number of the step that
-    came to disk with the goal.
+    came to disk with the goal. `hooked`: the operator's hooks have been asked, or were by an earlier agent.
     """
 
     command: Command
@@ -42,6 +42,7 @@ class Run:
     late: bool = False
     started: float = 0.0
     recorded: int | None = None
+    hooked: bool = False
 
     def end(self) -> Ending:
         return Ending(

@@ -1,11 +1,13 @@
 """Killed at every transition of the journal and between every two steps, the agent loses and repeats nothing."""
 
 import http.client
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.crash.conftest import Host, MortalAgent, StartAgent
+from tests.fakes.hooks import HookDirectory
 from tests.lab.processes import wait_for
 from tests.lab.server import Answer, ManagementServer
 
@@ -194,3 +196,28 @@ def test_a_task_whose_later_commit_fails_waits_for_the_disk_and_is_done_once(
     agent.kill()
     agent.start()
     check_done_once(agent, server, host)
+
+
+@pytest.mark.parametrize(
+    ("point", "told"),
+    [
+        ("journal.record_goal:written", ["before", "before", "after"]),
+        ("journal.record_goal:committed", ["before", "after"]),
+        ("step:done", ["before", "after"]),
+        ("journal.finish:committed", ["before"]),
+    ],
+)
+def test_hooks_before_are_asked_until_the_goal_is_kept_and_those_after_once_at_most(
+    point: str, told: list[str], make_agent: StartAgent, server: ManagementServer, host: Host, tmp_path: Path
+) -> None:
+    hooks = HookDirectory(tmp_path)
+    for event in ("before", "after"):
+        hooks.write(f"{event}.d/10-tell", f'echo {event} >> "{{told}}"')
+    agent = make_agent(host.uri, fault=point, settings={"hooks": {"directory": str(hooks.path)}})
+    assert send(agent, server) in (200, None)
+    agent.wait_killed()
+    agent.start()
+    check_done_once(agent, server, host)
+    wait_for(lambda: len(hooks.lines()) >= len(told), timeout_s=10, what="the hooks to run")
+    assert agent.stop() == 0
+    assert hooks.lines() == told

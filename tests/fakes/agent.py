@@ -17,6 +17,7 @@ from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.tasks.executor import Executor
+from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent_plugins.vm_plugin import PLUGIN
 from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, send_to_agent
@@ -116,7 +117,7 @@ class Done:
 class FakeAgent:
     """An executor on a journal of its own and on fake domains."""
 
-    def __init__(self, directory: Path, *domains: FakeDomain, **host: Any) -> None:
+    def __init__(self, directory: Path, *domains: FakeDomain, hooks: Hooks | None = None, **host: Any) -> None:
         self.finished: list[str] = []
         self.pending: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
@@ -127,6 +128,7 @@ class FakeAgent:
             COMMANDS,
             on_finished=lambda owed: self.finished.append(owed.task_uuid),
             on_pending=self.pending.append,
+            hooks=hooks,
             libvirt_wait_s=0.0,
         )
 

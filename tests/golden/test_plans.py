@@ -623,12 +623,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_plan_is_the_golden_one(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def make_case(name: str) -> FakeDomain:
+    """The VM of a case, as it is before the command."""
     case = CASES[name]
     spec = GuestSpec(name="vm1", **case.spec)
     domain = make_domain(spec, make_guest(spec, **case.guest), **case.domain)
     case.arrange(domain)
+    return domain
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_is_the_golden_one(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    case, domain = CASES[name], make_case(name)
     before = xml_of(domain)
     agent = FakeAgent(tmp_path, domain, **case.host)
     done = agent.run(case.command, vmUuid="vm1", **case.request)

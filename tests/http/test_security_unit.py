@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes.hooks import HookDirectory
 from tests.lab.agent import AgentProcess, find_command, new_task_uuid
 from tests.lab.confined import confine, find_allowed_calls, read_service
 from tests.lab.server import ManagementServer
@@ -35,8 +36,13 @@ def test_the_filter_of_system_calls_is_one() -> None:
     assert not {"ptrace", "mount", "init_module", "bpf", "keyctl", "setuid", "chroot"} & allowed
 
 
-def test_the_agent_works_without_capabilities_and_within_the_filter(node_uri: str, server: ManagementServer) -> None:
-    with AgentProcess(uri=node_uri, command=confine(UNIT, find_command())) as agent:
+def test_the_agent_works_without_capabilities_and_within_the_filter(
+    node_uri: str, server: ManagementServer, tmp_path: Path
+) -> None:
+    hooks = HookDirectory(tmp_path)
+    hooks.write("before.d/10-tell", 'grep NoNewPrivs /proc/self/status >> "{told}"')
+    settings = {"hooks": {"directory": str(hooks.path)}}
+    with AgentProcess(uri=node_uri, settings=settings, command=confine(UNIT, find_command())) as agent:
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{agent.pid}/status").read_text().splitlines())
         assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh")} == {0}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
@@ -44,6 +50,7 @@ def test_the_agent_works_without_capabilities_and_within_the_filter(node_uri: st
         body = {"vmUuid": "vm1", "cpuNum": 3}
         assert agent.post("/vm/hotplug/cpu", body, task_uuid=task, callback_url=server.url).status == 200
         assert server.wait(task, 20)["cpuNum"] == 3
+        assert hooks.lines() == ["NoNewPrivs:\t1"], "the operator's hooks are confined as the agent is"
         assert agent.stop() == 0
         assert "Traceback" not in agent.log()
 

@@ -1,13 +1,18 @@
 """What the executor does when things go wrong on the way."""
 
+import json
 import logging
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmagent.tasks.hooks import Hooks
 from tests.fakes.agent import MIB, FakeAgent, make_domain
+from tests.fakes.hooks import KEEP, HookDirectory
 from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
 from tests.lab.domainxml import GuestSpec
 
@@ -97,3 +102,66 @@ def test_two_names_of_one_vm_are_one_vm(agent: FakeAgent, domain: FakeDomain) ->
     by_name: Any = agent.run("HotPlugCpu", "t1", vmUuid="vm1", cpuNum=2).reply
     by_uuid: Any = agent.run("HotPlugCpu", "t2", vmUuid=domain.UUIDString(), cpuNum=3).reply
     assert (by_name["cpuNum"], by_uuid["before"]["cpuNum"], by_uuid["cpuNum"]) == (2, 2, 3)
+
+
+@pytest.fixture
+def hooks(tmp_path: Path) -> HookDirectory:
+    return HookDirectory(tmp_path)
+
+
+@pytest.fixture
+def hooked(tmp_path: Path, domain: FakeDomain, hooks: HookDirectory) -> Iterator[FakeAgent]:
+    running = FakeAgent(tmp_path, domain, hooks=Hooks(str(hooks.path)))
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("command", ["HotPlugCpu", "HotPlugMemory", "HotPlugCpuMemory"])
+def test_a_hook_that_refuses_leaves_the_vm_and_the_journal_as_they_were(
+    hooked: FakeAgent, hooks: HookDirectory, domain: FakeDomain, command: str
+) -> None:
+    hooks.write("before.d/10-no", "echo not tonight; exit 1")
+    hooks.write("after.d/10-tell", KEEP)
+    fields = {"HotPlugCpu": {"cpuNum": 2}, "HotPlugMemory": {"memorySize": 384 * MIB}}
+    wanted: Any = fields.get(command) or {**fields["HotPlugCpu"], **fields["HotPlugMemory"]}
+    live, persistent = domain.XMLDesc(0), domain.XMLDesc(2)
+    done = hooked.run(command, vmUuid="vm1", **wanted)
+    assert done.goal is None
+    assert (done.reply["success"], done.reply["outcome"]) == (False, "refused")
+    assert (done.reply["errorCode"], done.reply["error"]) == ("REFUSED_BY_HOOK", "before.d/10-no: not tonight")
+    assert done.reply["steps"] == []
+    assert (domain.XMLDesc(0), domain.XMLDesc(2)) == (live, persistent)
+    (told,) = map(json.loads, hooks.lines())
+    assert told["reply"]["errorCode"] == "REFUSED_BY_HOOK"
+
+
+@pytest.mark.parametrize(
+    "request_", [{"cpuNum": 1}, {"cpuNum": 2, "dryRun": True}, {"cpuNum": 99}], ids=["unchanged", "dryRun", "refused"]
+)
+def test_hooks_are_not_asked_where_nothing_would_be_changed(
+    hooked: FakeAgent, hooks: HookDirectory, request_: dict[str, Any]
+) -> None:
+    hooks.write("before.d/10-no", KEEP, "exit 1")
+    hooks.write("after.d/10-tell", KEEP)
+    hooked.run("HotPlugCpu", vmUuid="vm1", **request_)
+    assert hooks.lines() == []
+
+
+def test_after_its_hooks_a_task_is_decided_anew(hooked: FakeAgent, hooks: HookDirectory, domain: FakeDomain) -> None:
+    """What a hook, or the time that it took, has changed is seen: here another has given the VM its vCPU meanwhile."""
+    hooks.write("before.d/10-wait", "echo > {told}.asked; read go < {told}.go")
+    asked, go = hooks.told.with_name("told.asked"), hooks.told.with_name("told.go")
+    os.mkfifo(asked)
+    os.mkfifo(go)
+
+    def change() -> None:
+        asked.read_text()
+        domain.setVcpusFlags(2, 1)
+        go.write_text("go\n")
+
+    other = threading.Thread(target=change)
+    other.start()
+    reply = hooked.run("HotPlugCpu", vmUuid="vm1", cpuNum=3, expectedCpuNum=1).reply
+    other.join()
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "NOT_AS_EXPECTED")
+    assert reply["before"]["cpuNum"] == 2

@@ -41,7 +41,7 @@ METRICS = {
         Metric(
             "kvmagent_phase_seconds",
             "histogram",
-            "Time of a task in each phase: queue, plan, journal, libvirt, guest; callback: from its end to delivery.",
+            "A task's time in each phase: queue, plan, journal, libvirt, guest, hook; callback: from its end on.",
             ("command", "phase"),
         ),
         Metric("kvmagent_journal_commit_seconds", "histogram", "Time of a commit, which every acceptance waits for."),
