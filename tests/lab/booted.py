@@ -7,6 +7,7 @@ The container has its own cgroup, and the host's network. It ends with `FreshDeb
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -83,18 +84,19 @@ class Booted:
         )
 
     def _find_leader(self) -> int | None:
-        """The systemd below nsenter and systemd-nspawn."""
-        found, left = None, [self._container.pid]
+        """The systemd below nsenter and systemd-nspawn: the first one, whose children bear its name for a moment."""
+        left = [self._container.pid]
         while left:
             pid = left.pop()
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
-            if name == "systemd":
-                found = pid
-            left += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            # One that helps with the setup may end meanwhile.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if Path(f"/proc/{pid}/comm").read_text() == "systemd\n":
+                    return pid
+                left += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         if self._container.poll() is not None:
             assert self._container.stdout is not None
             raise RuntimeError(f"systemd-nspawn ended: {self._container.stdout.read().decode()}")
-        return found
+        return None
 
     def _is_up(self) -> bool:
         return self._run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
