@@ -11,6 +11,7 @@ is full: what was accepted may have to wait, and is never lost.
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,12 +163,8 @@ class Journal:
                 self._on_accepted(stored[0])
 
         writing = self._file.write("accept", lambda db: self._accept(db, task), keep=False, then=tell)
-        try:
-            stored: tuple[Task, bool] = writing.result(_ACCEPT_WAIT_S)
-        except TimeoutError as error:
-            # It may yet be stored and done; sent again it is the same task.
-            message = f"the disk has not taken the task in {_ACCEPT_WAIT_S:g} s"
-            raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error
+        # Given up it may yet be stored and done; sent again it is the same task.
+        stored: tuple[Task, bool] = _result_for_caller(writing, "the task")
         return stored
 
     def start_task(self, task_uuid: str) -> None:
@@ -218,10 +215,11 @@ class Journal:
         owed: Owed = self._file.write_now("finish", change)
         return owed
 
-    def cancel(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
+    def cancel(self, task_uuid: str, reply: bytes, outcome: str, *, then: Callable[[Owed], None]) -> None:
         """-> finished, for a task that has touched nothing yet: it has no goal. Its callback is owed as of any other.
 
-        Raises AgentError TASK_NOT_CANCELLABLE with what the task is doing; JOURNAL_UNAVAILABLE, at once.
+        `then` gets it once it is on disk, also where that comes after the caller was given up. Raises AgentError
+        TASK_NOT_CANCELLABLE with what the task is doing; JOURNAL_UNAVAILABLE, at once.
         """
 
         def change(db: Database) -> Owed:
@@ -243,8 +241,7 @@ class Journal:
             now = self._clock()
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
 
-        owed: Owed = self._file.write("cancel", change, keep=False).result(_ACCEPT_WAIT_S)
-        return owed
+        _result_for_caller(self._file.write("cancel", change, keep=False, then=then), "the withdrawal")
 
     def finish_late(self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool) -> Owed | None:
         """Store a result that came after the answer, in place of it; return the callback, where one is owed.
@@ -306,7 +303,7 @@ class Journal:
         def change(db: Database) -> Owed:
             return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, owed_at=self._clock())
 
-        owed: Owed = self._file.write("owe_again", change, keep=False).result(_ACCEPT_WAIT_S)
+        owed: Owed = _result_for_caller(self._file.write("owe_again", change, keep=False), "the callback")
         return owed
 
     def prune(self, *, keep_tasks: int, keep_s: float) -> None:
@@ -392,6 +389,19 @@ class Journal:
             (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, task.caller, now),
         )
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
+
+
+def _result_for_caller(writing: Future[Any], what: str) -> Any:
+    """Return what a write that a caller waits for came to.
+
+    Raises:
+        AgentError: JOURNAL_UNAVAILABLE, also when the disk hangs; what was handed in may yet come to be.
+    """
+    try:
+        return writing.result(_ACCEPT_WAIT_S)
+    except TimeoutError as error:
+        message = f"the disk has not taken {what} in {_ACCEPT_WAIT_S:g} s"
+        raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error
 
 
 def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:

@@ -53,10 +53,13 @@ class Withdrawal:
             raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {task_uuid!r}")
         if _was_withdrawn(task):
             return task
-        owed = self._journal.cancel(task_uuid, self._make_reply(task), OUTCOME)
-        self._lanes.withdraw(task)
-        self._on_finished(owed)
-        self._meters.ended(task.command, OUTCOME, Code.CANCELLED)
+
+        def tell(owed: Owed) -> None:
+            self._lanes.withdraw(task)
+            self._on_finished(owed)
+            self._meters.ended(task.command, OUTCOME, Code.CANCELLED)
+
+        self._journal.cancel(task_uuid, self._make_reply(task), OUTCOME, then=tell)
         return task
 
     def _make_reply(self, task: Task) -> bytes:
