@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import libvirt
 
@@ -139,12 +139,13 @@ class VmHandle:
         except GuestSilent as error:
             return Guest(silence=error.code, silence_words=error.message)
 
-    def set_vcpus(self, count: int, target: Target) -> None:
+    def set_vcpus(self, count: int, target: Target | Literal["both"]) -> None:
         """Set the number of vCPUs. Persistent ones are hotpluggable: else they could never be unplugged again."""
-        flags = _AFFECT[target]
-        if target == "config" and not self._is_test_driver:
+        targets: tuple[Target, ...] = ("live", "config") if target == "both" else (target,)
+        flags = sum(_AFFECT[one] for one in targets)
+        if target != "live" and not self._is_test_driver:
             flags |= libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE
-        with libvirt_errors(f"setting {count} vCPUs ({target})"):
+        with libvirt_errors(f"setting {count} vCPUs ({' and '.join(targets)})"):
             self._domain.setVcpusFlags(count, flags)
 
     def set_cpu_shares(self, shares: int, target: Target) -> None:

@@ -29,10 +29,10 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
 
 
 class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
-    """Set the number of vCPUs, of the running VM or of its persistent definition (there hotpluggable)."""
+    """Set the number of vCPUs, of the running VM, of its persistent definition (there hotpluggable), or of both."""
 
     count: int
-    target: Target
+    target: Target | Literal["both"]
 
     @property
     def follows(self) -> bool:

@@ -66,11 +66,11 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
 
 def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: the hypervisor's part first, then the guest's."""
+    live = goal.live and facts.get_live().vcpu_current < goal.cpu_num
+    config = goal.config and facts.get_config().vcpu_current != goal.cpu_num
     steps: list[AnyStep] = []
-    if goal.live and facts.get_live().vcpu_current < goal.cpu_num:
-        steps.append(SetVcpus(count=goal.cpu_num, target="live"))
-    if goal.config and facts.get_config().vcpu_current != goal.cpu_num:
-        steps.append(SetVcpus(count=goal.cpu_num, target="config"))
+    if live or config:
+        steps.append(SetVcpus(count=goal.cpu_num, target="config" if not live else "both" if config else "live"))
     if steps and goal.added and goal.known is not None:
         steps.append(_await_guest(goal, goal.known))
     return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent) or _guest_steps(goal, facts, spent)

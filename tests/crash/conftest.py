@@ -9,6 +9,7 @@ from pathlib import Path
 
 import libvirt
 import pytest
+from lxml import etree
 
 from tests.lab.agent import AgentProcess, Settings
 from tests.lab.guest import Guest
@@ -20,11 +21,14 @@ VM = """\
 <domain type='test'>
   <name>{name}</name>
   <memory>262144</memory>
+  <currentMemory>131072</currentMemory>
   <vcpu current='1'>{max_vcpus}</vcpu>
   <os><type>hvm</type></os>
   <features><acpi/></features>
+  <devices><memballoon model='virtio'/></devices>
 </domain>
 """
+CONFIG_XML = libvirt.VIR_DOMAIN_XML_INACTIVE
 SIGKILLED = -9
 
 StartAgent = Callable[..., "MortalAgent"]
@@ -86,6 +90,13 @@ class Host:
         """The vCPUs of the running VM and of its persistent definition."""
         domain = self._connection.lookupByName(name)
         return domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE), domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+    def balloon(self, name: str) -> tuple[int, int]:
+        """What the balloon leaves of the running VM's memory, and of its persistent definition's, in bytes."""
+        domain = self._connection.lookupByName(name)
+        texts = (etree.fromstring(domain.XMLDesc(flags)).findtext("currentMemory") for flags in (0, CONFIG_XML))
+        live, config = (int(text or 0) * 1024 for text in texts)
+        return live, config
 
     def close(self) -> None:
         """Let go of the driver; its VMs are gone once the agent is, too."""

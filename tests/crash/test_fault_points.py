@@ -1,6 +1,8 @@
 """Killed at every transition of the journal and between every two steps, the agent loses and repeats nothing."""
 
 import http.client
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +14,62 @@ from tests.lab.processes import wait_for
 from tests.lab.server import Answer, ManagementServer
 
 TASK = "task-1"
-# What is expected is so before the task, and no longer after its first step.
-REQUEST = {"vmUuid": "vm1", "cpuNum": 3, "expectedCpuNum": 1}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command that brings `number`, of vm1's reply, from one value to another: running and persistent."""
+
+    path: str
+    request: Mapping[str, Any]
+    number: str
+    before: int
+    after: int
+    read: Callable[[Host, str], tuple[int, int]]
+    outcome: str
+
+
+# One step. What is expected is so before the task, and no longer after its step.
+CPUS = Work("/vm/hotplug/cpu", {"cpuNum": 3, "expectedCpuNum": 1}, "cpuNum", 1, 3, Host.vcpus, "plugged")
+# Three: the running VM's balloon, the wait for it, then the persistent definition's.
+BALLOON = Work(
+    "/vm/hotplug/memory", {"memorySize": 256 * MIB}, "balloonSize", 128 * MIB, 256 * MIB, Host.balloon, "online"
+)
 # The last step's end is nobody's business but the result's: mostly both come to disk by one commit.
-AT_THE_END = ("finish_step", "committed", 2)
-# Two steps: the running VM, then its persistent definition.
+AT_THE_END = ("finish_step", "committed", 3)
 ON_THE_WAY = [
     *(f"journal.{name}:{when}" for name in ("start_task", "record_goal") for when in ("written", "committed")),
     # The first step's beginning is written with the goal.
     *(
         f"journal.{name}:{when}@{n}"
-        for name, n in (("finish_step", 1), ("start_step", 1), ("finish_step", 2))
+        for name, n in (
+            ("finish_step", 1),
+            ("start_step", 1),
+            ("finish_step", 2),
+            ("start_step", 2),
+            ("finish_step", 3),
+        )
         for when in ("written", "committed")
         if (name, when, n) != AT_THE_END
     ),
-    *(f"step:{when}@{n}" for n in (1, 2) for when in ("begun", "done")),
+    *(f"step:{when}@{n}" for n in (1, 2, 3) for when in ("begun", "done")),
     "journal.finish:written",
 ]
+ON_ONE_STEP = ["journal.record_goal:committed", "step:begun@1", "step:done@1", "journal.finish:written"]
 AFTER_THE_RESULT = ["journal.finish:committed", "callback:taken", "journal.settle:written", "journal.settle:committed"]
 
 
-def send(agent: MortalAgent, server: ManagementServer) -> int | None:
+def send(agent: MortalAgent, server: ManagementServer, work: Work = CPUS) -> int | None:
     """Send the task; its status, or None when the agent died over it."""
     try:
-        return agent.post("/vm/hotplug/cpu", REQUEST, task_uuid=TASK, callback_url=server.url).status
+        request = {"vmUuid": "vm1", **work.request}
+        return agent.post(work.path, request, task_uuid=TASK, callback_url=server.url).status
     except (OSError, http.client.HTTPException):
         return None
 
 
-def check_done_once(agent: MortalAgent, server: ManagementServer, host: Host) -> Any:
+def check_done_once(agent: MortalAgent, server: ManagementServer, host: Host, work: Work = CPUS) -> Any:
     """The task has one result, true and delivered, and the VM what was asked for; return that result."""
     wait_for(lambda: agent.get(f"/tasks/{TASK}").body["state"] == "delivered", timeout_s=20, what="the delivery")
     replies = [callback.body for callback in server.callbacks(TASK)]
@@ -48,10 +77,9 @@ def check_done_once(agent: MortalAgent, server: ManagementServer, host: Host) ->
     assert all(reply == replies[0] for reply in replies), "one task, two results"
     assert len(agent.get("/tasks").body["tasks"]) == 1
     reply = replies[0]
-    assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, "plugged", 3)
-    assert (reply["before"]["cpuNum"], reply["before"]["configCpuNum"]) == (1, 1)
-    assert (reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == (3, 3)
-    assert host.vcpus("vm1") == (3, 3)
+    assert (reply["success"], reply["outcome"]) == (True, work.outcome)
+    assert (reply["before"][work.number], reply["after"][work.number]) == (work.before, work.after)
+    assert work.read(host, "vm1") == (work.after, work.after)
     return reply
 
 
@@ -72,12 +100,25 @@ def test_an_accepted_task_goes_on_from_where_it_was_cut_off(
     point: str, make_agent: StartAgent, server: ManagementServer, host: Host
 ) -> None:
     agent = make_agent(host.uri, fault=point)
+    assert send(agent, server, BALLOON) in (200, None)
+    agent.wait_killed()
+    agent.start()
+    reply = check_done_once(agent, server, host, BALLOON)
+    assert reply["recovered"] is True
+    assert [step.get("target") for step in reply["steps"] if step["step"] == "SetBalloon"][-1] == "config"
+
+
+@pytest.mark.parametrize("point", ON_ONE_STEP)
+def test_a_change_in_one_step_that_was_cut_off_goes_on(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    agent = make_agent(host.uri, fault=point)
     assert send(agent, server) in (200, None)
     agent.wait_killed()
     agent.start()
     reply = check_done_once(agent, server, host)
     assert reply["recovered"] is True
-    assert {step["target"] for step in reply["steps"]} == {"live", "config"}
+    assert {(step["step"], step["target"]) for step in reply["steps"]} == {("SetVcpus", "both")}
 
 
 def test_a_kill_at_the_end_of_the_last_step_leaves_one_result(
@@ -85,10 +126,10 @@ def test_a_kill_at_the_end_of_the_last_step_leaves_one_result(
 ) -> None:
     name, when, n = AT_THE_END
     agent = make_agent(host.uri, fault=f"journal.{name}:{when}@{n}")
-    assert send(agent, server) in (200, None)
+    assert send(agent, server, BALLOON) in (200, None)
     agent.wait_killed()
     agent.start()
-    check_done_once(agent, server, host)
+    check_done_once(agent, server, host, BALLOON)
 
 
 @pytest.mark.parametrize("point", AFTER_THE_RESULT)

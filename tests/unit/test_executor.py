@@ -62,9 +62,8 @@ def test_half_of_a_change_is_partial_and_the_numbers_say_how_far(agent: FakeAgen
     set_vcpus = domain.setVcpusFlags
 
     def fail_persistent(count: int, flags: int) -> None:
-        if flags & 2:
-            raise qemu_error(38, "Failed to create file '/x/vm1.xml.new': No space left on device")
-        set_vcpus(count, flags)
+        set_vcpus(count, flags & 1)
+        raise qemu_error(38, "Failed to create file '/x/vm1.xml.new': No space left on device")
 
     domain.setVcpusFlags = fail_persistent  # type: ignore[method-assign]
     reply = agent.run("HotPlugCpu", vmUuid="vm1", cpuNum=3).reply
