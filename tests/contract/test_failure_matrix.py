@@ -529,7 +529,7 @@ def test_a_dimm_that_is_there_already_is_not_attached_again(fake: Make) -> None:
 
 def test_a_definition_that_cannot_be_saved_is_told_with_what_the_running_vm_has(fake: Make) -> None:
     error = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.xml.new': No space left on device")
-    row = Row(CPU, {}, "", "", "", "", guest={"agent": "running"}, fails={"setVcpusFlags(2, 18)": error})
+    row = Row(CPU, {}, "", "", "", "", guest={"agent": "running"}, fails={"save": error})
     reply = carry_out(fake(row), CPU, vmUuid="vm1", cpuNum=2)
     assert (reply["success"], reply["outcome"], reply["errorCode"]) == (False, "partial", "LIBVIRT_REFUSED")
     assert "No space left on device" in reply["error"]

@@ -153,7 +153,10 @@ class FakeGuest:
 
 
 class FakeDomain:
-    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}, or one with its arguments."""
+    """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}, or one with its arguments.
+
+    "save" is what libvirt does at the end of a call that changes both: the running VM has changed by then.
+    """
 
     def __init__(
         self, xml: str, *, guest: FakeGuest | None = None, running: bool = True, persistent: bool = True
@@ -221,6 +224,8 @@ class FakeDomain:
     def setVcpusFlags(self, count: int, flags: int) -> None:
         self._called("setVcpusFlags", f"setVcpusFlags({count}, {flags})")
         for name, root in self._affected(flags):
+            if name == "persistent":
+                self._fail("save")
             maximum = int(root.findtext("vcpu"))
             if count > maximum:
                 raise qemu_error(
@@ -422,7 +427,10 @@ class FakeDomain:
 
     def _called(self, name: str, call: str) -> None:
         self.calls.append(call)
-        for key in (name, call):
+        self._fail(name, call)
+
+    def _fail(self, *keys: str) -> None:
+        for key in keys:
             if key in self.fail_next:
                 error = self.fail_next.pop(key)
                 if "End of file" in str(error):

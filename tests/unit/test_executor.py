@@ -59,13 +59,7 @@ def test_libvirt_s_errors_are_told_apart_by_origin_and_code(
 
 
 def test_half_of_a_change_is_partial_and_the_numbers_say_how_far(agent: FakeAgent, domain: FakeDomain) -> None:
-    set_vcpus = domain.setVcpusFlags
-
-    def fail_persistent(count: int, flags: int) -> None:
-        set_vcpus(count, flags & 1)
-        raise qemu_error(38, "Failed to create file '/x/vm1.xml.new': No space left on device")
-
-    domain.setVcpusFlags = fail_persistent  # type: ignore[method-assign]
+    domain.fail_next["save"] = qemu_error(38, "Failed to create file '/x/vm1.xml.new': No space left on device")
     reply = agent.run("HotPlugCpu", vmUuid="vm1", cpuNum=3).reply
     assert (reply["success"], reply["outcome"]) == (False, "partial")
     assert (reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == (3, 1)
