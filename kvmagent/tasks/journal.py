@@ -10,8 +10,7 @@ is full: what was accepted may have to wait, and is never lost.
 
 import contextlib
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +40,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 _SETTLED = "state IN ('delivered', 'gone', 'given_up')"
 # Settled tasks are removed in batches, so that no accept waits long behind one, and not more often than this.
 _PRUNE_BATCH, _PRUNE_INTERVAL_S = 200, 10.0
-# A caller is not kept waiting longer by a disk that hangs.
+# A caller is not kept waiting longer by a disk that hangs, but for the one whose own thread is at it.
 _ACCEPT_WAIT_S = 30.0
 
 
@@ -162,9 +161,11 @@ class Journal:
             if stored[1]:
                 self._on_accepted(stored[0])
 
-        writing = self._file.write("accept", lambda db: self._accept(db, task), keep=False, then=tell)
         # Given up it may yet be stored and done; sent again it is the same task.
-        stored: tuple[Task, bool] = _result_for_caller(writing, "the task")
+        with _given_up_in_time("the task"):
+            stored: tuple[Task, bool] = self._file.write_now(
+                "accept", lambda db: self._accept(db, task), keep=False, then=tell, timeout_s=_ACCEPT_WAIT_S
+            )
         return stored
 
     def start_task(self, task_uuid: str) -> None:
@@ -241,7 +242,8 @@ class Journal:
             now = self._clock()
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
 
-        _result_for_caller(self._file.write("cancel", change, keep=False, then=then), "the withdrawal")
+        with _given_up_in_time("the withdrawal"):
+            self._file.write_now("cancel", change, keep=False, then=then, timeout_s=_ACCEPT_WAIT_S)
 
     def finish_late(self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool) -> Owed | None:
         """Store a result that came after the answer, in place of it; return the callback, where one is owed.
@@ -282,7 +284,7 @@ class Journal:
         def change(db: Database) -> list[str]:
             return [row["task_uuid"] for row in db.execute(sql, values).fetchall()]
 
-        self._file.write("note_refusal", change, then=then)
+        self._file.write_later("note_refusal", change, then=then)
 
     def record_attempt(self, task_uuid: str, attempts: int, error: str) -> None:
         """Store a delivery that failed and will be tried again; does not wait; lost while the disk is full."""
@@ -303,7 +305,8 @@ class Journal:
         def change(db: Database) -> Owed:
             return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, owed_at=self._clock())
 
-        owed: Owed = _result_for_caller(self._file.write("owe_again", change, keep=False), "the callback")
+        with _given_up_in_time("the callback"):
+            owed: Owed = self._file.write_now("owe_again", change, keep=False, timeout_s=_ACCEPT_WAIT_S)
         return owed
 
     def prune(self, *, keep_tasks: int, keep_s: float) -> None:
@@ -391,14 +394,15 @@ class Journal:
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
 
 
-def _result_for_caller(writing: Future[Any], what: str) -> Any:
-    """Return what a write that a caller waits for came to.
+@contextlib.contextmanager
+def _given_up_in_time(what: str) -> Iterator[None]:
+    """Keep no caller waiting longer for a disk that hangs; what was handed in may yet come to be.
 
     Raises:
-        AgentError: JOURNAL_UNAVAILABLE, also when the disk hangs; what was handed in may yet come to be.
+        AgentError: JOURNAL_UNAVAILABLE.
     """
     try:
-        return writing.result(_ACCEPT_WAIT_S)
+        yield
     except TimeoutError as error:
         message = f"the disk has not taken {what} in {_ACCEPT_WAIT_S:g} s"
         raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error

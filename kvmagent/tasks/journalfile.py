@@ -1,6 +1,5 @@
 """The journal's file: its schema, and whoever writes it, one at a time. The only user of sqlite3.
 
-    write        hand a change in; the writer's thread commits it -- a Future tells
     write_now    commit it, and all that has gathered, on the caller's own thread
     write_later  hand a change in that nobody waits for: it goes with the next commit, at most LATER_S from now
 
@@ -168,41 +167,41 @@ class JournalFile:
         with self._read_lock:
             self._close_reader()
 
-    def write(
-        self, name: str, change: Change, *, keep: bool = True, then: Callable[[Any], None] | None = None
-    ) -> Future[Any]:
-        """Hand a change in; the Future gives its result once it is on disk.
+    def write_now(
+        self,
+        name: str,
+        change: Change,
+        *,
+        keep: bool = True,
+        then: Callable[[Any], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Make a change on the caller's own thread, and return its result once it is on disk.
 
         A change to be kept is tried until it succeeds or the journal is stopped; another is refused when its commit
         fails. `then` is called on the thread that commits, after the commit and in the order of the changes.
 
         Raises:
-            AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
+            AgentError: what the change raised; JOURNAL_UNAVAILABLE, when it is not on disk and never will be.
+            TimeoutError: others had the turn for so long; it may yet be made.
         """
         with self._changed:
             done = self._hand_in(name, change, keep, then)
-            self._hurried = True
-            self._changed.notify_all()
-        return done
-
-    def write_now(self, name: str, change: Change) -> Any:
-        """Make a change that is kept, and return its result once it is on disk, however long that takes.
-
-        Raises:
-            AgentError: what the change raised; JOURNAL_UNAVAILABLE, when the journal is closed before it is on disk.
-        """
-        with self._changed:
-            done = self._hand_in(name, change, True, None)
         with phase("journal"):
-            with self._turn:
-                while not done.done() and self.failure is None:
-                    self._commit_gathered()
-            return done.result()
+            has_turn = self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s)
+            if has_turn:
+                try:
+                    # What is kept is tried again by the writer, in its time; what is not is told at once.
+                    while not done.done() and (self.failure is None or not keep) and self._commit_gathered():
+                        pass
+                finally:
+                    self._turn.release()
+            return done.result(timeout_s if has_turn else 0)
 
     def write_later(
         self, name: str, change: Change, *, keep: bool = True, then: Callable[[Any], None] | None = None
     ) -> None:
-        """Hand in a change that nobody waits for. `keep`, `then`: see `write`.
+        """Hand in a change that nobody waits for. `keep`, `then`: see `write_now`.
 
         Raises:
             AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
@@ -261,7 +260,7 @@ class JournalFile:
             is_hurried = self._changed.wait_for(lambda: self._hurried or self._closed, pause_s or LATER_S)
             if pause_s is None and not is_hurried and not self._writes:
                 self._asleep = True
-                self._changed.wait_for(lambda: self._writes or self._closed)
+                self._changed.wait_for(lambda: self._writes or self._closed or self.failure is not None)
                 self._asleep = False
             self._hurried = False
             return self._closed
