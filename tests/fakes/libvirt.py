@@ -267,6 +267,17 @@ class FakeDomain:
                     _switch_vcpu(root, vcpu, hotpluggable=hotpluggable)
                 self._fail("save")
 
+    def setVcpu(self, vcpus: str, state: int, flags: int) -> None:
+        self._called("setVcpu", f"setVcpu({vcpus}, {state}, {flags})")
+        ((name, root),) = self._affected(flags)
+        if (_listed_vcpus(root)[int(vcpus)].get("enabled") == "yes") == bool(state):
+            raise qemu_error(
+                libvirt.VIR_ERR_INVALID_ARG, f"invalid argument: vcpu '{vcpus}' is already in requested state"
+            )
+        _switch_vcpu(root, int(vcpus), hotpluggable=True)
+        if name == "live":
+            (self.guest.plug_cpu if state else self.guest.unplug_cpu)(int(vcpus))
+
     def vcpusFlags(self, flags: int) -> int:
         root = self._affected(flags)[0][1]
         return int(root.find("vcpu").get("current", root.findtext("vcpu")))
