@@ -220,6 +220,7 @@ class FakeDomain:
         return self.connection
 
     def XMLDesc(self, flags: int) -> str:
+        self._fail("XMLDesc")
         inactive = flags & libvirt.VIR_DOMAIN_XML_INACTIVE or self.live is None
         root = copy.deepcopy(self.config if inactive else self.live)
         if not flags & libvirt.VIR_DOMAIN_XML_SECURE:
