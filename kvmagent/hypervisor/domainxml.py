@@ -22,7 +22,7 @@ _DEFAULT_PHYS_BITS = 40
 USER_ALIAS = "ua-"
 # Far more than any machine type of QEMU takes.
 _MAX_CPUS = 65536
-_AGENT_CHANNEL = "./devices/channel/target[@type='virtio'][@name='org.qemu.guest_agent.0']"
+_AGENT_CHANNEL = "devices/channel/target[@type='virtio'][@name='org.qemu.guest_agent.0']"
 
 
 def parse_definition(xml: str) -> Definition:
@@ -31,7 +31,7 @@ def parse_definition(xml: str) -> Definition:
     Raises:
         ValueError: when it is not a domain that libvirt wrote.
     """
-    return _read_definition(_parse(xml))
+    return _read_definition(_Document(xml))
 
 
 def parse_live(xml: str) -> tuple[Definition, bool | None]:
@@ -40,61 +40,83 @@ def parse_live(xml: str) -> tuple[Definition, bool | None]:
     Raises:
         ValueError: when it is not a domain that libvirt wrote.
     """
-    root = _parse(xml)
-    return _read_definition(root), _find_agent_state(root)
+    document = _Document(xml)
+    return _read_definition(document), _find_agent_state(document)
 
 
 def is_agent_connected(live_xml: str) -> bool | None:
     """Return whether the guest has opened its agent channel; None where there is no channel."""
-    return _find_agent_state(_parse(live_xml))
+    return _find_agent_state(_Document(live_xml))
 
 
-def _read_definition(root: etree._Element) -> Definition:
-    current, maximum = _vcpu_counts(root)
-    max_memory = root.find("./maxMemory")
-    os_type = root.find("./os/type")
+class _Document:
+    """A domain's XML. A path is looked for below the element at the top that it begins with: most have none."""
+
+    def __init__(self, xml: str) -> None:
+        self.root = _parse(xml)
+        self._top = {element.tag: element for element in reversed(self.root)}
+
+    def find(self, path: str) -> etree._Element | None:
+        name, slash, below = path.partition("/")
+        top = self._top.get(name)
+        return top if top is None or not slash else top.find(below)
+
+    def find_all(self, path: str) -> list[etree._Element]:
+        name, _, below = path.partition("/")
+        top = self._top.get(name)
+        return [] if top is None else top.findall(below)
+
+    def attribute(self, path: str, name: str) -> str | None:
+        element = self.find(path)
+        return None if element is None else element.get(name)
+
+
+def _read_definition(document: _Document) -> Definition:
+    current, maximum = _vcpu_counts(document)
+    max_memory = document.find("maxMemory")
+    os_type = document.find("os/type")
     if os_type is None:
         raise ValueError("domain XML without <os><type>")
-    balloon = root.find("./devices/memballoon")
-    devices = tuple(_parse_device(element) for element in root.iterfind("./devices/memory"))
-    total = _size(root.find("./memory"))
+    balloon = document.find("devices/memballoon")
+    devices = tuple(_parse_device(element) for element in document.find_all("devices/memory"))
+    total = _size(document.find("memory"))
     return Definition(
         vcpu_current=current,
         vcpu_maximum=maximum,
-        vcpus=_vcpus(root, current, maximum),
-        topology=_topology(root),
+        vcpus=_vcpus(document, current, maximum),
+        topology=_topology(document),
         total_bytes=total,
-        current_bytes=_size(root.find("./currentMemory")) or total,
+        current_bytes=_size(document.find("currentMemory")) or total,
         max_memory_bytes=None if max_memory is None else _size(max_memory),
         slots=0 if max_memory is None else int(max_memory.get("slots", "0")),
-        cells=tuple(_parse_cell(element, n) for n, element in enumerate(root.iterfind("./cpu/numa/cell"))),
+        cells=tuple(_parse_cell(element, n) for n, element in enumerate(document.find_all("cpu/numa/cell"))),
         devices=devices,
-        acpi=root.find("./features/acpi") is not None,
+        acpi=document.find("features/acpi") is not None,
         balloon=balloon is not None and balloon.get("model") != "none",
-        agent_channel=root.find(_AGENT_CHANNEL) is not None,
+        agent_channel=document.find(_AGENT_CHANNEL) is not None,
         machine=os_type.get("machine", ""),
         arch=os_type.get("arch", ""),
-        hypervisor=root.get("type", ""),
-        hugepages=_hugepages(root),
-        locked=root.find("./memoryBacking/locked") is not None,
-        hard_limit_bytes=_size(root.find("./memtune/hard_limit")) or None,
-        vfio_devices=len(_vfio_devices(root)),
-        launch_security=_attribute(root, "./launchSecurity", "type"),
-        host_nodes=_parse_ids(_attribute(root, "./numatune/memory[@mode='strict']", "nodeset") or ""),
+        hypervisor=document.root.get("type", ""),
+        hugepages=_hugepages(document),
+        locked=document.find("memoryBacking/locked") is not None,
+        hard_limit_bytes=_size(document.find("memtune/hard_limit")) or None,
+        vfio_devices=len(_vfio_devices(document)),
+        launch_security=document.attribute("launchSecurity", "type"),
+        host_nodes=_parse_ids(document.attribute("numatune/memory[@mode='strict']", "nodeset") or ""),
         cell_host_nodes=tuple(
             (int(element.get("cellid", "0")), _parse_ids(element.get("nodeset", "")))
-            for element in root.iterfind("./numatune/memnode[@mode='strict']")
+            for element in document.find_all("numatune/memnode[@mode='strict']")
         ),
-        phys_bits=_phys_bits(root),
-        iommu_eim=root.find("./devices/iommu/driver[@eim='on']") is not None,
-        cpu_shares=int(shares) if (shares := root.findtext("./cputune/shares")) else None,
-        domain_id=int(number) if (number := root.get("id")) else None,
-        policy=_policy(root),
+        phys_bits=_phys_bits(document),
+        iommu_eim=document.find("devices/iommu/driver[@eim='on']") is not None,
+        cpu_shares=int(shares.text or 0) if (shares := document.find("cputune/shares")) is not None else None,
+        domain_id=int(number) if (number := document.root.get("id")) else None,
+        policy=_policy(document),
     )
 
 
-def _find_agent_state(root: etree._Element) -> bool | None:
-    target = root.find(_AGENT_CHANNEL)
+def _find_agent_state(document: _Document) -> bool | None:
+    target = document.find(_AGENT_CHANNEL)
     return None if target is None else target.get("state") == "connected"
 
 
@@ -155,20 +177,20 @@ def edit_requested(memory_xml: str, requested_bytes: int) -> str:
 
 def parse_vcpu_limit(capabilities_xml: str) -> int | None:
     """Return the most vCPUs of the machine that a libvirt domain-capabilities XML is about."""
-    maximum = _attribute(_parse(capabilities_xml), "./vcpu", "max")
+    maximum = _Document(capabilities_xml).attribute("vcpu", "max")
     return int(maximum) if maximum else None
 
 
 # libvirt's XML is trusted to be well-formed, not to be free of what a user wrote into it. Threads may share it.
-_PARSER = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True)
+_PARSER = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, collect_ids=False)
 
 
 def _parse(xml: str) -> etree._Element:
     return etree.fromstring(xml, _PARSER)
 
 
-def _vcpu_counts(root: etree._Element) -> tuple[int, int]:
-    vcpu = root.find("./vcpu")
+def _vcpu_counts(document: _Document) -> tuple[int, int]:
+    vcpu = document.find("vcpu")
     if vcpu is None or not vcpu.text:
         raise ValueError("domain XML without <vcpu>")
     maximum = _check_count(int(vcpu.text))
@@ -182,9 +204,9 @@ def _check_count(count: int) -> int:
     return count
 
 
-def _vcpus(root: etree._Element, current: int, maximum: int) -> tuple[Vcpu, ...]:
+def _vcpus(document: _Document, current: int, maximum: int) -> tuple[Vcpu, ...]:
     """libvirt writes `<vcpus>` only once single vCPUs differ; before that the first ones are enabled, and fixed."""
-    listed = root.findall("./vcpus/vcpu")
+    listed = document.find_all("vcpus/vcpu")
     if not listed:
         return tuple(Vcpu(id=n, enabled=n < current, hotpluggable=n >= current) for n in range(maximum))
     return tuple(
@@ -197,10 +219,10 @@ def _vcpus(root: etree._Element, current: int, maximum: int) -> tuple[Vcpu, ...]
     )
 
 
-def _hugepages(root: etree._Element) -> tuple[Hugepages, ...]:
-    if root.find("./memoryBacking/hugepages") is None:
+def _hugepages(document: _Document) -> tuple[Hugepages, ...]:
+    if document.find("memoryBacking/hugepages") is None:
         return ()
-    pages = root.findall("./memoryBacking/hugepages/page")
+    pages = document.find_all("memoryBacking/hugepages/page")
     found = (
         Hugepages(
             size_bytes=int(page.get("size", "0")) * _UNITS[page.get("unit", "KiB")],
@@ -211,27 +233,27 @@ def _hugepages(root: etree._Element) -> tuple[Hugepages, ...]:
     return tuple(found) if pages else (Hugepages(size_bytes=0),)
 
 
-def _vfio_devices(root: etree._Element) -> list[etree._Element]:
+def _vfio_devices(document: _Document) -> list[etree._Element]:
     """Host PCI devices and vDPA or mediated ones: QEMU pins all guest memory for them."""
-    return root.findall("./devices/hostdev[@type='pci']") + root.findall("./devices/hostdev[@type='mdev']")
+    return [one for one in document.find_all("devices/hostdev") if one.get("type") in ("pci", "mdev")]
 
 
-def _phys_bits(root: etree._Element) -> int | None:
+def _phys_bits(document: _Document) -> int | None:
     """Return the vCPUs' physical address bits as QEMU sets them; None: the host's.
 
     Source: libvirt formatdomain, maxphysaddr. Observed: QEMU 7.2 gives 40 to every model but host-passthrough, and
     under TCG to that as well.
     """
-    if _attribute(root, "./cpu/maxphysaddr", "mode") == "emulate":
-        return int(_attribute(root, "./cpu/maxphysaddr", "bits") or _DEFAULT_PHYS_BITS)
-    if root.get("type") == "kvm" and _attribute(root, "./cpu", "mode") in ("host-passthrough", "maximum"):
+    if document.attribute("cpu/maxphysaddr", "mode") == "emulate":
+        return int(document.attribute("cpu/maxphysaddr", "bits") or _DEFAULT_PHYS_BITS)
+    if document.root.get("type") == "kvm" and document.attribute("cpu", "mode") in ("host-passthrough", "maximum"):
         return None
     return _DEFAULT_PHYS_BITS
 
 
-def _policy(root: etree._Element) -> Policy:
+def _policy(document: _Document) -> Policy:
     """Return what the VM's owner allows. libvirt keeps metadata as it came, so anything may stand there."""
-    elements = [one for one in root.iterfind("./metadata/*") if etree.QName(one).namespace == POLICY_NAMESPACE]
+    elements = [one for one in document.find_all("metadata/*") if etree.QName(one).namespace == POLICY_NAMESPACE]
     if not elements:
         return Policy()
     element, mistakes = elements[0], list[str]()
@@ -272,13 +294,8 @@ def _ceiling(element: etree._Element, name: str, mistakes: list[str]) -> int | N
     return 0
 
 
-def _attribute(root: etree._Element, path: str, name: str) -> str | None:
-    element = root.find(path)
-    return None if element is None else element.get(name)
-
-
-def _topology(root: etree._Element) -> tuple[int, int, int, int] | None:
-    topology = root.find("./cpu/topology")
+def _topology(document: _Document) -> tuple[int, int, int, int] | None:
+    topology = document.find("cpu/topology")
     if topology is None:
         return None
     sockets, dies, cores, threads = (int(topology.get(name, "1")) for name in ("sockets", "dies", "cores", "threads"))
