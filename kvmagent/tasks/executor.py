@@ -11,6 +11,7 @@
         vm.perform each                  a soft step's failure is a warning, any other ends the task
         vm.observe, advance again
       command.retreat     -> goal        after a failure: where to go instead, by the same loop
+      command.resume      -> goal        after an interruption, in place of the decision: what may still be pursued
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
@@ -317,6 +318,8 @@ class Executor:
 
     def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:
         fresh = run.goal is None
+        if not fresh:
+            run.goal = run.command.resume(run.goal)
         steps = self._plan(task, run, vm)
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
@@ -397,13 +400,14 @@ class Executor:
             AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the way back is recorded, and taken up later.
         """
         try:
-            run.after = facts = vm.observe(run.command.observe_guest)
-            goal = run.command.retreat(run.goal, facts, error)
+            assert run.after is not None
+            seen, run.after = run.after, vm.observe(run.command.observe_guest)
+            goal = run.command.retreat(run.goal, seen, run.after, error)
             if goal is None:
                 return
             log.info("task retreats", **error_fields(error))
             run.goal, run.interrupted = goal, True
-            if steps := run.command.advance(goal, facts, frozenset()):
+            if steps := run.command.advance(goal, run.after, frozenset()):
                 self._record_goal(task, run, steps)
             self._reach_goal(task, run, vm)
         except AgentError as failure:

@@ -37,7 +37,8 @@ from .vcpus import FormerVcpus, find_former, is_back, undo_steps
 class CpuGoal(Goal, frozen=True, rename="camel"):
     """A total of vCPUs. `known` are the guest's CPUs before the change: only others are brought online.
 
-    With a `failure` the goal is to have the former vCPUs again.
+    With a `failure` the goal is to have the former vCPUs again. `resumed`: the task was interrupted since it has this
+    goal, and what the guest uses by now may be somebody else's doing.
     """
 
     cpu_num: int
@@ -50,6 +51,7 @@ class CpuGoal(Goal, frozen=True, rename="camel"):
     shares: tuple[PlannedShares, ...] = ()
     former: FormerVcpus | None = None
     failure: Problem | None = None
+    resumed: bool = False
 
 
 def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
@@ -96,14 +98,22 @@ def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep
     return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent) or _guest_steps(goal, facts, spent)
 
 
-def retreat(goal: CpuGoal, facts: Facts, error: AgentError) -> CpuGoal | None:
+def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuGoal | None:
     """Return the way back, where there is something to be done on it; None where it failed itself.
 
-    There is none from what libvirt confirmed and the VM does not show: somebody else changes its vCPUs.
+    There is none where the VM had other vCPUs than the former ones already when the plug began, nor from what libvirt
+    confirmed and the VM does not show: somebody else changes its vCPUs.
     """
-    if goal.failure is not None or not error.expected or not _undo_steps(goal, facts, frozenset()):
+    if goal.failure is not None or goal.former is None or not error.expected or not is_back(goal.former, seen):
         return None
-    return msgspec.structs.replace(goal, failure=Problem(code=error.code, message=error.message, remedy=error.remedy))
+    failure = Problem(code=error.code, message=error.message, remedy=error.remedy)
+    way_back = msgspec.structs.replace(goal, failure=failure, resumed=False)
+    return way_back if advance(way_back, facts, frozenset()) else None
+
+
+def resume(goal: CpuGoal) -> CpuGoal:
+    """Return the goal as it is pursued after an interruption: the same target, the way back with more caution."""
+    return msgspec.structs.replace(goal, resumed=True)
 
 
 def conclude(ending: Ending) -> VmReply:
@@ -153,7 +163,15 @@ def _undo_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[Any
     """None where the shares have followed already: then the change was whole, and what failed came after it."""
     if goal.former is None or are_shares_set(goal.shares, facts):
         return ()
-    return undo_steps(goal.former, facts, spent, cpu_num=goal.cpu_num, known=goal.known, timeout_sec=goal.timeout_sec)
+    return undo_steps(
+        goal.former,
+        facts,
+        spent,
+        cpu_num=goal.cpu_num,
+        known=goal.known,
+        may_offline=not goal.resumed,
+        timeout_sec=goal.timeout_sec,
+    )
 
 
 def is_undone(goal: CpuGoal, facts: Facts) -> bool:
@@ -238,4 +256,5 @@ HOT_PLUG_CPU = Command(
         Code.CPU_NOT_WHOLE_CORE,
     ),
     retreat=retreat,
+    resume=resume,
 )

@@ -68,16 +68,21 @@ def advance(goal: CpuMemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[A
     return cpu.advance(goal.cpu, facts, spent)
 
 
-def retreat(goal: CpuMemoryGoal, facts: Facts, error: AgentError) -> CpuMemoryGoal | None:
+def retreat(goal: CpuMemoryGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuMemoryGoal | None:
     """Return the way back, as far as there is one; None where it failed itself."""
     if goal.undo_memory is not None:
         return None
     return msgspec.structs.replace(
         goal,
-        cpu=cpu.retreat(goal.cpu, facts, error) or goal.cpu,
+        cpu=cpu.retreat(goal.cpu, seen, facts, error) or goal.cpu,
         failure=Problem(code=error.code, message=error.message, remedy=error.remedy),
         undo_memory=_undo_memory(goal.memory, facts),
     )
+
+
+def resume(goal: CpuMemoryGoal) -> CpuMemoryGoal:
+    """Return the goal as it is pursued after an interruption."""
+    return msgspec.structs.replace(goal, cpu=cpu.resume(goal.cpu))
 
 
 def conclude(ending: Ending) -> MemoryReply:
@@ -153,4 +158,5 @@ HOT_PLUG_CPU_MEMORY = Command(
     conclude=conclude,
     refusals=tuple(dict.fromkeys((*memory.HOT_PLUG_MEMORY.refusals, *cpu.HOT_PLUG_CPU.refusals))),
     retreat=retreat,
+    resume=resume,
 )

@@ -57,11 +57,21 @@ def undo_steps(
     *,
     cpu_num: int,
     known: tuple[int, ...] | None,
+    may_offline: bool,
     timeout_sec: float,
 ) -> tuple[AnyStep, ...]:
-    """Return what is left to do on the way back from `cpu_num` vCPUs; `known` is what the guest listed before."""
+    """Return what is left to do on the way back from `cpu_num` vCPUs; `known` is what the guest listed before.
+
+    Without `may_offline` only vCPUs that the guest does not use leave.
+    """
     added = _find_added(former, facts, cpu_num)
-    live = _undo_live(len(added), known, facts, spent, timeout_sec) if added and known is not None else ()
+    live: tuple[AnyStep, ...] = ()
+    if added and known is not None:
+        live = tuple(
+            step
+            for step in _undo_live(len(added), known, facts, timeout_sec)
+            if step.key not in spent and (may_offline or not isinstance(step, OfflineGuestVcpus))
+        )
     return live or _undo_config(former, facts, cpu_num)
 
 
@@ -93,24 +103,23 @@ def resized_ids(ids: Iterable[int], count: int) -> tuple[int, ...]:
     return tuple(sorted(have[:count]))
 
 
-def _undo_live(
-    added: int, known: tuple[int, ...], facts: Facts, spent: frozenset[str], timeout_sec: float
-) -> tuple[AnyStep, ...]:
+def _undo_live(added: int, known: tuple[int, ...], facts: Facts, timeout_sec: float) -> tuple[AnyStep, ...]:
+    """Return the next step by which the guest gives up so many new CPUs; none where it is not certain which they are.
+
+    They are told by what it listed before, which must have been all that there were: its numbers are its own.
+    """
     count, listed = facts.get_live().vcpu_current - added, facts.guest.vcpus
-    # Which of the guest's CPUs are new is told by what it listed before: that must have been all that there were.
     if listed is None or len(known) != count:
         return ()
     if len(listed) < count + added:
-        wait = AwaitGuestVcpus(known=known, added=added, timeout_sec=timeout_sec)
-        return () if wait.key in spent else (wait,)
+        return (AwaitGuestVcpus(known=known, added=added, timeout_sec=timeout_sec),)
     new = [cpu for cpu in listed if cpu.id not in known]
-    if not len(new) == added == len(listed) - count:
+    online = [cpu for cpu in new if cpu.online]
+    if not len(new) == added == len(listed) - count or not all(cpu.can_offline for cpu in online):
         return ()
-    if online := [cpu for cpu in new if cpu.online]:
-        offline = OfflineGuestVcpus(ids=tuple(cpu.id for cpu in online))
-        return (offline,) if offline.key not in spent and all(cpu.can_offline for cpu in online) else ()
-    unplug = UnplugVcpus(count=count, timeout_sec=timeout_sec)
-    return () if unplug.key in spent else (unplug,)
+    if online:
+        return (OfflineGuestVcpus(ids=tuple(cpu.id for cpu in online)),)
+    return (UnplugVcpus(count=count, timeout_sec=timeout_sec),)
 
 
 def _find_added(former: FormerVcpus, facts: Facts, cpu_num: int) -> frozenset[int]:

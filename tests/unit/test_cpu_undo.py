@@ -233,10 +233,10 @@ def test_a_change_that_was_whole_is_not_undone(tmp_path: Path) -> None:
     error = AgentError(Code.LIBVIRT_REFUSED, "setting 5 vCPUs")
     domain.setVcpusFlags(4, LIVE)
     half = node.observe("vm1", frozenset({"cpus"}))
-    assert HOT_PLUG_CPU.retreat(goal, half, error) is not None
+    assert HOT_PLUG_CPU.retreat(goal, facts, half, error) is not None
     domain.setSchedulerParametersFlags({"cpu_shares": 2048}, LIVE)
     whole = node.observe("vm1", frozenset({"cpus"}))
-    assert HOT_PLUG_CPU.retreat(goal, whole, error) is None
+    assert HOT_PLUG_CPU.retreat(goal, facts, whole, error) is None
 
 
 # Interruptions
@@ -258,19 +258,61 @@ def kill_at(agent: Agent, point: str, task: Task) -> Task:
     return left
 
 
-# The plug, the guest's part, the removal.
-@pytest.mark.parametrize("point", ["step:done@1", "step:begun@2", "step:done@2", "step:begun@3", "step:done@3"])
+# The plug, (the guest's part,) the removal.
+@pytest.mark.parametrize(
+    ("auto_online", "point"),
+    [
+        (False, "step:begun@2"),
+        (False, "step:done@2"),
+        (True, "step:done@2"),
+        (True, "step:begun@3"),
+        (True, "step:done@3"),
+    ],
+)
 @pytest.mark.parametrize("command", ["HotPlugCpu", "HotPlugCpuMemory"])
-def test_an_agent_that_dies_on_the_way_back_goes_on_with_it(mortal: Agent, point: str, command: str) -> None:
+def test_an_agent_that_dies_on_the_way_back_goes_on_with_it(
+    mortal: Agent, command: str, auto_online: bool, point: str
+) -> None:
+    mortal.domain.guest.auto_online = auto_online
     fields = {"memorySize": 256 * MIB} if command == "HotPlugCpuMemory" else {}
     left = kill_at(mortal, point, mortal.accept(command, **ASKED, **fields))
-    mortal.domain.fail_next["vcpu4"] = REFUSED
     mortal.executor.run(left)
     reply = mortal.reply()
     assert (reply["recovered"], reply["outcome"], reply["errorCode"]) == (True, "refused", "LIBVIRT_REFUSED"), reply
     assert reply["details"] == {"undone": True}
     assert ids(mortal.domain) == [(0, 1), (0, 1)]
     assert mortal.domain.guest.online_cpus == {0: True, 1: True}
+
+
+@pytest.mark.parametrize("command", ["HotPlugCpu", "HotPlugCpuMemory"])
+def test_after_an_interruption_the_guest_keeps_what_it_uses(mortal: Agent, command: str) -> None:
+    """The agent was away, for however long: somebody may have made the vCPUs his own."""
+    fields = {"memorySize": 256 * MIB} if command == "HotPlugCpuMemory" else {}
+    left = kill_at(mortal, "step:begun@2", mortal.accept(command, **ASKED, **fields))
+    mortal.executor.run(left)
+    check_left_alone(mortal.reply(), mortal.domain, (0, 1, 2, 3))
+    assert mortal.domain.guest.online_cpus == dict.fromkeys(range(4), True)
+
+
+def test_what_was_there_already_when_the_plug_began_again_is_not_undone(mortal: Agent) -> None:
+    """Plugged by the call that was cut off, or by somebody since: nobody knows."""
+    left = kill_at(mortal, "step:begun@1", mortal.accept("HotPlugCpu", **ASKED))
+    mortal.domain.setVcpusFlags(3, LIVE)
+    mortal.domain.fail_next["vcpu4"] = REFUSED
+    mortal.executor.run(left)
+    check_left_alone(mortal.reply(), mortal.domain, (0, 1, 2, 3))
+
+
+def test_vcpus_that_somebody_plugs_while_the_memory_comes_are_not_undone(run: Callable[..., Any]) -> None:
+    domain = make(auto_online=True)
+    attach = domain.attachDeviceFlags
+
+    def attach_and_plug(xml: str, flags: int) -> None:
+        attach(xml, flags)
+        domain.setVcpusFlags(3, LIVE)
+
+    domain.attachDeviceFlags = attach_and_plug  # type: ignore[method-assign]
+    check_left_alone(run(domain, "HotPlugCpuMemory", memorySize=512 * MIB), domain, (0, 1, 2, 3))
 
 
 def test_a_connection_lost_on_the_way_back_is_survived(mortal: Agent) -> None:
