@@ -101,10 +101,10 @@ def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep
 def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuGoal | None:
     """Return the way back, where there is something to be done on it; None where it failed itself.
 
-    There is none where the VM had other vCPUs than the former ones already when the plug began, nor from what libvirt
-    confirmed and the VM does not show: somebody else changes its vCPUs.
+    There is none where the VM had other vCPUs than the former ones already when what failed was planned: these may be
+    somebody else's.
     """
-    if goal.failure is not None or goal.former is None or not error.expected or not is_back(goal.former, seen):
+    if goal.failure is not None or goal.former is None or not is_back(goal.former, seen):
         return None
     failure = Problem(code=error.code, message=error.message, remedy=error.remedy)
     way_back = msgspec.structs.replace(goal, failure=failure, resumed=False)

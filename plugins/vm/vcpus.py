@@ -115,7 +115,7 @@ def _undo_live(added: int, known: tuple[int, ...], facts: Facts, timeout_sec: fl
         return (AwaitGuestVcpus(known=known, added=added, timeout_sec=timeout_sec),)
     new = [cpu for cpu in listed if cpu.id not in known]
     online = [cpu for cpu in new if cpu.online]
-    if not len(new) == added == len(listed) - count or not all(cpu.can_offline for cpu in online):
+    if len(new) != added or not all(cpu.can_offline for cpu in online):
         return ()
     if online:
         return (OfflineGuestVcpus(ids=tuple(cpu.id for cpu in online)),)

@@ -102,6 +102,20 @@ def test_a_definition_that_still_cannot_be_saved_is_put_right_in_libvirt_s_memor
     assert ids(domain) == [(0, 1), (0, 1)]
 
 
+def test_the_memory_leaves_too_though_the_definition_s_vcpus_still_cannot_be_saved(run: Callable[..., Any]) -> None:
+    domain = make()
+    domain.fail_next = Always(save=NO_SPACE)
+    reply = run(domain, "HotPlugCpuMemory", memorySize=512 * MIB)
+    assert (reply["outcome"], reply["memorySize"], ids(domain)) == ("refused", 256 * MIB, [(0, 1), (0, 1)])
+
+
+def test_a_definition_that_cannot_be_put_right_is_tried_once(run: Callable[..., Any]) -> None:
+    domain = make(sees_nothing=True)
+    domain.fail_next = Always({"save": NO_SPACE, "setVcpusFlags(2, 18)": REFUSED})
+    check_left_alone(run(domain), domain, (0, 1, 2, 3, 4), (0, 1, 2, 3, 4))
+    assert domain.calls == ["setVcpusFlags(5, 19)", "setVcpusFlags(2, 18)"]
+
+
 def test_where_the_running_vm_keeps_them_the_same_target_goes_on(run: Callable[..., Any]) -> None:
     """libvirt's memory says that the definition was changed, its file does not: left so, nobody would save it."""
     domain = make(virt_type="qemu")
@@ -150,6 +164,14 @@ def test_a_guest_that_did_not_list_all_of_its_cpus_before_keeps_the_new_ones(run
     domain = make(auto_online=True)
     del domain.guest.online_cpus[1]
     check_left_alone(run(domain), domain, (0, 1, 2, 3))
+    assert domain.calls == ["setVcpusFlags(5, 19)"]
+
+
+def test_a_guest_that_numbers_its_cpus_anew_meanwhile_keeps_them_all(run: Callable[..., Any]) -> None:
+    domain = make(auto_online=True)
+    meanwhile(domain, lambda: setattr(domain.guest, "online_cpus", {0: True, 5: True, 6: True, 7: True}))
+    reply = run(domain)
+    assert (reply["outcome"], domain.guest.online_cpus) == ("partial", {0: True, 5: True, 6: True, 7: True})
     assert domain.calls == ["setVcpusFlags(5, 19)"]
 
 
