@@ -149,6 +149,8 @@ class LogOutput:
             old.close()
         self._file = file
         root.setLevel(section.level.upper())
+        # No line has them. Source: Python's logging HOWTO, "Optimization".
+        logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
         # A line for each HTTP request and connection says nothing that the task's own lines do not say.
         quiet = logging.DEBUG if section.level == "debug" else logging.WARNING
         for noisy in ("urllib3", "cherrypy", "cherrypy.error"):

@@ -1,7 +1,10 @@
 """Connections: TLS, the bytes of a request, limits. The only user of cheroot.
 
     selector -> worker: handshake and bytes, as far as they are there -> not whole yet: back to the selector
-                                                                      -> whole: parse, handler, answer
+                                                                      -> whole: parse, `respond`, answer
+
+A worker that has answered stays with its client for a moment where others are free, and saves the next request the
+way over the selector.
 
 cheroot's own worker reads from the socket and waits: a client that sends a byte a second keeps it for ever, and with
 TLS cheroot shakes hands in the thread that accepts. Here a worker takes what has come and lets go, so that however
@@ -12,6 +15,7 @@ Source: cheroot 11 server.HTTPConnection.communicate, connections.ConnectionMana
 import io
 import ipaddress
 import logging
+import select
 import socket
 import ssl
 import sys
@@ -22,9 +26,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-import cheroot.makefile
 import cheroot.server
-import cheroot.wsgi
 
 from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
 from kvmagent.api.security import Security, certificate_names
@@ -37,11 +39,13 @@ from kvmagent.settings import HttpSection
 
 log = Log(__name__)
 
-#: In a request's environment: the names of the client's certificate.
-NAMES = "kvmagent.names"
+#: An answer: its status line's rest, its headers, its body.
+Response = tuple[bytes, list[tuple[bytes, bytes]], bytes]
 
 # Immediate answers wait for a shared commit at most, so that few threads serve many clients; reads ask libvirt.
 _THREADS = 16
+# So many of them may stay with their clients, for so long at a time.
+_STAYING, _STAY_S = 8, 0.25
 # Connects beyond the backlog wait a second or more for the kernel to try again.
 _BACKLOG = 1024
 # A connection that says nothing for so long is closed, and a client that does not read its answer given up.
@@ -54,18 +58,22 @@ _MAX_HELD_BYTES = 64 * 2**20
 _STRANGERS, _MAX_STRANGERS = "strangers", 64
 
 
-class Listener(cheroot.wsgi.Server):
-    """Serves a WSGI application to those whom `security` lets in."""
+class Listener(cheroot.server.HTTPServer):
+    """Serves those whom `security` lets in with what `respond` makes of their requests."""
 
-    def __init__(self, http: HttpSection, security: Security, application: Callable[..., Any], meters: Meters) -> None:
+    def __init__(
+        self,
+        http: HttpSection,
+        security: Security,
+        respond: Callable[["Request"], Response],
+        meters: Meters,
+    ) -> None:
         super().__init__(
-            (http.host, http.port),
-            application,
-            numthreads=_THREADS,
-            request_queue_size=_BACKLOG,
-            timeout=_IDLE_S,
-            server_name="kvmagent",
+            (http.host, http.port), _Gateway, minthreads=_THREADS, maxthreads=_THREADS, server_name="kvmagent"
         )
+        self.request_queue_size = _BACKLOG
+        self.timeout = _IDLE_S
+        self.respond = respond
         self.ConnectionClass = _Connection
         self.max_request_header_size = MAX_HEAD_BYTES
         self.max_request_body_size = http.max_body_bytes + READ_AWAY_BYTES
@@ -76,6 +84,16 @@ class Listener(cheroot.wsgi.Server):
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
         self._held_bytes = 0
+        self._staying = threading.BoundedSemaphore(_STAYING)
+
+    def stay(self, connection: "_Connection") -> bool:
+        """Wait for more from a client for a moment, where enough workers are free; return whether there is."""
+        if not self._staying.acquire(blocking=False):
+            return False
+        try:
+            return bool(self.ready) and connection.wait_readable(_STAY_S)
+        finally:
+            self._staying.release()
 
     def enter(self, address: str) -> None:
         """Count a connection in.
@@ -121,8 +139,24 @@ class Listener(cheroot.wsgi.Server):
         return address, self.http.max_connections_per_client
 
 
-class _Request(cheroot.server.HTTPRequest):
-    """A request that cheroot itself refuses is told as JSON too."""
+class _Gateway(cheroot.server.Gateway):
+    """From cheroot's request to the listener's `respond`."""
+
+    def respond(self) -> None:
+        req = self.req
+        req.status, req.outheaders, body = req.server.respond(req)
+        req.ensure_headers_sent()
+        req.write(body)
+
+
+class Request(cheroot.server.HTTPRequest):
+    """A request as cheroot parsed it; one that cheroot itself refuses is told as JSON too."""
+
+    conn: "_Connection"
+
+    def respond(self) -> None:
+        super().respond()
+        self.conn.wfile.flush()
 
     def simple_response(self, status: str, msg: str = "") -> None:
         number = int(str(status).split()[0])
@@ -141,11 +175,30 @@ class _Inbox(io.BytesIO):
         return self.more
 
 
+class _Outbox(io.RawIOBase):
+    """What is written to a client, sent whole: cheroot's own writer sends the head of an answer before its body."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._waiting: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        self._waiting.append(data)
+        return len(data)
+
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            self._socket.sendall(b"".join(waiting))
+
+
 class _Connection(cheroot.server.HTTPConnection):
     """One client's connection. On one worker at a time, or with the selector."""
 
-    RequestHandlerClass = _Request
+    RequestHandlerClass = Request
     server: Listener
+    #: The names of the client's certificate.
+    names: tuple[str, ...] = ()
 
     def __init__(self, server: Listener, sock: socket.socket, makefile: Any = None) -> None:
         super().__init__(server, sock, _make_file)
@@ -159,29 +212,44 @@ class _Connection(cheroot.server.HTTPConnection):
 
     def communicate(self) -> bool:
         """Go on with what has come in; return whether the connection stays open."""
+        while (answered := self._go_on()) and self.server.stay(self):
+            pass
+        return answered is not None
+
+    def wait_readable(self, timeout_s: float) -> bool:
+        """Wait until more has come in from the client, or it has gone; return whether it is so."""
+        if self.rfile.has_data() or (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
+            return True
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
+    def _go_on(self) -> bool | None:
+        """Go on with what has come in; return whether a request was answered, None when the connection is done."""
         try:
             if not self._is_counted:
                 self._enter()
             try:
                 if not self._receive():
-                    return False
+                    return None
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 self._wait()
-                return True
+                return False
         except AgentError as error:
             self.refuse(error)
-            return False
+            return None
         except OSError as error:
             log.debug("client left", client=self.remote_addr, error=str(error))
-            return False
+            return None
         finally:
             self.socket.settimeout(self.server.timeout)
-        return bool(super().communicate())  # type: ignore[no-untyped-call]
+        return True if super().communicate() else None  # type: ignore[no-untyped-call]
 
     def send(self, data: bytes) -> None:
         """Send a few bytes; a client that is gone gets none."""
         try:
             self.wfile.write(data)
+            self.wfile.flush()
         except OSError as error:
             log.debug("client left before its answer", client=self.remote_addr, error=str(error))
 
@@ -289,7 +357,7 @@ class _Connection(cheroot.server.HTTPConnection):
             audit("refused", caller="", client=self.remote_addr, what="TLS", outcome=error.reason or "TLS_FAILED")
             return False
         self._has_shaken_hands = True
-        self.ssl_env = {"wsgi.url_scheme": "https", NAMES: certificate_names(self.socket.getpeercert())}
+        self.names = certificate_names(self.socket.getpeercert())
         return True
 
     def _read_away(self) -> None:
@@ -305,4 +373,4 @@ class _Connection(cheroot.server.HTTPConnection):
 
 def _make_file(sock: socket.socket, mode: str = "rb", _bufsize: int = 0) -> Any:
     """cheroot's hook: what a connection is read from, and written to."""
-    return _Inbox() if "r" in mode else cheroot.makefile.StreamWriter(sock, mode)
+    return _Inbox() if "r" in mode else _Outbox(sock)

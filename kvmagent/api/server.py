@@ -15,7 +15,7 @@ from typing import Any
 
 import cherrypy
 
-from kvmagent.api.listener import NAMES, Listener
+from kvmagent.api.listener import Listener, Request, Response
 from kvmagent.api.security import Security
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.audit import audit
@@ -78,13 +78,8 @@ class Server:
         meters = meters or Meters()
         self._http = http
         self._security = security
-        dispatcher = _Dispatcher(security, routes, public, meters)
-        application = cherrypy.Application(None, "", {"/": {"request.dispatch": dispatcher}})
-        # CherryPy's own line for each request repeats what the task's lines say.
-        application.log.access = lambda: None
-        application.log.screen = False
-        cherrypy.log.screen = False
-        self._server = Listener(http, security, application, meters)
+        application = _Application(_Dispatcher(security, routes, public, meters))
+        self._server = Listener(http, security, application.respond, meters)
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
     def bind(self) -> None:
@@ -112,8 +107,60 @@ class Server:
             self._thread.join()
 
 
+class _Application:
+    """One CherryPy application, called by the listener without WSGI between them."""
+
+    def __init__(self, dispatcher: "_Dispatcher") -> None:
+        self._application = cherrypy.Application(None, "", {"/": {"request.dispatch": dispatcher}})
+        self._application.request_class = _Request
+        # CherryPy's own line for each request repeats what the task's lines say.
+        self._application.log.access = lambda: None
+        self._application.log.screen = False
+        cherrypy.log.screen = False
+
+    def respond(self, asked: Request) -> Response:
+        """Return the answer to a request."""
+        connection, server = asked.conn, asked.server
+        local = cherrypy.lib.httputil.Host(*server.bind_addr[:2])
+        remote = cherrypy.lib.httputil.Host(connection.remote_addr, connection.remote_port)
+        scheme = "http" if server.security.context is None else "https"
+        request, response = self._application.get_serving(local, remote, scheme, "HTTP/1.1")
+        request.names = connection.names
+        try:
+            request.run(
+                asked.method.decode("latin-1"),
+                _decode_path(asked.path),
+                asked.qs.decode("latin-1"),
+                asked.request_protocol.decode("latin-1"),
+                [(name.decode("latin-1"), value.decode("latin-1")) for name, value in asked.inheaders.items()],
+                asked.rfile,
+            )
+            return response.output_status, response.header_list, b"".join(response.body)
+        finally:
+            self._application.release_serving()
+
+
+class _Request(cherrypy.Application.request_class):  # type: ignore[misc]
+    """CherryPy's request without what nothing here has: tools, hooks, forms. Everything that it refuses is JSON.
+
+    Source: CherryPy 18 _cprequest.Request.respond.
+    """
+
+    def respond(self, path_info: str) -> None:
+        response = cherrypy.serving.response
+        self.error_page = {"default": _unexpected}
+        try:
+            self.process_headers()
+            self.get_resource(path_info)
+            self.process_query_string()
+            response.body = self.handler()
+        except cherrypy.HTTPError as error:
+            error.set_response()
+        response.finalize()
+
+
 class _Dispatcher:
-    """CherryPy's dispatcher: sets the handler of each request. Everything that it refuses is JSON."""
+    """CherryPy's dispatcher: sets the handler of each request."""
 
     def __init__(
         self,
@@ -130,11 +177,7 @@ class _Dispatcher:
             self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = handler
 
     def __call__(self, path_info: str) -> None:
-        request = cherrypy.serving.request
-        request.config = {}
-        request.error_page = {"default": _unexpected}
-        request.process_request_body = False
-        request.handler = self._handle
+        cherrypy.serving.request.handler = self._handle
 
     def _handle(self) -> bytes:
         request, response = cherrypy.serving.request, cherrypy.serving.response
@@ -156,12 +199,11 @@ class _Dispatcher:
         headers = {name.lower(): value for name, value in request.headers.items()}
         client, caller = request.remote.ip, ""
         try:
-            names = request.wsgi_environ.get(NAMES, ())
             self._security.check_browser(request.method, headers)
             if request.path_info in self._public:
                 caller = self._security.admit(client)
             else:
-                caller = self._security.identify(client, names, headers.get("authorization"))
+                caller = self._security.identify(client, request.names, headers.get("authorization"))
             methods, parts = self._find(request.path_info)
             handler = methods.get(request.method)
             if handler is None:
@@ -187,6 +229,14 @@ class _Dispatcher:
             if len(pattern) == len(segments) and all(p in ("*", s) for p, s in zip(pattern, segments, strict=True)):
                 return methods, tuple(s for p, s in zip(pattern, segments, strict=True) if p == "*")
         raise AgentError(Code.UNKNOWN_PATH, f"nothing is served at {path!r}")
+
+
+def _decode_path(path: bytes) -> str:
+    """Return a path whose %XX are decoded: UTF-8, and what is not that byte by byte."""
+    try:
+        return path.decode()
+    except UnicodeDecodeError:
+        return path.decode("latin-1")
 
 
 def _refusal(error: AgentError) -> Answer:

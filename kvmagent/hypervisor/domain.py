@@ -80,8 +80,12 @@ class VmHandle:
         """The VM's UUID, with dashes."""
         return str(self._domain.UUIDString())
 
-    def read(self) -> tuple[Domain, bool | None]:
-        """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel)."""
+    def read(self, *, ask_balloon: bool) -> tuple[Domain, bool | None]:
+        """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel).
+
+        The balloon's size is what QEMU last told libvirt, which it does once a second at most, unless it is to be
+        asked: that takes longer than all the rest. Source: libvirt qemuDomainGetXMLDesc, QEMU's BALLOON_CHANGE.
+        """
         with libvirt_errors("reading the VM"):
             number, reason = self._domain.state()
             state = STATES.get(number, "other")
@@ -89,13 +93,14 @@ class VmHandle:
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
         live, connected = parse_live(live_xml) if live_xml else (None, None)
+        told = live.current_bytes if live is not None and live.balloon else None
         domain = Domain(
             name=self._domain.name(),
             uuid=self.uuid,
             state=state,
             live=live,
             config=parse_definition(config_xml) if config_xml else None,
-            balloon_bytes=self.balloon_bytes() if live_xml else None,
+            balloon_bytes=self.balloon_bytes() if live_xml and ask_balloon else told,
             job=self.find_job() if live_xml else None,
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )

@@ -196,7 +196,7 @@ class HeldVm:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
         with phase("libvirt"):
-            domain, connected = self._handle.read()
+            domain, connected = self._handle.read(ask_balloon="memory" in parts)
             guest = self._handle.ask_guest(domain, connected, parts)
             return self._complete(domain, guest, parts)
 

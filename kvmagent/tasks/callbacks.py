@@ -8,7 +8,6 @@ was checked a moment ago, while the name stays what the server's certificate is 
 redirect, and no proxy of the environment is used.
 """
 
-import contextlib
 import ipaddress
 import socket
 import ssl
@@ -16,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
-import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
@@ -156,45 +155,54 @@ class Channel:
 
     def __init__(self, url: str, connect: Callable[..., socket.socket], context: Callable[[], ssl.SSLContext]) -> None:
         host, port = _host_and_port(url)
-        pool_class = _HttpsPool if urlsplit(url).scheme == "https" else _HttpPool
-        self._pool = pool_class(host, port, maxsize=1, open_socket=connect, get_context=context)
+        kind = _HttpsConnection if urlsplit(url).scheme == "https" else _HttpConnection
+        self._connection = kind(host, port, open_socket=connect, get_context=context)
 
     def post(
         self, url: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[int | None, str]:
         """Return the receiver's status, or None and why there is none. Half an answer is none."""
-        parts = urlsplit(url)
+        connection = self._connection
         try:
-            response = self._pool.urlopen(
-                "POST",
-                (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-                body=body,
-                headers={"Content-Type": "application/json", **headers},
-                timeout=timeout_s,
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-            )
-            with contextlib.closing(response):
-                # An answer that was cut off shows only when it is read to its end.
-                left = _MAX_ANSWER_BYTES
-                while left > 0 and (part := response.read(left)):
-                    left -= len(part)
-        except (HTTPError, OSError, ValueError) as error:
+            if connection.sock is not None and not connection.is_connected:
+                connection.close()  # by the receiver, meanwhile
+            connection.timeout = timeout_s
+            if connection.sock is not None:
+                connection.sock.settimeout(timeout_s)
+            status = self._exchange(url, body, headers)
+        except (HTTPError, HTTPException, OSError, ValueError) as error:
+            connection.close()
             return None, f"{type(error).__name__}: {error}"
-        return response.status, f"HTTP {response.status}"
+        return status, f"HTTP {status}"
 
     def close(self) -> None:
         """Close the connection, if there is one."""
-        self._pool.close()
+        self._connection.close()
+
+    def _exchange(self, url: str, body: bytes | None, headers: Mapping[str, str]) -> int:
+        parts = urlsplit(url)
+        self._connection.request(
+            "POST",
+            (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+            body=body,
+            headers={"Content-Type": "application/json", **headers},
+            preload_content=False,
+            decode_content=False,
+        )
+        response = self._connection.getresponse()
+        # An answer that was cut off shows only when it is read to its end.
+        left = _MAX_ANSWER_BYTES
+        while left > 0 and (part := response.read(left)):
+            left -= len(part)
+        if left <= 0:
+            self._connection.close()
+        return response.status
 
 
 class _Checked:
     """urllib3's hook: a connection is opened by `open_socket`, not by the name that it is for.
 
-    Source: urllib3 2 connection.HTTPConnection._new_conn, the one place that opens a socket; further keywords of a
-    pool are handed to its connections.
+    Source: urllib3 2 connection.HTTPConnection._new_conn, the one place that opens a socket.
     """
 
     host: str
@@ -227,14 +235,6 @@ class _HttpsConnection(_Checked, HTTPSConnection):
     def connect(self) -> None:
         self.ssl_context = self._get_context()
         super().connect()
-
-
-class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _HttpConnection
-
-
-class _HttpsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _HttpsConnection
 
 
 class _Lookups:

@@ -6,8 +6,7 @@ import subprocess
 import threading
 import time
 
-from tests.bench.load import run_load
-from tests.bench.measures import plug
+from kvmagent.model.command import NO_CALLBACK
 from tests.lab.agent import AgentProcess
 from tests.lab.guest import Guest
 
@@ -52,4 +51,5 @@ def _run_script(uri: str, name: str, count: int) -> None:
 
 
 def _run_agent(agent: AgentProcess, name: str, count: int) -> None:
-    run_load(agent.port, [plug(name, count)], clients=1, run=f"e{count:x}")
+    body = {"vmUuid": name, "cpuNum": count}
+    agent.post("/vm/hotplug/cpu", body, task_uuid=f"visible-{count}", callback_url=NO_CALLBACK)

@@ -59,6 +59,15 @@ class MortalAgent(AgentProcess):
         """How many entries a directory of /proc/PID has: "task" for threads, "fd" for open files."""
         return len(list(Path(f"/proc/{self.pid}/{what}").iterdir()))
 
+    def count_files(self) -> tuple[int, int]:
+        """How many libvirt connections are open, and how many files beside them.
+
+        A connection is a socket and an eventfd; libvirt's event loop has an eventfd, too.
+        """
+        links = [os.readlink(file) for file in Path(f"/proc/{self.pid}/fd").iterdir()]
+        connections = links.count("anon_inode:[eventfd]")
+        return connections, len(links) - 2 * connections
+
 
 def find_dimms(guest: Guest) -> tuple[list[str], list[str]]:
     """The aliases of the dimms that tasks gave to the running VM, and to its persistent definition."""
