@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import msgspec
 
-from kvmagent.model.command import Command, Ending, Goal, Outcome, Problem
+from kvmagent.model.command import Command, Ending, Goal, Problem
 from kvmagent.model.errors import CPU_ONLINE_HINT, AgentError, Code
 from kvmagent.model.facts import Facts, GuestVcpu
 from kvmagent.model.steps import (
@@ -119,14 +119,14 @@ def resume(goal: CpuGoal) -> CpuGoal:
 def conclude(ending: Ending) -> VmReply:
     """Return the reply: online only where the guest itself runs on all of them, refused where nothing is left of it."""
     goal, facts = ending.goal, ending.after
-    undone = goal is not None and facts is not None and goal.failure is not None and is_undone(goal, facts)
+    undone = goal is not None and facts is not None and _is_undone(goal, facts)
     if goal is not None and facts is not None and ending.planned is None:
         failed = goal.failure and tell_undo(goal.failure, undone=undone)
         ending = replace(ending, error=failed or ending.error or find_shortfall(goal, facts))
     warnings = find_warnings(goal, facts)
-    outcome: Outcome | None = "refused" if undone else "partial"
-    if goal is None or goal.failure is None:
-        outcome = settle(ending)
+    outcome = settle(ending)
+    if goal is not None and goal.failure is not None:
+        outcome = "refused" if undone else "partial"
     if outcome is None:
         outcome = "configured" if not goal.added else "plugged" if warnings else "online"
     return VmReply(**shared_fields(ending, outcome, warnings + explain_shares(ending), cpu_stages(ending)))
@@ -174,9 +174,9 @@ def _undo_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[Any
     )
 
 
-def is_undone(goal: CpuGoal, facts: Facts) -> bool:
-    """Return whether the VM has the vCPUs again that it had before; the very same ones."""
-    return goal.former is not None and is_back(goal.former, facts)
+def _is_undone(goal: CpuGoal, facts: Facts) -> bool:
+    """Return whether the way back was taken, and the VM has its former vCPUs again; the very same ones."""
+    return goal.failure is not None and goal.former is not None and is_back(goal.former, facts)
 
 
 def _await_guest(goal: CpuGoal, known: tuple[int, ...]) -> AwaitGuestVcpus:

@@ -35,7 +35,7 @@ from kvmagent.model.steps import (
     Shape,
 )
 from kvmagent_plugins.vm.vcpus import enabled_ids, leaving_ids, resized_ids
-from tests.fakes.agent import MIB, format_spec, make_domain, make_node, open_node
+from tests.fakes.agent import MIB, carry_out, format_spec, make_domain, make_node, open_node
 from tests.fakes.libvirt import libvirt_error, qemu_error
 from tests.lab.domainxml import GuestSpec
 
@@ -179,7 +179,7 @@ class HalfWay:
 
     node: Node
     ask: Callable[[Callable[[Any], Any]], Any]
-    keep_from_saving: Callable[[], None]
+    keep_from_saving: Callable[[bool], None]
 
     def ids(self) -> list[tuple[int, ...]]:
         facts = observe(self.node)
@@ -191,8 +191,9 @@ def fake_half_way(tmp_path: Path) -> HalfWay:
     domain = make_domain(GuestSpec(name="vm1", max_vcpus=6))
     domain.fail_next["vcpu3"] = qemu_error(1, "internal error: unable to execute QEMU command 'device_add': Duplicate")
 
-    def keep_from_saving() -> None:
-        domain.fail_next["save"] = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.xml.new'")
+    def keep_from_saving(keep: bool) -> None:
+        error = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.xml.new'")
+        domain.fail_next = {"save": error} if keep else {}
 
     return HalfWay(make_node(tmp_path, domain), lambda question: question(domain), keep_from_saving)
 
@@ -207,12 +208,18 @@ def lab_half_way(lab: Any, define: Any, tmp_path: Path) -> Iterator[HalfWay]:
             return question(domain)
 
     in_the_way = lab.directory / "c/libvirt/qemu/vm1.xml.new"
-    try:
-        with open_node(lab.uri, tmp_path) as node:
-            yield HalfWay(node, ask, lambda: in_the_way.mkdir(exist_ok=True))
-    finally:
+
+    def keep_from_saving(keep: bool) -> None:
         if in_the_way.exists():
             in_the_way.rmdir()
+        if keep:
+            in_the_way.mkdir()
+
+    try:
+        with open_node(lab.uri, tmp_path) as node:
+            yield HalfWay(node, ask, keep_from_saving)
+    finally:
+        keep_from_saving(False)
 
 
 @pytest.mark.parametrize("where", ["fake_half_way", pytest.param("lab_half_way", marks=pytest.mark.guest)])
@@ -232,11 +239,27 @@ class TestHalfWay:
     ) -> None:
         vm: HalfWay = request.getfixturevalue(where)
         for count, target, ids in ((2, "both", [(0, 1), (0, 1)]), (1, "config", [(0, 1), (0,)])):
-            vm.keep_from_saving()
+            vm.keep_from_saving(True)
             with pytest.raises(AgentError) as caught:
                 vm.node.perform("vm1", SetVcpus(count=count, target=target))
             assert (caught.value.code, caught.value.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 38)
             assert vm.ids() == ids
+
+    def test_an_emulated_vm_keeps_its_vcpus_and_the_same_target_goes_on(
+        self, where: str, request: pytest.FixtureRequest
+    ) -> None:
+        vm: HalfWay = request.getfixturevalue(where)
+        vm.keep_from_saving(True)
+        reply = carry_out(vm.node, "HotPlugCpu", vmUuid="vm1", cpuNum=3)
+        assert (reply["outcome"], reply["errorCode"], reply["details"]) == (
+            "partial",
+            "LIBVIRT_REFUSED",
+            {"undone": False},
+        )
+        assert vm.ids() == [(0, 1, 2), (0,)]
+        vm.keep_from_saving(False)
+        reply = carry_out(vm.node, "HotPlugCpu", vmUuid="vm1", cpuNum=3)
+        assert (reply["success"], vm.ids()) == (True, [(0, 1, 2), (0, 1, 2)])
 
     def test_the_lowest_free_vcpus_come_and_the_highest_of_the_definition_leave(
         self, where: str, request: pytest.FixtureRequest
