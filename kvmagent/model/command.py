@@ -1,8 +1,9 @@
-"""What a plugin declares: commands, as three pure functions and two shapes each.
+"""What a plugin declares: commands, as pure functions and two shapes each.
 
     decide(request, facts, task_uuid)     -> goal      absolute, recorded before anything is touched; or AgentError
     advance(goal, facts, spent)           -> steps     what is left to do towards the goal; none = done
-    retreat(goal, facts, error)           -> goal      after a failure on the way, where to go instead; None = stop
+    retreat(goal, seen, facts, error)     -> goal      after a failure on the way, where to go instead; None = stop
+    resume(goal)                          -> goal      after an interruption, what of the goal may still be pursued
     conclude(Ending)                      -> reply     what the caller is told
 
 The executor observes before every call of `advance`, so that a step which needs to know the effect of an earlier one
@@ -102,8 +103,13 @@ class Ending:
     late: bool = False
 
 
-def no_retreat(goal: Any, facts: Facts, error: AgentError) -> None:
+def no_retreat(goal: Any, seen: Facts, facts: Facts, error: AgentError) -> None:
     """What most commands do after a failure on the way: stop, and tell how far it came."""
+
+
+def resume_all(goal: Any) -> Any:
+    """What most commands do after an interruption: go on, from what is found then."""
+    return goal
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,8 @@ class Command:
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
     memory is looked at too; `observe_first` what is asked besides, once, before the decision. `spent` (of advance)
     holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
-    error code. A failed soft step ends its round: what follows it in the plan may count on its success.
+    error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
+    retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
     `tells_progress`: the management server that connected is told of each step as it begins. `subcommand` is what
     kvmagentctl calls it; empty: kvmagentctl does not offer it.
     """
@@ -129,7 +136,8 @@ class Command:
     advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
     conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
-    retreat: Callable[[Any, Facts, AgentError], Goal | None] = no_retreat
+    retreat: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_retreat
+    resume: Callable[[Any], Goal] = resume_all
     observe_first: frozenset[str] = frozenset()
     tells_progress: bool = False
     subcommand: str = ""

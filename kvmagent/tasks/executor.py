@@ -11,6 +11,7 @@
         vm.perform each                  a soft step's failure is a warning, any other ends the task
         vm.observe, advance again
       command.retreat     -> goal        after a failure: where to go instead, by the same loop
+      command.resume      -> goal        after an interruption, in place of the decision: what may still be pursued
       command.conclude    -> reply
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
@@ -317,6 +318,8 @@ class Executor:
 
     def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:
         fresh = run.goal is None
+        if not fresh:
+            run.goal = run.command.resume(run.goal)
         steps = self._plan(task, run, vm)
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
@@ -380,7 +383,7 @@ class Executor:
             try:
                 problem = self._perform(task, run, vm, step)
             except AgentError as error:
-                if not self._is_done_anyway(run, vm, step, error):
+                if not self._is_done_anyway(run, vm, step, error, frozenset(spent)):
                     raise
                 run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
                 return
@@ -397,13 +400,14 @@ class Executor:
             AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the way back is recorded, and taken up later.
         """
         try:
-            run.after = facts = vm.observe(run.command.observe_guest)
-            goal = run.command.retreat(run.goal, facts, error)
+            assert run.after is not None
+            seen, run.after = run.after, vm.observe(run.command.observe_guest)
+            goal = run.command.retreat(run.goal, seen, run.after, error)
             if goal is None:
                 return
             log.info("task retreats", **error_fields(error))
-            run.goal = goal
-            if steps := run.command.advance(goal, facts, frozenset()):
+            run.goal, run.interrupted = goal, True
+            if steps := run.command.advance(goal, run.after, frozenset()):
                 self._record_goal(task, run, steps)
             self._reach_goal(task, run, vm)
         except AgentError as failure:
@@ -416,16 +420,17 @@ class Executor:
         run.recorded = len(run.reports)
         self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), run.recorded)
 
-    def _is_done_anyway(self, run: Run, vm: HeldVm, step: AnyStep, error: AgentError) -> bool:
-        """Return whether a step that failed after an interruption has its effect nevertheless.
+    def _is_done_anyway(self, run: Run, vm: HeldVm, step: AnyStep, error: AgentError, spent: frozenset[str]) -> bool:
+        """Return whether a step that failed after an interruption or on the way back has its effect nevertheless.
 
         A call that was cut off may still be carried out by libvirt after it was looked for, and then its repetition
-        is refused: the alias is there already.
+        is refused: the alias is there already. A definition that could not be saved was changed in libvirt's memory
+        alone: on the way back that is undone, though it still cannot be saved.
         """
         if not run.interrupted or error.code is Code.LIBVIRT_UNAVAILABLE:
             return False
         facts = vm.observe(run.command.observe_guest)
-        if step in run.command.advance(run.goal, facts, frozenset()):
+        if step in run.command.advance(run.goal, facts, spent):
             return False
         log.info("step failed and is there already", step=type(step).__name__, error=error.message)
         return True

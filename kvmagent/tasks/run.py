@@ -24,8 +24,9 @@ _PROBLEM = msgspec.json.Decoder(Problem)
 class Run:
     """One task under way: what a reply is made from, as far as it has come.
 
-    `interrupted`: a step may have taken effect without having been told of. `recorded` is the number of the step that
-    came to disk with the goal. `hooked`: the operator's hooks have been asked, or were by an earlier agent.
+    `interrupted`: a step may have taken effect without having been told of, as one that failed may. `recorded` is the
+    number of the step that came to disk with the goal. `hooked`: the operator's hooks have been asked, or were by an
+    earlier agent.
     """
 
     command: Command

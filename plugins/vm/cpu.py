@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import msgspec
+
 from kvmagent.model.command import Command, Ending, Goal, Problem
 from kvmagent.model.errors import CPU_ONLINE_HINT, AgentError, Code
 from kvmagent.model.facts import Facts, GuestVcpu
@@ -16,14 +18,28 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
-from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
+from .cpushares import PlannedShares, are_shares_set, explain_shares, plan_shares, shares_steps
 from .policy import explain_not_asked, may_online
-from .reply import find_stages, not_verified, refused_warning, settle, shared_fields, silence_warning, warning
+from .reply import (
+    find_stages,
+    not_verified,
+    refused_warning,
+    settle,
+    shared_fields,
+    silence_warning,
+    tell_undo,
+    warning,
+)
 from .requests import HotPlugCpuRequest, Stage, VmReply
+from .vcpus import FormerVcpus, find_former, is_back, undo_steps
 
 
 class CpuGoal(Goal, frozen=True, rename="camel"):
-    """A total of vCPUs. `known` are the guest's CPUs before the change: only others are brought online."""
+    """A total of vCPUs. `known` are the guest's CPUs before the change: only others are brought online.
+
+    With a `failure` the goal is to have the former vCPUs again. `resumed`: the task was interrupted since it has this
+    goal, and what the guest uses by now may be somebody else's doing.
+    """
 
     cpu_num: int
     live: bool
@@ -33,6 +49,9 @@ class CpuGoal(Goal, frozen=True, rename="camel"):
     guest_online: bool
     timeout_sec: float
     shares: tuple[PlannedShares, ...] = ()
+    former: FormerVcpus | None = None
+    failure: Problem | None = None
+    resumed: bool = False
 
 
 def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
@@ -58,6 +77,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         guest_online=request.guest_online and may_online(facts),
         timeout_sec=request.timeout_sec,
         shares=plan_shares(facts, request.affect, request.cpu_num, scale=request.scale_shares),
+        former=find_former(facts, live=live, config=config),
     )
     if advance(goal, facts, frozenset()):
         refuse_first(check_cpu(facts, request.affect, request.cpu_num))
@@ -65,7 +85,9 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
 
 
 def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
-    """Return what is left to do: the hypervisor's part first, then the guest's."""
+    """Return what is left to do: the hypervisor's part first, then the guest's; or the way back."""
+    if goal.failure is not None:
+        return _undo_steps(goal, facts, spent)
     live = goal.live and facts.get_live().vcpu_current < goal.cpu_num
     config = goal.config and facts.get_config().vcpu_current != goal.cpu_num
     steps: list[AnyStep] = []
@@ -76,13 +98,36 @@ def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep
     return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent) or _guest_steps(goal, facts, spent)
 
 
+def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuGoal | None:
+    """Return the way back, where there is something to be done on it; None where it failed itself.
+
+    There is none where the VM had other vCPUs than the former ones already when what failed was planned: these may be
+    somebody else's.
+    """
+    if goal.failure is not None or goal.former is None or not is_back(goal.former, seen):
+        return None
+    failure = Problem(code=error.code, message=error.message, remedy=error.remedy)
+    way_back = msgspec.structs.replace(goal, failure=failure, resumed=False)
+    return way_back if advance(way_back, facts, frozenset()) else None
+
+
+def resume(goal: CpuGoal) -> CpuGoal:
+    """Return the goal as it is pursued after an interruption: the same target, the way back with more caution."""
+    return msgspec.structs.replace(goal, resumed=True)
+
+
 def conclude(ending: Ending) -> VmReply:
-    """Return the reply: online only where the guest itself runs on all of them."""
-    goal = ending.goal
-    if goal is not None and ending.after is not None and ending.planned is None:
-        ending = replace(ending, error=ending.error or find_shortfall(goal, ending.after))
-    warnings = find_warnings(goal, ending.after)
-    if (outcome := settle(ending)) is None:
+    """Return the reply: online only where the guest itself runs on all of them, refused where nothing is left of it."""
+    goal, facts = ending.goal, ending.after
+    undone = goal is not None and facts is not None and _is_undone(goal, facts)
+    if goal is not None and facts is not None and ending.planned is None:
+        failed = goal.failure and tell_undo(goal.failure, undone=undone)
+        ending = replace(ending, error=failed or ending.error or find_shortfall(goal, facts))
+    warnings = find_warnings(goal, facts)
+    outcome = settle(ending)
+    if goal is not None and goal.failure is not None:
+        outcome = "refused" if undone else "partial"
+    if outcome is None:
         outcome = "configured" if not goal.added else "plugged" if warnings else "online"
     return VmReply(**shared_fields(ending, outcome, warnings + explain_shares(ending), cpu_stages(ending)))
 
@@ -112,6 +157,26 @@ def _guest_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[An
     if offline and goal.guest_online and OnlineGuestVcpus.__name__ not in spent:
         return (OnlineGuestVcpus(ids=offline),)
     return ()
+
+
+def _undo_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """None where the shares have followed already: then the change was whole, and what failed came after it."""
+    if goal.former is None or are_shares_set(goal.shares, facts):
+        return ()
+    return undo_steps(
+        goal.former,
+        facts,
+        spent,
+        cpu_num=goal.cpu_num,
+        known=goal.known,
+        may_offline=not goal.resumed,
+        timeout_sec=goal.timeout_sec,
+    )
+
+
+def _is_undone(goal: CpuGoal, facts: Facts) -> bool:
+    """Return whether the way back was taken, and the VM has its former vCPUs again; the very same ones."""
+    return goal.failure is not None and goal.former is not None and is_back(goal.former, facts)
 
 
 def _await_guest(goal: CpuGoal, known: tuple[int, ...]) -> AwaitGuestVcpus:
@@ -190,4 +255,6 @@ HOT_PLUG_CPU = Command(
         Code.CPU_TOPOLOGY_MISMATCH,
         Code.CPU_NOT_WHOLE_CORE,
     ),
+    retreat=retreat,
+    resume=resume,
 )

@@ -10,16 +10,15 @@ from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep
 
-from . import cpu, memory, memorygoal, shrink, unplugcpu
+from . import cpu, memory, memorygoal, shrink
 from .checks import check_expected, check_state, refuse_first
 from .cpu import CpuGoal
 from .cpushares import explain_shares
 from .guestmemory import find_growth, memory_stages
 from .memorygoal import MemoryGoal
-from .reply import settle, shared_fields
+from .reply import settle, shared_fields, tell_undo
 from .requests import HotPlugCpuMemoryRequest, HotPlugCpuRequest, HotPlugMemoryRequest, MemoryReply
 from .shrink import ShrinkGoal
-from .unplugcpu import UnplugCpuGoal
 
 
 class CpuMemoryGoal(Goal, frozen=True, rename="camel"):
@@ -27,11 +26,8 @@ class CpuMemoryGoal(Goal, frozen=True, rename="camel"):
 
     memory: MemoryGoal
     cpu: CpuGoal
-    former_cpu_num: int | None
-    former_config_cpu_num: int | None
     failure: Problem | None = None
     undo_memory: ShrinkGoal | None = None
-    undo_cpus: tuple[UnplugCpuGoal, ...] = ()
 
 
 def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> CpuMemoryGoal:
@@ -46,7 +42,6 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
         "guest_online": request.guest_online,
         "timeout_sec": request.timeout_sec,
     }
-    live, config = facts.domain.live, facts.domain.config
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size))
     more_memory = HotPlugMemoryRequest(memory_size=request.memory_size, **shared)
@@ -54,8 +49,6 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
     return CpuMemoryGoal(
         memory=memory.decide(more_memory, facts, task_uuid),
         cpu=cpu.decide(more_cpus, facts, task_uuid),
-        former_cpu_num=live.vcpu_current if live else None,
-        former_config_cpu_num=config.vcpu_current if config else None,
     )
 
 
@@ -66,10 +59,8 @@ def advance(goal: CpuMemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[A
         AgentError: when the memory cannot be had in full: then there are to be no vCPUs either.
     """
     if goal.undo_memory is not None:
-        for undo in goal.undo_cpus:
-            if steps := unplugcpu.advance(undo, facts, spent):
-                return steps
-        return shrink.advance(goal.undo_memory, facts, spent)
+        way_back = cpu.advance(goal.cpu, facts, spent) if goal.cpu.failure is not None else ()
+        return way_back or shrink.advance(goal.undo_memory, facts, spent)
     if steps := memorygoal.advance(goal.memory, facts, spent):
         return steps
     if shortfall := memorygoal.find_shortfall(goal.memory, facts):
@@ -77,16 +68,21 @@ def advance(goal: CpuMemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[A
     return cpu.advance(goal.cpu, facts, spent)
 
 
-def retreat(goal: CpuMemoryGoal, facts: Facts, error: AgentError) -> CpuMemoryGoal | None:
+def retreat(goal: CpuMemoryGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuMemoryGoal | None:
     """Return the way back, as far as there is one; None where it failed itself."""
     if goal.undo_memory is not None:
         return None
     return msgspec.structs.replace(
         goal,
+        cpu=cpu.retreat(goal.cpu, seen, facts, error) or goal.cpu,
         failure=Problem(code=error.code, message=error.message, remedy=error.remedy),
         undo_memory=_undo_memory(goal.memory, facts),
-        undo_cpus=_undo_cpus(goal, facts),
     )
+
+
+def resume(goal: CpuMemoryGoal) -> CpuMemoryGoal:
+    """Return the goal as it is pursued after an interruption."""
+    return msgspec.structs.replace(goal, cpu=cpu.resume(goal.cpu))
 
 
 def conclude(ending: Ending) -> MemoryReply:
@@ -113,19 +109,9 @@ def conclude(ending: Ending) -> MemoryReply:
 
 def _find_error(goal: CpuMemoryGoal, ending: Ending, facts: Facts) -> AgentError | None:
     if goal.failure is not None:
-        undone = settle(replace(ending, error=ending.error or _as_error(goal.failure))) == "refused"
-        told = "what was done before was undone" if undone else "what was done before could not all be undone"
-        return AgentError(
-            goal.failure.code,
-            f"{goal.failure.message}; {told}",
-            remedy=goal.failure.remedy,
-            details={"undone": undone},
-        )
+        undone = settle(replace(ending, error=ending.error or tell_undo(goal.failure, undone=True))) == "refused"
+        return tell_undo(goal.failure, undone=undone)
     return ending.error or memorygoal.find_shortfall(goal.memory, facts) or cpu.find_shortfall(goal.cpu, facts)
-
-
-def _as_error(problem: Problem) -> AgentError:
-    return AgentError(problem.code, problem.message, remedy=problem.remedy)
 
 
 def _is_config(ending: Ending) -> bool:
@@ -157,17 +143,6 @@ def _undo_memory(goal: MemoryGoal, facts: Facts) -> ShrinkGoal:
     )
 
 
-def _undo_cpus(goal: CpuMemoryGoal, facts: Facts) -> tuple[UnplugCpuGoal, ...]:
-    """Return the way back for the vCPUs: none for a running VM that is emulated, which would crash of it."""
-    live, undo = facts.domain.live, []
-    common: dict[str, Any] = {"guest_online": True, "timeout_sec": goal.cpu.timeout_sec}
-    if goal.cpu.live and goal.former_cpu_num is not None and live is not None and live.hypervisor != "qemu":
-        undo.append(UnplugCpuGoal(cpu_num=goal.former_cpu_num, live=True, config=False, **common))
-    if goal.cpu.config and goal.former_config_cpu_num is not None:
-        undo.append(UnplugCpuGoal(cpu_num=goal.former_config_cpu_num, live=False, config=True, **common))
-    return tuple(undo)
-
-
 HOT_PLUG_CPU_MEMORY = Command(
     name="HotPlugCpuMemory",
     subcommand="plug",
@@ -183,4 +158,5 @@ HOT_PLUG_CPU_MEMORY = Command(
     conclude=conclude,
     refusals=tuple(dict.fromkeys((*memory.HOT_PLUG_MEMORY.refusals, *cpu.HOT_PLUG_CPU.refusals))),
     retreat=retreat,
+    resume=resume,
 )

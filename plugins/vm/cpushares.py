@@ -49,6 +49,12 @@ def shares_steps(
     return tuple(step for step in steps if step.key not in spent)
 
 
+def are_shares_set(planned: tuple[PlannedShares, ...], facts: Facts) -> bool:
+    """Return whether shares of any definition have been brought to what was planned."""
+    definitions = dict(_definitions(facts, "both"))
+    return any((own := definitions.get(one.target)) and own.cpu_shares == one.shares for one in planned)
+
+
 def explain_shares(ending: Ending) -> list[Problem]:
     """Say where shares were to follow and there are none."""
     request, before = ending.request, ending.before

@@ -175,6 +175,12 @@ def not_verified(message: str) -> AgentError:
     return AgentError(Code.NOT_VERIFIED, message, expected=False)
 
 
+def tell_undo(failure: Problem, *, undone: bool) -> AgentError:
+    """Return the error of a task that failed on the way and went back."""
+    told = "what was done before was undone" if undone else "what was done before could not all be undone"
+    return AgentError(failure.code, f"{failure.message}; {told}", remedy=failure.remedy, details={"undone": undone})
+
+
 def _steps(ending: Ending) -> list[dict[str, Any]]:
     if ending.planned is not None:
         return [msgspec.to_builtins(step) for step in ending.planned]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from kvmagent.model.command import Command, Ending, Goal
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.facts import Facts
 from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
@@ -14,6 +14,7 @@ from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
 from .guestos import check_gives_up
 from .reply import find_failure, find_lost, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
+from .vcpus import leaving_ids
 
 
 class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
@@ -100,16 +101,6 @@ def find_shortfall(goal: UnplugCpuGoal, ending: Ending) -> AgentError | None:
     if goal.config and (domain.config is None or domain.config.vcpu_current > goal.cpu_num):
         return not_verified(f"{goal.cpu_num} vCPUs were set, the persistent VM has more")
     return None
-
-
-def leaving_ids(live: Definition, cpu_num: int) -> frozenset[int]:
-    """Return the vCPUs that leave, as libvirt chooses them: those of the highest ids that can be removed.
-
-    Source: libvirt 9.0, qemuDomainSelectHotplugVcpuEntities. The guest numbers them alike as long as none is missing.
-    """
-    removable = [vcpu.id for vcpu in live.vcpus if vcpu.enabled and vcpu.hotpluggable]
-    count = max(0, live.vcpu_current - cpu_num)
-    return frozenset(sorted(removable)[len(removable) - count :] if count else ())
 
 
 def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:

@@ -66,6 +66,8 @@ CPU, MEMORY, BOTH = "HotPlugCpu", "HotPlugMemory", "HotPlugCpuMemory"
 LESS_CPU, LESS_MEMORY, READY = "HotUnplugCpu", "HotUnplugMemory", "ReadyForHotplug"
 MORE_MEMORY = {"memorySize": 512 * MIB}
 HOTPLUGGED = (SetVcpus(count=3, target="live"), SetVcpus(count=3, target="config"))
+DUPLICATE = "Duplicate device ID 'vcpu3'"
+NO_SPACE = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.xml.new': No space left on device")
 
 ROWS = {
     # vCPUs
@@ -126,6 +128,49 @@ ROWS = {
                 1, "internal error: unable to execute QEMU command 'device_add': Duplicate device ID 'vcpu1'"
             )
         },
+    ),
+    "vcpu plug that fails on the way": Row(
+        CPU,
+        {"cpuNum": 4},
+        "refused",
+        "LIBVIRT_REFUSED",
+        "Duplicate device ID 'vcpu3'; what was done before was undone",
+        "QEMU's log",
+        fails={"vcpu3": qemu_error(1, "internal error: unable to execute QEMU command 'device_add': " + DUPLICATE)},
+        guest={"auto_online": True},
+        domain={"virt_type": "kvm"},
+    ),
+    "vcpu plug that fails on the way in a guest that keeps them": Row(
+        CPU,
+        {"cpuNum": 4},
+        "partial",
+        "LIBVIRT_REFUSED",
+        "Duplicate device ID 'vcpu3'; what was done before could not all be undone",
+        "QEMU's log",
+        fails={"vcpu3": qemu_error(1, "internal error: unable to execute QEMU command 'device_add': " + DUPLICATE)},
+        guest={"auto_online": True, "broken_cpus": True},
+        domain={"virt_type": "kvm"},
+    ),
+    "vcpu plug that fails on the way in an emulated vm": Row(
+        CPU,
+        {"cpuNum": 4},
+        "partial",
+        "LIBVIRT_REFUSED",
+        DUPLICATE,
+        "QEMU's log",
+        fails={"vcpu3": qemu_error(1, "internal error: unable to execute QEMU command 'device_add': " + DUPLICATE)},
+        guest={"agent": "running"},
+    ),
+    "vcpus of which the definition cannot be saved": Row(
+        CPU,
+        {"cpuNum": 2},
+        "refused",
+        "LIBVIRT_REFUSED",
+        "No space left on device; what was done before was undone",
+        "libvirt's words",
+        fails={"save": NO_SPACE},
+        guest={"agent": "running"},
+        domain={"virt_type": "kvm"},
     ),
     "vcpu removal that is emulated": Row(
         LESS_CPU, {"cpuNum": 1}, "refused", "CPU_REMOVAL_UNSAFE", "is emulated", "KVM", before=HOTPLUGGED
@@ -528,8 +573,7 @@ def test_a_dimm_that_is_there_already_is_not_attached_again(fake: Make) -> None:
 
 
 def test_a_definition_that_cannot_be_saved_is_told_with_what_the_running_vm_has(fake: Make) -> None:
-    error = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.xml.new': No space left on device")
-    row = Row(CPU, {}, "", "", "", "", guest={"agent": "running"}, fails={"save": error})
+    row = Row(CPU, {}, "", "", "", "", guest={"agent": "running"}, fails={"save": NO_SPACE})
     reply = carry_out(fake(row), CPU, vmUuid="vm1", cpuNum=2)
     assert (reply["success"], reply["outcome"], reply["errorCode"]) == (False, "partial", "LIBVIRT_REFUSED")
     assert "No space left on device" in reply["error"]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import msgspec
 import pytest
 
@@ -32,7 +34,9 @@ from kvmagent.model.steps import (
     SetVcpus,
     Shape,
 )
-from tests.fakes.agent import MIB, format_spec, make_domain, make_node, open_node
+from kvmagent_plugins.vm.vcpus import enabled_ids, leaving_ids, resized_ids
+from tests.fakes.agent import MIB, carry_out, format_spec, make_domain, make_node, open_node
+from tests.fakes.libvirt import libvirt_error, qemu_error
 from tests.lab.domainxml import GuestSpec
 
 NOTHING: frozenset[str] = frozenset()
@@ -167,6 +171,108 @@ class TestVcpus:
         assert (error.code, error.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 55)
         node.perform("vm1", SetVcpus(count=2, target="config"))
         assert observe(node).get_config().vcpu_current == 2
+
+
+@dataclass
+class HalfWay:
+    """A VM whose fourth vCPU QEMU refuses, as its id is taken; `ask` has libvirt's own domain do something."""
+
+    node: Node
+    ask: Callable[[Callable[[Any], Any]], Any]
+    keep_from_saving: Callable[[bool], None]
+
+    def ids(self) -> list[tuple[int, ...]]:
+        facts = observe(self.node)
+        return [enabled_ids(definition) for definition in (facts.get_live(), facts.get_config())]
+
+
+@pytest.fixture
+def fake_half_way(tmp_path: Path) -> HalfWay:
+    domain = make_domain(GuestSpec(name="vm1", max_vcpus=6))
+    domain.fail_next["vcpu3"] = qemu_error(1, "internal error: unable to execute QEMU command 'device_add': Duplicate")
+
+    def keep_from_saving(keep: bool) -> None:
+        error = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.xml.new'")
+        domain.fail_next = {"save": error} if keep else {}
+
+    return HalfWay(make_node(tmp_path, domain), lambda question: question(domain), keep_from_saving)
+
+
+@pytest.fixture
+def lab_half_way(lab: Any, define: Any, tmp_path: Path) -> Iterator[HalfWay]:
+    taken = ("-device", "virtio-rng-pci,id=vcpu3,bus=pcie.0,addr=0x1d")
+    guest = define(GuestSpec(name="vm1", max_vcpus=6, qemu_args=taken))
+
+    def ask(question: Callable[[Any], Any]) -> Any:
+        with guest.domain() as domain:
+            return question(domain)
+
+    in_the_way = lab.directory / "c/libvirt/qemu/vm1.xml.new"
+
+    def keep_from_saving(keep: bool) -> None:
+        if in_the_way.exists():
+            in_the_way.rmdir()
+        if keep:
+            in_the_way.mkdir()
+
+    try:
+        with open_node(lab.uri, tmp_path) as node:
+            yield HalfWay(node, ask, keep_from_saving)
+    finally:
+        keep_from_saving(False)
+
+
+@pytest.mark.parametrize("where", ["fake_half_way", pytest.param("lab_half_way", marks=pytest.mark.guest)])
+class TestHalfWay:
+    """What the way back of a plug that failed relies on: see plugins/vm/vcpus.py."""
+
+    def test_a_plug_that_fails_leaves_what_it_plugged_before(self, where: str, request: pytest.FixtureRequest) -> None:
+        vm: HalfWay = request.getfixturevalue(where)
+        with pytest.raises(AgentError) as caught:
+            vm.node.perform("vm1", SetVcpus(count=5, target="both"))
+        assert (caught.value.code, caught.value.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 1)
+        assert vm.ids() == [(0, 1, 2), (0,)]
+        assert leaving_ids(observe(vm.node).get_live(), 1) == {1, 2}
+
+    def test_a_definition_that_cannot_be_saved_is_changed_in_libvirt_s_memory_and_can_be_changed_back_there(
+        self, where: str, request: pytest.FixtureRequest
+    ) -> None:
+        vm: HalfWay = request.getfixturevalue(where)
+        for count, target, ids in ((2, "both", [(0, 1), (0, 1)]), (1, "config", [(0, 1), (0,)])):
+            vm.keep_from_saving(True)
+            with pytest.raises(AgentError) as caught:
+                vm.node.perform("vm1", SetVcpus(count=count, target=target))
+            assert (caught.value.code, caught.value.details["libvirtCode"]) == (Code.LIBVIRT_REFUSED, 38)
+            assert vm.ids() == ids
+
+    def test_an_emulated_vm_keeps_its_vcpus_and_the_same_target_goes_on(
+        self, where: str, request: pytest.FixtureRequest
+    ) -> None:
+        vm: HalfWay = request.getfixturevalue(where)
+        vm.keep_from_saving(True)
+        reply = carry_out(vm.node, "HotPlugCpu", vmUuid="vm1", cpuNum=3)
+        assert (reply["outcome"], reply["errorCode"], reply["details"]) == (
+            "partial",
+            "LIBVIRT_REFUSED",
+            {"undone": False},
+        )
+        assert vm.ids() == [(0, 1, 2), (0,)]
+        vm.keep_from_saving(False)
+        reply = carry_out(vm.node, "HotPlugCpu", vmUuid="vm1", cpuNum=3)
+        assert (reply["success"], vm.ids()) == (True, [(0, 1, 2), (0, 1, 2)])
+
+    def test_the_lowest_free_vcpus_come_and_the_highest_of_the_definition_leave(
+        self, where: str, request: pytest.FixtureRequest
+    ) -> None:
+        vm: HalfWay = request.getfixturevalue(where)
+        vm.ask(lambda domain: domain.setVcpu("2", 1, libvirt.VIR_DOMAIN_AFFECT_LIVE))
+        vm.ask(lambda domain: domain.setVcpu("4", 1, libvirt.VIR_DOMAIN_AFFECT_CONFIG))
+        assert vm.ids() == [(0, 2), (0, 4)]
+        vm.node.perform("vm1", SetVcpus(count=3, target="both"))
+        assert vm.ids() == [(0, 1, 2), (0, 1, 4)]
+        assert [resized_ids(ids, 3) for ids in ((0, 2), (0, 4))] == vm.ids()
+        vm.node.perform("vm1", SetVcpus(count=2, target="config"))
+        assert vm.ids()[1] == resized_ids((0, 1, 4), 2) == (0, 1)
 
 
 @pytest.mark.parametrize("make", QEMU, indirect=True)

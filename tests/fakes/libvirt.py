@@ -57,7 +57,9 @@ class FakeGuest:
     `sees_nothing` never lists what is plugged. `onlines` is how many CPUs one guest-set-vcpus brings online at most.
     `pinned` memory blocks will not go offline, and those that are `fixed` are told beforehand that they cannot.
     `unplugs` is what it does when a device is to leave: let it go, refuse, or not answer. A virtio-mem device comes
-    to `virtio_mem_limit` at most. `broken_cpus` will not come online.
+    to `virtio_mem_limit` at most. `broken_cpus` will go neither online nor offline. So many times (`late_cpus`) it is
+    asked for its CPUs before it lists a plugged one. It numbers CPUs as they come: `numbers` has those of vCPUs that
+    are not its own.
     """
 
     agent: str = "running"
@@ -77,6 +79,9 @@ class FakeGuest:
     unplugs: str = "lets go"
     virtio_mem_limit: int = 1 << 60
     broken_cpus: bool = False
+    late_cpus: int = 0
+    coming: list[int] = field(default_factory=list)
+    numbers: dict[int, int] = field(default_factory=dict)
     os: dict[str, str] = field(default_factory=lambda: dict(DEBIAN))
     asked: list[str] = field(default_factory=list)
 
@@ -92,7 +97,28 @@ class FakeGuest:
             )
         return getattr(self, "_" + command.replace("-", "_"))(**{k.replace("-", "_"): v for k, v in arguments.items()})
 
+    def plug_cpu(self, vcpu: int) -> None:
+        """A vCPU is there; sooner or later the kernel lists it."""
+        if not self.sees_nothing:
+            self.coming.append(vcpu)
+            if not self.late_cpus:
+                self._list_coming()
+
+    def unplug_cpu(self, vcpu: int) -> None:
+        """A vCPU is gone."""
+        self.online_cpus.pop(self.numbers.pop(vcpu, vcpu), None)
+
+    def _list_coming(self) -> None:
+        while self.coming:
+            number = next(n for n in itertools.count() if n not in self.online_cpus)
+            self.numbers[self.coming.pop(0)] = number
+            self.online_cpus[number] = self.auto_online
+
     def _guest_get_vcpus(self) -> Any:
+        if self.late_cpus:
+            self.late_cpus -= 1
+        else:
+            self._list_coming()
         listed = sorted(self.online_cpus, reverse=True)
         return [
             {"online": self.online_cpus[n], "can-offline": n not in self.fixed_cpus, "logical-id": n} for n in listed
@@ -155,7 +181,8 @@ class FakeGuest:
 class FakeDomain:
     """One domain. `fail_next` makes one call fail: {"attachDeviceFlags": error}, or one with its arguments.
 
-    "save" is what libvirt does at the end of a call that changes both: the running VM has changed by then.
+    "save" is what libvirt does at the end of a call that changes vCPUs of the persistent definition: by then both are
+    changed, that one in its memory alone. "vcpu2" is the plugging of that vCPU.
     """
 
     def __init__(
@@ -193,6 +220,7 @@ class FakeDomain:
         return self.connection
 
     def XMLDesc(self, flags: int) -> str:
+        self._fail("XMLDesc")
         inactive = flags & libvirt.VIR_DOMAIN_XML_INACTIVE or self.live is None
         root = copy.deepcopy(self.config if inactive else self.live)
         if not flags & libvirt.VIR_DOMAIN_XML_SECURE:
@@ -224,8 +252,6 @@ class FakeDomain:
     def setVcpusFlags(self, count: int, flags: int) -> None:
         self._called("setVcpusFlags", f"setVcpusFlags({count}, {flags})")
         for name, root in self._affected(flags):
-            if name == "persistent":
-                self._fail("save")
             maximum = int(root.findtext("vcpu"))
             if count > maximum:
                 raise qemu_error(
@@ -233,13 +259,25 @@ class FakeDomain:
                     "invalid argument: requested vcpus is greater than max allowable vcpus for the "
                     f"{name} domain: {count} > {maximum}",
                 )
-            if name == "live" and count < int(root.find("vcpu").get("current", maximum)):
-                self._unplug_vcpus(root, count)
-            hotpluggable = name == "live" or bool(flags & libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE)
-            _enable_vcpus(root, count, hotpluggable=hotpluggable)
-            if name == "live" and not self.guest.sees_nothing:
-                for number in range(count):
-                    self.guest.online_cpus.setdefault(number, False)
+        for name, root in self._affected(flags):
+            if name == "live":
+                self._set_live_vcpus(root, count)
+            else:
+                hotpluggable = bool(flags & libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE)
+                for vcpu in _vcpus_to_change(root, count, removable=None):
+                    _switch_vcpu(root, vcpu, hotpluggable=hotpluggable)
+                self._fail("save")
+
+    def setVcpu(self, vcpus: str, state: int, flags: int) -> None:
+        self._called("setVcpu", f"setVcpu({vcpus}, {state}, {flags})")
+        ((name, root),) = self._affected(flags)
+        if (_listed_vcpus(root)[int(vcpus)].get("enabled") == "yes") == bool(state):
+            raise qemu_error(
+                libvirt.VIR_ERR_INVALID_ARG, f"invalid argument: vcpu '{vcpus}' is already in requested state"
+            )
+        _switch_vcpu(root, int(vcpus), hotpluggable=True)
+        if name == "live":
+            (self.guest.plug_cpu if state else self.guest.unplug_cpu)(int(vcpus))
 
     def vcpusFlags(self, flags: int) -> int:
         root = self._affected(flags)[0][1]
@@ -384,22 +422,26 @@ class FakeDomain:
             del self.guest.blocks[n]
         self.tell(libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE, _alias(device))
 
-    def _unplug_vcpus(self, root: Any, count: int) -> None:
-        fixed = [one for one in root.iterfind("./vcpus/vcpu") if one.get("enabled") == "yes"]
-        if count < sum(one.get("hotpluggable") == "no" for one in fixed) or not fixed:
+    def _set_live_vcpus(self, root: Any, count: int) -> None:
+        before = int(root.find("vcpu").get("current", root.findtext("vcpu")))
+        vcpus = _vcpus_to_change(root, count, removable="yes")
+        if count < before and len(vcpus) < before - count:
             raise qemu_error(
                 libvirt.VIR_ERR_CONFIG_UNSUPPORTED,
                 "unsupported configuration: failed to find appropriate hotpluggable vcpus to reach the desired "
                 "target vcpu count",
             )
-        if self.guest.unplugs != "lets go":
-            raise qemu_error(
-                libvirt.VIR_ERR_OPERATION_TIMEOUT,
-                "Timed out during operation: vcpu unplug request timed out. Unplug result must be manually inspected "
-                "in the domain",
-            )
-        for number in [n for n in self.guest.online_cpus if n >= count]:
-            del self.guest.online_cpus[number]
+        for vcpu in vcpus:
+            if count > before:
+                self._fail(f"vcpu{vcpu}")
+            elif self.guest.unplugs != "lets go":
+                raise qemu_error(
+                    libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                    "Timed out during operation: vcpu unplug request timed out. Unplug result must be manually "
+                    "inspected in the domain",
+                )
+            _switch_vcpu(root, vcpu, hotpluggable=True)
+            (self.guest.plug_cpu if count > before else self.guest.unplug_cpu)(vcpu)
 
     def _affected(self, flags: int) -> list[tuple[str, Any]]:
         affected = []
@@ -585,23 +627,37 @@ def _check_memory_device(root: Any, device: Any) -> None:
         )
 
 
-def _enable_vcpus(root: Any, count: int, *, hotpluggable: bool) -> None:
-    """Write how many vCPUs there are, and of each what libvirt says once single ones differ."""
+def _listed_vcpus(root: Any) -> list[Any]:
+    """What libvirt says of each vCPU; it is written once single ones differ."""
     vcpu, listed = root.find("vcpu"), root.find("vcpus")
-    current = int(vcpu.get("current", vcpu.text))
     if listed is None:
         listed = etree.Element("vcpus")
         vcpu.addnext(listed)
         for n in range(int(vcpu.text)):
-            fixed = n < current
+            fixed = n < int(vcpu.get("current", vcpu.text))
             etree.SubElement(
                 listed, "vcpu", id=str(n), enabled="yes" if fixed else "no", hotpluggable="no" if fixed else "yes"
             )
-    for n, one in enumerate(listed):
-        if n < count and one.get("enabled") == "no":
-            one.set("hotpluggable", "yes" if hotpluggable else "no")
-        one.set("enabled", "yes" if n < count else "no")
-    vcpu.set("current", str(count))
+    return list(listed)
+
+
+def _vcpus_to_change(root: Any, count: int, *, removable: str | None) -> list[int]:
+    """The vCPUs that libvirt plugs or removes to have `count`: the lowest ids that are free, the highest there are."""
+    states = {int(one.get("id")): one for one in _listed_vcpus(root)}
+    have = [n for n, one in states.items() if one.get("enabled") == "yes"]
+    if count >= len(have):
+        return [n for n in states if n not in have][: count - len(have)]
+    leave = [n for n in reversed(have) if removable in (None, states[n].get("hotpluggable"))]
+    return leave[: len(have) - count]
+
+
+def _switch_vcpu(root: Any, vcpu: int, *, hotpluggable: bool) -> None:
+    """Add a vCPU that is not there, or take away one that is."""
+    listed = _listed_vcpus(root)
+    plug = listed[vcpu].get("enabled") == "no"
+    listed[vcpu].set("enabled", "yes" if plug else "no")
+    listed[vcpu].set("hotpluggable", "yes" if hotpluggable or not plug else "no")
+    root.find("vcpu").set("current", str(sum(one.get("enabled") == "yes" for one in listed)))
 
 
 def _remove_device(root: Any, device: Any) -> None:

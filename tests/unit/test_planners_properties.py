@@ -15,8 +15,9 @@ from lxml import etree
 
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.model.facts import POLICY_NAMESPACE
+from kvmagent_plugins.vm.vcpus import enabled_ids
 from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
-from tests.fakes.libvirt import DEBIAN, FakeDomain
+from tests.fakes.libvirt import DEBIAN, FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
 
 BLOCK_MIB = 128
@@ -208,3 +209,69 @@ def test_what_grew_shrinks_back_to_where_it_was(vm: Vm, cpu_num: int, blocks: in
         after = reply["after"]
         for name in ("cpuNum", "configCpuNum", "memorySize", "configMemorySize", "balloonSize"):
             assert after[name] == start[name], name
+
+
+@st.composite
+def half_plugged(draw: st.DrawFn) -> tuple[Vm, dict[str, Any]]:
+    """A VM whose vCPUs may have holes, and a plug that fails on the way, in the middle or at the end."""
+    spec = GuestSpec(name="vm1", vcpus=draw(st.integers(1, 3)), max_vcpus=8)
+    guest = make_guest(
+        spec,
+        auto_online=draw(st.booleans()),
+        agent=draw(st.sampled_from(["running", "running", "running", "stopped"])),
+        late_cpus=draw(st.sampled_from([0, 0, 1, 2])),
+        sees_nothing=draw(st.sampled_from([False, False, False, True])),
+        broken_cpus=draw(st.sampled_from([False, False, False, True])),
+        fixed_cpus=frozenset({0, draw(st.integers(0, 7))}),
+        onlines=draw(st.sampled_from([1, 64])),
+        unplugs=draw(st.sampled_from(["lets go", "lets go", "lets go", "not answering"])),
+    )
+    domain = make_domain(spec, guest, virt_type=draw(st.sampled_from(["kvm", "kvm", "qemu"])))
+    for flags in (1, 2):
+        for vcpu in draw(st.sets(st.integers(spec.vcpus, 7), max_size=2)):
+            domain.setVcpu(str(vcpu), 1, flags)
+    fails = draw(st.sampled_from(["save", *(f"vcpu{n}" for n in range(1, 8))]))
+    domain.fail_next[fails] = qemu_error(1, "internal error: the plug failed")
+    request = {"cpuNum": draw(st.integers(2, 8)), "affect": draw(st.sampled_from(["both", "live", "config"]))}
+    return Vm(domain, {}), request
+
+
+@examples
+@given(
+    made=half_plugged(), change=st.none() | st.tuples(st.integers(1, 7), st.sampled_from([1, 2])), at=st.integers(1, 5)
+)
+def test_an_undo_takes_no_vcpu_that_was_there_before_and_leaves_the_guest_s_other_cpus_alone(
+    made: tuple[Vm, dict[str, Any]], change: tuple[int, int] | None, at: int
+) -> None:
+    """Whatever fails, whatever the guest does, and whoever else switches a vCPU in the moment before a call."""
+    vm, request = made
+    domain, guest = vm.domain, vm.domain.guest
+    before, listed = [enabled_ids(parse_definition(xml)) for xml in vm.xml()], dict(guest.online_cpus)
+    called = domain._called
+
+    def change_before(name: str, call: str) -> None:
+        domain.calls.append(call)
+        if change is not None and len(domain.calls) == at:
+            vcpu, flags = change
+            domain._called = called  # type: ignore[method-assign]
+            has = enabled_ids(parse_definition(domain.XMLDesc(0 if flags == 1 else 2)))
+            domain.setVcpu(str(vcpu), int(vcpu not in has), flags)
+        domain._fail(name, call)
+
+    domain.calls.clear()
+    domain._called = change_before  # type: ignore[method-assign]
+    reply = vm.send("HotPlugCpu", **request)
+    others = [{change[0]} if change is not None and change[1] == flags else set() for flags in (1, 2)]
+    after = [enabled_ids(parse_definition(xml)) for xml in vm.xml()]
+    assert reply["errorCode"] != "INTERNAL_ERROR", reply
+    for affect, was, has, other in zip(("live", "config"), before, after, others, strict=True):
+        # Of the definition fewer may be asked for, by this or by somebody else's change: then that is what there is.
+        if affect == "live" or (not other and request["cpuNum"] >= len(was)):
+            assert set(was) - other <= set(has), reply
+            assert len(has) >= len(was) - len(other)
+        if reply["details"].get("undone") and request["affect"] in (affect, "both"):
+            assert was == has
+    if reply["outcome"] == "refused" and change is None:
+        assert after == before
+    if change is None:
+        assert listed.items() <= guest.online_cpus.items()
