@@ -81,8 +81,13 @@ class Host:
     def __init__(self, daemon: PrivateLibvirtd) -> None:
         self.uri = daemon.uri.replace("qemu+unix:///session", "test+unix:///default")
         self.pause, self.resume = daemon.pause, daemon.resume
-        # The driver's state lives as long as somebody is connected, an agent that was killed a moment ago included.
-        wait_for(self._connect_anew, timeout_s=20, what="a driver without VMs of another test")
+        # The driver's state lives as long as somebody is connected, an agent that was killed a moment ago included; and
+        # for good where that was killed while libvirtd, which was paused, had still to take its connection.
+        try:
+            wait_for(self._connect_anew, timeout_s=5, what="a driver without VMs of another test")
+        except TimeoutError:
+            daemon.restart()
+            assert self._connect_anew()
 
     def _connect_anew(self) -> bool:
         self._connection = libvirt.open(self.uri)
