@@ -1,7 +1,8 @@
 # make setup: all that is needed, on Debian 12+ or Ubuntu 22.04+.  make demo: see it work.  make test: prove it.
 
-# The interpreter for .venv: python3 if it is new enough, else a newer one beside it. Choose one with PYTHON=...
-PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+# The interpreter for .venv: the distribution's, as the package has it (another may be built without its optimisations)
+# if it is new enough, else a newer one beside it. Choose one with PYTHON=...
+PYTHON ?= $(shell for python in /usr/bin/python3 python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
