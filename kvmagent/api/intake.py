@@ -144,10 +144,14 @@ class Intake:
 
     def _store(self, task: Task) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none."""
-        if self._journal.find(task.task_uuid) is not None:
-            return self._journal.accept(task)
-        with self._lanes.hold_place(task):
-            return self._journal.accept(task)
+        try:
+            with self._lanes.hold_place(task):
+                return self._journal.accept(task)
+        except AgentError as error:
+            no_room = error.code in (Code.QUEUE_FULL, Code.STOPPING)
+            if not no_room or self._journal.find(task.task_uuid) is None:
+                raise
+        return self._journal.accept(task)
 
 
 def _check_content_type(value: str) -> None:

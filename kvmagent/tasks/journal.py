@@ -9,6 +9,7 @@ is full: what was accepted may have to wait, and is never lost.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -372,8 +373,14 @@ class Journal:
         return [Task(**dict(row)) for row in rows]
 
     def _accept(self, db: Database, task: Task) -> tuple[Task, bool]:
-        row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
-        if row is not None:
+        now = self._clock()
+        cursor = db.execute(
+            "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, caller, state, accepted_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, 'accepted', ?) ON CONFLICT (task_uuid) DO NOTHING",
+            (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, task.caller, now),
+        )
+        if not cursor.rowcount:
+            row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
             known = Task(**dict(row))
             unwanted = task.callback_url == NO_CALLBACK
             callback_url = known.callback_url if unwanted else task.callback_url
@@ -385,12 +392,6 @@ class Journal:
                 db.execute("UPDATE tasks SET callback_url = ? WHERE task_uuid = ?", (NO_CALLBACK, task.task_uuid))
                 known = msgspec.structs.replace(known, callback_url=NO_CALLBACK)
             return known, False
-        now = self._clock()
-        cursor = db.execute(
-            "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, caller, state, accepted_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 'accepted', ?)",
-            (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, task.caller, now),
-        )
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
 
 
@@ -413,13 +414,7 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
 
     Raises AgentError CANCELLED for a task that is to run and was taken back.
     """
-    formers = [former for former, next_states in TRANSITIONS.items() if state in next_states]
-    columns = ", ".join(f"{name} = ?" for name in ("state", *values))
-    sql = (
-        f"UPDATE tasks SET {columns} WHERE task_uuid = ? AND state IN ({', '.join('?' * len(formers))})"
-        " RETURNING lane, callback_url, client, owed_at"
-    )
-    row = db.execute(sql, (state, *values.values(), task_uuid, *formers)).fetchone()
+    row = db.execute(_move_sql(state, tuple(values)), (*values.values(), task_uuid)).fetchone()
     if row is None:
         if state == "running":
             _refuse_withdrawn(db, task_uuid)
@@ -427,6 +422,17 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
     return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0)
+
+
+@functools.cache
+def _move_sql(state: State, columns: tuple[str, ...]) -> str:
+    """Return the statement that changes a task to `state`, from where that may be: values of columns, then the id."""
+    formers = ", ".join(f"'{former}'" for former, next_states in TRANSITIONS.items() if state in next_states)
+    changes = ", ".join([f"state = '{state}'", *(f"{name} = ?" for name in columns)])
+    return (
+        f"UPDATE tasks SET {changes} WHERE task_uuid = ? AND state IN ({formers})"
+        " RETURNING lane, callback_url, client, owed_at"
+    )
 
 
 def _refuse_withdrawn(db: Database, task_uuid: str, reply: bytes | None = None) -> None:
