@@ -148,6 +148,7 @@ class _Request(cherrypy.Application.request_class):  # type: ignore[misc]
 
     def respond(self, path_info: str) -> None:
         response = cherrypy.serving.response
+        response.headers["Server"] = "kvmagent"  # and no version of CherryPy
         self.error_page = {"default": _unexpected}
         try:
             self.process_headers()

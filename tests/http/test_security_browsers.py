@@ -44,6 +44,7 @@ def test_the_page_is_served_without_a_token_under_a_strict_policy(guarded: Agent
     assert "*" not in policy
     assert "http" not in policy
     assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Server"] == "kvmagent"
     assert b"http://" not in body.replace(b"http://www.w3.org/", b"")
     assert b"https://" not in body
 
