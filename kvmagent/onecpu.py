@@ -85,12 +85,15 @@ class OneCpu:
         if self._cpu is None:
             yield
             return
-        os.sched_setaffinity(0, self._allowed)
+        # Where they have been taken away meanwhile, what is begun stays where the agent is.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._allowed)
         try:
             yield
         finally:
             cpu = self._cpu
-            os.sched_setaffinity(0, self._allowed if cpu is None else {cpu})
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, self._allowed if cpu is None else {cpu})
 
     def _move(self, cpu: int) -> None:
         self._cpu = cpu

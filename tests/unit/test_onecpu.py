@@ -51,6 +51,10 @@ def affinities() -> set[frozenset[int]]:
     return {frozenset(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")}
 
 
+def refuse(_thread: int, _cpus: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
 FIRST, SECOND = ALLOWED[:2]
 REST = dict.fromkeys(ALLOWED[2:], 1.0)
 
@@ -106,6 +110,17 @@ def test_what_is_begun_everywhere_may_use_all_cpus(host: Host, one_cpu: OneCpu) 
     assert affinities() == {frozenset({FIRST})}
 
 
+def test_what_is_begun_where_cpus_were_taken_away_is_begun_all_the_same(
+    host: Host, one_cpu: OneCpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_cpu.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_setaffinity", refuse)
+        with one_cpu.everywhere():
+            pass
+    assert affinities() == {frozenset({FIRST})}
+
+
 def test_where_the_kernel_says_nothing_all_stays_as_it_was(tmp_path: Path) -> None:
     one = OneCpu(proc=tmp_path)
     one.start()
@@ -116,9 +131,6 @@ def test_where_the_kernel_says_nothing_all_stays_as_it_was(tmp_path: Path) -> No
 def test_where_it_is_not_allowed_all_stays_as_it_was(
     host: Host, one_cpu: OneCpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(_thread: int, _cpus: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
     monkeypatch.setattr(os, "sched_setaffinity", refuse)
     one_cpu.start()
     assert "the agent is not kept on one CPU" in caplog.text
