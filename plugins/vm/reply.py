@@ -43,8 +43,14 @@ def shared_fields(
 
 
 def settle(ending: Ending) -> Outcome | None:
-    """Return the outcome where it does not depend on the command: a failure, a dry run, or nothing to do."""
-    same = ending.before is None or _without_guest(ending.before) == _without_guest(ending.after)
+    """Return the outcome where it does not depend on the command: a failure, a dry run, or nothing to do.
+
+    Nobody can say that the VM is as it was where what it was is unknown: after an interruption and an upgrade.
+    """
+    if ending.before is None:
+        same = ending.goal is None
+    else:
+        same = _without_guest(ending.before) == _without_guest(ending.after)
     if ending.error is not None:
         left_asked = bool(ending.reports) and ending.error.code in _LEFT_ASKED
         return "refused" if same and not left_asked else "partial"
