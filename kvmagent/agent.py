@@ -211,7 +211,8 @@ class Agent:
     def _start(self) -> None:
         self._security.load()
         self._callbacks.load()
-        self._hooks.check()
+        if hooks := self._hooks.check():
+            log.info("hooks found", **hooks)
         make_private_directory(self._state_dir, "agent.state_dir")
         self._lock_fd = _lock(self._state_dir / "lock")
         # A port that is taken is found out before any VM is touched.

@@ -34,6 +34,7 @@ from kvmagent.tasks.journal import Task
 log = Log(__name__)
 
 Event = Literal["before", "after"]
+_EVENTS: tuple[Event, ...] = ("before", "after")
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8"}
@@ -59,6 +60,7 @@ class Hooks:
     """Thread-safe. The hooks in a directory; empty: there are none.
 
     `timeout_s` is what all hooks of one event may take together for one task. They are begun inside `begin_inside`.
+    `user_id` is the agent's user, this process's where none is given: who beside root may own what is run.
     """
 
     def __init__(
@@ -67,29 +69,30 @@ class Hooks:
         *,
         timeout_s: float = 10.0,
         begin_inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        user_id: int | None = None,
     ) -> None:
         self._directory = directory
+        self._owners = (0, os.geteuid() if user_id is None else user_id)
         self._timeout_s = timeout_s
         self._begin_inside = begin_inside
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopping = False
 
-    def check(self) -> None:
-        """Look whether nobody but root and the agent's user can change what is run, and log what it is.
+    def check(self) -> dict[Event, str]:
+        """Look whether nobody but root and the agent's user can change what is run; return its names, none where off.
 
         Raises:
             AgentError: BAD_CONFIGURATION.
         """
         if not self._directory:
-            return
+            return {}
         if not os.path.isabs(self._directory):
             raise AgentError(Code.BAD_CONFIGURATION, f"hooks.directory {self._directory} is not an absolute path")
         try:
-            found = {event: ",".join(hook.name for hook in self._find(event)) for event in ("before", "after")}
+            return {event: ",".join(hook.name for hook in self._find(event)) for event in _EVENTS}
         except OSError as error:
             raise AgentError(Code.BAD_CONFIGURATION, f"hooks.directory: {error}") from error
-        log.info("hooks found", **found)
 
     def stop(self) -> None:
         """Kill what runs, and at once what is still started."""
@@ -142,13 +145,13 @@ class Hooks:
             OSError: one is not there, or can be changed by others.
         """
         directory = Path(self._directory) / f"{event}.d"
-        _check_trusted(directory.parent)
+        _check_trusted(directory.parent, self._owners)
         if not directory.exists():
             return []
-        _check_trusted(directory)
+        _check_trusted(directory, self._owners)
         named = sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name) and not path.is_dir())
         for path in named:
-            _check_trusted(path)
+            _check_trusted(path, self._owners)
         return [path for path in named if os.access(path, os.X_OK)]
 
     def _run(self, hook: Path, document: bytes, until: float) -> _Result:
@@ -242,8 +245,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _check_trusted(path: Path) -> None:
-    """Refuse what others than root and the agent's user can change, or can put something else in the place of.
+def _check_trusted(path: Path, owners: tuple[int, ...]) -> None:
+    """Refuse what others than its owners, root and the agent's user, can change or replace.
 
     Raises:
         OSError: it is so, or cannot be looked at.
@@ -251,7 +254,7 @@ def _check_trusted(path: Path) -> None:
     real = path.resolve(strict=True)
     for place in (real, *real.parents):
         found = place.stat()
-        if found.st_uid not in (0, os.geteuid()):
+        if found.st_uid not in owners:
             raise PermissionError(f"{place} belongs to user {found.st_uid}, neither root nor the agent's")
         # In a directory above, as /tmp is, the sticky bit keeps others from what is not theirs.
         kept = place != real and found.st_mode & stat.S_ISVTX

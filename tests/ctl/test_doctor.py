@@ -13,12 +13,13 @@ from kvmagent.cli.ctl.hostchecks import (
     ask_kernel_clock,
     examine_certificates,
     examine_clock,
+    examine_hooks,
     examine_kvm,
     examine_state_dir,
 )
 from kvmagent.hypervisor.probe import Probe, ProbedVm
 from kvmagent.model.units import MIB
-from kvmagent.settings import SecuritySection, Settings
+from kvmagent.settings import HooksSection, SecuritySection, Settings
 from tests.ctl.ctl import Ctl
 from tests.lab.agent import AgentProcess
 from tests.lab.pki import LOOPBACK, Authority
@@ -83,6 +84,23 @@ def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path
     file.touch()
     assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is no directory")]
     assert found(examine_state_dir(tmp_path / "none"), "state_dir")[0][0] == "warning"
+
+
+def test_hooks_are_told_and_those_that_the_agent_would_not_run_at_all(tmp_path: Path) -> None:
+    assert not list(examine_hooks(HooksSection()))
+    (tmp_path / "before.d").mkdir(mode=0o755)
+    hook = tmp_path / "before.d/10-window"
+    hook.write_text("#!/bin/sh\n")
+    hook.chmod(0o755)
+    settings = HooksSection(directory=str(tmp_path))
+    told = f"{tmp_path}: before.d: 10-window; after.d: none"
+    assert found(examine_hooks(settings), "hooks") == [("good", told)]
+    hook.chmod(0o757)
+    config = tmp_path / "kvmagent.conf"
+    config.write_text(f"[hooks]\ndirectory = {tmp_path}\n")
+    (ill,) = (one for one in examine(config, {"url": "http://127.0.0.1:1"}) if one.check == "hooks")
+    assert (ill.level, ill.message) == ("wrong", f"hooks.directory: {hook} has mode 0757: others can write it")
+    assert ill.remedy
 
 
 def test_a_full_disk_is_told() -> None:

@@ -1,6 +1,6 @@
 """Examines this host: what an agent needs here, and what it would meet; each finding with its remedy.
 
-configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory -> certificates -> clock -> the agent
+configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory, hooks, certificates -> clock -> agent
 """
 
 import getpass
@@ -15,7 +15,13 @@ from kvmagent.cli.configfile import read_settings
 from kvmagent.cli.ctl.agent import Agent, Target
 from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.findings import Finding
-from kvmagent.cli.ctl.hostchecks import examine_certificates, examine_clock, examine_kvm, examine_state_dir
+from kvmagent.cli.ctl.hostchecks import (
+    examine_certificates,
+    examine_clock,
+    examine_hooks,
+    examine_kvm,
+    examine_state_dir,
+)
 from kvmagent.cli.ctl.local import target_of
 from kvmagent.hypervisor.probe import Probe, Version, probe
 from kvmagent.model.errors import AgentError
@@ -48,6 +54,7 @@ def examine(config: Path, given: dict[str, str]) -> list[Finding]:
         "libvirt": lambda: _examine_libvirt(settings.libvirt.uri),
         "kvm": examine_kvm,
         "state_dir": lambda: examine_state_dir(state_dir),
+        "hooks": lambda: examine_hooks(settings.hooks),
         "certificates": lambda: examine_certificates(settings, now),
         "clock": lambda: examine_clock(state_dir, now),
         "agent": lambda: _examine_agent(Target(**target_of(settings) | given)),

@@ -1,4 +1,4 @@
-"""What the doctor looks at on the host itself: KVM, the state directory, certificates, the clock.
+"""What the doctor looks at on the host itself: KVM, the state directory, hooks, certificates, the clock.
 
 Each check is told where to look and what time it is, and changes nothing.
 """
@@ -17,8 +17,9 @@ from kvmagent.cli.ctl.certificates import Certificate, read_certificates
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.model.errors import AgentError
 from kvmagent.model.units import MIB, format_size
-from kvmagent.settings import Settings, parse_callback_rule
+from kvmagent.settings import HooksSection, Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.hooks import Hooks
 
 # Source: Linux Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION and KVM_CREATE_VM.
 _KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_API_VERSION = 0xAE00, 0xAE01, 12
@@ -83,10 +84,10 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
             "state_dir", "warning", f"{path} has mode {mode | 0o700:04o}, needed is 0700", f"chmod 0700 {path}"
         )
         faults += 1
-    owner, wanted = _user_name(found.st_uid), _find_agent_user()
-    if wanted is not None and owner != wanted:
-        remedy = f"chown -R {wanted}: {path}, where the agent runs as {wanted}."
-        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, the agent's user is {wanted}", remedy)
+    owner, user = _user_name(found.st_uid), _find_agent_user()
+    if user is not None and found.st_uid != user.pw_uid:
+        remedy = f"chown -R {_USER}: {path}, where the agent runs as {_USER}."
+        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, the agent's user is {_USER}", remedy)
         faults += 1
     free_bytes = room.f_bavail * room.f_frsize
     few_inodes = bool(room.f_files) and room.f_favail < _FEW_INODES
@@ -98,6 +99,14 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         faults += 1
     if not faults:
         yield Finding("state_dir", "good", f"{path} is {owner}'s alone and has {format_size(free_bytes)} left")
+
+
+def examine_hooks(settings: HooksSection) -> Iterator[Finding]:
+    """Look which hooks there are, and whether the agent would run them."""
+    user = _find_agent_user()
+    if found := Hooks(settings.directory, user_id=user and user.pw_uid).check():
+        told = "; ".join(f"{event}.d: {names or 'none'}" for event, names in found.items())
+        yield Finding("hooks", "good", f"{settings.directory}: {told}")
 
 
 def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -186,9 +195,9 @@ def examine_clock(state_dir: Path, now: datetime, ask_clock: Callable[[], int] =
         yield Finding("clock", "good", f"synchronised, {now:%Y-%m-%d %H:%M} UTC")
 
 
-def _find_agent_user() -> str | None:
+def _find_agent_user() -> pwd.struct_passwd | None:
     try:
-        return pwd.getpwnam(_USER).pw_name
+        return pwd.getpwnam(_USER)
     except KeyError:
         return None
 
