@@ -6,6 +6,7 @@ It has no other work, so that no call holds up an event. Events are lost while i
 there again, and whoever waits for an event also looks for itself now and then.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 
@@ -93,11 +94,13 @@ class EventConnection:
             self._changed.clear()
 
     def _close(self, connection: libvirt.virConnect, ids: list[int]) -> None:
-        """End what was registered first: a callback keeps the connection open."""
-        try:
-            for number in ids:
-                connection.domainEventDeregisterAny(number)
-            connection.unregisterCloseCallback()
-            connection.close()
-        except libvirt.libvirtError as error:
-            log.debug("closing the event connection", error=str(error))
+        """End what was registered first: a callback keeps the connection open. Each may fail on a dead one."""
+        for end in (
+            *(functools.partial(connection.domainEventDeregisterAny, number) for number in ids),
+            connection.unregisterCloseCallback,
+            connection.close,
+        ):
+            try:
+                end()
+            except libvirt.libvirtError as error:
+                log.debug("closing the event connection", error=str(error))

@@ -75,6 +75,21 @@ def test_listens_again_after_a_loss_and_says_that_events_may_be_missing() -> Non
     assert not [thread for thread in threading.enumerate() if thread.name == "libvirt-watch"]
 
 
+def test_a_connection_that_was_lost_is_closed_though_the_daemon_cannot_be_told() -> None:
+    """Else each restart of libvirt would leave a connection in the agent's memory."""
+
+    class Dead(Wire):
+        def domainEventDeregisterAny(self, number: int) -> None:
+            raise libvirt_error(1, 7, "internal error: client socket is closed")
+
+    wire = Dead()
+    events = EventConnection("fake", (lambda _connection: [1, 2],), open_libvirt=lambda _uri: wire)  # type: ignore[return-value, arg-type]
+    events.start()
+    wait_for(lambda: wire.on_close is not None, timeout_s=LIMIT_S, what="the connection")
+    events.stop()
+    assert wire.closed
+
+
 def test_a_driver_without_events_is_left_alone() -> None:
     events = EventConnection("test:///default", (lambda _connection: pytest.fail("registered"),))
     events.start()
