@@ -1,4 +1,4 @@
-"""Connections to libvirt, with their event loop: opened when needed, replaced when they are dead.
+"""Connections to libvirt: opened when needed, replaced when they are dead.
 
     lease()  ->  an idle connection, or a new one         one call at a time on each
     opener thread: open, keep-alive, close callback; while libvirt is away again and again, with backoff
@@ -9,7 +9,7 @@ VMs would hold up all. So each piece of work has a connection of its own while i
 libvirt answers keep-alive only while its event loop runs, and without keep-alive a call on a hung daemon never
 returns: so the loop's thread runs before the first open, and until the last close. An open itself has no way out of
 a hung daemon: it is done by a thread that nobody waits for longer than `_OPEN_WAIT_S`.
-Source: libvirt virConnectSetKeepAlive, virEventRegisterDefaultImpl; max_client_requests in libvirtd.conf.
+Source: libvirt virConnectSetKeepAlive, virEventRegisterImpl; max_client_requests in libvirtd.conf.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
+from kvmagent.hypervisor.eventloop import EventLoop, get_event_loop
 from kvmagent.hypervisor.libvirterrors import translate
 from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError, Code
@@ -58,9 +59,8 @@ class Connection:
         self._failure: str | None = None
         self._opening_since: float | None = None
         self._stopping = False
-        self._ended = threading.Event()
+        self._event_loop: EventLoop | None = None
         self._opener = threading.Thread(target=self._run_opener, name="libvirt-opener", daemon=True)
-        self._loop = threading.Thread(target=self._run_loop, name="libvirt-events", daemon=True)
 
     @property
     def is_privileged(self) -> bool:
@@ -70,10 +70,8 @@ class Connection:
     def start(self) -> None:
         """Start the event loop and try to connect; a libvirt that is down is no reason not to start."""
         libvirt.registerErrorHandler(_log_error, None)
-        libvirt.virEventRegisterDefaultImpl()
-        # Wakes the loop, so that it sees the stop.
-        self._timer = libvirt.virEventAddTimeout(500, lambda _timer, _opaque: None, None)
-        self._loop.start()
+        self._event_loop = get_event_loop()
+        self._event_loop.start()
         try:
             with self.lease():
                 pass
@@ -91,10 +89,9 @@ class Connection:
             self._close(connection)
         if self._opener.ident is not None:
             self._opener.join(_OPEN_WAIT_S)
-        self._ended.set()
-        if self._loop.ident is not None:
-            self._loop.join()
-            libvirt.virEventRemoveTimeout(self._timer)
+        event_loop, self._event_loop = self._event_loop, None
+        if event_loop is not None:
+            event_loop.stop()
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[libvirt.virConnect]:
@@ -242,10 +239,6 @@ class Connection:
                 end()
             except libvirt.libvirtError as error:
                 log.debug("closing a libvirt connection", error=str(error))
-
-    def _run_loop(self) -> None:
-        while not self._ended.is_set():
-            libvirt.virEventRunDefaultImpl()
 
 
 def _log_error(_context: object, error: tuple[object, ...]) -> None:
