@@ -13,10 +13,11 @@ Source: libvirt virConnectSetKeepAlive, virEventRegisterImpl; max_client_request
 """
 
 import contextlib
+import functools
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
 import libvirt
@@ -86,7 +87,7 @@ class Connection:
             connections = [*self._idle, *([self._shared] if self._shared is not None else [])]
             self._idle, self._shared = [], None
         for connection in connections:
-            self._close(connection)
+            close_connection(connection)
         if self._opener.ident is not None:
             self._opener.join(_OPEN_WAIT_S)
         event_loop, self._event_loop = self._event_loop, None
@@ -116,7 +117,7 @@ class Connection:
         with self._changed:
             connection = self._find_alive(dead) or self._await_one(dead)
         for old in dead:
-            self._close(old)
+            close_connection(old)
         return connection
 
     def _await_one(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect:
@@ -162,7 +163,7 @@ class Connection:
                 if self._wanted:
                     self._changed.notify_all()
                 return
-        self._close(connection)
+        close_connection(connection)
 
     # -- the opener's thread
 
@@ -184,7 +185,7 @@ class Connection:
                     self._idle.append(connection)
             self._note(None)
             if stopping:
-                self._close(connection)
+                close_connection(connection)
 
     def _await_need(self, pause_s: float) -> bool:
         """Wait until a connection is needed, or while libvirt is away for the next try; False at the end."""
@@ -216,7 +217,7 @@ class Connection:
             connection.registerCloseCallback(self._on_close, None)
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
-                self._close(connection)
+                close_connection(connection)
                 raise
             return connection, True
         log.debug("libvirt connected", uri=self._uri)
@@ -232,13 +233,21 @@ class Connection:
             self._lost = True
             self._changed.notify_all()
 
-    def _close(self, connection: libvirt.virConnect) -> None:
-        """Close a connection. Not under the lock: a live one says goodbye to the daemon."""
-        for end in (connection.unregisterCloseCallback, connection.close):
-            try:
-                end()
-            except libvirt.libvirtError as error:
-                log.debug("closing a libvirt connection", error=str(error))
+
+def close_connection(connection: libvirt.virConnect, event_ids: Iterable[int] = ()) -> None:
+    """Close a connection; before that its callbacks, each of which would keep it open. On a dead one each may fail.
+
+    Not under a lock: a live one says goodbye to the daemon.
+    """
+    for end in (
+        *(functools.partial(connection.domainEventDeregisterAny, number) for number in event_ids),
+        connection.unregisterCloseCallback,
+        connection.close,
+    ):
+        try:
+            end()
+        except libvirt.libvirtError as error:
+            log.debug("closing a libvirt connection", error=str(error))
 
 
 def _log_error(_context: object, error: tuple[object, ...]) -> None:

@@ -6,13 +6,12 @@ It has no other work, so that no call holds up an event. Events are lost while i
 there again, and whoever waits for an event also looks for itself now and then.
 """
 
-import functools
 import threading
 from collections.abc import Callable
 
 import libvirt
 
-from kvmagent.hypervisor.connection import KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S
+from kvmagent.hypervisor.connection import KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S, close_connection
 from kvmagent.hypervisor.libvirterrors import translate
 from kvmagent.logs import Log
 
@@ -71,7 +70,7 @@ class EventConnection:
             try:
                 ids = self._listen(connection)
             except libvirt.libvirtError as error:
-                self._close(connection, [])
+                close_connection(connection)
                 if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
                     log.info("no events from this driver", uri=self._uri)
                     return
@@ -80,7 +79,7 @@ class EventConnection:
                 self._on_gap("libvirt was away")
             was_there = True
             self._wait_lost(connection)
-            self._close(connection, ids)
+            close_connection(connection, ids)
 
     def _listen(self, connection: libvirt.virConnect) -> list[int]:
         """A driver inside this process (test:) has no wire to keep alive, and nobody else who could change its VMs."""
@@ -92,15 +91,3 @@ class EventConnection:
         while not self._stopping.is_set() and connection.isAlive():
             self._changed.wait(_LONGEST_RETRY_S)
             self._changed.clear()
-
-    def _close(self, connection: libvirt.virConnect, ids: list[int]) -> None:
-        """End what was registered first: a callback keeps the connection open. Each may fail on a dead one."""
-        for end in (
-            *(functools.partial(connection.domainEventDeregisterAny, number) for number in ids),
-            connection.unregisterCloseCallback,
-            connection.close,
-        ):
-            try:
-                end()
-            except libvirt.libvirtError as error:
-                log.debug("closing the event connection", error=str(error))
