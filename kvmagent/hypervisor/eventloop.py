@@ -39,19 +39,22 @@ _MASKS = [sum(theirs for ours, theirs in _FLAGS.items() if ours & events) for ev
 class _Watch:
     """A socket. `events` are libvirt's flags that it is watched for; 0: somebody waits for it himself."""
 
-    __slots__ = ("call", "events", "fd", "opaque")
+    __slots__ = ("call", "events", "fd", "number", "opaque")
 
-    def __init__(self, fd: int, call: Callable[..., None], opaque: Any) -> None:
-        self.fd, self.call, self.opaque, self.events = fd, call, opaque, 0
+    def __init__(self, number: int, fd: int, call: Callable[..., None], opaque: Any) -> None:
+        self.number, self.fd, self.call, self.opaque, self.events = number, fd, call, opaque, 0
 
 
 class _Timer:
-    """It is due at `due_s` of the monotonic clock, and again each `every_s`; infinite: it is off."""
+    """It is due at `due_s` of the monotonic clock, and again each `every_s`; infinite: it is off.
+
+    The loop alone changes it. Who else sets a timer puts a new one in its place: the loop then changes the former.
+    """
 
     __slots__ = ("call", "due_s", "every_s", "opaque")
 
-    def __init__(self, call: Callable[..., None], opaque: Any) -> None:
-        self.call, self.opaque, self.every_s, self.due_s = call, opaque, inf, inf
+    def __init__(self, call: Callable[..., None], opaque: Any, every_s: float, due_s: float) -> None:
+        self.call, self.opaque, self.every_s, self.due_s = call, opaque, every_s, due_s
 
 
 class EventLoop:
@@ -67,7 +70,7 @@ class EventLoop:
         self._free = free
         self._numbers = itertools.count(1)
         self._watches: dict[int, _Watch] = {}
-        self._by_fd: dict[int, int] = {}
+        self._by_fd: dict[int, _Watch] = {}
         self._timers: dict[int, _Timer] = {}
         # What libvirt is to free: from the loop, as it asks for, since whoever removes a watch holds its lock.
         self._removed: deque[Any] = deque()
@@ -102,12 +105,17 @@ class EventLoop:
     # -- what libvirt calls
 
     def add_handle(self, fd: int, events: int, call: Callable[..., None], opaque: Any) -> int:
-        """Watch a socket; return the watch. One socket has one watch: libvirt's client adds no second."""
-        number = next(self._numbers)
-        self._watches[number] = _Watch(fd, call, opaque)
-        self._by_fd[fd] = number
-        self.update_handle(number, events)
-        return number
+        """Watch a socket; return the watch.
+
+        Raises:
+            FileExistsError: it is watched already. libvirt's client never does so.
+        """
+        watch = _Watch(next(self._numbers), fd, call, opaque)
+        if self._by_fd.setdefault(fd, watch) is not watch:
+            raise FileExistsError(f"descriptor {fd} is watched already")
+        self._watches[watch.number] = watch
+        self.update_handle(watch.number, events)
+        return watch.number
 
     def update_handle(self, number: int, events: int) -> None:
         """Watch a socket for other events. For none it leaves the kernel's list, which else tells of hang-ups."""
@@ -136,7 +144,7 @@ class EventLoop:
     def add_timer(self, every_ms: int, call: Callable[..., None], opaque: Any) -> int:
         """Call again and again; return the timer. 0: each time round, -1: not now."""
         number = next(self._numbers)
-        self._timers[number] = _Timer(call, opaque)
+        self._timers[number] = _Timer(call, opaque, inf, inf)
         self.update_timer(number, every_ms)
         return number
 
@@ -145,8 +153,9 @@ class EventLoop:
         timer = self._timers.get(number)
         if timer is None:
             return
-        timer.every_s = every_ms / 1000 if every_ms >= 0 else inf
-        timer.due_s = due_s = self._clock() + timer.every_s
+        every_s = every_ms / 1000 if every_ms >= 0 else inf
+        due_s = self._clock() + every_s
+        self._timers[number] = _Timer(timer.call, timer.opaque, every_s, due_s)
         if due_s < self._asleep_until_s:
             self._wake()
 
@@ -178,7 +187,7 @@ class EventLoop:
                 self._tell(fd, flags)
         now_s = self._clock()
         for number, timer in list(self._timers.items()):
-            if timer.due_s <= now_s and number in self._timers:
+            if timer.due_s <= now_s and self._timers.get(number) is timer:
                 timer.due_s = now_s + timer.every_s
                 timer.call(number, timer.opaque)
         while self._removed:
@@ -186,10 +195,9 @@ class EventLoop:
 
     def _tell(self, fd: int, flags: int) -> None:
         """Tell libvirt of a socket, unless somebody waits for it himself by now, or it is gone."""
-        number = self._by_fd.get(fd)
-        watch = None if number is None else self._watches.get(number)
+        watch = self._by_fd.get(fd)
         if watch is not None and watch.events:
-            watch.call(number, fd, sum(ours for ours, theirs in _FLAGS.items() if theirs & flags), watch.opaque)
+            watch.call(watch.number, fd, sum(ours for ours, theirs in _FLAGS.items() if theirs & flags), watch.opaque)
 
     def _remove(self, opaque: Any) -> None:
         self._removed.append(opaque)

@@ -102,6 +102,8 @@ def test_a_socket_has_one_watch(libvirt: Libvirt, pair: Any) -> None:
     libvirt.loop.add_handle(pair[0].fileno(), READABLE, libvirt.on_socket, "one")
     with pytest.raises(FileExistsError):
         libvirt.loop.add_handle(pair[0].fileno(), READABLE, libvirt.on_socket, "two")
+    pair[1].send(b"x")
+    assert libvirt.go_round() == [("one", READABLE)]
 
 
 def test_what_is_not_there_is_neither_changed_nor_removed(libvirt: Libvirt, pair: Any) -> None:
@@ -140,6 +142,20 @@ def test_a_timer_that_another_one_removes_does_not_come(libvirt: Libvirt) -> Non
     timers = [libvirt.loop.add_timer(0, lambda number, opaque: libvirt.loop.remove_timer(timers[1]), "first")]
     timers.append(libvirt.loop.add_timer(0, libvirt.on_timer, "second"))
     assert libvirt.go_round() == []
+
+
+def test_a_timer_that_is_set_while_it_comes_is_due_as_it_was_set(libvirt: Libvirt) -> None:
+    """As a thread may that has an event for it, in any moment."""
+
+    def set_for_now(number: int, opaque: Any) -> None:
+        libvirt.on_timer(number, opaque)
+        if len(libvirt.told) == 1:
+            libvirt.loop.update_timer(number, 0)
+
+    libvirt.loop.add_timer(3000, set_for_now, "one")
+    libvirt.now_s = 103.0
+    assert libvirt.go_round() == [("one", 103.0)]
+    assert libvirt.go_round() == [("one", 103.0)]
 
 
 @pytest.fixture
