@@ -62,6 +62,11 @@ class Problem(msgspec.Struct, frozen=True, rename="camel"):
     message: str
     remedy: str
 
+    @classmethod
+    def of(cls, error: AgentError) -> "Problem":
+        """Return what an error says, for a warning, a goal or the journal."""
+        return cls(code=error.code, message=error.message, remedy=error.remedy)
+
 
 class Goal(msgspec.Struct, frozen=True, rename="camel"):
     """Where a task is going, in absolute terms. Commands extend it; it is journaled before the first step."""

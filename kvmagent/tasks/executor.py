@@ -451,7 +451,7 @@ class Executor:
         except AgentError as error:
             if error.code is Code.LIBVIRT_UNAVAILABLE:
                 raise
-            problem = Problem(code=error.code, message=error.message, remedy=error.remedy)
+            problem = Problem.of(error)
             if not step.soft:
                 raise
         finally:

@@ -106,8 +106,7 @@ def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuG
     """
     if goal.failure is not None or goal.former is None or not is_back(goal.former, seen):
         return None
-    failure = Problem(code=error.code, message=error.message, remedy=error.remedy)
-    way_back = msgspec.structs.replace(goal, failure=failure, resumed=False)
+    way_back = msgspec.structs.replace(goal, failure=Problem.of(error), resumed=False)
     return way_back if advance(way_back, facts, frozenset()) else None
 
 

@@ -75,7 +75,7 @@ def retreat(goal: CpuMemoryGoal, seen: Facts, facts: Facts, error: AgentError) -
     return msgspec.structs.replace(
         goal,
         cpu=cpu.retreat(goal.cpu, seen, facts, error) or goal.cpu,
-        failure=Problem(code=error.code, message=error.message, remedy=error.remedy),
+        failure=Problem.of(error),
         undo_memory=_undo_memory(goal.memory, facts),
     )
 
