@@ -119,6 +119,7 @@ PLUGIN = Plugin(
             decide=decide,
             advance=advance,
             conclude=conclude,
+            role="plug",
             refusals=(Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.CPU_ABOVE_MAXIMUM),
             subcommand="give-all-cpus",
         ),

@@ -19,6 +19,7 @@ import msgspec
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
+from kvmagent.model.roles import Role, check_role
 from kvmagent.model.shapes import settle
 from kvmagent.model.steps import AnyStep
 
@@ -112,6 +113,10 @@ def no_retreat(goal: Any, seen: Facts, facts: Facts, error: AgentError) -> None:
     """What most commands do after a failure on the way: stop, and tell how far it came."""
 
 
+def need_no_more(request: Any) -> None:
+    """What most commands need beside their role."""
+
+
 def resume_all(goal: Any) -> Any:
     """What most commands do after an interruption: go on, from what is found then."""
     return goal
@@ -127,7 +132,8 @@ class Command:
     error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
     retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
     `tells_progress`: the management server that connected is told of each step as it begins. `subcommand` is what
-    kvmagentctl calls it; empty: kvmagentctl does not offer it.
+    kvmagentctl calls it; empty: kvmagentctl does not offer it. `role` is what its caller needs, `needs_also` what it
+    needs beside that for such a request.
     """
 
     name: str
@@ -141,6 +147,8 @@ class Command:
     advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
     conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
+    role: Role
+    needs_also: Callable[[Any], Role | None] = need_no_more
     retreat: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_retreat
     resume: Callable[[Any], Goal] = resume_all
     observe_first: frozenset[str] = frozenset()
@@ -148,6 +156,7 @@ class Command:
     subcommand: str = ""
 
     def __post_init__(self) -> None:
+        check_role(self.name, self.role)
         settle(self.request, self.goal)
 
 

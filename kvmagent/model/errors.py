@@ -46,6 +46,7 @@ class Code(StrEnum):
     CREDENTIALS_WRONG = "CREDENTIALS_WRONG"
     CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
     CERTIFICATE_NOT_ALLOWED = "CERTIFICATE_NOT_ALLOWED"
+    ROLE_MISSING = "ROLE_MISSING"
     CALLBACK_NOT_ALLOWED = "CALLBACK_NOT_ALLOWED"
     WEB_PAGE_NOT_ALLOWED = "WEB_PAGE_NOT_ALLOWED"
     TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
@@ -261,6 +262,12 @@ CODES: dict[Code, CodeInfo] = {
         403,
         "The client's certificate is good, but carries no name that security.allowed_names lets in.",
         "Add one of its subject alternative names to security.allowed_names.",
+    ),
+    Code.ROLE_MISSING: CodeInfo(
+        403,
+        "The caller is known, but security.roles does not give it what the request needs.",
+        "Add the role to the caller's entry of security.roles, then: systemctl reload kvmagent. GET /whoami shows what "
+        "a caller has.",
     ),
     Code.CALLBACK_NOT_ALLOWED: CodeInfo(
         403,
@@ -651,6 +658,7 @@ LOOKS: dict[Code, str] = {
     Code.TASK_NOT_CANCELLABLE: "kvmagentctl task ID",
     Code.CREDENTIALS_WRONG: "cut -d: -f1 /etc/kvmagent/tokens",
     Code.CERTIFICATE_NOT_ALLOWED: "openssl x509 -in CERTIFICATE -noout -ext subjectAltName",
+    Code.ROLE_MISSING: "kvmagentctl config",
     Code.CLIENT_NOT_ALLOWED: "journalctl -u kvmagent -g CLIENT_NOT_ALLOWED",
     Code.CALLBACK_NOT_ALLOWED: "kvmagentctl config",
     Code.TOO_MANY_CONNECTIONS: "ss -tn state established '( sport = :7070 )'",

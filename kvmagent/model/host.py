@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from kvmagent.model.facts import VmState
+from kvmagent.model.roles import Role, check_role
 from kvmagent.model.shapes import settle
 
 
@@ -95,7 +96,8 @@ class Query:
 
     `remember` returns what the agent is to know of its management server from this request on; it comes before the
     look at the host. `needs` names what to look at: "host", "vms". `notice` returns what the operator is told, once,
-    of such a request. `fail` makes the reply of a look that failed.
+    of such a request. `fail` makes the reply of a look that failed. `role` is what its
+    caller needs.
     """
 
     name: str
@@ -106,11 +108,13 @@ class Query:
     needs: frozenset[str]
     answer: Callable[[Any, HostView], msgspec.Struct]
     fail: Callable[[str], msgspec.Struct]
+    role: Role
     sync: bool = False
     remember: Callable[[Any, ManagementServer | None], ManagementServer | None] = lambda _request, _known: None
     notice: Callable[[Any], str | None] = lambda _request: None
 
     def __post_init__(self) -> None:
+        check_role(self.name, self.role)
         settle(self.request)
 
 

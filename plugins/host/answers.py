@@ -235,7 +235,9 @@ def _query(
     **others: Any,
 ) -> Query:
     """Return an async query; `others` are the fields of Query that few have."""
-    return Query(name, path, summary, request, reply, needs=needs, answer=answer, fail=_fails(reply), **others)
+    return Query(
+        name, path, summary, request, reply, needs=needs, answer=answer, fail=_fails(reply), role="host", **others
+    )
 
 
 QUERIES = (

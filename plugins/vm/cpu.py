@@ -242,6 +242,7 @@ HOT_PLUG_CPU = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
+    role="plug",
     refusals=(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,

@@ -156,6 +156,7 @@ HOT_PLUG_CPU_MEMORY = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
+    role="plug",
     refusals=tuple(dict.fromkeys((*memory.HOT_PLUG_MEMORY.refusals, *cpu.HOT_PLUG_CPU.refusals))),
     retreat=retreat,
     resume=resume,

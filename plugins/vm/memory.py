@@ -365,6 +365,7 @@ HOT_PLUG_MEMORY = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
+    role="plug",
     refusals=(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,

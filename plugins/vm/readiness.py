@@ -225,6 +225,8 @@ READY_FOR_HOTPLUG = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
+    role="read",
+    needs_also=lambda request: "prepare" if request.prepare else None,
     refusals=(
         Code.VM_NOT_FOUND,
         Code.VM_TRANSIENT,

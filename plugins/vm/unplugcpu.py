@@ -137,6 +137,7 @@ HOT_UNPLUG_CPU = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
+    role="unplug",
     refusals=(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,

@@ -274,6 +274,7 @@ HOT_UNPLUG_MEMORY = Command(
     decide=decide,
     advance=advance,
     conclude=conclude,
+    role="unplug",
     refusals=(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,
