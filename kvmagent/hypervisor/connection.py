@@ -1,4 +1,4 @@
-"""Connections to libvirt: opened when needed, replaced when they are dead.
+"""Connections to libvirt, with their event loop: opened when needed, replaced when they are dead.
 
     lease()  ->  an idle connection, or a new one         one call at a time on each
     opener thread: open, keep-alive, close callback; while libvirt is away again and again, with backoff
@@ -9,7 +9,7 @@ VMs would hold up all. So each piece of work has a connection of its own while i
 libvirt answers keep-alive only while its event loop runs, and without keep-alive a call on a hung daemon never
 returns: so the loop's thread runs before the first open, and until the last close. An open itself has no way out of
 a hung daemon: it is done by a thread that nobody waits for longer than `_OPEN_WAIT_S`.
-Source: libvirt virConnectSetKeepAlive, virEventRegisterImpl; max_client_requests in libvirtd.conf.
+Source: libvirt virConnectSetKeepAlive, virEventRegisterDefaultImpl; max_client_requests in libvirtd.conf.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 
 import libvirt
 
-from kvmagent.hypervisor.eventloop import EventLoop, get_event_loop
 from kvmagent.hypervisor.libvirterrors import translate
 from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError, Code
@@ -60,8 +59,9 @@ class Connection:
         self._failure: str | None = None
         self._opening_since: float | None = None
         self._stopping = False
-        self._event_loop: EventLoop | None = None
+        self._ended = threading.Event()
         self._opener = threading.Thread(target=self._run_opener, name="libvirt-opener", daemon=True)
+        self._loop = threading.Thread(target=self._run_loop, name="libvirt-events", daemon=True)
 
     @property
     def is_privileged(self) -> bool:
@@ -71,8 +71,10 @@ class Connection:
     def start(self) -> None:
         """Start the event loop and try to connect; a libvirt that is down is no reason not to start."""
         libvirt.registerErrorHandler(_log_error, None)
-        self._event_loop = get_event_loop()
-        self._event_loop.start()
+        libvirt.virEventRegisterDefaultImpl()
+        # Wakes the loop, so that it sees the stop.
+        self._timer = libvirt.virEventAddTimeout(500, lambda _timer, _opaque: None, None)
+        self._loop.start()
         try:
             with self.lease():
                 pass
@@ -90,9 +92,10 @@ class Connection:
             close_connection(connection)
         if self._opener.ident is not None:
             self._opener.join(_OPEN_WAIT_S)
-        event_loop, self._event_loop = self._event_loop, None
-        if event_loop is not None:
-            event_loop.stop()
+        self._ended.set()
+        if self._loop.ident is not None:
+            self._loop.join()
+            libvirt.virEventRemoveTimeout(self._timer)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[libvirt.virConnect]:
@@ -232,6 +235,10 @@ class Connection:
                 log.warning("libvirt connection lost", uri=self._uri, reason=_REASONS.get(reason, str(reason)))
             self._lost = True
             self._changed.notify_all()
+
+    def _run_loop(self) -> None:
+        while not self._ended.is_set():
+            libvirt.virEventRunDefaultImpl()
 
 
 def close_connection(connection: libvirt.virConnect, event_ids: Iterable[int] = ()) -> None:
