@@ -1,6 +1,6 @@
 """The agent, assembled: builds every object, owns the order of start and stop, and the signals.
 
-start   lock, port, journal, one CPU, libvirt connection, lanes with what was left, delivery with what is owed, HTTP
+start   lock, port, journal, libvirt connection, lanes with what was left, delivery with what is owed, HTTP
 run     once a second: threads for what waits, old tasks forgotten, the watchdog fed while everything makes progress
 stop    new tasks refused, running ones finished, due callbacks sent, HTTP, journal, libvirt connection, lock
 """
@@ -36,7 +36,6 @@ from kvmagent.logs import Log, error_fields
 from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
-from kvmagent.onecpu import OneCpu
 from kvmagent.private import make_private_directory
 from kvmagent.settings import Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
@@ -95,7 +94,6 @@ class Agent:
         self._lock_fd: int | None = None
         self._stalled_s = stalled_s
         self._stalls: dict[str, str] = {}
-        self._cpu = OneCpu()
         self._commands, self._queries = _by_name(plugins)
         self._connection = Connection(settings.libvirt.uri)
         self._metrics = metrics = Metrics()
@@ -131,9 +129,7 @@ class Agent:
             meters=metrics,
         )
         self._late = LateRemovals(self._journal, self._put)
-        self._hooks = Hooks(
-            settings.hooks.directory, timeout_s=settings.hooks.timeout_sec, begin_inside=self._cpu.everywhere
-        )
+        self._hooks = Hooks(settings.hooks.directory, timeout_s=settings.hooks.timeout_sec)
         self._executor = Executor(
             node,
             self._journal,
@@ -219,8 +215,6 @@ class Agent:
         self._server.bind()
         self._journal.start()
         self._memory.load()
-        if self._settings.agent.one_cpu:
-            self._cpu.start()
         self._reports.start()
         self._connection.start()
         self._events.start()
@@ -286,7 +280,6 @@ class Agent:
 
         Where something does not, what every thread is at is dumped once: the service manager may end the agent soon.
         """
-        self._cpu.look()
         self._lanes.relieve()
         self._late.look_after()
         self._delivery.relieve()
@@ -335,7 +328,6 @@ class Agent:
         self._events.stop()
         self._connection.stop()
         self._reports.stop()
-        self._cpu.stop()
         if self._lock_fd is not None:
             os.close(self._lock_fd)
             self._lock_fd = None

@@ -29,9 +29,6 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         "/var/lib/kvmagent"
     )
     workers: Annotated[int, Meta(ge=1, le=1024, description="VMs that are changed side by side, at most")] = 32
-    one_cpu: Annotated[
-        bool, Meta(description="Keep the agent on one CPU at a time, the idlest: it is faster so, and guests lose less")
-    ] = True
     plugins: Annotated[
         tuple[str, ...], Meta(description="Plugins to load, in this order, by their entry point in kvmagent.plugins")
     ] = ("vm", "host")

@@ -22,7 +22,6 @@ FLOORS = {
     "kvmagent.meters": 12,
     "kvmagent.certificates": 12,
     "kvmagent.systemd": 13,
-    "kvmagent.onecpu": 13,
     "kvmagent.hypervisor": 20,
     "kvmagent.tasks.faults": 15,
     "kvmagent.tasks.journalfile": 19,

@@ -18,8 +18,6 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -59,7 +57,7 @@ class _Result(NamedTuple):
 class Hooks:
     """Thread-safe. The hooks in a directory; empty: there are none.
 
-    `timeout_s` is what all hooks of one event may take together for one task. They are begun inside `begin_inside`.
+    `timeout_s` is what all hooks of one event may take together for one task.
     `user_id` is the agent's user, this process's where none is given: who beside root may own what is run.
     """
 
@@ -68,13 +66,11 @@ class Hooks:
         directory: str = "",
         *,
         timeout_s: float = 10.0,
-        begin_inside: Callable[[], AbstractContextManager[None]] = nullcontext,
         user_id: int | None = None,
     ) -> None:
         self._directory = directory
         self._owners = (0, os.geteuid() if user_id is None else user_id)
         self._timeout_s = timeout_s
-        self._begin_inside = begin_inside
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopping = False
@@ -185,17 +181,16 @@ class Hooks:
             stdin.write(document)
             stdin.seek(0)
             # No preexec_fn, no other user: Python starts it by vfork, which copies nothing of a process with threads.
-            with self._begin_inside():
-                process = subprocess.Popen(
-                    [hook],
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    bufsize=0,
-                    cwd="/",
-                    env=_ENVIRONMENT,
-                    start_new_session=True,
-                )
+            process = subprocess.Popen(
+                [hook],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                bufsize=0,
+                cwd="/",
+                env=_ENVIRONMENT,
+                start_new_session=True,
+            )
         with self._lock:
             self._running.add(process)
             if self._stopping:
