@@ -11,6 +11,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "kvmagent/__init__.py").rea
 setup(
     name="kvmagent",
     version=VERSION,
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="the kvmagent maintainers, by the project's issue tracker",
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: System :: Systems Administration",
+        "Typing :: Typed",
+    ],
     description="Host agent for live CPU and memory hotplug of KVM guests",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
@@ -22,7 +31,11 @@ setup(
         "kvmagent_plugins.vm",
     ],
     package_dir={"kvmagent_plugins": "plugins"},
-    package_data={"kvmagent.api.page": ["*.html", "*.css", "*.js", "*.svg"]},
+    package_data={
+        "kvmagent": ["py.typed"],
+        "kvmagent_plugins": ["py.typed"],
+        "kvmagent.api.page": ["*.html", "*.css", "*.js", "*.svg"],
+    },
     install_requires=[
         "cherrypy>=18.8",
         "click>=8.1",

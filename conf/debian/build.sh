@@ -14,7 +14,7 @@ copy=$(mktemp --directory --tmpdir kvmagent-deb.XXXXXX)
 trap 'rm -rf "$copy"' EXIT
 source=$copy/kvmagent
 mkdir "$source"
-cp -R setup.py pyproject.toml README.md SECURITY.md CHANGELOG.md kvmagent plugins conf init.d docs "$source"
+cp -R setup.py pyproject.toml LICENSE README.md SECURITY.md CHANGELOG.md kvmagent plugins conf init.d docs "$source"
 cp -R conf/debian "$source/debian"
 find "$source" -name __pycache__ -prune -exec rm -rf {} +
 
