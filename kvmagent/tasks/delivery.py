@@ -114,8 +114,6 @@ class Delivery:
         """
         if owed.callback_url == NO_CALLBACK:
             self._journal.settle(owed.task_uuid, "delivered", None)
-            with self._changed:
-                self._drop(owed)
             return
         parts = urlsplit(owed.callback_url)
         # Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
@@ -302,16 +300,6 @@ class Delivery:
         self._owed -= 1
         if not owed:
             del destination.lanes[lane]
-
-    def _drop(self, unwanted: Owed) -> None:
-        """Forget a callback that is no longer wanted; one that is under way is found settled by its next try."""
-        for destination in self._destinations.values():
-            lane = unwanted.lane
-            if destination.busy != lane and unwanted.task_uuid in destination.lanes.get(lane, {}):
-                self._forget(destination, lane, unwanted.task_uuid)
-                self._drop_due(destination)
-                destination.scheduled_at = None
-                self._schedule(destination)
 
     def _drop_due(self, destination: _Destination) -> None:
         """Take what is owed nothing any more out of what is due."""

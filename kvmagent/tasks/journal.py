@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 
 from kvmagent.meters import Meters
-from kvmagent.model.command import NO_CALLBACK, Problem
+from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journalfile import Database, JournalFile
@@ -151,8 +151,6 @@ class Journal:
 
     def accept(self, task: Task) -> tuple[Task, bool]:
         """Store a new task, or find the one that has its id; return it and whether it is new.
-
-        Sent again with NO_CALLBACK, a task's callback is no longer wanted.
 
         Raises:
             AgentError: TASK_CONFLICT, when the id belongs to another request; JOURNAL_UNAVAILABLE, at once.
@@ -382,15 +380,10 @@ class Journal:
         if not cursor.rowcount:
             row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
             known = Task(**dict(row))
-            unwanted = task.callback_url == NO_CALLBACK
-            callback_url = known.callback_url if unwanted else task.callback_url
-            if (known.command, known.request, known.callback_url) != (task.command, task.request, callback_url):
+            if (known.command, known.request, known.callback_url) != (task.command, task.request, task.callback_url):
                 raise AgentError(
                     Code.TASK_CONFLICT, f"task {task.task_uuid} is a {known.command} with another body or callback URL"
                 )
-            if unwanted:
-                db.execute("UPDATE tasks SET callback_url = ? WHERE task_uuid = ?", (NO_CALLBACK, task.task_uuid))
-                known = msgspec.structs.replace(known, callback_url=NO_CALLBACK)
             return known, False
         return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
 

@@ -17,12 +17,13 @@ from tests.lab.server import ManagementServer
 ESCAPE = "\033["
 
 
-def test_plugs_and_takes_the_reply_from_its_own_receiver(ctl: Ctl, agent: AgentProcess) -> None:
+def test_plugs_and_reads_the_reply_from_the_agent(ctl: Ctl, agent: AgentProcess) -> None:
     done = ctl("plug-cpu", "db-7", "2", "--json")
     assert done.status == 3, "plugged: the test driver has no guest that could confirm it"
     assert (done.json["outcome"], done.json["after"]["cpuNum"]) == ("plugged", 2)
-    delivery = settled(agent, done.json["taskUuid"])["delivery"]
-    assert (delivery["attempts"], delivery["error"]) == (1, None)
+    task = settled(agent, done.json["taskUuid"])
+    assert task["delivery"] == {"url": "none", "attempts": 0, "error": None}
+    assert task["reply"] == {name: value for name, value in done.json.items() if name != "taskUuid"}
     again = ctl("plug-cpu", "db-7", "2")
     assert (again.status, again.out.splitlines()[0], again.err) == (0, "db-7: unchanged", "")
 

@@ -1,13 +1,9 @@
 """What is lost on the way, and who goes away while a task is under way: never two tasks, never an outcome made up."""
 
-import http.client
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import pytest
 
 from tests.ctl.ctl import Ctl, interrupt
 from tests.ctl.front import Answer, Front, Request, pass_on
@@ -90,24 +86,10 @@ def test_an_agent_that_restarts_is_waited_for(ctl: Ctl, agent: AgentProcess) -> 
     assert "the task is on its disk and goes on when it is back" in done.err
 
 
-def test_a_callback_that_cannot_come_is_told_and_the_reply_read(ctl: Ctl) -> None:
-    trouble = {"url": "http://127.0.0.1:1/", "attempts": 2, "error": "no route to host"}
-    with unhurried(state="finished", outcome="online", finishedAt=2.0, reply=REPLY, delivery=trouble) as front:
-        done = ctl("--url", front.url, "plug-cpu", "db-7", "2")
-    assert (done.status, done.out) == (0, "db-7: online\n")
-    assert re.fullmatch(
-        r"kvmagentctl: the agent's callback does not reach http://127\.0\.0\.1:\d+/\S+ \(no route to host\): "
-        r"the reply is read from the agent\n",
-        done.err,
-    )
-
-
-def test_an_agent_that_may_not_call_us_back_is_asked_without(node_uri: str) -> None:
+def test_an_agent_whose_callbacks_may_go_elsewhere_alone_is_asked_all_the_same(node_uri: str) -> None:
     with AgentProcess(uri=node_uri, settings={"security": {"allowed_callbacks": "10.0.0.100:8080"}}) as agent:
         done = Ctl({"KVMAGENT_URL": agent.url})("plug-cpu", "db-7", "2", "--json")
-        assert done.json["after"]["cpuNum"] == 2
-        assert "(security.allowed_callbacks of the agent): the reply is read from the agent" in done.err
-        assert agent.get("/healthz").body["owedCallbacks"] == 0
+        assert (done.json["after"]["cpuNum"], done.err) == (2, "")
 
 
 def test_who_follows_tasks_goes_on_when_the_agent_is_back(ctl: Ctl, agent: AgentProcess) -> None:
@@ -130,9 +112,7 @@ def test_ctrl_c_says_that_the_task_goes_on_and_how_to_look_at_it(ctl: Ctl) -> No
     with unhurried() as front, ctl.start("--url", front.url, "plug-cpu", "db-7", "2") as waiting:
         wait_for(lambda: len(front.requests) > 1, timeout_s=20, what="a look at the task")
         done = interrupt(waiting)
-    first, second = front.posts()
-    task = first.headers["taskuuid"]
-    assert (second.headers["taskuuid"], second.headers["callbackurl"], second.body) == (task, "none", first.body)
+    task = front.posts()[0].headers["taskuuid"]
     assert (done.status, done.out) == (130, "")
     assert done.err == (
         f"kvmagentctl: INTERRUPTED: interrupted; the task goes on in the agent as {task}; "
@@ -146,8 +126,7 @@ def test_the_time_of_wait_ends_the_waiting_and_not_the_task(ctl: Ctl) -> None:
         assert (done.status, done.json["errorCode"]) == (8, "UNFINISHED")
         assert done.json["taskUuid"] == front.posts()[0].headers["taskuuid"]
         assert ctl("--url", front.url, "plug-cpu", "db-7", "2", "--wait", "0").status == 8
-        urls = [post.headers["callbackurl"] for post in front.posts()]
-        assert (urls[0].startswith("http://"), urls[1:]) == (True, ["none", "none"]), "nobody waits for it any more"
+        assert [post.headers["callbackurl"] for post in front.posts()] == ["none", "none"]
 
 
 def test_a_terminal_shows_the_step_that_is_under_way(ctl: Ctl) -> None:
@@ -158,20 +137,6 @@ def test_a_terminal_shows_the_step_that_is_under_way(ctl: Ctl) -> None:
     assert lines[0] == "  SetVcpus count=2 target=live 8 ms"
     assert lines[1] == "  AwaitGuestVcpus known=0 added=1 timeoutSec=60 ... 0 s"
     assert lines[-2].startswith("kvmagentctl: UNFINISHED: no outcome after 2 s; the task goes on in the agent as ")
-
-
-@pytest.mark.parametrize("wrong", ["path", "task"])
-def test_a_stranger_cannot_give_the_outcome(ctl: Ctl, wrong: str) -> None:
-    with unhurried() as front, ctl.start("--url", front.url, "plug-cpu", "db-7", "2", "--json") as waiting:
-        wait_for(lambda: front.posts(), timeout_s=20, what="the command")
-        post = front.posts()[0]
-        base, _, secret = post.headers["callbackurl"].rpartition("/")
-        path, task = ("/guess", post.headers["taskuuid"]) if wrong == "path" else (f"/{secret}", "another")
-        connection = http.client.HTTPConnection(base.removeprefix("http://"), timeout=10)
-        connection.request("POST", path, json.dumps(REPLY), {"taskuuid": task})
-        assert connection.getresponse().status == 404
-        connection.close()
-        assert interrupt(waiting).status == 130
 
 
 def test_what_an_agent_says_moves_no_cursor(ctl: Ctl) -> None:

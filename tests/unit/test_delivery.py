@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from kvmagent.model.command import NO_CALLBACK
 from kvmagent.settings import CallbackSection, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
@@ -207,22 +205,6 @@ def test_asked_for_again_it_is_sent_at_once_whatever_the_pause(sender: Sender, s
     assert time.monotonic() - began < 1.0
     sender.delivery.put(sender.journal.owe_again("t1"))
     server.wait("t1", 10, attempt=2)
-
-
-def test_a_callback_that_is_no_longer_wanted_is_owed_no_more(sender: Sender, server: ManagementServer) -> None:
-    server.stop()
-    sender.send("t1", server.url)
-    sender.send("t2", server.url, vm="vm2")
-    wait_for(lambda: attempts(sender, "t1") + attempts(sender, "t2") >= 5, timeout_s=20, what="a long pause")
-    for _ in range(2):
-        owed = msgspec.structs.replace(sender.journal.owe_again("t1"), callback_url=NO_CALLBACK)
-        sender.delivery.put(owed)
-    wait_for(lambda: sender.delivery.owed() == 1, timeout_s=5, what="one callback to be owed no more")
-    sender.wait("t1", "delivered")
-    server.start()
-    sender.delivery.put(sender.journal.owe_again("t2"))
-    sender.wait("t2", "delivered")
-    assert [task.task_uuid for task in server.callbacks()] == ["t2"]
 
 
 def attempts(sender: Sender, task_uuid: str) -> int:

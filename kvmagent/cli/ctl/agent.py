@@ -27,6 +27,9 @@ _UNREACHABLE = (
     "--url or KVMAGENT_URL."
 )
 
+# No connection was made, so that nothing was sent: no agent has the task.
+_NO_CONNECTION = (ConnectionRefusedError, socket.gaierror)
+
 
 @dataclass(frozen=True)
 class Target:
@@ -59,14 +62,6 @@ class Agent:
         self._context = _make_context(target) if self.is_tls else None
         self._headers = {"Authorization": f"Bearer {_read_token(target.token_file)}"} if target.token_file else {}
 
-    def local_address(self) -> str:
-        """Return the address of this host that the agent sees; found out by connecting to it."""
-        try:
-            with socket.create_connection((self._host, self._port), _CONNECT_S) as probe:
-                return str(probe.getsockname()[0])
-        except OSError as error:
-            raise self._unreachable(error) from error
-
     def get(self, *segments: str, query: str = "", timeout_s: float = _READ_S) -> Any:
         """Return what a GET path answers; /healthz also where it answers that the agent is not ready.
 
@@ -90,18 +85,18 @@ class Agent:
         task_uuid: str,
         callback_url: str,
         tell: Callable[[str], None],
-        patience_s: float = _RESEND_S,
     ) -> str:
         """Send a command until it is answered, always as the same task; return the task's state.
 
-        Without an answer it is sent again for as long as `patience_s`.
+        Without an answer it is sent again for as long as `_RESEND_S`.
 
         Raises:
             CtlError: refused; or no answer in time, and then the agent may have the task or not.
         """
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "taskuuid": task_uuid, "callbackurl": callback_url}
-        give_up_at, pause_s = time.monotonic() + patience_s, _FIRST_PAUSE_S
+        give_up_at, pause_s = time.monotonic() + _RESEND_S, _FIRST_PAUSE_S
+        is_first = True
         while True:
             try:
                 reply = self._request("POST", path, content, headers, _READ_S)
@@ -113,6 +108,8 @@ class Agent:
             except (OSError, http.client.HTTPException) as error:
                 if (refusal := self._find_refusal(error)) is not None:
                     raise self._unreachable(refusal) from error
+                if is_first and isinstance(error, _NO_CONNECTION):
+                    raise self._unreachable(error) from error
                 trouble = f"the connection was lost: {_words(error)}"
             if time.monotonic() + pause_s >= give_up_at:
                 raise CtlError(
@@ -122,6 +119,7 @@ class Agent:
                     f"Ask it when it is back: kvmagentctl task {task_uuid}",
                     task_uuid=task_uuid,
                 )
+            is_first = False
             tell(f"{trouble}; the same task is sent again")
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)

@@ -5,9 +5,9 @@ from typing import Any
 import click
 
 from kvmagent.cli.ctl.declared import find_commands, make_body, make_params
-from kvmagent.cli.ctl.errand import Errand
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
+from kvmagent.cli.ctl.submit import Submission
 from kvmagent.cli.ctl.terminal import printable
 from kvmagent.cli.ctl.views import view_readiness, view_reply
 from kvmagent.cli.ctl.vmnames import complete_vm
@@ -98,18 +98,14 @@ def _waiting_options(command: click.Command) -> click.Command:
             metavar="SECONDS",
             help="Wait at most so long for the outcome; the task goes on all the same. [default: as long as it takes]",
         ),
-        click.Option(
-            ["--no-callback"], is_flag=True, help="Ask for no callback: the reply is read over our own connection."
-        ),
     ]
     return command
 
 
 def _send(session: Session, command: Command, values: dict[str, Any]) -> dict[str, Any]:
     """Send a command with the values of its subcommand's options and return its reply."""
-    errand = Errand(session.agent, session.terminal)
     body = make_body(command.request, values)
-    return errand.run(command.path, body, wait_s=values["wait"], by_callback=not values["no_callback"])
+    return Submission(session.agent, session.terminal).run(command.path, body, wait_s=values["wait"])
 
 
 def _answer(session: Session, reply: dict[str, Any], lines: list[str]) -> int:
