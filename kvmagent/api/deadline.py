@@ -8,7 +8,10 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from typing import Generic, TypeVar
 
+from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
+
+log = Log(__name__)
 
 AnswerT = TypeVar("AnswerT")
 
@@ -59,7 +62,8 @@ class Asker:
         """Ask on a few threads, each one question after another; return each one's answer, or why there is none.
 
         A question that hangs is left to its thread, and another thread goes on with the rest: it holds up no other for
-        longer than `timeout_s`, and most not at all. What else than an AgentError a question raises, is raised.
+        longer than `timeout_s`, and most not at all. What else than an AgentError a question raises is logged and told
+        as INTERNAL_ERROR of that question: it spoils no other.
         """
         series = _Series(questions, timeout_s, about)
 
@@ -89,7 +93,6 @@ class _Series(Generic[AnswerT]):
         self._changed = threading.Condition()
         self._begun_at: dict[str, float] = {}
         self._answers: dict[str, AnswerT | AgentError] = dict.fromkeys(questions, self._failure("not asked"))
-        self._unexpected: BaseException | None = None
         self._threads = 0
 
     @property
@@ -106,8 +109,10 @@ class _Series(Generic[AnswerT]):
                 answer = question()
             except AgentError as error:
                 answer = error
-            except BaseException as error:
-                answer, self._unexpected = self._failure(repr(error)), error
+            except Exception as error:
+                log.failure("question failed", error, about=self._about, key=key)
+                words = f"{self._about}: {type(error).__name__}: {error}"
+                answer = AgentError(Code.INTERNAL_ERROR, words, expected=False)
             if not self._put(key, answer):
                 return
 
@@ -126,8 +131,6 @@ class _Series(Generic[AnswerT]):
                     min(self._begun_at.values(), default=time.monotonic()) + self._timeout_s - time.monotonic()
                 )
                 self._give_up_late()
-        if self._unexpected is not None:
-            raise self._unexpected
         return self._answers
 
     def _take(self) -> tuple[str, Callable[[], AnswerT]] | None:

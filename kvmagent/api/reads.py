@@ -96,7 +96,8 @@ class Reads:
     def _vms(self, call: Call) -> Answer:
         _check_query(call, ())
         uuids = self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs")
-        questions = {uuid: partial(self._describe_vm, uuid) for uuid in uuids}
+        # Made JSON one by one: what cannot be said of one VM is said of no other.
+        questions = {uuid: partial(self._encode_vm, uuid) for uuid in uuids}
         answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
         # One VM that hangs is told as such, and hides no other; one that is gone since it was listed is left out.
         vms = [
@@ -105,6 +106,9 @@ class Reads:
             if not (isinstance(answer, AgentError) and answer.code is Code.VM_NOT_FOUND)
         ]
         return Answer(encode({"vms": vms}))
+
+    def _encode_vm(self, uuid: str) -> msgspec.Raw:
+        return msgspec.Raw(encode(self._describe_vm(uuid)))
 
     def _vm(self, call: Call) -> Answer:
         _check_query(call, ())

@@ -117,6 +117,7 @@ class VmHandle:
         if not connected:
             return Guest(silence=Code.GUEST_AGENT_DISCONNECTED, silence_words="no guest agent is connected")
         refused: dict[str, str] = {}
+        memory_bytes = domain.live.memory_bytes
 
         def part(name: str, ask: Callable[[], Any]) -> Any:
             if name not in parts:
@@ -134,7 +135,7 @@ class VmHandle:
             return Guest(
                 vcpus=vcpus,
                 blocks=blocks,
-                block_bytes=part("memory", self.agent.block_bytes),
+                block_bytes=part("memory", lambda: self.agent.block_bytes(memory_bytes)),
                 mem_total_bytes=meminfo.get("MemTotal"),
                 mem_available_bytes=meminfo.get("MemAvailable"),
                 disabled=part("agent", self.agent.disabled) or frozenset(),

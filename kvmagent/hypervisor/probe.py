@@ -13,6 +13,7 @@ import libvirt_qemu
 import msgspec
 
 from kvmagent.hypervisor.domainxml import is_agent_connected
+from kvmagent.hypervisor.guestagent import clean
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.model.errors import AgentError, Code
 
@@ -106,7 +107,9 @@ def _ping(domain: libvirt.virDomain) -> str:
     try:
         libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-ping"}', _PING_S, 0)
     except libvirt.libvirtError as error:
-        return f"the guest agent does not answer: {error.get_error_message()}"
+        return f"the guest agent does not answer: {clean(error.get_error_message() or '')}"
+    except UnicodeDecodeError:
+        return "the guest agent answers with text that is no UTF-8"
     return ""
 
 

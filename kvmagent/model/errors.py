@@ -121,6 +121,7 @@ class Code(StrEnum):
     GUEST_AGENT_ABSENT = "GUEST_AGENT_ABSENT"
     GUEST_AGENT_DISCONNECTED = "GUEST_AGENT_DISCONNECTED"
     GUEST_AGENT_UNRESPONSIVE = "GUEST_AGENT_UNRESPONSIVE"
+    GUEST_AGENT_INVALID = "GUEST_AGENT_INVALID"
     GUEST_AGENT_REFUSED = "GUEST_AGENT_REFUSED"
     GUEST_ONLINE_NOT_ASKED = "GUEST_ONLINE_NOT_ASKED"
     GUEST_CPU_NOT_SEEN = "GUEST_CPU_NOT_SEEN"
@@ -581,6 +582,12 @@ CODES: dict[Code, CodeInfo] = {
     Code.GUEST_AGENT_UNRESPONSIVE: CodeInfo(
         400, "The guest agent does not answer in time.", "Restart qemu-ga in the guest; look for what blocks it."
     ),
+    Code.GUEST_AGENT_INVALID: CodeInfo(
+        503,
+        "The guest agent answers in a form that no guest agent has, or with numbers that cannot be. Nothing that the "
+        "guest says is believed until it answers properly.",
+        "Look at what runs as the guest agent: install qemu-ga anew and restart it.",
+    ),
     Code.GUEST_AGENT_REFUSED: CodeInfo(
         400,
         "The guest agent refused a command.",
@@ -718,6 +725,7 @@ LOOKS: dict[Code, str] = {
     Code.GUEST_AGENT_ABSENT: "virsh dumpxml VM | grep guest_agent",
     Code.GUEST_AGENT_DISCONNECTED: 'virsh qemu-agent-command VM \'{"execute":"guest-ping"}\'',
     Code.GUEST_AGENT_UNRESPONSIVE: 'virsh qemu-agent-command VM \'{"execute":"guest-ping"}\'',
+    Code.GUEST_AGENT_INVALID: 'virsh qemu-agent-command VM \'{"execute":"guest-get-vcpus"}\'',
     Code.GUEST_AGENT_REFUSED: 'virsh qemu-agent-command VM \'{"execute":"guest-info"}\'',
     Code.GUEST_CPU_NOT_SEEN: "virsh vcpucount VM --guest; in the guest: dmesg | grep -i cpu; cat /proc/cmdline",
     Code.GUEST_CPU_OFFLINE: "virsh guestvcpus VM; in the guest: lscpu -e",

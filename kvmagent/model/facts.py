@@ -180,18 +180,34 @@ class Definition(msgspec.Struct, frozen=True):
         return next((device for device in self.devices if device.alias == alias), None)
 
 
-def device_blocks(device: MemoryDevice, quantum_bytes: int) -> frozenset[int]:
-    """Return the guest's block numbers behind a device; none where its place is not known."""
+def device_blocks(device: MemoryDevice, quantum_bytes: int) -> range:
+    """Return the guest's block numbers behind a device; none where its place is not known.
+
+    A range: how large a block is, is the guest's claim, and must not decide how much memory the agent needs.
+    """
     if device.base is None:
-        return frozenset()
-    return frozenset(range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes))
+        return range(0)
+    return range(device.base // quantum_bytes, (device.base + device.size_bytes) // quantum_bytes)
 
 
-def dimm_blocks(live: Definition, quantum_bytes: int) -> frozenset[int]:
-    """Return the guest's block numbers behind all dimms of a running VM."""
-    return frozenset[int]().union(
-        *(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
+def dimm_blocks(live: Definition, quantum_bytes: int) -> tuple[range, ...]:
+    """Return the guest's block numbers behind each dimm of a running VM."""
+    return tuple(device_blocks(device, quantum_bytes) for device in live.devices if device.model == "dimm")
+
+
+def pick_blocks(listed: frozenset[int], spans: tuple[range, ...]) -> frozenset[int]:
+    """Return the listed blocks that lie in any of the spans: as much work as the smaller of both is."""
+    return frozenset(
+        index
+        for span in spans
+        for index in (span if len(span) < len(listed) else listed)
+        if index in span and index in listed
     )
+
+
+def count_missing(listed: frozenset[int], spans: tuple[range, ...]) -> int:
+    """Return how many blocks of the spans, none of which overlap, are not listed."""
+    return sum(map(len, spans)) - len(pick_blocks(listed, spans))
 
 
 class Domain(msgspec.Struct, frozen=True):
@@ -334,6 +350,5 @@ class Facts(msgspec.Struct, frozen=True):
         live, blocks, quantum = self.domain.live, self.guest.blocks, self.guest.block_bytes
         if live is None or blocks is None or quantum is None:
             return None
-        listed = frozenset(block.index for block in blocks)
-        online = frozenset(block.index for block in blocks if block.online)
-        return len((dimm_blocks(live, quantum) | listed) - online) * quantum
+        unseen = count_missing(frozenset(block.index for block in blocks), dimm_blocks(live, quantum))
+        return (unseen + sum(not block.online for block in blocks)) * quantum

@@ -2,7 +2,7 @@
 
 from kvmagent.model.command import Ending, Problem
 from kvmagent.model.errors import MEMORY_ONLINE_HINT, AgentError, Code
-from kvmagent.model.facts import Facts, Guest, dimm_blocks
+from kvmagent.model.facts import Facts, Guest, count_missing, dimm_blocks, pick_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -36,23 +36,34 @@ def find_idle(facts: Facts) -> tuple[int, ...]:
     live, guest = facts.domain.live, facts.guest
     if live is None or guest.blocks is None or guest.block_bytes is None:
         return ()
-    plugged = dimm_blocks(live, guest.block_bytes)
-    return tuple(sorted(block.index for block in guest.blocks if block.index in plugged and not block.online))
+    offline = frozenset(block.index for block in guest.blocks if not block.online)
+    return tuple(sorted(pick_blocks(offline, dimm_blocks(live, guest.block_bytes))))
 
 
 def online_steps(
-    guest: Guest, blocks: frozenset[int], spent: frozenset[str], *, online: bool, timeout_s: float
+    guest: Guest, blocks: tuple[range, ...], spent: frozenset[str], *, online: bool, timeout_s: float
 ) -> tuple[AnyStep, ...]:
     """Return what brings these blocks online: wait until the guest lists them, then ask it."""
-    if guest.blocks is None or not blocks:
+    if guest.blocks is None or not any(blocks):
         return ()
-    listed = {block.index: block for block in guest.blocks}
-    if not blocks <= listed.keys() and AwaitGuestMemory.__name__ not in spent:
-        return (AwaitGuestMemory(blocks=tuple(sorted(blocks)), timeout_sec=timeout_s),)
-    offline = tuple(sorted(index for index in blocks & listed.keys() if not listed[index].online))
+    if count_missing(listed_blocks(guest), blocks) and AwaitGuestMemory.__name__ not in spent:
+        # The guest's agent reads no block size by which these could be more than it can list.
+        wanted = tuple(sorted(index for span in blocks for index in span))
+        return (AwaitGuestMemory(blocks=wanted, timeout_sec=timeout_s),)
+    offline = tuple(sorted(pick_blocks(listed_blocks(guest) - online_blocks(guest), blocks)))
     if offline and online and OnlineGuestMemory.__name__ not in spent:
         return (OnlineGuestMemory(blocks=offline),)
     return ()
+
+
+def spans_of(blocks: frozenset[int]) -> tuple[range, ...]:
+    """Return blocks that the guest has listed, as `online_steps` takes them."""
+    return tuple(range(index, index + 1) for index in sorted(blocks))
+
+
+def listed_blocks(guest: Guest) -> frozenset[int]:
+    """Return the blocks that the guest lists; none where it does not tell."""
+    return frozenset(block.index for block in guest.blocks or ())
 
 
 def online_blocks(guest: Guest) -> frozenset[int]:
@@ -66,7 +77,7 @@ def offline_bytes(facts: Facts) -> int:
     quantum = facts.guest.block_bytes
     if facts.guest.blocks is None or quantum is None:
         return sum(device.size_bytes for device in live.devices if device.model == "dimm")
-    return len(dimm_blocks(live, quantum) - online_blocks(facts.guest)) * quantum
+    return count_missing(online_blocks(facts.guest), dimm_blocks(live, quantum)) * quantum
 
 
 def split_for_guest(
@@ -117,7 +128,7 @@ def check_guest_can_spare(facts: Facts, taken_bytes: int) -> None:
         )
 
 
-def plug_warnings(facts: Facts, blocks: frozenset[int], *, online: bool) -> list[Problem]:
+def plug_warnings(facts: Facts, blocks: tuple[range, ...], *, online: bool) -> list[Problem]:
     """Return why the guest may not use memory that was plugged; `blocks` are those that it should list."""
     guest = facts.guest
     if guest.silence is not None:
@@ -126,12 +137,12 @@ def plug_warnings(facts: Facts, blocks: frozenset[int], *, online: bool) -> list
         refused = "guest-get-memory-blocks" if guest.blocks is None else "guest-get-memory-block-info"
         return [refused_warning(guest, refused, MEMORY_ONLINE_HINT)]
     found = []
-    unseen = blocks - {block.index for block in guest.blocks}
+    unseen = count_missing(listed_blocks(guest), blocks)
     if unseen:
         found.append(
             warning(
                 Code.GUEST_MEMORY_NOT_SEEN,
-                f"{format_size(len(unseen) * guest.block_bytes)} that the VM has are not listed by the guest",
+                f"{format_size(unseen * guest.block_bytes)} that the VM has are not listed by the guest",
             )
         )
     offline = frozenset(block.index for block in guest.blocks if not block.online)

@@ -4,7 +4,7 @@ import msgspec
 
 from kvmagent.model.command import Goal, Problem
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, count_missing, device_blocks, pick_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -17,11 +17,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import format_size
 
-from .guestmemory import (
-    online_blocks,
-    online_steps,
-    plug_warnings,
-)
+from .guestmemory import listed_blocks, online_blocks, online_steps, plug_warnings, spans_of
 from .reply import not_verified
 
 
@@ -231,7 +227,7 @@ def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> 
                 return (wait,)
     if goal.dimms or not goal.changes_live or not goal.plugs or facts.guest.blocks is None:
         return ()
-    new = frozenset(block.index for block in facts.guest.blocks) - goal.known_blocks
+    new = spans_of(listed_blocks(facts.guest) - goal.known_blocks)
     return online_steps(facts.guest, new, spent, online=goal.guest_online, timeout_s=goal.timeout_sec)
 
 
@@ -241,7 +237,7 @@ def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[
     for dimm in goal.dimms:
         if steps := _attach_steps((dimm,), facts) or _dimm_online_steps(goal, (dimm,), facts, spent):
             return steps
-        if dimm is not goal.dimms[-1] and not _dimm_blocks((dimm,), facts) <= online_blocks(facts.guest):
+        if dimm is not goal.dimms[-1] and count_missing(online_blocks(facts.guest), _dimm_blocks((dimm,), facts)):
             raise AgentError(
                 Code.GUEST_MEMORY_SHORT,
                 f"{dimm.alias} is not online in the guest, which has no room for the page map of more before it is",
@@ -251,8 +247,7 @@ def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[
 
 def _back_online_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     """What has left the VM meanwhile is not waited for."""
-    listed = frozenset(block.index for block in facts.guest.blocks or ())
-    blocks = listed & frozenset(goal.back_online)
+    blocks = spans_of(listed_blocks(facts.guest) & frozenset(goal.back_online))
     return online_steps(facts.guest, blocks, spent, online=True, timeout_s=goal.timeout_sec)
 
 
@@ -278,13 +273,14 @@ def _dimm_online_steps(
     """Bring online what this task plugged, and nothing else."""
     blocks = _dimm_blocks(dimms, facts)
     if goal.resizes and not goal.one_by_one:
-        blocks |= frozenset(block.index for block in facts.guest.blocks or ()) - goal.known_blocks
+        new = listed_blocks(facts.guest) - goal.known_blocks
+        blocks += spans_of(new - pick_blocks(new, blocks))
     return online_steps(facts.guest, blocks, spent, online=goal.guest_online, timeout_s=goal.timeout_sec)
 
 
-def _dimm_blocks(dimms: tuple[PlannedDimm, ...], facts: Facts) -> frozenset[int]:
+def _dimm_blocks(dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[range, ...]:
     """Return the guest's blocks behind these dimms; nothing where the guest did not tell its block size."""
     if facts.guest.block_bytes is None or facts.domain.live is None:
-        return frozenset()
+        return ()
     devices = [facts.domain.live.find_device(dimm.alias) for dimm in dimms if dimm.live]
-    return frozenset[int]().union(*(device_blocks(device, facts.guest.block_bytes) for device in devices if device))
+    return tuple(device_blocks(device, facts.guest.block_bytes) for device in devices if device)

@@ -4,7 +4,7 @@ import msgspec
 
 from kvmagent.model.command import Ending, Goal
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
 from kvmagent.model.steps import (
     AnyStep,
     AwaitBalloon,
@@ -81,7 +81,7 @@ class ShrinkGoal(Goal, frozen=True, rename="camel"):
 def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool) -> PlannedRemoval:
     """Return the removal of a device, with what the guest uses of it."""
     quantum = facts.guest.block_bytes
-    blocks = device_blocks(device, quantum) if live and quantum is not None else frozenset()
+    blocks = (device_blocks(device, quantum),) if live and quantum is not None else ()
     return PlannedRemoval(
         alias=device.alias,
         size_bytes=device.size_bytes,
@@ -90,7 +90,7 @@ def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool
         base=device.base,
         live=live,
         config=config,
-        online_blocks=tuple(sorted(blocks & online_blocks(facts.guest))),
+        online_blocks=tuple(sorted(pick_blocks(online_blocks(facts.guest), blocks))),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvmagent.model.command import Affect, Command, Ending, Problem
 from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
 from kvmagent.model.steps import Target
 from kvmagent.model.units import align_down, align_up, format_size
 
@@ -20,7 +20,6 @@ from .guestmemory import (
     find_growth,
     memory_stages,
     offline_bytes,
-    online_blocks,
 )
 from .guestos import check_gives_up
 from .memory import BALLOON_PAGE_BYTES, TARGETS, VIRTIO_MEM_BLOCK_BYTES, balloon_actual, current_definition, plan_resize
@@ -241,7 +240,7 @@ def _kept_blocks(dimm: MemoryDevice, facts: Facts) -> frozenset[int]:
     if facts.guest.blocks is None or facts.guest.block_bytes is None:
         return frozenset()
     fixed = frozenset(block.index for block in facts.guest.blocks if block.online and not block.can_offline)
-    return device_blocks(dimm, facts.guest.block_bytes) & fixed & online_blocks(facts.guest)
+    return pick_blocks(fixed, (device_blocks(dimm, facts.guest.block_bytes),))
 
 
 def _applied(ending: Ending) -> int | None:

@@ -60,6 +60,8 @@ class FakeGuest:
     to `virtio_mem_limit` at most. `broken_cpus` will go neither online nor offline. So many times (`late_cpus`) it is
     asked for its CPUs before it lists a plugged one. It numbers CPUs as they come: `numbers` has those of vCPUs that
     are not its own.
+    `says` is told how many commands were answered before, and the command; what it returns, text or bytes, is answered
+    in place of what is so.
     """
 
     agent: str = "running"
@@ -84,6 +86,7 @@ class FakeGuest:
     numbers: dict[int, int] = field(default_factory=dict)
     os: dict[str, str] = field(default_factory=lambda: dict(DEBIAN))
     asked: list[str] = field(default_factory=list)
+    says: Callable[[int, str], str | bytes | None] = lambda n, command: None
 
     def answer(self, request: dict[str, Any]) -> Any:
         """The answer of the guest agent to one command."""
@@ -576,7 +579,12 @@ def send_to_agent(domain: FakeDomain, request: str, timeout_s: int, flags: int) 
         raise qemu_error(
             libvirt.VIR_ERR_AGENT_UNRESPONSIVE, "Guest agent is not responding: Guest agent not available for now"
         )
-    return json.dumps({"return": domain.guest.answer(json.loads(request))})
+    guest, command = domain.guest, json.loads(request)
+    said = guest.says(len(guest.asked), command["execute"])
+    if said is not None:
+        guest.asked.append(command["execute"])
+        return said.decode() if isinstance(said, bytes) else said  # as libvirt-python does
+    return json.dumps({"return": guest.answer(command)})
 
 
 def _check_memory_device(root: Any, device: Any) -> None:

@@ -27,7 +27,7 @@ _WAIT_S, _FRESH_S = 2.0, 2.0
 # Calls that hang at once: one that hangs in a VM keeps the next from waiting for that VM.
 _AT_ONCE = 3
 # Of a guest that has an agent: it ought to answer. One that has none, or is paused, does neither.
-_SILENT = (Code.GUEST_AGENT_DISCONNECTED, Code.GUEST_AGENT_UNRESPONSIVE)
+_SILENT = (Code.GUEST_AGENT_DISCONNECTED, Code.GUEST_AGENT_UNRESPONSIVE, Code.GUEST_AGENT_INVALID)
 
 
 @dataclass(frozen=True)
