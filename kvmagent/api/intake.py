@@ -67,7 +67,7 @@ class Intake:
         with log_context(task=task_uuid, command=command.name):
             try:
                 task_uuid = parse_task_uuid(headers.get("taskuuid"))
-                callback_url = parse_callback_url(headers.get("callbackurl"))
+                callback_url = _parse_callback_url(command, headers)
                 _check_content_type(headers.get("content-type", "application/json"))
                 request, lane = _read(command, body)
                 task = Task(
@@ -152,6 +152,12 @@ class Intake:
             if not no_room or self._journal.find(task.task_uuid) is None:
                 raise
         return self._journal.accept(task)
+
+
+def _parse_callback_url(declared: Command | Query, headers: Mapping[str, str]) -> str:
+    """Return where the reply goes; a question to the host may leave it open, for it changes nothing."""
+    default = NO_CALLBACK if isinstance(declared, Query) else None
+    return parse_callback_url(headers.get("callbackurl", default))
 
 
 def _check_content_type(value: str) -> None:

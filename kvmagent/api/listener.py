@@ -34,6 +34,7 @@ from kvmagent.api.wire import encode_error
 from kvmagent.audit import audit
 from kvmagent.logs import Log
 from kvmagent.meters import Meters
+from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import HttpSection
 
@@ -269,7 +270,7 @@ class _Connection(cheroot.server.HTTPConnection):
         body = encode_error(error)
         status = HTTPStatus(error.status)
         head = (
-            f"{self.server.protocol} {status} {status.phrase}\r\nContent-Type: application/json\r\n"
+            f"{self.server.protocol} {status} {status.phrase}\r\nContent-Type: {JSON_TYPE}\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n"
             + ("Retry-After: 5\r\n\r\n" if error.status == 503 else "\r\n")
         )

@@ -21,6 +21,7 @@ from kvmagent.api.wire import encode, encode_error
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters
+from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.settings import HttpSection
 
@@ -56,7 +57,7 @@ Handler = Callable[[Call], Answer]
 # Of every answer that does not say otherwise: what the agent tells is of this moment, and is never run or shown by
 # a browser as something else.
 _HEADERS: Mapping[str, str] = MappingProxyType(
-    {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+    {"Content-Type": JSON_TYPE, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 )
 
 
@@ -253,6 +254,6 @@ def _refusal(error: AgentError) -> Answer:
 
 def _unexpected(status: str, message: str, traceback: str, version: str) -> bytes:
     """Return the body of what CherryPy refused before a handler was reached: a query string that is not UTF-8, say."""
-    cherrypy.serving.response.headers["Content-Type"] = "application/json"
+    cherrypy.serving.response.headers["Content-Type"] = JSON_TYPE
     code = Code.INTERNAL_ERROR if status.startswith("5") else Code.BAD_HTTP
     return encode({"success": False, "error": message, "errorCode": code, "remedy": CODES[code].remedy})

@@ -9,6 +9,8 @@ import re
 import socket
 import struct
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import libvirt
@@ -16,11 +18,11 @@ import libvirt
 from kvmagent.hypervisor.domain import STATES
 from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
-from kvmagent.model.facts import VmState
 from kvmagent.model.host import HostFacts, VmStats, VmSummary
 from kvmagent.model.units import KIB
 
 _QEMU_IMG_TIMEOUT_S = 5
+_SETTLE_S = 0.5
 _SIOCGIFADDR = 0x8915
 _DMI = ("sys_vendor", "product_name", "product_serial", "product_uuid", "bios_vendor", "bios_version", "bios_date")
 
@@ -57,28 +59,41 @@ def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -
     )
 
 
-def list_vms(connection: libvirt.virConnect) -> tuple[VmSummary, ...]:
-    """Return all VMs of the host. One that vanishes while it is read is left out."""
+def list_vms(
+    connection: libvirt.virConnect, *, settle: bool = False, sleep: Callable[[float], None] = time.sleep
+) -> tuple[VmSummary, ...]:
+    """Return all VMs of the host. One that vanishes while it is read is left out.
+
+    With `settle`, VMs that are paused are read again a moment later: a snapshot and the switch-over of a migration
+    pause a VM that long.
+    """
     with libvirt_errors("listing VMs"):
         domains = connection.listAllDomains()
-    found = []
-    for domain in domains:
-        try:
-            state, maximum_kib, _, vcpus, _ = domain.info()
-            found.append(
-                VmSummary(
-                    name=domain.name(),
-                    uuid=domain.UUIDString(),
-                    state=_state(state),
-                    vcpus=vcpus,
-                    memory_bytes=maximum_kib * KIB,
-                )
-            )
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
-                with libvirt_errors("reading a VM"):
-                    raise
-    return tuple(found)
+    found = {domain.UUIDString(): _read_summary(domain) for domain in domains}
+    paused = [domain for domain in domains if (vm := found[domain.UUIDString()]) is not None and vm.state == "paused"]
+    if settle and paused:
+        sleep(_SETTLE_S)
+        found |= {domain.UUIDString(): _read_summary(domain) for domain in paused}
+    return tuple(vm for vm in found.values() if vm is not None)
+
+
+def _read_summary(domain: libvirt.virDomain) -> VmSummary | None:
+    """Return what is so of one VM; None where it is gone."""
+    try:
+        state, maximum_kib, _, vcpus, _ = domain.info()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
+            return None
+        with libvirt_errors("reading a VM"):
+            raise
+    return VmSummary(
+        name=domain.name(),
+        uuid=domain.UUIDString(),
+        state=STATES.get(state, "other"),
+        vcpus=vcpus,
+        memory_bytes=maximum_kib * KIB,
+        in_shutdown=state == libvirt.VIR_DOMAIN_SHUTDOWN,
+    )
 
 
 def read_stats(connection: libvirt.virConnect) -> tuple[VmStats, ...]:
@@ -102,11 +117,6 @@ def read_stats(connection: libvirt.virConnect) -> tuple[VmStats, ...]:
         )
         for domain, stats in found
     )
-
-
-def _state(number: int) -> VmState:
-    """A VM that is shutting down still runs for whoever changes it; in a list it is off, for it will not come back."""
-    return "shutoff" if number == libvirt.VIR_DOMAIN_SHUTDOWN else STATES.get(number, "other")
 
 
 def _version(number: int) -> str:

@@ -27,6 +27,7 @@ from kvmagent.model.steps import AnyStep
 
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
 _SAME_LOOK_S = 0.05
+_VMS = frozenset({"vms", "settled vms"})
 
 
 class Node:
@@ -83,7 +84,7 @@ class Node:
         return read_host_load(self._host_root)
 
     def view_host(self, needs: frozenset[str]) -> HostView:
-        """Return what is so of the host now; `needs` ("host", "vms") is what to look at.
+        """Return what is so of the host now; `needs` ("host", "vms", "settled vms") is what to look at.
 
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE and other libvirt errors.
@@ -93,7 +94,7 @@ class Node:
         with self._connection.lease() as connection:
             return HostView(
                 host=read_host_facts(connection) if "host" in needs else None,
-                vms=list_vms(connection) if "vms" in needs else None,
+                vms=list_vms(connection, settle="settled vms" in needs) if needs & _VMS else None,
             )
 
     @contextmanager

@@ -1,32 +1,41 @@
-"""What libvirt tells of VMs: started, stopped, crashed, paused, resumed, shut down by the guest, rebooted.
+"""What libvirt tells of VMs: started, shut down and by whom, stopped, crashed, paused, resumed, rebooted.
 
 Source: libvirt virDomainEventType and its details. Callbacks run on the event loop's thread: they hand over at once
 and never call libvirt.
 """
 
+import time
 from collections.abc import Callable
 
 import libvirt
 
-from kvmagent.model.host import VmEvent
+from kvmagent.model.host import VmEvent, VmEventKind
 
-# By event, and by detail where the detail decides; what is not here changes no state that anybody is told of.
-_KINDS: dict[int, dict[int | None, str]] = {
-    libvirt.VIR_DOMAIN_EVENT_STARTED: {None: "started"},
-    libvirt.VIR_DOMAIN_EVENT_RESUMED: {None: "resumed"},
-    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: {None: "paused"},
-    libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: {None: "paused"},
-    libvirt.VIR_DOMAIN_EVENT_CRASHED: {None: "crashed"},
-    libvirt.VIR_DOMAIN_EVENT_STOPPED: {None: "stopped", libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED: "crashed"},
-    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST: "shutdown-by-guest"},
+# What is not here is nothing that happens to a running VM. A QEMU that was killed is STOPPED, with the detail FAILED
+# or CRASHED: only a guest that told of its own panic is CRASHED.
+_KINDS: dict[int, VmEventKind] = {
+    libvirt.VIR_DOMAIN_EVENT_STARTED: "started",
+    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "shutdown",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED: "stopped",
+    libvirt.VIR_DOMAIN_EVENT_CRASHED: "crashed",
+    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: "paused",
+    libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "paused",
+    libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
 }
+_SHUTDOWN_BY = {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST: "guest", libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST: "host"}
+# QEMU resets more than once for one reboot of a guest: by keyboard controller, ACPI, and again in the firmware.
+# A guest needs longer than this from one reset to the next that somebody asks for.
+_SAME_REBOOT_S = 3.0
 
 
 class VmEvents:
-    """Hands each event on as a VmEvent."""
+    """Hands each event on as a VmEvent; one reboot once, however many resets it takes."""
 
-    def __init__(self, hand_over: Callable[[VmEvent], None]) -> None:
+    def __init__(self, hand_over: Callable[[VmEvent], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._hand_over = hand_over
+        self._clock = clock
+        # By UUID, when a reboot was handed over; only those that may still come again. Touched by one thread.
+        self._rebooted: dict[str, float] = {}
 
     def register(self, connection: libvirt.virConnect) -> list[int]:
         """Have a new connection report; return the ids to deregister before it is closed."""
@@ -39,10 +48,15 @@ class VmEvents:
     def _on_lifecycle(
         self, _connection: object, domain: libvirt.virDomain, event: int, detail: int, _opaque: object
     ) -> None:
-        kinds = _KINDS.get(event, {})
-        kind = kinds.get(detail, kinds.get(None))
-        if kind is not None:
-            self._hand_over(VmEvent(name=domain.name(), uuid=domain.UUIDString(), kind=kind))
+        kind = _KINDS.get(event)
+        if kind is None:
+            return
+        by = _SHUTDOWN_BY.get(detail, "") if kind == "shutdown" else ""
+        self._hand_over(VmEvent(name=domain.name(), uuid=domain.UUIDString(), kind=kind, detail=by))
 
     def _on_reboot(self, _connection: object, domain: libvirt.virDomain, _opaque: object) -> None:
-        self._hand_over(VmEvent(name=domain.name(), uuid=domain.UUIDString(), kind="rebooted"))
+        now, uuid = self._clock(), domain.UUIDString()
+        self._rebooted = {vm: at for vm, at in self._rebooted.items() if now - at < _SAME_REBOOT_S}
+        if uuid not in self._rebooted:
+            self._rebooted[uuid] = now
+            self._hand_over(VmEvent(name=domain.name(), uuid=uuid, kind="rebooted"))

@@ -26,6 +26,8 @@ from kvmagent.model.steps import AnyStep
 Affect = Literal["both", "live", "config"]
 Outcome = Literal["online", "plugged", "configured", "unchanged", "partial", "refused", "pending", "planned"]
 SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "unchanged", "planned"})
+#: The Content-Type of all JSON that the agent sends: some receivers take a body without a charset for ISO-8859-1.
+JSON_TYPE = "application/json; charset=utf-8"
 #: What the callbackurl header says where no callback is wanted: the reply is read from GET /tasks/ID.
 NO_CALLBACK = "none"
 
@@ -131,9 +133,9 @@ class Command:
     holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
     error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
     retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
-    `tells_progress`: the management server that connected is told of each step as it begins. `subcommand` is what
-    kvmagentctl calls it; empty: kvmagentctl does not offer it. `role` is what its caller needs, `needs_also` what it
-    needs beside that for such a request.
+    `find_progress_context` returns what a request carries for the management server to recognise reports of its
+    progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
+    offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request.
     """
 
     name: str
@@ -152,7 +154,7 @@ class Command:
     retreat: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_retreat
     resume: Callable[[Any], Goal] = resume_all
     observe_first: frozenset[str] = frozenset()
-    tells_progress: bool = False
+    find_progress_context: Callable[[Any], dict[str, Any] | None] = lambda _request: None
     subcommand: str = ""
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ A `Query` asks the host, not a VM: it changes nothing but what the agent remembe
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -16,13 +16,17 @@ from kvmagent.model.shapes import settle
 
 
 class VmSummary(msgspec.Struct, frozen=True):
-    """One VM of the host, as far as a list of VMs tells."""
+    """One VM of the host, as far as a list of VMs tells.
+
+    `in_shutdown`: it is on its way down, or reboots that way; until it is off its QEMU has its disks.
+    """
 
     name: str
     uuid: str
     state: VmState
     vcpus: int
     memory_bytes: int
+    in_shutdown: bool = False
 
 
 class VmStats(msgspec.Struct, frozen=True):
@@ -95,9 +99,9 @@ class Query:
     """One question to the host, declared once. A `sync` one is answered in the HTTP answer itself, without a task.
 
     `remember` returns what the agent is to know of its management server from this request on; it comes before the
-    look at the host. `needs` names what to look at: "host", "vms". `notice` returns what the operator is told, once,
-    of such a request. `fail` makes the reply of a look that failed. `role` is what its
-    caller needs.
+    look at the host. `needs` names what to look at: "host", "vms", "settled vms" (the VMs, and those that are paused
+    again a moment later). `notice` returns what the operator is told, each once, of such a request. `fail` makes the
+    reply of a look that failed. `role` is what its caller needs.
     """
 
     name: str
@@ -111,7 +115,7 @@ class Query:
     role: Role
     sync: bool = False
     remember: Callable[[Any, ManagementServer | None], ManagementServer | None] = lambda _request, _known: None
-    notice: Callable[[Any], str | None] = lambda _request: None
+    notice: Callable[[Any], tuple[str, ...]] = lambda _request: ()
 
     def __post_init__(self) -> None:
         check_role(self.name, self.role)
@@ -119,25 +123,40 @@ class Query:
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Something that the management server is told without having asked: the path that it handles it by, and what."""
+    """Something that the management server is told without having asked: the path that it handles it by, and what.
+
+    `optional`: not every version of the server has a handler for it; its 404 says so and is no failure.
+    """
 
     command_path: str
     body: dict[str, Any]
+    optional: bool = False
+
+
+VmEventKind = Literal["started", "shutdown", "stopped", "crashed", "paused", "resumed", "rebooted"]
 
 
 class VmEvent(msgspec.Struct, frozen=True):
-    """Something that happened to a VM: `kind` is started, stopped, crashed, paused, resumed, shutdown-by-guest,
-    rebooted."""
+    """Something that happened to a VM.
+
+    shutdown: the guest has powered off, its QEMU is still there; stopped: QEMU is gone, whatever the reason;
+    crashed: the guest told that it panicked. `detail` says who wanted a shutdown: guest, host, or empty.
+    """
 
     name: str
     uuid: str
-    kind: str
+    kind: VmEventKind
+    detail: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far a task has come: `percent` of the steps that are known of, and the step that begins."""
+    """How far a task has come: `percent` of the steps that are known of, and the step that begins.
+
+    `context` is what the request carried for its progress to be recognised by.
+    """
 
     command: str
     vm: str
     percent: int
     step: str
+    context: dict[str, Any]

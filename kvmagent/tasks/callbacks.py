@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 
 from kvmagent.certificates import find_end
 from kvmagent.logs import Log
+from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
 from kvmagent.settings import CallbackRule, CallbackSection
@@ -185,7 +186,7 @@ class Channel:
             "POST",
             (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
             body=body,
-            headers={"Content-Type": "application/json", **headers},
+            headers={"Content-Type": JSON_TYPE, **headers},
             preload_content=False,
             decode_content=False,
         )

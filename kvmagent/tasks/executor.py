@@ -376,10 +376,10 @@ class Executor:
     ) -> None:
         """Perform steps up to the first that fails: what follows it was planned for its success."""
         for n, step in enumerate(steps):
-            if run.command.tells_progress:
+            if (context := run.command.find_progress_context(run.request)) is not None:
                 done, left = len(run.reports), len(steps) - n
                 percent = 100 * done // (done + left)
-                self._on_progress(Progress(task.command, run.request.vm_uuid, percent, type(step).__name__))
+                self._on_progress(Progress(task.command, run.request.vm_uuid, percent, type(step).__name__, context))
             try:
                 problem = self._perform(task, run, vm, step)
             except AgentError as error:

@@ -88,10 +88,10 @@ class Questions:
         return reply, failure
 
     def _find_answer(self, query: Query, request: Any, client: str) -> tuple[msgspec.Struct, AgentError | None]:
-        notice = query.notice(request)
-        if notice is not None and notice not in self._noticed:
-            self._noticed.add(notice)
-            log.warning("part of a request is ignored", notice=notice, command=query.name)
+        for notice in query.notice(request):
+            if notice not in self._noticed:
+                self._noticed.add(notice)
+                log.warning("part of a request is ignored", notice=notice, command=query.name)
         try:
             server = query.remember(request, self._memory.get())
             if server is not None:

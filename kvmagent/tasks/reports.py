@@ -62,7 +62,7 @@ class Reports:
 
     def tell_event(self, event: VmEvent) -> None:
         """Tell what happened to a VM. Only hands over: libvirt's event loop calls this."""
-        log.info("vm event", vm=event.name, kind=event.kind)
+        log.info("vm event", vm=event.name, kind=event.kind, detail=event.detail or None)
         self._put(event, [plugin.report_event for plugin in self._plugins])
 
     def tell_gap(self, reason: str) -> None:
@@ -102,6 +102,9 @@ class Reports:
             headers = {"commandpath": report.command_path}
             body = msgspec.json.encode(report.body)
             status, error = self._open(server).post(server.send_command_url, body, headers, self._timeout_s)
+            if status == 404 and report.optional:
+                log.info("report not known to this server", path=report.command_path, vm=report.body.get("vmUuid"))
+                return
             if status is not None and 200 <= status < 300:
                 log.info("reported", path=report.command_path, vm=report.body.get("vmUuid"))
                 return

@@ -8,7 +8,17 @@ from typing import Any
 import msgspec
 
 from kvmagent.model.facts import VmState
-from kvmagent.model.host import HostFacts, HostView, ManagementServer, Progress, Query, Report, VmEvent, VmSummary
+from kvmagent.model.host import (
+    HostFacts,
+    HostView,
+    ManagementServer,
+    Progress,
+    Query,
+    Report,
+    VmEvent,
+    VmEventKind,
+    VmSummary,
+)
 
 from .messages import (
     CapacityReply,
@@ -66,9 +76,18 @@ def remember_connect(request: ConnectRequest, _known: ManagementServer | None) -
     return ManagementServer(request.host_uuid, request.send_command_url, request.version)
 
 
-def notice_rules(request: ConnectRequest) -> str | None:
-    """Say that nothing which a request carries is ever run."""
-    return "iptables rules in a connect are ignored" if request.iptables_rules else None
+def notice_ignored(request: ConnectRequest) -> tuple[str, ...]:
+    """Return what a connect asks of the host and this agent does not do; nothing that a request carries is ever run."""
+    return tuple(f"{words} in a connect: ignored" for field, words in _IGNORED.items() if getattr(request, field))
+
+
+_IGNORED = {
+    "iptables_rules": "iptablesRules (firewall rules)",
+    "ignore_msrs": "ignoreMsrs (an option of the kvm module)",
+    "page_table_extension_disabled": "pageTableExtensionDisabled (an option of the kvm_intel module)",
+    "install_host_shutdown_hook": "installHostShutdownHook (a hook for the host's shutdown)",
+    "tcp_server_port": "tcpServerPort (a channel between the server and its own agent)",
+}
 
 
 def remember_configuration(request: UpdateConfigurationRequest, known: ManagementServer | None) -> ManagementServer:
@@ -82,7 +101,7 @@ def update_configuration(_request: UpdateConfigurationRequest, _view: HostView) 
 
 
 def ping(_request: HostRequest, view: HostView) -> PingReply:
-    """Say who connected last; nulls make the server connect again."""
+    """Say who connected last; without a hostUuid the server connects."""
     if view.server is None:
         return PingReply()
     server = view.server
@@ -155,31 +174,55 @@ def capacity(_request: HostRequest, view: HostView) -> CapacityReply:
 
 
 def vm_sync(_request: HostRequest, view: HostView) -> VmStatesReply:
-    """Return the states of all VMs that are the server's."""
-    return VmStatesReply(states={vm.name: STATES[vm.state] for vm in view.vms or () if is_its_vm(vm.name)})
+    """Return the states of the VMs that are the server's and active.
+
+    A definition that is off is left out: the VM may run on another host by now. One that is on its way down still has
+    its disks, so it runs, and is named beside.
+    """
+    active = [vm for vm in view.vms or () if is_its_vm(vm.name) and vm.state != "shutoff"]
+    return VmStatesReply(
+        states={vm.name: STATES[vm.state] for vm in active},
+        vm_in_shutdowns=[vm.name for vm in active if vm.in_shutdown],
+    )
 
 
 def check_states(request: VmListRequest, view: HostView) -> VmStatesReply:
-    """Return the states of the VMs asked for, under the ids that they were asked by."""
+    """Return the state of each VM asked for, under the id that it was asked by; one that is not here is off here."""
     by_id: dict[str, VmSummary] = {}
     for vm in view.vms or ():
         by_id[_bare(vm.uuid)] = by_id[_bare(vm.name)] = vm
     found = {uuid: by_id.get(_bare(uuid)) for uuid in request.vm_uuids or ()}
-    return VmStatesReply(states={uuid: STATES[vm.state] for uuid, vm in found.items() if vm is not None})
+    return VmStatesReply(
+        states={uuid: STATES[vm.state if vm is not None else "shutoff"] for uuid, vm in found.items()},
+        vm_in_shutdowns=[uuid for uuid, vm in found.items() if vm is not None and vm.in_shutdown],
+    )
 
 
 def report_event(event: VmEvent, server: ManagementServer) -> tuple[Report, ...]:
-    """Return what the server is told of something that happened to a VM: its new state, and the event by its name."""
-    if not is_its_vm(event.name) or event.kind not in _REPORTS:
+    """Return what the server is told of something that happened to a VM.
+
+    Never its state: the server would believe "Shutdown" of a VM that has migrated away, and start it a second time.
+    For the same reason nothing is told of a QEMU that ended, whatever ended it: the server asks every minute.
+    """
+    if not is_its_vm(event.name):
         return ()
-    state, path = _REPORTS[event.kind]
-    reports = []
-    if state is not None:
-        body = {"hostUuid": server.host_uuid, "vmUuid": event.name, "vmState": state}
-        reports.append(Report("/kvm/reportvmstate", body))
-    if path is not None:
-        reports.append(Report(path, {"vmUuid": event.name}))
-    return tuple(reports)
+    vm = {"vmUuid": event.name}
+    if event.kind == "shutdown":
+        # Without the detail the server takes a VM that its user has powered off for one to be started again.
+        detail = f"by {event.detail}" if event.detail else "finished"
+        told = [Report("/kvm/reportvmshutdown", {**vm, "detail": detail})]
+        if event.detail == "guest":
+            told.append(Report("/kvm/reportvmshutdown/from/guest", vm, optional=True))
+        return tuple(told)
+    path = _REPORTS.get(event.kind)
+    return () if path is None else (Report(path, vm),)
+
+
+_REPORTS: dict[VmEventKind, str] = {
+    "started": "/kvm/reportvmstart",
+    "crashed": "/kvm/reportvmcrash",
+    "rebooted": "/kvm/reportvmreboot",
+}
 
 
 def report_gap(reason: str, server: ManagementServer) -> tuple[Report, ...]:
@@ -188,27 +231,16 @@ def report_gap(reason: str, server: ManagementServer) -> tuple[Report, ...]:
 
 
 def report_progress(progress: Progress, server: ManagementServer) -> tuple[Report, ...]:
-    """Return what the server is told of a task's way: its type is the command's name, its resource the VM."""
+    """Return what the server is told of a task's progress, which it finds by the context of its own request."""
     body = {
         "progress": str(progress.percent),
         "processType": progress.command,
-        "resourceUuid": progress.vm,
+        "resourceUuid": _bare(progress.vm),
         "serverUuid": server.host_uuid,
-        "detail": progress.step,
+        "detail": {"step": progress.step},
+        **progress.context,
     }
     return (Report("/progress/report", body),)
-
-
-# By kind of event: the state that the VM has now, and the path of the event's own report.
-_REPORTS: dict[str, tuple[str | None, str | None]] = {
-    "started": ("Running", "/kvm/reportvmstart"),
-    "resumed": ("Running", None),
-    "paused": ("Paused", None),
-    "stopped": ("Shutdown", "/kvm/reportvmshutdown"),
-    "crashed": ("Crashed", "/kvm/reportvmcrash"),
-    "shutdown-by-guest": (None, "/kvm/reportvmshutdown/from/guest"),
-    "rebooted": (None, "/kvm/reportvmreboot"),
-}
 
 
 def _get_host(view: HostView) -> HostFacts:
@@ -220,7 +252,7 @@ def _fails(reply: type[HostReply]) -> functools.partial[HostReply]:
     return functools.partial(failure, reply)
 
 
-_HOST, _VMS = frozenset({"host"}), frozenset({"vms"})
+_HOST, _VMS, _SETTLED_VMS = frozenset({"host"}), frozenset({"vms"}), frozenset({"settled vms"})
 
 
 def _query(
@@ -252,7 +284,7 @@ QUERIES = (
         needs=_HOST,
         sync=True,
         remember=remember_connect,
-        notice=notice_rules,
+        notice=notice_ignored,
     ),
     _query("HostPing", "/host/ping", "Who connected last?", HostRequest, PingReply, ping),
     _query(
@@ -286,11 +318,11 @@ QUERIES = (
     _query(
         "VmSync",
         "/vm/vmsync",
-        "The states of all VMs of the management server",
+        "The states of all active VMs of the management server",
         HostRequest,
         VmStatesReply,
         vm_sync,
-        needs=_VMS,
+        needs=_SETTLED_VMS,
     ),
     _query(
         "VmCheckState",
@@ -299,6 +331,6 @@ QUERIES = (
         VmListRequest,
         VmStatesReply,
         check_states,
-        needs=_VMS,
+        needs=_SETTLED_VMS,
     ),
 )

@@ -19,12 +19,16 @@ class EchoRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConnectRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
-    """The server takes the host into its care. `iptables_rules` is never run."""
+    """The server takes the host into its care. What it asks of the host besides is not done."""
 
     host_uuid: str
     send_command_url: str
     version: str | None = None
     iptables_rules: list[str] | None = None
+    ignore_msrs: bool | None = None
+    page_table_extension_disabled: bool | None = None
+    install_host_shutdown_hook: bool | None = None
+    tcp_server_port: int | None = None
 
 
 class UpdateConfigurationRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
@@ -59,11 +63,11 @@ class ConnectReply(HostReply, kw_only=True, rename="camel"):
 
 
 class PingReply(HostReply, kw_only=True, rename="camel"):
-    """Who connected last; the server connects again where it is another."""
+    """Who connected last, nothing before; the server connects again where it is another."""
 
-    host_uuid: str | None = None
-    send_command_url: str | None = None
-    version: str | None = None
+    host_uuid: str | msgspec.UnsetType = msgspec.UNSET
+    send_command_url: str | msgspec.UnsetType = msgspec.UNSET
+    version: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class VirtualizerInfo(msgspec.Struct, kw_only=True):
@@ -123,7 +127,7 @@ class CapacityReply(HostReply, kw_only=True, rename="camel"):
 
 
 class VmStatesReply(HostReply, kw_only=True, rename="camel"):
-    """The state of each VM by its name. A VM that is missing is taken for stopped."""
+    """The state of each VM by its id, and which of them are on their way down."""
 
     states: dict[str, str] = {}
     vm_in_shutdowns: list[str] = []

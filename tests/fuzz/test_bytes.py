@@ -84,7 +84,7 @@ def test_headers_and_bodies_get_an_answer_that_is_no_500(
         response = http.client.HTTPResponse(connection)
         response.begin()
         assert 200 <= response.status < 500, (response.status, response.read())
-        assert response.getheader("Content-Type") == "application/json"
+        assert response.getheader("Content-Type") == "application/json; charset=utf-8"
         response.read()
 
 

@@ -50,6 +50,10 @@ class ZStack:
         """What the agent has told by itself on one command path."""
         return [c.body for c in self.server.callbacks() if c.headers.get("commandpath") == path]
 
+    def told(self) -> list[tuple[str, Any]]:
+        """All that the agent has told by itself, in order."""
+        return [(c.headers["commandpath"], c.body) for c in self.server.callbacks() if "commandpath" in c.headers]
+
     def _post(self, path: str, content: bytes, headers: dict[str, str]) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.agent.port, timeout=15)
         try:
@@ -106,7 +110,9 @@ def test_a_host_is_echoed_connected_and_described(zstack: ZStack) -> None:
     assert reply["libvirtVersion"] == fact["libvirtVersion"]
     assert reply["qemuVersion"].count(".") == 2
     assert connect(zstack) == reply
-    assert zstack.agent.log().count("iptables rules in a connect are ignored") == 1
+    for field in ("iptablesRules", "ignoreMsrs", "tcpServerPort"):
+        assert zstack.agent.log().count(field) == 1
+    assert "pageTableExtensionDisabled" not in zstack.agent.log()  # it was not asked for
 
 
 NOT_STRINGS = {"success", "ipAddresses", "libvirtCapabilities", "virtualizerInfo"}
@@ -117,11 +123,11 @@ def test_a_server_that_cannot_be_told_anything_is_not_remembered(zstack: ZStack,
     reply = connect(zstack, sendCommandUrl=url)
     assert reply["success"] is False
     assert reply["error"]
-    assert zstack.call("/host/ping", {})["hostUuid"] is None
+    assert "hostUuid" not in zstack.call("/host/ping", {})
 
 
 def test_ping_tells_who_connected_also_after_a_restart(zstack: ZStack) -> None:
-    assert zstack.call("/host/ping", {"hostUuid": HOST})["hostUuid"] is None
+    assert zstack.call("/host/ping", {"hostUuid": HOST}) == {"success": True, "error": ""}
     connect(zstack)
     known = {"hostUuid": HOST, "sendCommandUrl": zstack.server.url, "version": "4.8.0"}
     assert known.items() <= zstack.call("/host/ping", {"hostUuid": HOST}).items()
@@ -145,7 +151,7 @@ def test_capacity_and_vm_states_are_libvirt_s(zstack: ZStack) -> None:
     assert sync["vmInShutdowns"] == []
     dashed = str(uuid.UUID(VM))
     states = zstack.call("/vm/checkstate", {"vmUuids": [VM, dashed, "0" * 32], "hostUuid": HOST})["states"]
-    assert states == {VM: "Running", dashed: "Running"}
+    assert states == {VM: "Running", dashed: "Running", "0" * 32: "Shutdown"}
     info = zstack.call("/vm/getvirtualizerinfo", {"vmUuids": [VM, "0" * 32]})
     assert info["hostInfo"]["virtualizer"] == "qemu-kvm"
     assert [vm["uuid"] for vm in info["vmInfoList"]] == [VM]
@@ -167,15 +173,24 @@ def test_cpu_is_increased_as_it_sends_and_reads_it(zstack: ZStack, extra: dict[s
     assert (again["success"], again["cpuNum"], again["outcome"]) == (True, 2, "unchanged")
 
 
-def test_the_way_of_a_task_is_reported_step_by_step(zstack: ZStack) -> None:
+def test_progress_is_reported_only_to_a_thread_of_the_server(zstack: ZStack) -> None:
     connect(zstack)
     zstack.call("/vm/increase/cpu", {"vmUuid": VM, "cpuNum": 2})
-    reports = wait_for(
-        lambda: len(told := zstack.reports("/progress/report")) == 1 and told, timeout_s=10, what="the step's report"
-    )
-    assert [report["progress"] for report in reports] == ["0"]
-    assert {report["resourceUuid"] for report in reports} == {VM}
-    assert {report["processType"] for report in reports} == {"IncreaseCpu"}
+    thread = {"threadContext": {"api": "a1", "task-stage": "10-90"}, "threadContextStack": ["t1"]}
+    zstack.call("/vm/increase/cpu", {"vmUuid": str(uuid.UUID(VM)), "cpuNum": 3, **thread})
+    wait_for(lambda: zstack.reports("/progress/report"), timeout_s=10, what="the step's report")
+    zstack.agent.stop()  # after what is being sent
+    assert zstack.reports("/progress/report") == [
+        {
+            "progress": "0",
+            "processType": "IncreaseCpu",
+            "resourceUuid": VM,
+            "serverUuid": HOST,
+            "detail": {"step": "SetVcpus"},
+            "threadContextMap": {"api": "a1", "task-stage": "10-90"},
+            "threadContextStack": ["t1"],
+        }
+    ]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +225,35 @@ def test_what_cannot_be_accepted_is_refused_at_once(zstack: ZStack) -> None:
         status, reply = zstack.sync(path, body, **headers)
         assert status == 400
         assert reply["error"]
+
+
+def test_a_question_without_a_callbackurl_is_answered_and_nothing_is_called_back(zstack: ZStack) -> None:
+    task = uuid.uuid4().hex
+    assert zstack.sync("/host/ping", {"hostUuid": HOST}, taskuuid=task)[0] == 200
+    ended = wait_for(
+        lambda: (found := zstack.agent.get(f"/tasks/{task}").body)["state"] == "delivered" and found,
+        timeout_s=10,
+        what="the answer",
+    )
+    assert ended["reply"]["success"] is True
+    assert zstack.server.callbacks(task) == []
+    status, refusal = zstack.sync("/vm/increase/cpu", {"vmUuid": VM, "cpuNum": 2}, taskuuid=task)
+    assert (status, refusal["errorCode"]) == (400, "MISSING_CALLBACK_URL")
+
+
+def test_what_is_said_says_its_charset(zstack: ZStack) -> None:
+    connect(zstack)
+    zstack.call("/vm/increase/cpu", {"vmUuid": VM, "cpuNum": 2, "threadContext": {"api": "ä"}})
+    wait_for(lambda: zstack.reports("/progress/report"), timeout_s=10, what="the step's report")
+    told = zstack.server.callbacks()
+    assert {one.headers["content-type"] for one in told} == {"application/json; charset=utf-8"}
+    connection = zstack.agent.connect()
+    for path in ("/host/echo", "/vm/increase/cpu"):
+        connection.request("POST", path, b"{}", {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+    connection.close()
 
 
 def test_where_libvirt_cannot_be_asked_nothing_is_made_up(server: ManagementServer, tmp_path: Path) -> None:

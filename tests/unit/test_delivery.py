@@ -87,7 +87,7 @@ def test_any_2xx_is_delivered(sender: Sender, server: ManagementServer, status: 
     sender.wait("t1", "delivered")
     (callback,) = server.callbacks("t1")
     assert (callback.path, callback.body) == ("/callback?server=7", {"success": True})
-    assert callback.headers["content-type"] == "application/json"
+    assert callback.headers["content-type"] == "application/json; charset=utf-8"
 
 
 def test_404_ends_it(sender: Sender, server: ManagementServer) -> None:

@@ -2,14 +2,18 @@ import uuid
 from pathlib import Path
 
 import libvirt
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kvmagent.hypervisor.hostfacts import read_host_facts
+from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, ManagementServer, VmEvent, VmSummary
 from kvmagent.tasks.servermemory import ServerMemory
-from kvmagent_plugins.host.answers import QUERIES, check_states, report_event, report_gap, vm_sync
-from kvmagent_plugins.host.messages import VmListRequest
+from kvmagent_plugins.host.answers import QUERIES, check_states, ping, report_event, report_gap, vm_sync
+from kvmagent_plugins.host.messages import HostRequest, VmListRequest
+from tests.fakes.libvirt import qemu_error
 
 SERVER = ManagementServer("h1", "http://127.0.0.1/send", "4.8.0")
 VM = "0123456789abcdef0123456789abcdef"
@@ -58,40 +62,101 @@ def summary(name: str, state: str) -> VmSummary:
 
 @pytest.mark.parametrize(
     ("state", "name"),
-    [("running", "Running"), ("paused", "Paused"), ("pmsuspended", "Paused"), ("shutoff", "Shutdown"),
-     ("crashed", "Crashed"), ("other", "NoState")],
+    [("running", "Running"), ("paused", "Paused"), ("pmsuspended", "Paused"), ("crashed", "Crashed"),
+     ("other", "NoState")],
 )  # fmt: skip
 def test_states_have_the_server_s_names(state: str, name: str) -> None:
     view = HostView(vms=(summary(VM, state), summary("somebody else's", "running")))
     assert vm_sync(None, view).states == {VM: name}
-    assert check_states(VmListRequest(vm_uuids=[VM, "1" * 32]), view).states == {VM: name}
+    assert check_states(VmListRequest(vm_uuids=[VM, "1" * 32]), view).states == {VM: name, "1" * 32: "Shutdown"}
+
+
+def test_a_definition_that_is_off_is_no_vm_of_this_host_unless_it_is_asked_for() -> None:
+    view = HostView(vms=(summary(VM, "shutoff"), summary("f" * 32, "running")))
+    assert vm_sync(None, view).states == {"f" * 32: "Running"}
+    assert check_states(VmListRequest(vm_uuids=[VM]), view).states == {VM: "Shutdown"}
+
+
+def test_a_vm_on_its_way_down_still_has_its_disks() -> None:
+    view = HostView(vms=(msgspec.structs.replace(summary(VM, "running"), in_shutdown=True),))
+    for reply in (vm_sync(None, view), check_states(VmListRequest(vm_uuids=[VM]), view)):
+        assert (reply.states, reply.vm_in_shutdowns) == ({VM: "Running"}, [VM])
+
+
+@given(
+    here=st.dictionaries(
+        st.sampled_from([c * 32 for c in "0123456789abcdef"] + ["db-7"]),
+        st.tuples(st.sampled_from(["running", "paused", "pmsuspended", "shutoff", "crashed", "other"]), st.booleans()),
+    ),
+    asked=st.lists(st.sampled_from([c * 32 for c in "0123456789abcdef"] + ["db-7", "no uuid", ""])),
+)
+def test_no_vm_that_has_a_qemu_is_ever_called_off(here: dict[str, tuple[str, bool]], asked: list[str]) -> None:
+    vms = tuple(msgspec.structs.replace(summary(name, state), in_shutdown=down) for name, (state, down) in here.items())
+    checked = check_states(VmListRequest(vm_uuids=asked), HostView(vms=vms))
+    assert checked.states.keys() == set(asked)
+    for vm, state in checked.states.items():
+        assert (state == "Shutdown") == (here.get(vm, ("shutoff", False))[0] == "shutoff")
+    synced = vm_sync(None, HostView(vms=vms))
+    active = {name for name, (state, _) in here.items() if state != "shutoff" and name != "db-7"}
+    assert synced.states.keys() == active
+    assert "Shutdown" not in synced.states.values()
+    assert set(synced.vm_in_shutdowns) == {name for name in active if here[name][1]}
+
+
+class Listed:
+    """A domain of a list, which says the next of its states each time it is asked; None: it is gone."""
+
+    def __init__(self, *states: int | None) -> None:
+        self._states = list(states)
+
+    def name(self) -> str:
+        return VM
+
+    def UUIDString(self) -> str:
+        return str(uuid.UUID(VM))
+
+    def info(self) -> list[int]:
+        state = self._states.pop(0)
+        if state is None:
+            raise qemu_error(libvirt.VIR_ERR_NO_DOMAIN, "gone")
+        return [state, 1024, 1024, 1, 0]
+
+
+class Lister:
+    def __init__(self, *domains: Listed) -> None:
+        self._domains = domains
+
+    def listAllDomains(self) -> list[Listed]:
+        return list(self._domains)
 
 
 @pytest.mark.parametrize(
-    ("kind", "state", "path"),
+    ("states", "settled", "slept_s"),
     [
-        ("started", "Running", "/kvm/reportvmstart"),
-        ("stopped", "Shutdown", "/kvm/reportvmshutdown"),
-        ("crashed", "Crashed", "/kvm/reportvmcrash"),
-        ("paused", "Paused", None),
-        ("resumed", "Running", None),
-        ("shutdown-by-guest", None, "/kvm/reportvmshutdown/from/guest"),
-        ("rebooted", None, "/kvm/reportvmreboot"),
+        ((libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_RUNNING), ["running"], [0.5]),
+        ((libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED), ["paused"], [0.5]),
+        ((libvirt.VIR_DOMAIN_PAUSED, None), [], [0.5]),
+        ((libvirt.VIR_DOMAIN_BLOCKED,), ["running"], []),
+        ((libvirt.VIR_DOMAIN_SHUTDOWN,), ["running"], []),
+        ((None,), [], []),
     ],
 )
-def test_events_are_told_by_the_server_s_paths(kind: str, state: str | None, path: str | None) -> None:
-    told = {report.command_path: report.body for report in report_event(VmEvent(VM, "u", kind), SERVER)}
-    wanted = {}
-    if state:
-        wanted["/kvm/reportvmstate"] = {"hostUuid": "h1", "vmUuid": VM, "vmState": state}
-    if path:
-        wanted[path] = {"vmUuid": VM}
-    assert told == wanted
+def test_a_paused_vm_is_looked_at_again(
+    states: tuple[int | None, ...], settled: list[str], slept_s: list[float]
+) -> None:
+    slept: list[float] = []
+    found = list_vms(Lister(Listed(*states)), settle=True, sleep=slept.append)
+    assert [vm.state for vm in found] == settled
+    assert slept == slept_s
+    assert [vm.in_shutdown for vm in found] == [states[-1] == libvirt.VIR_DOMAIN_SHUTDOWN for _ in found]
 
 
 def test_events_of_vms_that_are_not_the_server_s_are_not_told() -> None:
     assert report_event(VmEvent("build-vm", "u", "started"), SERVER) == ()
-    assert report_event(VmEvent(VM, "u", "defined"), SERVER) == ()
+
+
+def test_before_a_connect_a_ping_leaves_out_who_connected() -> None:
+    assert msgspec.json.decode(msgspec.json.encode(ping(HostRequest(), HostView()))) == {"success": True, "error": ""}
 
 
 def test_a_gap_in_the_events_asks_the_server_to_connect_again() -> None:
