@@ -5,7 +5,6 @@ run     once a second: threads for what waits, old tasks forgotten, the watchdog
 stop    new tasks refused, running ones finished, due callbacks sent, HTTP, journal, libvirt connection, lock
 """
 
-import fcntl
 import os
 import queue
 import signal
@@ -44,7 +43,7 @@ from kvmagent.tasks.dump import dump_state
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
-from kvmagent.tasks.journal import Journal, Task
+from kvmagent.tasks.journal import JOURNAL, Journal, Left, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.late import LateRemovals
 from kvmagent.tasks.questions import Questions
@@ -91,7 +90,6 @@ class Agent:
     ) -> None:
         self._settings = settings
         self._state_dir = Path(settings.agent.state_dir)
-        self._lock_fd: int | None = None
         self._stalled_s = stalled_s
         self._stalls: dict[str, str] = {}
         self._commands, self._queries = _by_name(plugins)
@@ -110,7 +108,14 @@ class Agent:
         node = Node(
             self._connection, events=device_events, former_xml_dir=self._state_dir / "former-xml", meters=metrics
         )
-        self._journal = Journal(self._state_dir / "journal.sqlite", on_accepted=self._put, fault=fault, meters=metrics)
+        self._journal = Journal(
+            self._state_dir / JOURNAL,
+            on_accepted=self._put,
+            on_left=self._take_up,
+            max_bytes=settings.agent.keep_bytes,
+            fault=fault,
+            meters=metrics,
+        )
         self._delivery = Delivery(
             self._journal,
             self._callbacks,
@@ -210,7 +215,7 @@ class Agent:
         if hooks := self._hooks.check():
             log.info("hooks found", **hooks)
         make_private_directory(self._state_dir, "agent.state_dir")
-        self._lock_fd = _lock(self._state_dir / "lock")
+        self._journal.lock()
         # A port that is taken is found out before any VM is touched.
         self._server.bind()
         self._journal.start()
@@ -218,11 +223,8 @@ class Agent:
         self._reports.start()
         self._connection.start()
         self._events.start()
-        unfinished, owed = self._journal.unfinished(), self._journal.owed()
-        for task in unfinished:
-            self._lanes.put(task)
-        for callback in owed:
-            self._delivery.put(callback)
+        left = Left(self._journal.unfinished(), self._journal.owed())
+        self._take_up(left)
         self._late.start()
         self._server.start()
         self._sampler.start()
@@ -231,8 +233,8 @@ class Agent:
             version=__version__,
             pid=os.getpid(),
             commands=",".join(self._commands),
-            unfinished=len(unfinished),
-            owed=len(owed),
+            unfinished=len(left.unfinished),
+            owed=len(left.owed),
         )
 
     def stop(self) -> None:
@@ -283,6 +285,7 @@ class Agent:
         self._lanes.relieve()
         self._late.look_after()
         self._delivery.relieve()
+        self._journal.look()
         self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
         stalls = self._find_stalls()
         if stalls.keys() != self._stalls.keys():
@@ -328,9 +331,7 @@ class Agent:
         self._events.stop()
         self._connection.stop()
         self._reports.stop()
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
-            self._lock_fd = None
+        self._journal.unlock()
 
     def _run(self, task: Task) -> None:
         with self._metrics.timed(task):
@@ -338,6 +339,13 @@ class Agent:
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)
+
+    def _take_up(self, left: Left) -> None:
+        """Give lanes and delivery what they lack of what the journal has."""
+        for task in left.unfinished:
+            self._lanes.put(task)
+        for callback in left.owed:
+            self._delivery.put_missing(callback)
 
     def _describe_vm(self, vm: str) -> msgspec.Struct:
         """Return what ReadyForHotplug says of a VM: facts, headroom, blockers."""
@@ -372,24 +380,3 @@ def _handle(intake: Intake, declared: Command | Query) -> Handler:
         return Answer(encode(intake.accept(declared, call.headers, call.body, client=call.client, caller=call.caller)))
 
     return handle
-
-
-def _lock(path: Path) -> int:
-    """Lock the state directory for as long as the descriptor that is returned is open; the kernel undoes it at death.
-
-    Raises:
-        AgentError: STATE_DIR_IN_USE; BAD_CONFIGURATION.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise AgentError(Code.BAD_CONFIGURATION, f"agent.state_dir: {error}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
-        raise AgentError(Code.STATE_DIR_IN_USE, f"{path.parent} is held by process {holder}") from error
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor

@@ -45,6 +45,14 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_sec: Annotated[
         int, Meta(ge=0, description="Seconds after which a finished and delivered task is forgotten")
     ] = 604800
+    keep_bytes: Annotated[
+        int,
+        Meta(
+            ge=2**24,
+            description="Size of the journal from which on the oldest finished and delivered tasks are forgotten, and "
+            "without such new ones refused",
+        ),
+    ] = 2**28
     max_queued_per_client: Annotated[
         int, Meta(ge=1, description="Unfinished tasks of one client before its new ones are refused")
     ] = 5000

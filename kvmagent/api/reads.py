@@ -17,7 +17,7 @@ from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.tasks.delivery import Delivery
-from kvmagent.tasks.journal import Journal, State, Task
+from kvmagent.tasks.journal import Journal, State, TaskSummary
 from kvmagent.tasks.lanes import Lanes
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
@@ -190,7 +190,7 @@ class _Told(msgspec.Struct, rename="camel"):
 _TOLD = msgspec.json.Decoder(_Told)
 
 
-def _summary(task: Task) -> dict[str, Any]:
+def _summary(task: TaskSummary) -> dict[str, Any]:
     told = _TOLD.decode(task.reply) if task.reply else _Told()
     return {
         "taskUuid": task.task_uuid,

@@ -39,7 +39,8 @@ _IDLE_S = 10.0
 
 @dataclass
 class _Destination:
-    """One callback server and what is owed to it: by VM the ids with the time since when, oldest first.
+    """One callback server and what is owed to it: by VM the ids with the time since when, oldest first: by the clock,
+    which is told, and in the agent's own time, which counts.
 
     Every lane has one entry in `due`, but for the one that is `busy`: its first callback is under way. `scheduled_at`
     is the entry on Delivery's schedule that counts. Guarded by Delivery's lock, but for `channel`, which belongs to the
@@ -48,7 +49,7 @@ class _Destination:
 
     url: str
     channel: Channel
-    lanes: dict[str, dict[str, float]] = field(default_factory=dict)
+    lanes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     due: list[tuple[float, int, str]] = field(default_factory=list)
     failures: int = 0
     not_before: float = 0.0
@@ -73,7 +74,7 @@ class Backlog(NamedTuple):
 
 
 class Delivery:
-    """Thread-safe. `clock` tells what a callback's age is measured with, in seconds since the epoch."""
+    """Thread-safe. A callback's age is measured in the agent's own time: no step of the clock gives one up."""
 
     def __init__(
         self,
@@ -82,7 +83,6 @@ class Delivery:
         *,
         timeout_s: float,
         give_up_s: float,
-        clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
         fault: Fault = no_fault,
         meters: Meters | None = None,
@@ -91,7 +91,6 @@ class Delivery:
         self._callbacks = callbacks
         self._timeout_s = timeout_s
         self._give_up_s = give_up_s
-        self._clock = clock
         self._jitter = jitter
         self._fault = fault
         self._meters = meters or Meters()
@@ -115,9 +114,7 @@ class Delivery:
         if owed.callback_url == NO_CALLBACK:
             self._journal.settle(owed.task_uuid, "delivered", None)
             return
-        parts = urlsplit(owed.callback_url)
-        # Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
-        key = f"{parts.scheme}://{parts.netloc} of {owed.client}"
+        key = _destination_of(owed)
         with self._changed:
             if self._stop_at is not None:
                 return
@@ -128,10 +125,18 @@ class Delivery:
             lane = destination.lanes.setdefault(owed.lane, {})
             known = owed.task_uuid in lane
             if not known:
-                lane[owed.task_uuid] = owed.owed_at
+                lane[owed.task_uuid] = owed.owed_at, owed.own_at
                 self._owed += 1
             if known or len(lane) == 1:
                 self._make_due_now(destination, owed.lane, asked=known)
+
+    def put_missing(self, owed: Owed) -> None:
+        """Send a reply that is owed and that nobody told of; what waits already keeps its turn."""
+        with self._changed:
+            destination = self._destinations.get(_destination_of(owed))
+            waits = destination is not None and owed.task_uuid in destination.lanes.get(owed.lane, {})
+        if not waits:
+            self.put(owed)
 
     def owed(self) -> int:
         """Return how many callbacks wait to be taken."""
@@ -146,7 +151,7 @@ class Delivery:
                 Backlog(
                     destination=destination.url,
                     owed=sum(map(len, destination.lanes.values())),
-                    oldest_at=min(next(iter(lane.values())) for lane in destination.lanes.values()),
+                    oldest_at=min(next(iter(lane.values()))[0] for lane in destination.lanes.values()),
                     failures=destination.failures,
                     under_way=destination.busy,
                     next_in_s=max(0.0, destination.next_at() - now) if destination.due else None,
@@ -308,9 +313,9 @@ class Delivery:
 
     def _forget_old(self, destination: _Destination) -> list[str]:
         """Forget what this destination has been owed for too long, and return it: it has just been tried once more."""
-        oldest, old = self._clock() - self._give_up_s, []
+        oldest, old = self._journal.own_time() - self._give_up_s, []
         for lane, owed in list(destination.lanes.items()):
-            for task_uuid in [task_uuid for task_uuid, owed_at in owed.items() if owed_at <= oldest]:
+            for task_uuid in [task_uuid for task_uuid, (_, own_at) in owed.items() if own_at <= oldest]:
                 self._forget(destination, lane, task_uuid)
                 old.append(task_uuid)
         self._drop_due(destination)
@@ -375,4 +380,13 @@ class Delivery:
         self._meters.settled(task.command, state, self._age_s(task))
 
     def _age_s(self, task: Task) -> float:
-        return self._clock() - (task.owed_at or 0.0)
+        return self._journal.own_time() - task.own_at
+
+
+def _destination_of(owed: Owed) -> str:
+    """Return where a callback goes, and for whom.
+
+    Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
+    """
+    parts = urlsplit(owed.callback_url)
+    return f"{parts.scheme}://{parts.netloc} of {owed.client}"

@@ -13,15 +13,19 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from kvmagent.meters import Meters
 from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.units import format_size
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journalfile import Database, JournalFile
+from kvmagent.tasks.journalfile import Database, JournalFile, Row
+
+#: Its file in the agent's state directory.
+JOURNAL = "journal.sqlite"
 
 State = Literal["accepted", "running", "finished", "delivered", "gone", "given_up"]
 UNFINISHED: tuple[State, ...] = ("accepted", "running")
@@ -41,20 +45,18 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 _SETTLED = "state IN ('delivered', 'gone', 'given_up')"
 # Settled tasks are removed in batches, so that no accept waits long behind one, and not more often than this.
 _PRUNE_BATCH, _PRUNE_INTERVAL_S = 200, 10.0
+# Where the file is full so many make room at once.
+_ROOM_BATCH = 20
 # A caller is not kept waiting longer by a disk that hangs, but for the one whose own thread is at it.
 _ACCEPT_WAIT_S = 30.0
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """One task as the journal has it. Times are seconds since the epoch; request, goal, before and reply are JSON.
-
-    `recovered`: an earlier agent left it unfinished. Not in the file: it is so of what `unfinished` returns.
-    """
+class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What a list tells of a task. Times are seconds since the epoch; of the reply, JSON, it may be a part."""
 
     task_uuid: str
     command: str
     lane: str
-    request: bytes
     callback_url: str
     client: str
     caller: str = ""
@@ -63,13 +65,24 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     accepted_at: float = 0.0
     started_at: float | None = None
     finished_at: float | None = None
-    goal: bytes | None = None
-    before: bytes | None = None
     reply: bytes | None = None
     outcome: str | None = None
     attempts: int = 0
     delivery_error: str | None = None
+
+
+class Task(TaskSummary, frozen=True, kw_only=True):
+    """One task as the journal has it; request, goal and before are JSON, the reply is whole.
+
+    `own_at` is when it was accepted, or its callback last came to be owed, in the agent's own time. `recovered`: it was
+    left unfinished and is taken up again. Not in the file: it is so of what `unfinished` returns.
+    """
+
+    request: bytes
+    goal: bytes | None = None
+    before: bytes | None = None
     owed_at: float | None = None
+    own_at: float = 0.0
     recovered: bool = False
 
     @property
@@ -96,17 +109,35 @@ class StepRecord(msgspec.Struct, frozen=True):
 
 
 class Owed(msgspec.Struct, frozen=True):
-    """A callback that is owed since `owed_at`, without its body: what delivery keeps in memory."""
+    """A callback that is owed since `owed_at`, without its body: what delivery keeps in memory.
+
+    `own_at` is the same moment in the agent's own time, which alone says for how long.
+    """
 
     task_uuid: str
     lane: str
     callback_url: str
     client: str
     owed_at: float
+    own_at: float
+
+
+class Left(NamedTuple):
+    """What is still to be done: the unfinished tasks and the owed callbacks, in order of acceptance."""
+
+    unfinished: list[Task]
+    owed: list[Owed]
 
 
 class Journal:
     """Thread-safe. `on_accepted` is called on the thread that commits, in order of acceptance, after the commit.
+
+    It also gets a known task that is unfinished and was sent again. `on_left` is called after a disk error, with what
+    the file has then: it may be more than was told. `max_bytes` is what the file may hold before the oldest settled
+    tasks are forgotten, and new ones refused where there are none.
+
+    The agent's own time is what it has spent running, in seconds: no step of the clock changes it, and after a start
+    it goes on from the last that the file tells of. What was owed before the start counts from there.
 
     Every method may raise AgentError JOURNAL_UNAVAILABLE: reads when the file cannot be read, `accept` when it cannot
     be written (`cancel` and `owe_again` likewise), the other writes only when the journal is stopped before they were
@@ -118,14 +149,33 @@ class Journal:
         path: Path,
         *,
         on_accepted: Callable[[Task], None],
+        on_left: Callable[[Left], None] = lambda _left: None,
+        max_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
+        elapsed: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
         meters: Meters | None = None,
     ) -> None:
-        self._file = JournalFile(path, fault=fault, meters=meters or Meters())
+        self._file = JournalFile(path, survey=_find_left, on_surveyed=on_left, fault=fault, meters=meters or Meters())
         self._on_accepted = on_accepted
+        self._max_bytes = max_bytes
         self._clock = clock
-        self._pruned_at = 0.0
+        self._elapsed = elapsed
+        # When the agent's own time began, as `elapsed` counts.
+        self._own_since = 0.0
+        self._pruned_at: float | None = None
+
+    def lock(self) -> None:
+        """Keep every other process away until `unlock`.
+
+        Raises:
+            AgentError: STATE_DIR_IN_USE; JOURNAL_UNAVAILABLE.
+        """
+        self._file.lock()
+
+    def unlock(self) -> None:
+        """Let others have it; it is stopped."""
+        self._file.unlock()
 
     def start(self) -> None:
         """Open the journal and start its writer.
@@ -134,6 +184,21 @@ class Journal:
             AgentError: JOURNAL_UNAVAILABLE.
         """
         self._file.start()
+        sql = "SELECT max(own_at) AS at FROM (SELECT own_at FROM tasks UNION ALL SELECT own_at FROM steps)"
+        (last,) = self._file.read(sql)
+        self._own_since = self._elapsed() - (last["at"] or 0.0)
+
+    def own_time(self) -> float:
+        """Return the agent's own time."""
+        return self._elapsed() - self._own_since
+
+    def look(self) -> None:
+        """Look after the file; to be called every second or so.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
+        """
+        self._file.look()
 
     def stop(self) -> None:
         """Commit what was handed in, then close."""
@@ -157,8 +222,11 @@ class Journal:
         """
 
         def tell(stored: tuple[Task, bool]) -> None:
-            if stored[1]:
-                self._on_accepted(stored[0])
+            task, is_new = stored
+            if is_new:
+                self._on_accepted(task)
+            elif task.state in UNFINISHED:
+                self._on_accepted(msgspec.structs.replace(task, recovered=True))
 
         # Given up it may yet be stored and done; sent again it is the same task.
         with _given_up_in_time("the task"):
@@ -186,14 +254,15 @@ class Journal:
 
         def change(db: Database) -> None:
             _move(db, task_uuid, "running", goal=goal, before=before)
-            _start_step(db, task_uuid, n, first_step, self._clock())
+            _start_step(db, task_uuid, n, first_step, self._clock(), self.own_time())
 
         self._file.write_now("record_goal", change)
 
     def start_step(self, task_uuid: str, n: int, step: bytes, *, wait: bool) -> None:
         """Store that a step begins; waits for the disk only where told to."""
         write = self._file.write_now if wait else self._file.write_later
-        write("start_step", lambda db: _start_step(db, task_uuid, n, step, self._clock()))
+        now, own = self._clock(), self.own_time()
+        write("start_step", lambda db: _start_step(db, task_uuid, n, step, now, own))
 
     def finish_step(self, task_uuid: str, n: int, elapsed_ms: float, problem: Problem | None) -> None:
         """Store that a step ended; does not wait for the disk."""
@@ -209,9 +278,9 @@ class Journal:
 
         def change(db: Database) -> Owed:
             _refuse_withdrawn(db, task_uuid, reply)
-            now = self._clock()
-            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
+            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
 
+        now, since = self._clock(), self._owed_since()
         owed: Owed = self._file.write_now("finish", change)
         return owed
 
@@ -238,9 +307,9 @@ class Journal:
                     f"task {task_uuid} has begun to change its VM, it is at {step}",
                     details={"state": row["state"], "step": step},
                 )
-            now = self._clock()
-            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, owed_at=now)
+            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
 
+        now, since = self._clock(), self._owed_since()
         with _given_up_in_time("the withdrawal"):
             self._file.write_now("cancel", change, keep=False, then=then, timeout_s=_ACCEPT_WAIT_S)
 
@@ -251,17 +320,18 @@ class Journal:
         """
 
         def change(db: Database) -> Owed | None:
-            row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
-            if row is None or row["state"] == "finished":
+            row = db.execute("SELECT state, reply FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
+            # With this reply it is an earlier try, which came to disk all the same.
+            if row is None or (row["state"] == "finished" and row["reply"] != reply):
                 raise AgentError(Code.TASK_CONFLICT, f"the first callback of task {task_uuid} is still owed")
-            now = self._clock()
             values = {"reply": reply, "outcome": outcome, "finished_at": now}
             if owed:
-                return _move(db, task_uuid, "finished", **values, owed_at=now, attempts=0, delivery_error=None)
+                return _move(db, task_uuid, "finished", **values, **since, attempts=0, delivery_error=None)
             columns = ", ".join(f"{name} = ?" for name in values)
             db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
             return None
 
+        now, since = self._clock(), self._owed_since()
         callback: Owed | None = self._file.write_now("finish_late", change)
         return callback
 
@@ -270,10 +340,11 @@ class Journal:
     ) -> None:
         """Put `problem` in place of `pending` where a task still waits for that VM to let go of that device.
 
-        Does not wait; `then` gets the tasks, on the writer's thread. Steps that began after `at` are another matter.
+        Does not wait; `then` gets the tasks, on the writer's thread. Steps that began after `at`, in the agent's own
+        time, are another matter.
         """
         sql = (
-            "UPDATE steps SET problem = ? WHERE json_extract(problem, '$.code') = ? AND started_at <= ?"
+            "UPDATE steps SET problem = ? WHERE json_extract(problem, '$.code') = ? AND own_at <= ?"
             " AND json_extract(CAST(step AS TEXT), '$.alias') = ? AND task_uuid IN (SELECT task_uuid FROM tasks"
             " WHERE outcome = 'pending' AND json_extract(CAST(before AS TEXT), '$.domain.uuid') = ?)"
             " RETURNING task_uuid"
@@ -296,14 +367,22 @@ class Journal:
     def settle(self, task_uuid: str, state: State, error: str | None, *, attempts: int | None = None) -> None:
         """finished -> delivered, gone or given_up; does not wait: a callback may arrive twice, not never."""
         values: dict[str, Any] = {"delivery_error": error} | ({} if attempts is None else {"attempts": attempts})
-        self._file.write_later("settle", lambda db: _move(db, task_uuid, state, **values))
+
+        def change(db: Database) -> None:
+            row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
+            # It is so already where an earlier try came to disk all the same.
+            if row is None or row["state"] != state:
+                _move(db, task_uuid, state, **values)
+
+        self._file.write_later("settle", change)
 
     def owe_again(self, task_uuid: str) -> Owed:
         """delivered, gone or given_up -> finished: the caller asked for the callback again, from now on."""
 
         def change(db: Database) -> Owed:
-            return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, owed_at=self._clock())
+            return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, **since)
 
+        since = self._owed_since()
         with _given_up_in_time("the callback"):
             owed: Owed = self._file.write_now("owe_again", change, keep=False, timeout_s=_ACCEPT_WAIT_S)
         return owed
@@ -311,15 +390,16 @@ class Journal:
     def prune(self, *, keep_tasks: int, keep_s: float) -> None:
         """Remove the oldest settled tasks above a number, and those above an age; does not wait.
 
-        Cheap to call often. What is unfinished or owed stays, however old.
+        Above an age by the clock and by the agent's own time. Cheap to call often. What is unfinished or owed stays,
+        however old.
         """
-        now = self._clock()
-        if 0 <= now - self._pruned_at < _PRUNE_INTERVAL_S:
+        now, own = self._clock(), self.own_time()
+        if self._pruned_at is not None and own - self._pruned_at < _PRUNE_INTERVAL_S:
             return
-        self._pruned_at = now
+        self._pruned_at = own
 
         def change(db: Database) -> int:
-            return _prune(db, keep_tasks, now - keep_s)
+            return _prune(db, keep_tasks, now - keep_s, own - keep_s)
 
         def again(removed: int) -> None:
             if removed == _PRUNE_BATCH:
@@ -332,15 +412,12 @@ class Journal:
 
     def find(self, task_uuid: str) -> Task | None:
         """Return the task of that id."""
-        tasks = self._tasks("task_uuid = ?", (task_uuid,), "seq")
-        return tasks[0] if tasks else None
+        rows = self._file.read("SELECT * FROM tasks WHERE task_uuid = ?", (task_uuid,))
+        return Task(**dict(rows[0])) if rows else None
 
     def unfinished(self) -> list[Task]:
         """Return what an earlier agent left to do, in order of acceptance."""
-        return [
-            msgspec.structs.replace(task, recovered=True)
-            for task in self._tasks("state IN ('accepted', 'running')", (), "seq")
-        ]
+        return [_read_unfinished(row) for row in self._file.read(_UNFINISHED)]
 
     def pending(self) -> list[str]:
         """Return the tasks that answered `pending`: what they removed may still leave."""
@@ -348,35 +425,36 @@ class Journal:
 
     def owed(self) -> list[Owed]:
         """Return the callbacks that are owed, in order of acceptance."""
-        columns = ", ".join(Owed.__struct_fields__)
-        rows = self._file.read(f"SELECT {columns} FROM tasks WHERE state = 'finished' ORDER BY seq")
-        return [Owed(**dict(row)) for row in rows]
+        return [Owed(**dict(row)) for row in self._file.read(_OWED)]
 
-    def newest(self, *, state: State | None = None, lane: str | None = None, limit: int) -> list[Task]:
-        """Return tasks, newest first."""
+    def newest(self, *, state: State | None = None, lane: str | None = None, limit: int) -> list[TaskSummary]:
+        """Return tasks, newest first; of each reply what went wrong (error, errorCode, remedy), and no more is read."""
         where, values = ["1"], list[Any]()
         for column, value in (("state", state), ("lane", lane)):
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(value)
-        return self._tasks(" AND ".join(where), (*values, limit), "seq DESC LIMIT ?")
+        sql = f"SELECT {_SUMMARY} FROM tasks WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
+        return [TaskSummary(**dict(row)) for row in self._file.read(sql, (*values, limit))]
 
     def steps(self, task_uuid: str) -> list[StepRecord]:
         """Return the steps of a task in order."""
         sql = "SELECT step, started_at, elapsed_ms, problem FROM steps WHERE task_uuid = ? ORDER BY n"
         return [StepRecord(**dict(row)) for row in self._file.read(sql, (task_uuid,))]
 
-    def _tasks(self, where: str, values: tuple[Any, ...], order: str) -> list[Task]:
-        rows = self._file.read(f"SELECT * FROM tasks WHERE {where} ORDER BY {order}", values)
-        return [Task(**dict(row)) for row in rows]
+    def _owed_since(self) -> dict[str, float]:
+        """Return what is written of a callback that is owed from now on."""
+        return {"owed_at": self._clock(), "own_at": self.own_time()}
 
     def _accept(self, db: Database, task: Task) -> tuple[Task, bool]:
-        now = self._clock()
-        cursor = db.execute(
-            "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, caller, state, accepted_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, 'accepted', ?) ON CONFLICT (task_uuid) DO NOTHING",
-            (task.task_uuid, task.command, task.lane, task.request, task.callback_url, task.client, task.caller, now),
-        )
+        if self._max_bytes is not None and _count_bytes(db) > self._max_bytes:
+            _make_room(db, self._max_bytes, task.task_uuid)
+        values = {name: getattr(task, name) for name in _GIVEN} | {
+            "state": "accepted",
+            "accepted_at": self._clock(),
+            "own_at": self.own_time(),
+        }
+        cursor = db.execute(_INSERT, tuple(values.values()))
         if not cursor.rowcount:
             row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
             known = Task(**dict(row))
@@ -385,7 +463,35 @@ class Journal:
                     Code.TASK_CONFLICT, f"task {task.task_uuid} is a {known.command} with another body or callback URL"
                 )
             return known, False
-        return msgspec.structs.replace(task, seq=cursor.lastrowid, accepted_at=now), True
+        return msgspec.structs.replace(task, seq=cursor.lastrowid, **values), True
+
+
+# What a caller gives with a task, and what is written of a new one.
+_GIVEN = ("task_uuid", "command", "lane", "request", "callback_url", "client", "caller")
+_INSERT = (
+    f"INSERT INTO tasks ({', '.join(_GIVEN)}, state, accepted_at, own_at)"
+    f" VALUES ({', '.join('?' * (len(_GIVEN) + 3))}) ON CONFLICT (task_uuid) DO NOTHING"
+)
+_UNFINISHED = "SELECT * FROM tasks WHERE state IN ('accepted', 'running') ORDER BY seq"
+_OWED = f"SELECT {', '.join(Owed.__struct_fields__)} FROM tasks WHERE state = 'finished' ORDER BY seq"
+# json_quote, for what is no text there is told as it is.
+_WRONG = ", ".join(
+    f"'{name}', json(json_quote(json_extract(CAST(reply AS TEXT), '$.{name}')))"
+    for name in ("error", "errorCode", "remedy")
+)
+_SUMMARY = ", ".join(
+    f"CASE WHEN reply NOTNULL THEN CAST(json_object({_WRONG}) AS BLOB) END AS reply" if name == "reply" else name
+    for name in TaskSummary.__struct_fields__
+)
+
+
+def _read_unfinished(row: Row) -> Task:
+    return Task(**dict(row), recovered=True)
+
+
+def _find_left(db: Database) -> Left:
+    unfinished = [_read_unfinished(row) for row in db.execute(_UNFINISHED)]
+    return Left(unfinished, [Owed(**dict(row)) for row in db.execute(_OWED)])
 
 
 @contextlib.contextmanager
@@ -414,7 +520,7 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
         row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
-    return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0)
+    return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0, row["own_at"])
 
 
 @functools.cache
@@ -424,7 +530,7 @@ def _move_sql(state: State, columns: tuple[str, ...]) -> str:
     changes = ", ".join([f"state = '{state}'", *(f"{name} = ?" for name in columns)])
     return (
         f"UPDATE tasks SET {changes} WHERE task_uuid = ? AND state IN ({formers})"
-        " RETURNING lane, callback_url, client, owed_at"
+        " RETURNING lane, callback_url, client, owed_at, own_at"
     )
 
 
@@ -438,16 +544,48 @@ def _refuse_withdrawn(db: Database, task_uuid: str, reply: bytes | None = None) 
         raise AgentError(Code.CANCELLED, f"task {task_uuid} was taken back")
 
 
-def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float) -> None:
-    sql = "INSERT OR REPLACE INTO steps (task_uuid, n, step, started_at) VALUES (?, ?, ?, ?)"
-    db.execute(sql, (task_uuid, n, step, now))
+def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float, own: float) -> None:
+    sql = "INSERT OR REPLACE INTO steps (task_uuid, n, step, started_at, own_at) VALUES (?, ?, ?, ?, ?)"
+    db.execute(sql, (task_uuid, n, step, now, own))
 
 
-def _prune(db: Database, keep_tasks: int, before: float) -> int:
+def _count_bytes(db: Database) -> int:
+    """Return what the file holds; pages that are free are used again before it grows."""
+    pages, free, size = (
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+    )
+    return int((pages - free) * size)
+
+
+def _make_room(db: Database, max_bytes: int, task_uuid: str) -> None:
+    """Forget the oldest settled tasks until there is room for another, unless that is known already.
+
+    Raises:
+        AgentError: QUEUE_FULL.
+    """
+    if db.execute("SELECT 1 FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone():
+        return
+    sql = f"SELECT seq, task_uuid FROM tasks WHERE {_SETTLED} ORDER BY seq LIMIT {_ROOM_BATCH}"
+    while (used := _count_bytes(db)) > max_bytes:
+        if not _remove(db, db.execute(sql).fetchall()):
+            raise AgentError(
+                Code.QUEUE_FULL,
+                f"unfinished tasks and undelivered results take {format_size(used)} of the journal, the limit is "
+                f"{format_size(max_bytes)}",
+            )
+
+
+def _prune(db: Database, keep_tasks: int, before: float, own_before: float) -> int:
     sql = f"SELECT seq FROM tasks WHERE {_SETTLED} ORDER BY seq DESC LIMIT 1 OFFSET ?"
     surplus = db.execute(sql, (keep_tasks,)).fetchone()
-    sql = f"SELECT seq, task_uuid FROM tasks WHERE {_SETTLED} AND (seq <= ? OR finished_at < ?) ORDER BY seq LIMIT ?"
-    old = db.execute(sql, (surplus["seq"] if surplus else 0, before, _PRUNE_BATCH)).fetchall()
-    db.executemany("DELETE FROM steps WHERE task_uuid = ?", [(row["task_uuid"],) for row in old])
-    db.executemany("DELETE FROM tasks WHERE seq = ?", [(row["seq"],) for row in old])
-    return len(old)
+    sql = (
+        f"SELECT seq, task_uuid FROM tasks WHERE {_SETTLED} AND (seq <= ? OR finished_at < ? AND own_at < ?)"
+        " ORDER BY seq LIMIT ?"
+    )
+    return _remove(db, db.execute(sql, (surplus["seq"] if surplus else 0, before, own_before, _PRUNE_BATCH)).fetchall())
+
+
+def _remove(db: Database, tasks: list[Row]) -> int:
+    db.executemany("DELETE FROM steps WHERE task_uuid = ?", [(row["task_uuid"],) for row in tasks])
+    db.executemany("DELETE FROM tasks WHERE seq = ?", [(row["seq"],) for row in tasks])
+    return len(tasks)

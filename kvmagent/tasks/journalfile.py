@@ -11,11 +11,17 @@
 While one commits, the changes of others gather and share the next commit. A full disk refuses new tasks and holds the
 results of running ones; when there is space again the writer goes on by itself. Reads have a connection of their own.
 
-A commit that failed in fsync may be on disk all the same, and is seen only after a crash: a task that was refused then
-is carried out once, a result that was tried again is the same one.
+A commit that failed in fsync may be on disk all the same. After a failure the file is therefore surveyed in the first
+commit that it takes: what it has then is told to whoever has to know, and may be more than was told before.
+
+The log (-wal) is part of the file, and found by its name: it is known by its inode as the file is. Where it was taken
+away, what it holds is brought into the file by those who still have it open, and a new one is begun.
+
+One process at a time has the file: the lock is on the file itself, for as long as the process holds it or lives.
 """
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import threading
@@ -85,6 +91,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Who the client proved to be; of older tasks it is not known.
         "ALTER TABLE tasks ADD COLUMN caller TEXT NOT NULL DEFAULT ''",
     ),
+    (
+        # The agent's own time, which no step of the clock changes; what is older counts from its beginning.
+        "ALTER TABLE tasks ADD COLUMN own_at REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE steps ADD COLUMN own_at REAL NOT NULL DEFAULT 0",
+    ),
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256
@@ -94,6 +105,12 @@ LATER_S = 0.02
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 # For each connection; the kernel's own cache has the rest of the file.
 _CACHE_KIB = 256
+# The log is cut back to this when it starts anew: one large commit does not keep its space for good.
+_LOG_BYTES = 16 * 2**20
+# Up to this size a start checks the indexes against the tables too. Observed: 34 MiB take 80 ms, by the quick check 50.
+_WHOLE_CHECK_BYTES = 512 * 2**20
+# So many faults of a damaged file are told; the first says most.
+_MOST_FAULTS = 20
 # Errors that lie in one change, and not in the file.
 _OWN_ERRORS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its tasks), and start the agent again."
@@ -111,11 +128,32 @@ class _Write:
     context: Context
 
 
-class JournalFile:
-    """Thread-safe."""
+def check_file(path: Path) -> list[str]:
+    """Check a journal wholly, also while an agent uses it, and change nothing; return what is wrong with it.
 
-    def __init__(self, path: Path, *, fault: Fault, meters: Meters) -> None:
+    Raises:
+        AgentError: JOURNAL_UNAVAILABLE, when it cannot be read.
+    """
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            return _find_damage(db, f"integrity_check({_MOST_FAULTS})")
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{path}: {error}") from error
+        return [str(error)]
+
+
+class JournalFile:
+    """Thread-safe. `survey` looks at the file after a failure, as a change does; `on_surveyed` gets what it returns."""
+
+    def __init__(
+        self, path: Path, *, survey: Change, on_surveyed: Callable[[Any], None], fault: Fault, meters: Meters
+    ) -> None:
         self._path = path
+        self._log_path = path.with_name(f"{path.name}-wal")
+        self._survey, self._on_surveyed = survey, on_surveyed
+        self._lock_fd: int | None = None
+        self._log_inode: tuple[int, int] | None = None
         self._meters = meters
         self._fault = fault
         self._changed = threading.Condition()
@@ -132,6 +170,32 @@ class JournalFile:
         self._reader: sqlite3.Connection | None = None
         self.failure: str | None = None
 
+    def lock(self) -> None:
+        """Keep every other process away from the file until `unlock`, or the end of this one.
+
+        Raises:
+            AgentError: STATE_DIR_IN_USE; JOURNAL_UNAVAILABLE.
+        """
+        try:
+            # SQLite's own locks are of another kind. They end when any descriptor of the file is closed: this one
+            # is opened before all of SQLite's and closed after them.
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._unavailable(error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _find_holder(os.fstat(descriptor).st_ino)
+            os.close(descriptor)
+            raise AgentError(Code.STATE_DIR_IN_USE, f"{self._path.parent} is held by process {holder}") from error
+        self._lock_fd = descriptor
+
+    def unlock(self) -> None:
+        """Let others have the file; it is stopped."""
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
     def start(self) -> None:
         """Open the file, check it, bring it to the present schema, and start the writer.
 
@@ -147,6 +211,7 @@ class JournalFile:
             _migrate(self._db, self._path)
             self._reader = self._connect()
             self._inode, self._size = self._identify()
+            self._log_inode = _find_inode(self._log_path)
         except (sqlite3.Error, OSError) as error:
             self._close_db()
             raise self._unavailable(error) from error
@@ -220,11 +285,22 @@ class JournalFile:
         with self._read_lock:
             try:
                 if self._reader is None:
+                    if not self._has_log():
+                        raise sqlite3.OperationalError("its log was taken away and is being mended")
                     self._reader = self._connect()
                 return self._reader.execute(sql, values).fetchall()
             except sqlite3.Error as error:
                 self._close_reader()
                 raise self._unavailable(error) from error
+
+    def look(self) -> None:
+        """Mend the log at once where it was taken away, and not with the next change. To be called every second or so.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
+        """
+        if self.failure is None and not self._has_log():
+            self.write_later("look", lambda db: None, keep=False)
 
     def stalled_s(self) -> float:
         """Return for how long the writer has been at one commit; 0 when it waits for work."""
@@ -290,6 +366,9 @@ class JournalFile:
 
     def _commit(self, batch: list[_Write]) -> Exception | None:
         """Make all changes in one transaction; return why the file would not take them."""
+        if self.failure is not None:
+            done: Future[Any] = Future()
+            batch = [*batch, _Write("survey", self._survey, False, done, self._on_surveyed, copy_context())]
         try:
             outcomes = self._transact(batch)
         except (sqlite3.Error, OSError) as error:
@@ -310,12 +389,11 @@ class JournalFile:
         return None
 
     def _transact(self, batch: list[_Write]) -> list[tuple[_Write, Any, Exception | None]]:
+        self._refuse_another_file()
+        if not self._has_log():
+            self._mend_log()
         if self._db is None:
             self._db = self._connect()
-        inode, size = self._identify()
-        if inode != self._inode or size < self._size:
-            raise sqlite3.DatabaseError("the file was replaced or truncated under the agent")
-        self._size = size
         outcomes: list[tuple[_Write, Any, Exception | None]] = []
         self._db.execute("BEGIN IMMEDIATE")
         if self.failure is not None:
@@ -324,7 +402,13 @@ class JournalFile:
         for write in batch:
             outcomes.append((write, *write.context.run(_attempt, write, self._db)))
             self._fault(f"journal.{write.name}:written")
+        if self._log_inode is None:
+            self._log_inode = _find_inode(self._log_path)
         self._db.execute("COMMIT")
+        # Nothing is told of what went to a file that nobody will find again.
+        self._refuse_another_file()
+        if not self._has_log():
+            self._mend_log()
         return outcomes
 
     def _tell(self, write: _Write, result: Any) -> None:
@@ -346,15 +430,44 @@ class JournalFile:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             db.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+            db.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
         except sqlite3.Error:
             db.close()
             raise
         return db
 
     def _check(self, db: sqlite3.Connection) -> None:
-        verdict = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(f"damaged: {verdict}")
+        is_small = self._path.stat().st_size <= _WHOLE_CHECK_BYTES
+        if found := _find_damage(db, "integrity_check(1)" if is_small else "quick_check(1)"):
+            raise sqlite3.DatabaseError(f"damaged: {found[0]}")
+
+    def _refuse_another_file(self) -> None:
+        inode, size = self._identify()
+        if inode != self._inode or size < self._size:
+            raise sqlite3.DatabaseError("the file was replaced or truncated under the agent")
+        self._size = size
+
+    def _has_log(self) -> bool:
+        """Return whether the log that is open is the one that will be found by its name; also where none is open."""
+        return self._log_inode is None or self._log_inode == _find_inode(self._log_path)
+
+    def _mend_log(self) -> None:
+        """Bring what the lost log holds into the file, and begin a new one.
+
+        It is still whole for whoever has it open. What lies in its place by now is another's, and goes: SQLite removes
+        the log by its name when the last connection is closed.
+        """
+        with self._read_lock:
+            if self._db is not None:
+                self._close_reader()
+                self._reader, self._db = self._db, None
+            if self._reader is not None:
+                # Kept open until it has succeeded: nobody else has that log.
+                (is_busy, _, _) = self._reader.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                if is_busy:
+                    raise sqlite3.OperationalError("its log was taken away, and another process reads it")
+                self._close_reader()
+        log.error("journal's log was taken away under the agent, and begun anew", path=self._log_path)
 
     def _identify(self) -> tuple[tuple[int, int], int]:
         """Return what tells this file from another, and its size, which never shrinks."""
@@ -366,17 +479,51 @@ class JournalFile:
             with contextlib.suppress(sqlite3.Error):
                 self._db.close()
             self._db = None
+            self._forget_log()
 
     def _close_reader(self) -> None:
         if self._reader is not None:
             with contextlib.suppress(sqlite3.Error):
                 self._reader.close()
             self._reader = None
+            self._forget_log()
+
+    def _forget_log(self) -> None:
+        """Whoever closes the file last takes its log away in good order; the next one may be another."""
+        if self._db is None and self._reader is None:
+            self._log_inode = None
 
     def _unavailable(self, error: Exception) -> AgentError:
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
         remedy = _DAMAGED if damaged else None
         return AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {error}", remedy=remedy, expected=False)
+
+
+def _find_damage(db: Database, pragma: str) -> list[str]:
+    rows = db.execute(f"PRAGMA {pragma}").fetchall()
+    return [row[0] for row in rows if row[0] != "ok"]
+
+
+def _find_inode(path: Path) -> tuple[int, int] | None:
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def _find_holder(inode: int) -> str:
+    """Return the process that has the lock on a file.
+
+    Source: proc(5), /proc/locks: "1: FLOCK  ADVISORY  WRITE 358 08:01:1234 0 EOF". The device is left out: some file
+    systems show another there than to stat(2).
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(inode):
+                return words[4]
+    return "unknown"
 
 
 def _attempt(write: _Write, db: Database) -> tuple[Any, Exception | None]:

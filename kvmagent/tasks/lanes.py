@@ -5,6 +5,7 @@ A lane whose task has run for long, because a guest or a hypervisor hangs, count
 its place, so that hanging VMs hold up themselves and no other.
 """
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -78,9 +79,10 @@ class Lanes:
             self._check_room("", "")
 
     def put(self, task: Task) -> None:
-        """Queue a stored task; one that comes while stopping stays in the journal for the next start."""
+        """Queue a stored task, unless it is there already; one that comes while stopping stays in the journal for the
+        next start."""
         with self._changed:
-            if self._stopping:
+            if self._stopping or self._has(task):
                 return
             self._take_place(task)
             lane = self._waiting.setdefault(task.lane, deque())
@@ -145,6 +147,11 @@ class Lanes:
     def depth(self) -> int:
         """Return how many tasks wait."""
         return sum(self.queued().values())
+
+    def _has(self, task: Task) -> bool:
+        running, _ = self._running.get(task.lane, (None, 0.0))
+        there = itertools.chain(self._waiting.get(task.lane, ()), [running] if running else [])
+        return any(one.task_uuid == task.task_uuid for one in there)
 
     def _check_room(self, lane: str, client: str) -> None:
         if self._stopping:

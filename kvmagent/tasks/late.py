@@ -10,7 +10,6 @@ journal says what is still to be watched.
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 
 from kvmagent.logs import Log, error_fields
@@ -30,14 +29,11 @@ _REFUSAL_INTERVAL_S = 1.0
 
 
 class LateRemovals:
-    """Thread-safe. `put` gives a task to its VM's lane."""
+    """Thread-safe. `put` gives a task to its VM's lane. All times are the agent's own."""
 
-    def __init__(
-        self, journal: Journal, put: Callable[[Task], None], *, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, journal: Journal, put: Callable[[Task], None]) -> None:
         self._journal = journal
         self._put = put
-        self._clock = clock
         self._lock = threading.Lock()
         self._due: dict[str, float] = {}
         self._refusals: dict[tuple[str, str], float] = {}
@@ -53,7 +49,7 @@ class LateRemovals:
 
     def add(self, task_uuid: str) -> None:
         """Watch a task that answered `pending`."""
-        now = self._clock()
+        now = self._journal.own_time()
         with self._lock:
             self._due[task_uuid] = now + _SHORTEST_S
             refusals = [one for one in self._refusals.items() if now - one[1] < _REMEMBERED_S]
@@ -62,9 +58,10 @@ class LateRemovals:
 
     def note_refusal(self, vm_uuid: str, alias: str) -> None:
         """Note that a guest refused to let go of a device, for the task that waits for it. Does not block."""
-        now, key = self._clock(), (vm_uuid, alias)
+        now, key = self._journal.own_time(), (vm_uuid, alias)
         with self._lock:
-            if now - self._refusals.pop(key, 0.0) < _REFUSAL_INTERVAL_S:
+            before = self._refusals.pop(key, None)
+            if before is not None and now - before < _REFUSAL_INTERVAL_S:
                 self._refusals[key] = now
                 return
             self._refusals[key] = now
@@ -91,7 +88,7 @@ class LateRemovals:
 
     def look_after(self) -> None:
         """Give the tasks whose time has come to their lanes. To be called every second or so."""
-        now = self._clock()
+        now = self._journal.own_time()
         with self._lock:
             due = [task_uuid for task_uuid, at in self._due.items() if at <= now]
         for task_uuid in due:
@@ -100,7 +97,7 @@ class LateRemovals:
             except AgentError as error:
                 log.warning("pending tasks cannot be read now", **error_fields(error))
                 return
-            age_s = 0.0 if task is None else now - (task.finished_at or now)
+            age_s = 0.0 if task is None else now - task.own_at
             with self._lock:
                 if task is None or task.outcome != "pending" or age_s > _GIVE_UP_S:
                     del self._due[task_uuid]

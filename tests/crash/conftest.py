@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -138,9 +138,16 @@ def make_agent() -> Iterator[StartAgent]:
     """Make an agent that is killed at `fault` (none: it lives) and start it; `settings` as AgentProcess takes them."""
     with ExitStack() as agents:
 
-        def make(uri: str, *, fault: str = "", settings: Settings | None = None) -> MortalAgent:
+        def make(
+            uri: str,
+            *,
+            fault: str = "",
+            settings: Settings | None = None,
+            environment: Mapping[str, str] | None = None,
+        ) -> MortalAgent:
             command = [sys.executable, str(Path(__file__).with_name("mortal_agent.py"))]
             agent = MortalAgent(uri=uri, settings=settings, command=command)
+            agent.environment.update(environment or {})
             agents.callback(agent.remove)
             agent.start_to_die(fault)
             return agent

@@ -51,6 +51,16 @@ class TestStart:
             assert f"STATE_DIR_IN_USE: {first.directory / 'state'} is held by process {first.pid}" in second.stderr
             assert first.get("/healthz").status == 200
 
+    def test_it_refuses_also_where_every_file_but_the_journal_was_removed(self, node_uri: str) -> None:
+        with AgentProcess(uri=node_uri) as first:
+            for file in (first.directory / "state").iterdir():
+                if file.is_file() and not file.name.startswith("journal.sqlite"):
+                    file.unlink()
+            command = [*find_command(), "--config", str(first.config_file), "--set", f"http.port={find_free_port()}"]
+            second = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+            assert second.returncode == 1
+            assert f"is held by process {first.pid}" in second.stderr
+
     def test_a_port_that_is_taken_stops_the_start_before_any_vm_is_touched(
         self, node_uri: str, server: ManagementServer
     ) -> None:

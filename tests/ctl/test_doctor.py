@@ -14,12 +14,14 @@ from kvmagent.cli.ctl.hostchecks import (
     examine_certificates,
     examine_clock,
     examine_hooks,
+    examine_journal,
     examine_kvm,
     examine_state_dir,
 )
 from kvmagent.hypervisor.probe import Probe, ProbedVm
 from kvmagent.model.units import MIB
 from kvmagent.settings import HooksSection, SecuritySection, Settings
+from kvmagent.tasks.journal import Journal, Task
 from tests.ctl.ctl import Ctl
 from tests.lab.agent import AgentProcess
 from tests.lab.pki import LOOPBACK, Authority
@@ -40,8 +42,8 @@ def test_a_host_without_illness_is_healthy(ctl: Ctl, agent: AgentProcess) -> Non
     told = ctl("doctor", "--config", str(agent.config_file), "--json").json
     assert told["healthy"] is True
     assert {finding["check"] for finding in told["findings"]} == {
-        "configuration", "plugins", "libvirt", "qemu", "guest agents", "kvm", "state_dir", "certificates", "clock",
-        "agent",
+        "configuration", "plugins", "libvirt", "qemu", "guest agents", "kvm", "state_dir", "journal", "certificates",
+        "clock", "agent",
     }  # fmt: skip
 
 
@@ -84,6 +86,22 @@ def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path
     file.touch()
     assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is no directory")]
     assert found(examine_state_dir(tmp_path / "none"), "state_dir")[0][0] == "warning"
+
+
+def test_the_journal_is_checked_wholly_while_an_agent_uses_it(tmp_path: Path) -> None:
+    assert not list(examine_journal(tmp_path))
+    path = tmp_path / "journal.sqlite"
+    journal = Journal(path, on_accepted=lambda task: None)
+    journal.start()
+    task = Task(task_uuid="task-1", command="C", lane="vm1", request=b"{}", callback_url="none", client="")
+    journal.accept(task)
+    ((level, message),) = found(examine_journal(tmp_path), "journal")
+    assert (level, message.startswith(f"{path} is whole")) == ("good", True)
+    journal.stop()
+    # Its id in the index of ids becomes another: which only a whole check sees.
+    path.write_bytes(path.read_bytes().replace(b"task-1", b"task-X", 1))
+    levels = {level for level, _ in found(examine_journal(tmp_path), "journal")}
+    assert levels == {"wrong"}
 
 
 def test_hooks_are_told_and_those_that_the_agent_would_not_run_at_all(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +121,16 @@ class FakeAgent:
     def __init__(self, directory: Path, *domains: FakeDomain, hooks: Hooks | None = None, **host: Any) -> None:
         self.finished: list[str] = []
         self.pending: list[str] = []
-        self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
+        #: What the agent's own time runs ahead of the real one, in seconds.
+        self.ahead_s = 0.0
+        #: What the clock is off, in seconds.
+        self.clock_is_off_s = 0.0
+        self.journal = Journal(
+            directory / "journal.sqlite",
+            on_accepted=lambda task: None,
+            clock=lambda: time.time() + self.clock_is_off_s,
+            elapsed=lambda: time.monotonic() + self.ahead_s,
+        )
         self.journal.start()
         self.executor = Executor(
             make_node(directory, *domains, **host),

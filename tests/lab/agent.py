@@ -55,6 +55,8 @@ class AgentProcess:
     ) -> None:
         self.tls = tls
         self.token = token
+        #: What it is given beside the environment of the tests.
+        self.environment: dict[str, str] = {}
         self._command = list(command or find_command())
         self.directory = Path(tempfile.mkdtemp(prefix="kvmagent-"))
         self.port = find_free_port()
@@ -97,7 +99,7 @@ class AgentProcess:
         """
         # HOME is how the guard knows the process; without LIBVIRT_AUTOSTART=0, a daemon that a test has
         # killed would be started again by libvirt's client.
-        environment = {**os.environ, "HOME": str(self.directory), "LIBVIRT_AUTOSTART": "0"}
+        environment = {**os.environ, **self.environment, "HOME": str(self.directory), "LIBVIRT_AUTOSTART": "0"}
         with self.log_file.open("ab") as log:
             self._child = subprocess.Popen(
                 [*self._command, "--config", str(self.config_file)],

@@ -19,16 +19,19 @@ from tests.lab.server import Answer, ManagementServer
 
 
 class Sender:
-    """Delivery on a journal of its own; `now` is set by hand and tells a callback's age alone."""
+    """Delivery on a journal of its own; `own` is the agent's own time, set by hand, and `now` the clock."""
 
     def __init__(self, directory: Path, *, timeout_s: float = 1.0) -> None:
-        self.now = 1000.0
-        self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None, clock=lambda: self.now)
+        self.now, self.own = 1000.0, 50.0
+        self.journal = Journal(
+            directory / "journal.sqlite",
+            on_accepted=lambda task: None,
+            clock=lambda: self.now,
+            elapsed=lambda: self.own,
+        )
         self.journal.start()
         callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection())
-        self.delivery = Delivery(
-            self.journal, callbacks, timeout_s=timeout_s, give_up_s=100.0, clock=lambda: self.now, jitter=lambda: 0.5
-        )
+        self.delivery = Delivery(self.journal, callbacks, timeout_s=timeout_s, give_up_s=100.0, jitter=lambda: 0.5)
 
     def finish(self, task_uuid: str, url: str, vm: str = "vm1", reply: bytes = b'{"success": true}') -> Owed:
         self.journal.accept(
@@ -175,8 +178,31 @@ def test_it_is_given_up_after_the_time_limit(sender: Sender, server: ManagementS
     server.answer = lambda task, attempt: Answer(status=500)
     sender.send("t1", server.url)
     server.wait("t1", 10)
-    sender.now += 101
+    sender.own += 101
     sender.wait("t1", "given_up")
+
+
+def test_a_step_of_the_clock_gives_nothing_up(sender: Sender, server: ManagementServer) -> None:
+    server.stop()
+    for n in range(3):
+        sender.send(f"t{n}", server.url, vm=f"vm{n}")
+    sender.now += 2 * 86400
+    wait_for(lambda: total_attempts(sender, 3) > 0, timeout_s=10, what="an attempt after it")
+    sender.now -= 4 * 86400
+    server.start()
+    for n in range(3):
+        sender.wait(f"t{n}", "delivered")
+
+
+def test_what_is_owed_already_keeps_its_turn_and_what_is_not_is_sent(sender: Sender, server: ManagementServer) -> None:
+    server.answer = lambda task, attempt: Answer(status=200, hang_s=0.5)
+    owed = [sender.finish(f"t{n}", server.url) for n in range(2)]
+    sender.delivery.put(owed[0])
+    server.wait("t0", 10)
+    for one in owed:
+        sender.delivery.put_missing(one)
+    sender.wait("t1", "delivered")
+    assert [callback.task_uuid for callback in server.callbacks()] == ["t0", "t1"]
 
 
 def test_all_that_a_silent_server_is_owed_too_long_is_given_up_together(
@@ -185,7 +211,7 @@ def test_all_that_a_silent_server_is_owed_too_long_is_given_up_together(
     server.stop()
     for n in range(50):
         sender.send(f"t{n}", server.url, vm=f"vm{n % 7}")
-    sender.now += 101
+    sender.own += 101
     sender.send("young", server.url, vm="vm0")
     for n in range(50):
         sender.wait(f"t{n}", "given_up")

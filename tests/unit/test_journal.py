@@ -2,19 +2,23 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import subprocess
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.tasks.journal import TRANSITIONS, Journal, State, Task
-from kvmagent.tasks.journalfile import MIGRATIONS
+from kvmagent.tasks.faults import Fault, no_fault
+from kvmagent.tasks.journal import TRANSITIONS, Journal, Left, State, Task
+from kvmagent.tasks.journalfile import MIGRATIONS, check_file
 from tests.lab.processes import wait_for
 
 OLD_FILE = Path(__file__).with_name("data") / "journal-v0.sql"
@@ -26,13 +30,20 @@ def make_task(task_uuid: str, lane: str = "vm1", request: bytes = b"{}") -> Task
 
 
 class Running:
-    """A journal with what it told, and a clock that is set by hand."""
+    """A journal with what it told; its clock `now` and its agent's own time are set by hand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, max_bytes: int | None = None, fault: Fault = no_fault) -> None:
         self.accepted: list[str] = []
-        self.now = 1000.0
+        self.left: list[Left] = []
+        self.now, self.own = 1000.0, 50.0
         self.journal = Journal(
-            path, on_accepted=lambda task: self.accepted.append(task.task_uuid), clock=lambda: self.now
+            path,
+            on_accepted=lambda task: self.accepted.append(task.task_uuid),
+            on_left=self.left.append,
+            max_bytes=max_bytes,
+            clock=lambda: self.now,
+            elapsed=lambda: self.own,
+            fault=fault,
         )
         self.journal.start()
 
@@ -42,6 +53,10 @@ class Running:
         self.journal.finish(task_uuid, b"{}", "plugged")
         if settle:
             self.journal.settle(task_uuid, "delivered", None)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.own += seconds
 
     def flush(self) -> None:
         """Wait for what was handed in without waiting."""
@@ -79,7 +94,7 @@ class TestAcceptance:
         with ThreadPoolExecutor(16) as clients:
             stored = list(clients.map(lambda _: running.journal.accept(make_task("t1")), range(50)))
         assert sum(is_new for _, is_new in stored) == 1
-        assert running.accepted == ["t1"]
+        assert [task.task_uuid for task in running.journal.unfinished()] == ["t1"]
 
     def test_the_same_id_with_another_request_is_a_conflict(self, running: Running) -> None:
         running.journal.accept(make_task("t1"))
@@ -140,7 +155,7 @@ class TestPruning:
 
     def test_what_is_older_than_the_age_is_forgotten(self, running: Running) -> None:
         running.finish("old")
-        running.now += 1000
+        running.pass_time(1000)
         running.finish("new")
         running.journal.prune(keep_tasks=100, keep_s=500)
         wait_for(lambda: running.journal.find("old") is None, timeout_s=5, what="the pruning")
@@ -154,6 +169,230 @@ class TestPruning:
         running.journal.prune(keep_tasks=0, keep_s=0)
         wait_for(lambda: running.journal.find("settled") is None, timeout_s=5, what="the pruning")
         assert [task.task_uuid for task in running.journal.newest(limit=9)] == ["owed", "accepted"]
+
+
+class TestClocks:
+    """The clock may be set by whoever likes; the agent's own time goes on with it."""
+
+    def test_a_step_of_the_clock_forgets_nothing(self, running: Running) -> None:
+        running.finish("t1")
+        running.now += 10 * 86400
+        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.flush()
+        assert running.journal.find("t1") is not None
+        running.own += 86401
+        running.journal.prune(keep_tasks=100, keep_s=86400)
+        wait_for(lambda: running.journal.find("t1") is None, timeout_s=5, what="the pruning")
+
+    def test_a_clock_that_was_slow_until_it_was_corrected_forgets_nothing(self, running: Running) -> None:
+        running.now -= 10 * 86400
+        running.finish("t1")
+        running.now += 10 * 86400
+        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.flush()
+        assert running.journal.find("t1") is not None
+
+    def test_what_is_younger_than_the_age_by_the_clock_stays(self, running: Running) -> None:
+        running.finish("t1")
+        running.own += 86401
+        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.flush()
+        assert running.journal.find("t1") is not None
+
+    def test_the_agent_s_own_time_goes_on_after_a_restart(self, path: Path) -> None:
+        first = Running(path)
+        first.finish("t1")
+        first.own += 3600
+        first.finish("t2", settle=False)
+        first.journal.stop()
+        second = Running(path)
+        (owed,) = second.journal.owed()
+        assert (owed.task_uuid, owed.own_at) == ("t2", 3600.0)
+        assert second.journal.own_time() == 3600.0
+        second.own += 1
+        assert second.journal.own_time() == 3601.0
+        second.journal.stop()
+
+
+class TestRoom:
+    """The file has a size; what is asked and answered is of any."""
+
+    MAX_BYTES = 2**20
+
+    def test_the_oldest_settled_make_room_for_new_ones(self, path: Path) -> None:
+        running = Running(path, max_bytes=self.MAX_BYTES)
+        for n in range(40):
+            running.journal.accept(make_task(f"t{n}", request=b"x" * 100_000))
+            running.journal.finish(f"t{n}", b"{}", "plugged")
+            running.journal.settle(f"t{n}", "delivered", None)
+        assert path.stat().st_size < self.MAX_BYTES + 30 * 100_000
+        assert running.journal.find("t0") is None
+        assert running.journal.find("t39") is not None
+        running.journal.stop()
+
+    def test_what_is_unfinished_or_owed_makes_none_and_new_ones_are_refused(self, path: Path) -> None:
+        running = Running(path, max_bytes=self.MAX_BYTES)
+        _, refused = send_until_refused(running.journal, size=100_000)
+        assert refused.code is Code.QUEUE_FULL
+        assert "the limit is 1 MiB" in refused.message
+        kept = [task.task_uuid for task in running.journal.unfinished()]
+        assert kept == running.accepted == [f"fill{n}" for n in range(len(kept))]
+        assert not running.journal.accept(make_task("fill0", request=b"x" * 100_000))[1]
+        running.journal.finish("fill0", b"{}", "plugged")
+        running.journal.settle("fill0", "delivered", None)
+        running.flush()
+        assert running.journal.accept(make_task("after"))[1]
+        assert running.journal.find("fill0") is None
+        running.journal.stop()
+
+    def test_a_list_of_large_tasks_is_small(self, running: Running) -> None:
+        reply = msgspec.json.encode({"error": "no", "errorCode": "X", "remedy": {"a": 1}, "steps": ["y" * 100_000]})
+        for n in range(20):
+            running.journal.accept(make_task(f"t{n}", request=b"x" * 1_000_000))
+            running.journal.record_goal(f"t{n}", b"g" * 100_000, b"b" * 100_000, b"{}")
+        running.journal.finish("t0", reply, "refused")
+        tracemalloc.start()
+        listed = running.journal.newest(limit=1000)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 200_000
+        assert [task.task_uuid for task in listed] == [f"t{n}" for n in range(19, -1, -1)]
+        assert msgspec.json.decode(listed[-1].reply or b"") == {"error": "no", "errorCode": "X", "remedy": {"a": 1}}
+        assert listed[0].reply is None
+
+
+class Breaking:
+    """A disk that fails from the first commit with one of these changes on, until it is mended."""
+
+    def __init__(self, *changes: str) -> None:
+        self._points = {f"journal.{change}:written" for change in changes}
+        self._broken = False
+
+    def __call__(self, point: str) -> None:
+        self._broken = self._broken or point in self._points
+        if self._broken and point.endswith(":written"):
+            raise OSError("the disk is broken")
+
+    def mend(self) -> None:
+        self._points = set()
+        self._broken = False
+
+
+class TestAfterAnError:
+    """A commit that failed may be on disk all the same: here another connection puts there what it did."""
+
+    def test_a_task_that_is_there_although_it_was_refused_is_told(self, path: Path) -> None:
+        disk = Breaking("accept")
+        running = Running(path, fault=disk)
+        with pytest.raises(AgentError):
+            running.journal.accept(make_task("t1"))
+        write(path, "INSERT INTO tasks (task_uuid, command, lane, request, callback_url, client, state, accepted_at)"
+              " VALUES ('t1', 'C', 'vm1', '{}', 'http://127.0.0.1:9/', '127.0.0.1', 'accepted', 1)")  # fmt: skip
+        disk.mend()
+        wait_for(lambda: running.left, timeout_s=10, what="the journal to go on")
+        (left,) = running.left
+        assert [(task.task_uuid, task.recovered) for task in left.unfinished] == [("t1", True)]
+        running.journal.stop()
+
+    def test_callbacks_that_are_owed_there_are_told(self, path: Path) -> None:
+        disk = Breaking("owe_again")
+        running = Running(path, fault=disk)
+        running.finish("t1")
+        running.journal.accept(make_task("t2"))
+        with pytest.raises(AgentError):
+            running.journal.owe_again("t1")
+        write(path, "UPDATE tasks SET state = 'finished'")
+        disk.mend()
+        wait_for(lambda: running.left, timeout_s=10, what="the journal to go on")
+        assert [owed.task_uuid for owed in running.left[0].owed] == ["t1", "t2"]
+        running.journal.stop()
+
+    def test_a_late_result_that_came_to_disk_by_a_commit_that_failed_is_told_as_stored(self, path: Path) -> None:
+        disk = Breaking("finish_late")
+        running = Running(path, fault=disk)
+        running.finish("t1")
+        running.flush()
+        with ThreadPoolExecutor(1) as other:
+            late = other.submit(running.journal.finish_late, "t1", b'{"late":true}', "online", owed=True)
+            wait_for(running.journal.check, timeout_s=5, what="the disk to fail")
+            write(path, "UPDATE tasks SET state = 'finished', reply = CAST('{\"late\":true}' AS BLOB)")
+            disk.mend()
+            owed = late.result(10)
+        assert owed is not None
+        assert owed.task_uuid == "t1"
+        running.journal.stop()
+
+    def test_a_settlement_that_came_to_disk_by_a_commit_that_failed_is_no_error(
+        self, path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        disk = Breaking("settle")
+        running = Running(path, fault=disk)
+        running.finish("t1")
+        wait_for(running.journal.check, timeout_s=5, what="the disk to fail")
+        write(path, "UPDATE tasks SET state = 'delivered'")
+        disk.mend()
+        wait_for(lambda: running.left, timeout_s=10, what="the journal to go on")
+        assert "journal write refused" not in caplog.text
+        running.journal.stop()
+
+
+class TestLog:
+    """The log (-wal) has what was committed last; it may be taken away under the agent too."""
+
+    @pytest.mark.parametrize("loss", ["removed", "replaced", "removed with -shm"])
+    def test_what_it_had_is_not_lost_and_the_journal_goes_on(self, path: Path, loss: str) -> None:
+        running = Running(path)
+        log = path.with_name("journal.sqlite-wal")
+        running.journal.accept(make_task("t1"))
+        assert log.stat().st_size > 0
+        if loss == "replaced":
+            log.rename(path.with_name("gone"))
+            log.write_bytes(path.with_name("gone").read_bytes()[:-1000])
+        else:
+            log.unlink()
+        if loss.endswith("-shm"):
+            path.with_name("journal.sqlite-shm").unlink()
+        running.journal.accept(make_task("t2"))
+        assert read_copy(path) == ["t1", "t2"]
+        running.journal.accept(make_task("t3"))
+        assert read_copy(path) == ["t1", "t2", "t3"]
+        assert [task.task_uuid for task in running.journal.unfinished()] == ["t1", "t2", "t3"]
+        running.journal.stop()
+
+    def test_it_is_mended_without_a_new_task(self, path: Path) -> None:
+        running = Running(path)
+        running.journal.accept(make_task("t1"))
+        path.with_name("journal.sqlite-wal").unlink()
+        running.journal.look()
+        wait_for(path.with_name("journal.sqlite-wal").exists, timeout_s=5, what="a new log")
+        assert read_copy(path) == ["t1"]
+        running.journal.stop()
+
+    def test_it_does_not_stay_large(self, path: Path) -> None:
+        running = Running(path)
+        running.journal.accept(make_task("t1", request=b"x" * 40_000_000))
+        log = path.with_name("journal.sqlite-wal")
+        assert log.stat().st_size > 40_000_000
+        for n in range(20):
+            running.journal.accept(make_task(f"small{n}"))
+        assert log.stat().st_size < 20_000_000
+        running.journal.stop()
+
+
+class TestLock:
+    def test_a_second_one_is_refused_and_told_who_has_it(self, path: Path) -> None:
+        first, second = (Journal(path, on_accepted=lambda task: None) for _ in range(2))
+        first.lock()
+        with pytest.raises(AgentError, match=f"is held by process {os.getpid()}") as caught:
+            second.lock()
+        assert caught.value.code is Code.STATE_DIR_IN_USE
+        first.start()
+        first.stop()
+        with pytest.raises(AgentError):
+            second.lock()
+        first.unlock()
+        second.lock()
+        second.unlock()
 
 
 class TestFile:
@@ -218,6 +457,20 @@ class TestFile:
             Running(path)
         assert caught.value.code is Code.JOURNAL_UNAVAILABLE
         assert "move the file away" in caught.value.remedy
+
+    def test_an_index_that_does_not_fit_its_table_stops_the_start_and_is_told_by_a_check(self, path: Path) -> None:
+        started = Running(path)
+        for n in range(5):
+            started.finish(f"task-{n}")
+        started.journal.stop()
+        assert check_file(path) == []
+        content = path.read_bytes()
+        # The id is in its row and in the index of ids: in the index, which comes first, it becomes another.
+        path.write_bytes(content.replace(b"task-3", b"task-X", 1))
+        assert any("index" in fault for fault in check_file(path)), check_file(path)
+        with pytest.raises(AgentError, match="damaged: ") as caught:
+            Running(path)
+        assert caught.value.code is Code.JOURNAL_UNAVAILABLE
 
     @pytest.mark.parametrize("loss", ["removed", "replaced", "truncated"])
     def test_a_file_that_is_taken_away_under_the_agent_refuses_new_tasks(
@@ -313,6 +566,24 @@ class TestFullDisk:
             started.journal.stop()
 
 
+def write(path: Path, sql: str) -> None:
+    """Change the file as nobody told the journal."""
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute(sql)
+
+
+def read_copy(path: Path) -> list[str]:
+    """The tasks that would be found if the agent were killed now: in a copy of the file and its log."""
+    directory = path.with_name("copy")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    for name in ("journal.sqlite", "journal.sqlite-wal"):
+        if path.with_name(name).exists():
+            shutil.copy(path.with_name(name), directory)
+    with contextlib.closing(sqlite3.connect(directory / path.name)) as other:
+        return [row[0] for row in other.execute("SELECT task_uuid FROM tasks ORDER BY seq")]
+
+
 def write_old_file(path: Path) -> None:
     with sqlite3.connect(path) as old:
         old.executescript(OLD_FILE.read_text())
@@ -326,12 +597,12 @@ def fill(directory: Path) -> None:
             pass
 
 
-def send_until_refused(journal: Journal) -> tuple[list[str], AgentError]:
+def send_until_refused(journal: Journal, *, size: int = 4096) -> tuple[list[str], AgentError]:
     """Accept tasks until the space inside the file is used up, too; what was accepted, and the refusal."""
     accepted: list[str] = []
     for n in range(1000):
         try:
-            journal.accept(make_task(f"fill{n}", request=b"x" * 4096))
+            journal.accept(make_task(f"fill{n}", request=b"x" * size))
         except AgentError as error:
             return accepted, error
         accepted.append(f"fill{n}")

@@ -171,3 +171,15 @@ def test_a_lane_that_is_left_empty_is_no_lane() -> None:
     work.wait_done("hang-0", "b-1")
     assert "b-0" not in work.done
     work.close()
+
+
+def test_a_task_that_waits_or_runs_is_not_queued_twice(work: Work) -> None:
+    for _ in range(2):
+        for n in range(2):
+            work.lanes.put(make_task("hang", n))
+        wait_for(work.lanes.running, timeout_s=5, what="the first to run")
+    assert work.lanes.queued() == {"hang": 1}
+    work.let_go.set()
+    work.wait_done("hang-1")
+    work.lanes.put(make_task("hang", 0))
+    wait_for(lambda: work.done.count("hang-0") == 2, timeout_s=5, what="it to run again once it has ended")

@@ -99,10 +99,9 @@ def test_the_first_callback_goes_first(agent: FakeAgent, domain: FakeDomain) -> 
     agent.executor.run(task)
     assert task_of(agent).outcome == "pending"
     put: list[Task] = []
-    now = [task.finished_at or 0.0]
-    late = LateRemovals(agent.journal, put.append, clock=lambda: now[0])
+    late = LateRemovals(agent.journal, put.append)
     late.start()
-    now[0] += 60
+    agent.ahead_s += 60
     late.look_after()
     assert put == []
     deliver(agent)
@@ -111,35 +110,46 @@ def test_the_first_callback_goes_first(agent: FakeAgent, domain: FakeDomain) -> 
 
 
 def test_what_is_pending_is_looked_at_again_and_again_and_given_up_in_the_end(agent: FakeAgent) -> None:
-    task = ask_back(agent, late_callback=True)
+    ask_back(agent, late_callback=True)
     deliver(agent)
-    now = [task.finished_at or 0.0]
     put: list[str] = []
-    late = LateRemovals(agent.journal, lambda task: put.append(task.task_uuid), clock=lambda: now[0])
+    late = LateRemovals(agent.journal, lambda task: put.append(task.task_uuid))
     late.start()
     for _ in range(10):
-        now[0] += 61
+        agent.ahead_s += 61
         late.look_after()
     assert put == ["late"] * 10
-    now[0] += 86400
+    agent.ahead_s += 86400
     late.look_after()
     late.look_after()
     assert len(put) == 10
 
 
-class Watch:
-    """Late removals on an agent's journal, with a clock that is set by hand, and what they give to lanes."""
+def test_a_step_of_the_clock_neither_ends_the_watch_nor_delays_it(agent: FakeAgent) -> None:
+    ask_back(agent, late_callback=True)
+    deliver(agent)
+    put: list[str] = []
+    late = LateRemovals(agent.journal, lambda task: put.append(task.task_uuid))
+    late.start()
+    for step_s in (2 * 86400, -4 * 86400):
+        agent.clock_is_off_s += step_s
+        agent.ahead_s += 61
+        late.look_after()
+    assert put == ["late"] * 2
 
-    def __init__(self, agent: FakeAgent, now: float) -> None:
+
+class Watch:
+    """Late removals on an agent's journal, and what they give to lanes."""
+
+    def __init__(self, agent: FakeAgent) -> None:
         self.agent = agent
-        self.now = now
         self.put: list[Task] = []
-        self.late = LateRemovals(agent.journal, self.put.append, clock=lambda: self.now)
+        self.late = LateRemovals(agent.journal, self.put.append)
 
     def look(self) -> None:
         """Let a second pass, and carry out what is due."""
         self.flush()
-        self.now += 2
+        self.agent.ahead_s += 2
         self.late.look_after()
         for task in self.put:
             self.agent.executor.run(task)
@@ -155,9 +165,9 @@ class Watch:
 def test_a_refusal_that_comes_late_is_recorded_and_told_even_over_a_restart(
     agent: FakeAgent, domain: FakeDomain, restarted: bool
 ) -> None:
-    task = ask_back(agent, late_callback=True)
+    ask_back(agent, late_callback=True)
     deliver(agent)
-    watch = Watch(agent, (task.finished_at or 0.0) + 1)
+    watch = Watch(agent)
     watch.late.start()
     events = DeviceEvents(watch.late.note_refusal)
     agent.finished.clear()
@@ -173,7 +183,7 @@ def test_a_refusal_that_comes_late_is_recorded_and_told_even_over_a_restart(
     events.put(domain.UUIDString(), DeviceEvent("removal-failed", ALIAS))
     watch.flush()
     if restarted:
-        watch = Watch(agent, watch.now)
+        watch = Watch(agent)
         watch.late.start()
     watch.look()
     ended = task_of(agent)
@@ -188,9 +198,9 @@ def test_a_refusal_that_comes_late_is_recorded_and_told_even_over_a_restart(
 
 
 def test_a_refusal_between_the_wait_s_end_and_the_answer_is_not_lost(agent: FakeAgent, domain: FakeDomain) -> None:
-    task = ask_back(agent, late_callback=True)
+    ask_back(agent, late_callback=True)
     deliver(agent)
-    watch = Watch(agent, (task.finished_at or 0.0) + 1)
+    watch = Watch(agent)
     watch.late.note_refusal(domain.UUIDString(), ALIAS)  # nobody waits for it yet
     watch.late.add("late")
     watch.look()
@@ -198,10 +208,12 @@ def test_a_refusal_between_the_wait_s_end_and_the_answer_is_not_lost(agent: Fake
 
 
 def test_a_refusal_of_an_earlier_request_is_none_of_this_one(agent: FakeAgent, domain: FakeDomain) -> None:
-    task = ask_back(agent, late_callback=True)
+    ask_back(agent, late_callback=True)
     deliver(agent)
-    watch = Watch(agent, (task.accepted_at or 0.0) - 60)
+    watch = Watch(agent)
+    agent.ahead_s -= 60
     watch.late.note_refusal(domain.UUIDString(), ALIAS)
+    agent.ahead_s += 60
     watch.late.add("late")
     watch.look()
     assert task_of(agent).outcome == "pending"

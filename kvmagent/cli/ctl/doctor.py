@@ -1,6 +1,7 @@
 """Examines this host: what an agent needs here, and what it would meet; each finding with its remedy.
 
-configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory, hooks, certificates -> clock -> agent
+configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory, journal, hooks, certificates
+    -> clock -> agent
 """
 
 import getpass
@@ -19,6 +20,7 @@ from kvmagent.cli.ctl.hostchecks import (
     examine_certificates,
     examine_clock,
     examine_hooks,
+    examine_journal,
     examine_kvm,
     examine_state_dir,
 )
@@ -54,6 +56,7 @@ def examine(config: Path, given: dict[str, str]) -> list[Finding]:
         "libvirt": lambda: _examine_libvirt(settings.libvirt.uri),
         "kvm": examine_kvm,
         "state_dir": lambda: examine_state_dir(state_dir),
+        "journal": lambda: examine_journal(state_dir),
         "hooks": lambda: examine_hooks(settings.hooks),
         "certificates": lambda: examine_certificates(settings, now),
         "clock": lambda: examine_clock(state_dir, now),

@@ -1,4 +1,4 @@
-"""What the doctor looks at on the host itself: KVM, the state directory, hooks, certificates, the clock.
+"""What the doctor looks at on the host itself: KVM, the state directory, the journal, hooks, certificates, the clock.
 
 Each check is told where to look and what time it is, and changes nothing.
 """
@@ -20,6 +20,8 @@ from kvmagent.model.units import MIB, format_size
 from kvmagent.settings import HooksSection, Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.hooks import Hooks
+from kvmagent.tasks.journal import JOURNAL
+from kvmagent.tasks.journalfile import check_file
 
 # Source: Linux Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION and KVM_CREATE_VM.
 _KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_API_VERSION = 0xAE00, 0xAE01, 12
@@ -101,6 +103,28 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         yield Finding("state_dir", "good", f"{path} is {owner}'s alone and has {format_size(free_bytes)} left")
 
 
+def examine_journal(state_dir: Path) -> Iterator[Finding]:
+    """Check the whole journal, which an agent that starts does only where it is small."""
+    path = state_dir / JOURNAL
+    try:
+        size_bytes = path.stat().st_size
+    except OSError:
+        return  # of a new agent; of one whose directory may not be read that is told already
+    try:
+        faults = check_file(path)
+    except AgentError as error:
+        yield Finding("journal", "note", error.message, "Run doctor as root or as the agent's user.")
+        return
+    for fault in faults:
+        remedy = (
+            f"systemctl stop kvmagent, move {path} with its -wal and -shm away, start it again; sqlite3's .recover "
+            "may save the tasks."
+        )
+        yield Finding("journal", "wrong", f"{path} is damaged: {fault}", remedy)
+    if not faults:
+        yield Finding("journal", "good", f"{path} is whole, {format_size(size_bytes)}")
+
+
 def examine_hooks(settings: HooksSection) -> Iterator[Finding]:
     """Look which hooks there are, and whether the agent would run them."""
     user = _find_agent_user()
@@ -180,7 +204,7 @@ def ask_kernel_clock() -> int:
 def examine_clock(state_dir: Path, now: datetime, ask_clock: Callable[[], int] = ask_kernel_clock) -> Iterator[Finding]:
     """Look whether the clock is right: certificates and the age of callbacks depend on it."""
     sync = "timedatectl set-ntp true, or install chrony."
-    journal = state_dir / "journal.sqlite"
+    journal = state_dir / JOURNAL
     try:
         written = datetime.fromtimestamp(journal.stat().st_mtime, UTC)
     except OSError:

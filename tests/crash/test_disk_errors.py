@@ -1,0 +1,89 @@
+"""A commit that was told as failed may be on disk all the same: what it did is found, and none of it is forgotten."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.shim import Shim, build_shim
+from tests.crash.conftest import Host, MortalAgent, StartAgent
+from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
+
+
+@pytest.fixture
+def agent(make_agent: StartAgent, host: Host, server: ManagementServer, shim: Shim) -> MortalAgent:
+    """An agent that has done one task."""
+    agent = make_agent(host.uri, environment=shim.environment())
+    shim.watch(agent.directory / "state")
+    assert send(agent, server, "t0", 2) == 200
+    server.wait("t0", 10)
+    wait_for(lambda: agent.get("/tasks/t0").body["state"] == "delivered", timeout_s=10, what="its end on disk")
+    return agent
+
+
+@pytest.fixture
+def shim(tmp_path: Path) -> Iterator[Shim]:
+    """What stands between the agent and its disk."""
+    shim = Shim(build_shim(tmp_path), tmp_path / "control")
+    yield shim
+    shim.close()
+
+
+def send(agent: MortalAgent, server: ManagementServer, task_uuid: str, cpus: int) -> int:
+    """Send a task; its status."""
+    body = {"vmUuid": "vm1", "cpuNum": cpus}
+    return agent.post("/vm/hotplug/cpu", body, task_uuid=task_uuid, callback_url=server.url).status
+
+
+def break_disk(shim: Shim) -> None:
+    """Let every fsync fail, and every read of a page that is not known: the writer cannot open the file again, or its
+    next try would take the place of the commit that failed."""
+    shim.fail("syncs", "reads")
+
+
+def lose_every_connection(agent: MortalAgent, shim: Shim) -> None:
+    """Have the reader fail as well, so that nobody has the file open: whoever opens it next finds what its log has."""
+    # By an index of which the reader has no page yet.
+    assert agent.get("/tasks?vm=nobody").status == 503
+    shim.fail()
+
+
+def test_a_task_that_was_refused_and_is_on_disk_is_done_when_it_is_sent_again(
+    agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host
+) -> None:
+    break_disk(shim)
+    assert send(agent, server, "t1", 3) == 503
+    lose_every_connection(agent, shim)
+    assert send(agent, server, "t1", 3) == 200
+    assert server.wait("t1", 10)["cpuNum"] == 3
+    assert host.vcpus("vm1") == (3, 3)
+
+
+def test_a_task_that_was_refused_and_is_on_disk_is_done_although_nobody_sends_it_again(
+    agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host
+) -> None:
+    break_disk(shim)
+    assert send(agent, server, "t1", 3) == 503
+    lose_every_connection(agent, shim)
+    assert agent.get("/tasks/t1").status == 200, "the commit that failed is not on disk: nothing was tried here"
+    assert server.wait("t1", 10)["cpuNum"] == 3
+    assert host.vcpus("vm1") == (3, 3)
+
+
+def test_a_withdrawal_that_was_told_as_failed_and_happened_is_told_by_its_callback(
+    agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host
+) -> None:
+    host.pause()
+    try:
+        assert [send(agent, server, "t1", 3), send(agent, server, "t2", 4)] == [200, 200]
+        agent.get("/tasks/t2")
+        break_disk(shim)
+        assert agent.post("/tasks/t2/cancel", {}).status == 503
+        lose_every_connection(agent, shim)
+        wait_for(lambda: agent.get("/tasks/t2").body["state"] == "delivered", timeout_s=10, what="its callback")
+    finally:
+        host.resume()
+    assert server.wait("t2", 10)["errorCode"] == "CANCELLED"
+    assert server.wait("t1", 20)["cpuNum"] == 3
+    assert len(server.callbacks("t2")) == 1
