@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test lint bench fuzz audit deb
+.PHONY: help setup packages image demo test test-matrix lint bench fuzz audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
 	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
 	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
+	@echo "make test-matrix   start thousands of definitions before and after they are prepared; ARGS='q35 kvm32' picks some"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
@@ -44,6 +45,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+test-matrix: setup
+	@$(BIN)/python -m tests.matrix $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

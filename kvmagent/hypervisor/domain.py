@@ -25,6 +25,7 @@ from kvmagent.hypervisor.domainxml import (
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
+from kvmagent.hypervisor.schema import check_definition
 from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
@@ -58,12 +59,15 @@ _JOBS = {
 
 @dataclass(frozen=True)
 class Means:
-    """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, meters."""
+    """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, meters,
+    and libvirt's schema of domains.
+    """
 
     send_to_agent: Send
     events: DeviceEvents
     former_xml_dir: Path
     meters: Meters
+    domain_schema: Path
 
 
 class VmHandle:
@@ -243,6 +247,14 @@ class VmHandle:
         """Return the persistent XML with its passwords, so that it can be defined again without losing them."""
         with libvirt_errors("reading the persistent definition"):
             return str(self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE))
+
+    def check_definition(self, xml: str) -> None:
+        """Hold a definition against libvirt's schema, without defining it.
+
+        Raises:
+            AgentError: DEFINITION_REFUSED.
+        """
+        check_definition(xml, self._means.domain_schema)
 
     def define(self, xml: str) -> None:
         """Replace the persistent definition, once libvirt has found the new one valid, and keep the former.

@@ -17,7 +17,10 @@ from kvmagent.model.facts import (
 from kvmagent.model.units import GIB, KIB, MIB
 
 _UNITS = {"b": 1, "bytes": 1, "KiB": KIB, "k": KIB, "MiB": MIB, "M": MIB, "GiB": GIB, "G": GIB, "TiB": 1024 * GIB}
-_DEFAULT_PHYS_BITS = 40
+_DEFAULT_PHYS_BITS, _PSE36_BITS = 40, 36
+# CPU models without long mode, and their physical address bits. Observed: QEMU 7.2.
+_SHORT_MODELS = {"486": 32, "pentium": 32, "qemu32": 32, "coreduo": 32, "n270": 32}
+_SHORT_MODELS |= dict.fromkeys(("pentium2", "pentium3", "athlon", "kvm32"), _PSE36_BITS)
 # libvirt keeps an alias that a user gave only with this beginning.
 USER_ALIAS = "ua-"
 # Far more than any machine type of QEMU takes.
@@ -108,6 +111,8 @@ def _read_definition(document: _Document) -> Definition:
             for element in document.find_all("numatune/memnode[@mode='strict']")
         ),
         phys_bits=_phys_bits(document),
+        phys_bits_limit=int(limit) if (limit := document.attribute("cpu/maxphysaddr", "limit")) else None,
+        pci_hole_bytes=None if (hole := document.find("devices/controller/pcihole64")) is None else _size(hole),
         iommu_eim=document.find("devices/iommu/driver[@eim='on']") is not None,
         cpu_shares=int(shares.text or 0) if (shares := document.find("cputune/shares")) is not None else None,
         domain_id=int(number) if (number := document.root.get("id")) else None,
@@ -241,14 +246,20 @@ def _vfio_devices(document: _Document) -> list[etree._Element]:
 def _phys_bits(document: _Document) -> int | None:
     """Return the vCPUs' physical address bits as QEMU sets them; None: the host's.
 
-    Source: libvirt formatdomain, maxphysaddr. Observed: QEMU 7.2 gives 40 to every model but host-passthrough, and
-    under TCG to that as well.
+    Source: libvirt formatdomain, maxphysaddr; QEMU target/i386/cpu.c: without long mode 36 with PSE36, else 32.
+    Observed: QEMU 7.2 gives 40 to every 64-bit model but host-passthrough, and under TCG to that as well.
     """
     if document.attribute("cpu/maxphysaddr", "mode") == "emulate":
         return int(document.attribute("cpu/maxphysaddr", "bits") or _DEFAULT_PHYS_BITS)
     if document.root.get("type") == "kvm" and document.attribute("cpu", "mode") in ("host-passthrough", "maximum"):
         return None
-    return _DEFAULT_PHYS_BITS
+    model = document.find("cpu/model")
+    bits = _SHORT_MODELS.get((model.text or "").strip()) if model is not None else None
+    is_short = any(
+        one.get("name") == "lm" and one.get("policy") in ("disable", "forbid")
+        for one in document.find_all("cpu/feature")
+    )
+    return bits or (_PSE36_BITS if is_short else _DEFAULT_PHYS_BITS)
 
 
 def _policy(document: _Document) -> Policy:

@@ -19,6 +19,7 @@ from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
@@ -34,7 +35,7 @@ class Node:
     """Thread-safe. A VM is named by its domain name or UUID, with or without dashes.
 
     `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
-    `host_root` where the kernel's files of the host are.
+    `host_root` where the kernel's files of the host are, `domain_schema` what a dry run is held against.
     """
 
     def __init__(
@@ -46,11 +47,16 @@ class Node:
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
         host_root: Path = Path("/"),
         meters: Meters | None = None,
+        domain_schema: Path = DOMAIN_SCHEMA,
     ) -> None:
         self._connection = connection
         self._meters = meters or Meters()
         self._means = Means(
-            send_to_agent=send_to_agent, events=events, former_xml_dir=former_xml_dir, meters=self._meters
+            send_to_agent=send_to_agent,
+            events=events,
+            former_xml_dir=former_xml_dir,
+            meters=self._meters,
+            domain_schema=domain_schema,
         )
         self._host_root = host_root
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
@@ -145,7 +151,11 @@ class Node:
         if host is None or time.monotonic() - looked_at > _SAME_LOOK_S:
             host = read_host(None, self._host_root)
             self._host = time.monotonic(), host
-        return msgspec.structs.replace(host, libvirt_is_privileged=self._connection.is_privileged)
+        return msgspec.structs.replace(
+            host,
+            libvirt_is_privileged=self._connection.is_privileged,
+            has_domain_schema=has_schema(self._means.domain_schema),
+        )
 
     def _with_memlock(self, domain: Domain) -> Domain:
         """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""

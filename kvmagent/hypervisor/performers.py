@@ -59,9 +59,14 @@ def preview(vm: VmHandle, step: AnyStep) -> str:
     """Return what a step would tell, without performing it: the diff of a definition; nothing of other steps.
 
     Raises:
-        AgentError: when the VM cannot be read.
+        AgentError: when the VM cannot be read; DEFINITION_REFUSED, where libvirt's schema would not let it pass.
     """
-    return _diff(vm.config_xml(), step) if isinstance(step, DefineShape) else ""
+    if not isinstance(step, DefineShape):
+        return ""
+    former = vm.config_xml()
+    edited = edit_shape(former, step.shape)
+    vm.check_definition(edited)
+    return format_diff(former, edited)
 
 
 def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:
@@ -232,13 +237,10 @@ def _await_virtio_mem(vm: VmHandle, step: AwaitVirtioMem) -> None:
 
 def _define_shape(vm: VmHandle, step: DefineShape) -> str:
     """The diff is made of what anybody may read, the definition of what has the passwords in it."""
-    told = _diff(vm.config_xml(), step)
+    former = vm.config_xml()
+    told = format_diff(former, edit_shape(former, step.shape))
     vm.define(edit_shape(vm.secure_config_xml(), step.shape))
     return told
-
-
-def _diff(xml: str, step: DefineShape) -> str:
-    return format_diff(xml, edit_shape(xml, step.shape))
 
 
 def _await_event(events: "queue.SimpleQueue[DeviceEvent]", deadline: float) -> DeviceEvent | None:

@@ -70,10 +70,13 @@ def _edit_cell(numa: etree._Element, cell: CellShape) -> None:
         element = _insert(numa, etree.Element("cell", id=str(cell.id)))
         element.set("memory", str(cell.memory_bytes // KIB))
         element.set("unit", "KiB")
-    element.set("cpus", format_ids(cell.cpus))
+    if cell.cpus:  # libvirt's schema has no empty list
+        element.set("cpus", format_ids(cell.cpus))
 
 
 def _edit_max_memory(root: etree._Element, shape: Shape) -> None:
+    if shape.max_memory_bytes is None:
+        return
     max_memory = root.find("./maxMemory")
     if max_memory is None:
         max_memory = etree.Element("maxMemory")

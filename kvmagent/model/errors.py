@@ -81,6 +81,7 @@ class Code(StrEnum):
     NO_ACPI = "NO_ACPI"
     MACHINE_NOT_SUPPORTED = "MACHINE_NOT_SUPPORTED"
     DEFINITION_REFUSED = "DEFINITION_REFUSED"
+    DEFINITION_NOT_CHECKED = "DEFINITION_NOT_CHECKED"
     FORMER_XML_NOT_KEPT = "FORMER_XML_NOT_KEPT"
     # vCPUs
     CPU_ABOVE_MAXIMUM = "CPU_ABOVE_MAXIMUM"
@@ -414,6 +415,12 @@ CODES: dict[Code, CodeInfo] = {
         "libvirt did not take the prepared definition; the one that was there is unchanged.",
         "Read libvirt's words in the message, and prepare for less or correct that part of the definition.",
     ),
+    Code.DEFINITION_NOT_CHECKED: CodeInfo(
+        400,
+        "A dry run could not hold the prepared definition against libvirt's schema, which this host does not have.",
+        "Install the file that the message names (it comes with libvirt's daemon), or let the real run show it: "
+        "libvirt leaves the definition as it is where it refuses the new one.",
+    ),
     Code.FORMER_XML_NOT_KEPT: CodeInfo(
         500,
         "The former definition could not be kept in agent.state_dir, so it was not replaced.",
@@ -691,6 +698,7 @@ LOOKS: dict[Code, str] = {
     Code.POLICY_UNREADABLE: _LOOK_AT_POLICY,
     Code.NO_ACPI: "kvmagentctl ready VM --prepare --diff",
     Code.MACHINE_NOT_SUPPORTED: "virsh dumpxml VM | grep '<type arch'",
+    Code.DEFINITION_NOT_CHECKED: "ls /usr/share/libvirt/schemas/domain.rng",
     Code.FORMER_XML_NOT_KEPT: "df -h /var/lib/kvmagent; ls -l /var/lib/kvmagent/former-xml",
     Code.CPU_ABOVE_MAXIMUM: "virsh vcpucount VM",
     Code.CPU_TOPOLOGY_MISMATCH: "virsh dumpxml VM | grep -e '<vcpu ' -e '<topology'",

@@ -97,8 +97,9 @@ class Definition(msgspec.Struct, frozen=True):
     `hugepages` say what memory is backed with, dimms included.
     `hard_limit_bytes` is memtune's, `vfio_devices` how many host devices are passed through by VFIO,
     `host_nodes` the host NUMA nodes that memory must come from (empty: any) and `cell_host_nodes` those of single guest
-    nodes, `phys_bits` the vCPUs' physical
-    address bits (None: those of the host), `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
+    nodes, `phys_bits` the vCPUs' physical address bits (None: those of the host), `phys_bits_limit` the most of the
+    host's that they use, `pci_hole_bytes` what is kept for 64-bit PCI addresses (None: the machine's default),
+    `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
     every start. `policy` is what this definition's owner allows.
     """
@@ -127,6 +128,8 @@ class Definition(msgspec.Struct, frozen=True):
     host_nodes: frozenset[int] = frozenset()
     cell_host_nodes: tuple[tuple[int, frozenset[int]], ...] = ()
     phys_bits: int | None = None
+    phys_bits_limit: int | None = None
+    pci_hole_bytes: int | None = None
     iommu_eim: bool = False
     cpu_shares: int | None = None
     domain_id: int | None = None
@@ -291,6 +294,7 @@ class Host(msgspec.Struct, frozen=True):
     `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
     every start of the host. An unprivileged libvirt (qemu:///session) cannot raise the limits of its QEMU processes.
+    `has_domain_schema` tells whether libvirt's schema is there to hold a definition against.
     """
 
     memory_available_bytes: int | None = None
@@ -300,6 +304,7 @@ class Host(msgspec.Struct, frozen=True):
     hugepage_bytes: int | None = None
     boot_id: str | None = None
     libvirt_is_privileged: bool = True
+    has_domain_schema: bool = True
 
 
 class Facts(msgspec.Struct, frozen=True):

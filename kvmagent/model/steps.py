@@ -205,12 +205,13 @@ class CellShape(msgspec.Struct, frozen=True, rename="camel"):
 class Shape(msgspec.Struct, frozen=True, rename="camel"):
     """What the persistent definition must have so that its next start can be hot-plugged; the rest of it stays.
 
-    `topology` (sockets, dies, cores, threads) is None where the definition has none.
+    `topology` (sockets, dies, cores, threads) is None where the definition has none, `max_memory_bytes` where there is
+    no room for more memory.
     """
 
     vcpu_maximum: int
     topology: tuple[int, int, int, int] | None
-    max_memory_bytes: int
+    max_memory_bytes: int | None
     slots: int
     cells: tuple[CellShape, ...]
 

@@ -4,6 +4,7 @@ Planners refuse with the first one; ReadyForHotplug tells them all. So a VM that
 planner will not refuse.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 
 from kvmagent.model.command import Affect
@@ -35,6 +36,7 @@ _NEEDED_AGENT_COMMANDS = frozenset(
     }
 )
 _WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
+_MACHINE_VERSION, _MEMORY_FROM_MACHINE = re.compile(r"pc-(?:i440fx-|q35-)?(\d+)\.(\d+)"), (2, 1)
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
 STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY, Code.VM_OPTED_OUT)
@@ -179,7 +181,33 @@ def vcpu_limit(host: Host, definition: Definition) -> int:
     Source: QEMU hw/i386/x86-iommu, "eim"; libvirt domain capabilities, vcpu max.
     """
     limit = MOST_VCPUS_WITHOUT_EIM if host.vcpu_limit is None else host.vcpu_limit
-    return limit if definition.iommu_eim else min(limit, MOST_VCPUS_WITHOUT_EIM)
+    return limit if carries_x2apic(definition) else min(limit, MOST_VCPUS_WITHOUT_EIM)
+
+
+def carries_x2apic(definition: Definition) -> bool:
+    """Return whether ids above 255 reach their vCPUs: by an IOMMU, and KVM's interrupt controller.
+
+    Observed: QEMU 7.2 emulating refuses such ids, "requires kernel irqchip and X2APIC API support".
+    """
+    return definition.iommu_eim and definition.hypervisor == "kvm"
+
+
+def check_machine_age(name: str, definition: Definition) -> Iterator[Blocker]:
+    """The machine type must be of a QEMU that could take memory while it ran.
+
+    Observed: QEMU 7.2 does not start pc-i440fx-2.0 and older with maxMemory. Source: Ubuntu's trusty is 2.0, RHEL 6's
+    are older.
+    """
+    machine = definition.machine
+    version = _MACHINE_VERSION.match(machine)
+    is_old = version is not None and (int(version[1]), int(version[2])) < _MEMORY_FROM_MACHINE
+    if is_old or machine.startswith("rhel6.") or machine.endswith("-trusty"):
+        yield Blocker(
+            code=Code.MACHINE_NOT_SUPPORTED,
+            message=f"the {name} definition is a {machine}, and machine types before 2.1 take no memory while they run",
+            remedy="Give the VM a newer machine type in its definition, then power it off and start it again.",
+            needs_restart=True,
+        )
 
 
 def _check_machine(name: str, definition: Definition, arches: frozenset[str]) -> Iterator[Blocker]:
@@ -196,6 +224,7 @@ def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     quantum = block_bytes(facts)
     for name, definition in _definitions(facts.domain, affect):
         yield from _check_machine(name, definition, _DIMM_ARCHES)
+        yield from check_machine_age(name, definition)
         if definition.launch_security is not None:
             yield blocker(
                 Code.MEMORY_ENCRYPTED, f"the {name} definition has launchSecurity {definition.launch_security}"

@@ -2,7 +2,7 @@
 
     Linux      virtio-mem from 5.8 on, 5.16 advised
     Windows    acknowledges a dimm and does not bring it online by itself; gives up no vCPU and no dimm;
-               virtio-mem with the viomem driver
+               virtio-mem with the viomem driver; but for Server, at most two sockets, Home one
     FreeBSD    takes no plugged memory
 
 Observed by users: kubevirt 14095, virtio-win 1607, cloud-hypervisor 1799 and 1800. Source: Linux 5.8 drivers/virtio.
@@ -56,6 +56,18 @@ def find_limits(os: GuestOs | None, *, dimm: bool, virtio_mem: bool) -> list[Pro
         remedy = "Run a newer kernel in the guest where virtio-mem does not come to its size."
         found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
     return found
+
+
+def find_socket_limits(os: GuestOs | None, sockets: int) -> list[Problem]:
+    """Return that the guest's edition uses fewer sockets than it would get. Source: Microsoft, "Windows editions"."""
+    if os is None or os.family != "windows" or "server" in os.name.lower():
+        return []
+    most = 1 if "home" in os.name.lower() else 2
+    if sockets <= most:
+        return []
+    message = f"{os.name} uses at most {most} CPU socket{'' if most == 1 else 's'}, the VM is to have up to {sockets}"
+    remedy = "Give the VM a <topology> with more cores in each socket before preparing it."
+    return [Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy)]
 
 
 def _unable(message: str, remedy: str) -> Blocker:

@@ -301,10 +301,14 @@ def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
 
 
 def _place(definition: Definition, sizes_bytes: list[int], node: int | None) -> list[int]:
-    """Return a guest NUMA node for each device: the asked one, else each time the one that has least by then."""
+    """Return a guest NUMA node for each device: the asked one, else each time the one that has least by then.
+
+    A node without vCPUs gets memory only where it is asked for: it is there for another kind of memory.
+    """
     if node is not None:
         return [node] * len(sizes_bytes)
-    has = {cell.id: cell.memory_bytes for cell in definition.cells}
+    takers = [cell for cell in definition.cells if cell.cpus] or definition.cells
+    has = {cell.id: cell.memory_bytes for cell in takers}
     for device in definition.devices:
         if device.node in has:
             has[device.node] += device.plugged_bytes

@@ -2,26 +2,34 @@
 
 import msgspec
 
-from kvmagent.model.command import Goal
+from kvmagent.model.command import Goal, Problem
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import CellShape, Shape
 from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
 
-from .checks import X86_BLOCK_BYTES, check_opted_out, refuse_first, vcpu_limit
+from .checks import X86_BLOCK_BYTES, carries_x2apic, check_machine_age, check_opted_out, refuse_first, vcpu_limit
+from .guestos import find_socket_limits
+from .reply import warning
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
 # Room that a VM without any is given where the request names none, in multiples of what it has.
 DEFAULT_GROWTH = 4
 DEFAULT_SLOTS = 16
 PREPARABLE_ARCHES = frozenset({"x86_64"})
-# Physical addresses that are not memory: the hole below 4 GiB, 64-bit PCI windows, alignment; at most a quarter.
-# Source: QEMU 7.2 hw/i386/pc.c: each slot may cost 1 GiB of alignment; from 40 bits up memory of an AMD VM may begin
-# at 1 TiB. Observed: 40 bits took 990 GiB with 16 slots, and 900 to 950 GiB with 64.
-_OTHER_ADDRESSES_BYTES = 64 * GIB
+# Physical addresses that are not memory: those below 4 GiB, and as much again for what QEMU rounds up.
+# Source: QEMU 7.2 hw/i386/pc.c, pc_max_used_gpa: each slot may cost 1 GiB of alignment, the 64-bit PCI hole comes on
+# top; an AMD vCPU whose addresses would reach the HyperTransport range has its memory from 1 TiB on instead of 4 GiB.
+_LOW_ADDRESSES_BYTES = 8 * GIB
 _SLOT_ALIGNMENT_BYTES = GIB
-_AMD_START_BYTES, _AMD_FROM_BITS = 1024 * GIB, 41
+_AMD_RANGE_BYTES, _AMD_MOVED_BYTES = 1012 * GIB, 1020 * GIB
+# Source: QEMU 7.2 hw/pci-host/q35.c and i440fx.c, pci-hole64-size.
+_Q35_HOLE_BYTES, _I440FX_HOLE_BYTES = 32 * GIB, 2 * GIB
 _DEFAULT_PHYS_BITS = 40
+# A CPU of so many address bits or fewer reaches nothing above 4 GiB, where all plugged memory is.
+_UNREACHING_BITS = 32
+# Source: QEMU 7.2 hw/i386/x86.c: from 255 on an id needs X2APIC, and an IOMMU that carries it.
+_HIGHEST_APIC_ID = 254
 
 
 class PrepareGoal(Goal, frozen=True, rename="camel"):
@@ -44,17 +52,33 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
         raise AgentError(
             Code.MACHINE_NOT_SUPPORTED, f"VM {facts.domain.name} is a {config.machine} of architecture {config.arch}"
         )
+    refuse_first(check_machine_age("persistent", config))
     clamped: list[Clamp] = []
     maximum, topology = _plan_vcpus(request, facts, config, clamped)
-    slots = max(request.slots or config.slots or DEFAULT_SLOTS, config.slots)
+    max_memory_bytes, slots = _plan_memory(request, facts, config, clamped)
     shape = Shape(
         vcpu_maximum=maximum,
         topology=topology,
-        max_memory_bytes=_plan_max_memory(request, facts, config, slots, clamped),
+        max_memory_bytes=max_memory_bytes,
         slots=slots,
         cells=_plan_cells(config, maximum),
     )
     return PrepareGoal(shape=shape, changes=tuple(_changes(config, shape)), clamped=tuple(clamped))
+
+
+def explain_preparation(goal: PrepareGoal | None, facts: Facts, *, planned: bool) -> list[Problem]:
+    """Return what a prepared definition cannot promise: sockets that the guest leaves unused, and what was not checked.
+
+    `planned`: the definition was not made.
+    """
+    if goal is None or goal.shape is None:
+        return []
+    shape, found = goal.shape, list[Problem]()
+    if planned and goal.changes and not facts.host.has_domain_schema:
+        words = "the prepared definition was not held against /usr/share/libvirt/schemas/domain.rng: it is not there"
+        found.append(warning(Code.DEFINITION_NOT_CHECKED, words))
+    sockets = shape.vcpu_maximum if shape.topology is None else shape.topology[0]
+    return found + find_socket_limits(facts.guest.os, sockets)
 
 
 def is_prepared(config: Definition, shape: Shape) -> bool:
@@ -75,15 +99,16 @@ def _plan_vcpus(
         )
     limit, ceiling = vcpu_limit(facts.host, config), config.policy.max_cpu_num
     why = f"the hypervisor gives at most {limit} to a {config.machine} ({config.hypervisor})"
+    addressed = _most_addressed(config)
+    if addressed is not None and addressed < limit:
+        limit, why = addressed, f"more in this topology have APIC ids above {_HIGHEST_APIC_ID}"
     if ceiling is not None and ceiling < limit:
         limit, why = ceiling, f"the VM's policy allows at most {ceiling}"
     if asked is None:
         grown = config.vcpu_maximum > config.vcpu_current
         asked = config.vcpu_maximum if grown else min(limit, DEFAULT_GROWTH * config.vcpu_current)
     wanted = max(asked, config.vcpu_maximum, request.cpu_num or 0)
-    unit = 1
-    if config.topology is not None:
-        unit = config.topology[1] * config.topology[2] * config.topology[3]
+    unit = _socket_vcpus(config)
     maximum = align_up(wanted, unit)
     if maximum > max(limit, config.vcpu_maximum):
         maximum = max(align_down(limit, unit), config.vcpu_maximum)
@@ -94,10 +119,33 @@ def _plan_vcpus(
     return maximum, None if config.topology is None else (maximum // unit, *config.topology[1:])
 
 
-def _plan_max_memory(
-    request: ReadyForHotplugRequest, facts: Facts, config: Definition, slots: int, clamped: list[Clamp]
-) -> int:
-    """Return maxMemory: below what the vCPUs can address, or QEMU would not start."""
+def _socket_vcpus(config: Definition) -> int:
+    """Return how many vCPUs one socket has; the number of sockets is what a maximum is raised by."""
+    return 1 if config.topology is None else config.topology[1] * config.topology[2] * config.topology[3]
+
+
+def _most_addressed(config: Definition) -> int | None:
+    """Return the most vCPUs, in whole sockets, whose APIC ids need no X2APIC; None where ids are no limit.
+
+    Each level of a topology takes whole bits of the id, so ids have gaps where it is no power of two.
+    Source: QEMU 7.2 include/hw/i386/topology.h.
+    """
+    if config.topology is None or carries_x2apic(config):
+        return None
+    stride, last = 1, 0
+    for count in reversed(config.topology[1:]):
+        last += (count - 1) * stride
+        stride <<= (count - 1).bit_length()
+    return max(0, (_HIGHEST_APIC_ID - last) // stride + 1) * _socket_vcpus(config)
+
+
+def _plan_memory(
+    request: ReadyForHotplugRequest, facts: Facts, config: Definition, clamped: list[Clamp]
+) -> tuple[int | None, int]:
+    """Return maxMemory and slots: below what the vCPUs can address, or QEMU would not start; None for no room at all.
+
+    QEMU starts with no maxMemory that is what the VM has already.
+    """
     asked = request.max_memory_size
     if asked is not None and asked < config.total_bytes:
         raise AgentError(
@@ -109,40 +157,84 @@ def _plan_max_memory(
         asked = config.max_memory_bytes or DEFAULT_GROWTH * config.total_bytes
     former = config.max_memory_bytes or config.total_bytes
     wanted = align_up(max(asked, request.memory_size or 0, former), X86_BLOCK_BYTES)
-    bits = config.phys_bits or facts.host.phys_bits or _DEFAULT_PHYS_BITS
-    ceiling, allowed = _addressable_bytes(bits, slots), config.policy.max_memory_bytes
+    bits = _find_phys_bits(facts, config)
+    slots = _plan_slots(request, config, bits, former, clamped)
+    ceiling, allowed = _addressable_bytes(config, bits, slots), config.policy.max_memory_bytes
     why = f"the vCPUs have {bits} physical address bits, which leave {format_size(ceiling)} with {slots} slots"
     if allowed is not None and allowed < ceiling:
         ceiling, why = align_down(allowed, X86_BLOCK_BYTES), f"the VM's policy allows at most {format_size(allowed)}"
-    if wanted <= ceiling or wanted == former:
-        return wanted
-    prepared = max(ceiling, former)
-    clamped.append(Clamp(field="maxMemorySize", asked=wanted, prepared=prepared, why=why))
-    return prepared
+    prepared = wanted if wanted <= ceiling or wanted == former else max(ceiling, former)
+    if prepared != wanted:
+        clamped.append(Clamp(field="maxMemorySize", asked=wanted, prepared=prepared, why=why))
+    if config.max_memory_bytes is None and prepared <= config.total_bytes:
+        return None, config.slots
+    return prepared, slots
 
 
-def _addressable_bytes(bits: int, slots: int) -> int:
-    space = 1 << bits
-    other = min(_OTHER_ADDRESSES_BYTES, space // 4) + slots * _SLOT_ALIGNMENT_BYTES
-    return align_down(space - other - (_AMD_START_BYTES if bits >= _AMD_FROM_BITS else 0), GIB)
+def _find_phys_bits(facts: Facts, config: Definition) -> int:
+    """Return how many physical address bits the vCPUs can use; under KVM no more than the host has."""
+    bits = config.phys_bits or facts.host.phys_bits or _DEFAULT_PHYS_BITS
+    bounds = (config.phys_bits_limit, facts.host.phys_bits if config.hypervisor == "kvm" else None)
+    return min([bits, *(bound for bound in bounds if bound is not None)])
+
+
+def _plan_slots(
+    request: ReadyForHotplugRequest, config: Definition, bits: int, former_bytes: int, clamped: list[Clamp]
+) -> int:
+    """Return the slots: each costs addresses, so where there are few, there are fewer slots; never fewer than now."""
+    asked = slots = max(request.slots or config.slots or DEFAULT_SLOTS, config.slots)
+    fewest = config.slots or 1
+    while slots > fewest and _addressable_bytes(config, bits, slots) < former_bytes + X86_BLOCK_BYTES:
+        slots = max(fewest, slots // 2)
+    if slots != asked and bits > _UNREACHING_BITS:
+        why = f"each slot costs 1 GiB of the addresses that {bits} bits give"
+        clamped.append(Clamp(field="slots", asked=asked, prepared=slots, why=why))
+    return slots
+
+
+def _addressable_bytes(config: Definition, bits: int, slots: int) -> int:
+    """Return the most memory that QEMU starts with."""
+    if bits <= _UNREACHING_BITS:
+        return 0
+    hole = config.pci_hole_bytes
+    if hole is None:
+        hole = _Q35_HOLE_BYTES if "q35" in config.machine else _I440FX_HOLE_BYTES
+    space = (1 << bits) - hole - _LOW_ADDRESSES_BYTES - slots * _SLOT_ALIGNMENT_BYTES
+    beyond_range = (1 << bits) - _AMD_RANGE_BYTES
+    return max(0, align_down(space - min(max(0, beyond_range), _AMD_MOVED_BYTES), GIB))
 
 
 def _plan_cells(config: Definition, maximum: int) -> tuple[CellShape, ...]:
-    """Return the cells: those that are there keep memory and vCPUs, and new vCPUs make them as even as can be."""
+    """Return the cells: those that are there keep memory and vCPUs, and whole new sockets make them as even as can be.
+
+    A cell without vCPUs keeps none: with some it would be another machine.
+    """
     if not config.cells:
         return (CellShape(id=0, cpus=tuple(range(maximum)), memory_bytes=config.boot_bytes),)
     cpus = {cell.id: set(cell.cpus) for cell in config.cells}
-    new = sorted(set(range(maximum)) - set().union(*cpus.values()))
-    shares = dict.fromkeys(cpus, 0)
+    takers = [cell.id for cell in config.cells if cell.cpus] or [config.cells[0].id]
+    unit, sockets = _socket_vcpus(config), dict[int, list[int]]()
+    for vcpu in sorted(set(range(maximum)) - set().union(*cpus.values())):
+        home = next((cell for cell in takers if cpus[cell] & set(_siblings(vcpu, unit))), None)
+        if home is not None:
+            cpus[home].add(vcpu)
+        else:
+            sockets.setdefault(vcpu // unit, []).append(vcpu)
+    new, shares = list(sockets.values()), dict.fromkeys(takers, 0)
     for _ in new:
-        shares[min(cpus, key=lambda cell: (len(cpus[cell]) + shares[cell], cell))] += 1
+        shares[min(takers, key=lambda cell: (len(cpus[cell]) + shares[cell] * unit, cell))] += 1
     for cell, share in shares.items():
-        cpus[cell] |= set(new[:share])
+        cpus[cell].update(vcpu for socket in new[:share] for vcpu in socket)
         new = new[share:]
     return tuple(
         CellShape(id=cell.id, cpus=tuple(sorted(cpus[cell.id])), memory_bytes=cell.memory_bytes)
         for cell in config.cells
     )
+
+
+def _siblings(vcpu: int, unit: int) -> range:
+    """Return the vCPUs of the same socket."""
+    return range(vcpu // unit * unit, vcpu // unit * unit + unit)
 
 
 def _changes(config: Definition, shape: Shape) -> list[Change]:

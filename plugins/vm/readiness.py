@@ -28,7 +28,7 @@ from .checks import (
 from .cpu import idle_warnings, migration_warnings
 from .guestmemory import plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
-from .prepare import PrepareGoal, is_prepared, plan_preparation
+from .prepare import PrepareGoal, explain_preparation, is_prepared, plan_preparation
 from .reply import drift, settle, shared_fields
 from .requests import Blocker, Headroom, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
 
@@ -57,8 +57,10 @@ def conclude(ending: Ending) -> ReadinessReply:
     outcome: Outcome = settle(ending) or "configured"
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
+    shared = shared_fields(ending, outcome, _find_warnings(facts))
+    shared["warnings"] += explain_preparation(goal, facts, planned=ending.planned is not None)
     return ReadinessReply(
-        **shared_fields(ending, outcome, _find_warnings(facts)),
+        **shared,
         name=facts.domain.name,
         state=facts.domain.state,
         plugged_offline=_find_offline(facts),

@@ -16,6 +16,7 @@ from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
+from kvmagent.hypervisor.schema import DOMAIN_SCHEMA
 from kvmagent.model.command import Command
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.hooks import Hooks
@@ -80,7 +81,13 @@ def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
     return FakeGuest(online_cpus=dict.fromkeys(range(spec.vcpus), True), blocks=blocks, **options)
 
 
-def make_node(directory: Path, *domains: FakeDomain, uri: str = "fake", **host: int) -> Node:
+def make_node(
+    directory: Path,
+    *domains: FakeDomain,
+    uri: str = "fake",
+    domain_schema: Path = DOMAIN_SCHEMA,
+    **host: int,
+) -> Node:
     """A Node on these domains, on a host of `make_host`; `directory` has its files."""
     fake, events = FakeConnection(*domains), DeviceEvents()
     events.register(fake)
@@ -90,6 +97,7 @@ def make_node(directory: Path, *domains: FakeDomain, uri: str = "fake", **host: 
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,
         host_root=make_host(directory / "host", **host),
+        domain_schema=domain_schema,
     )
 
 

@@ -115,6 +115,14 @@ def leave_out(vcpu: int) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+def take_vcpus_of_node_1(domain: FakeDomain) -> None:
+    """Leave a node of memory alone, the emptier one."""
+    for root in (domain.live, domain.config):
+        first, second = root.findall("cpu/numa/cell")
+        first.set("cpus", "0-3")
+        del second.attrib["cpus"]
+
+
 def then(*arrangements: Callable[[FakeDomain], None]) -> Callable[[FakeDomain], None]:
     def arrange(domain: FakeDomain) -> None:
         for one in arrangements:
@@ -365,6 +373,9 @@ CASES = {
     "memory-dimm-emptiest-node": Case(MEMORY, {"memorySize": 384 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}),
     "memory-dimms-in-balance": Case(
         MEMORY, {"memorySize": 640 * MIB, "dimmSize": 128 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}
+    ),
+    "memory-dimm-not-on-a-node-without-vcpus": Case(
+        MEMORY, {"memorySize": 384 * MIB}, spec={"numa_cells": 2, "memory_mib": 257}, arrange=take_vcpus_of_node_1
     ),
     "memory-dimm-node": Case(MEMORY, {"memorySize": 384 * MIB, "node": 1}, spec={"numa_cells": 2}),
     "memory-dimm-config-only": Case(MEMORY, {"memorySize": 384 * MIB, "affect": "config"}),

@@ -53,7 +53,7 @@ def test_a_bare_vm_is_prepared_and_takes_both_after_its_restart(
     assert (reply["ready"], reply["readyAfterRestart"]) == (False, True)
     assert reply["diff"] == planned["diff"]
     (clamp,) = reply["clamped"]
-    assert (clamp["field"], clamp["asked"], clamp["prepared"]) == ("maxMemorySize", 4096 * GIB, 944 * GIB)
+    assert (clamp["field"], clamp["asked"], clamp["prepared"]) == ("maxMemorySize", 4096 * GIB, 956 * GIB)
     assert guest.live_xml() == live
     prepared = guest.persistent_xml()
     assert "passwd='s3cret'" in prepared
