@@ -1,4 +1,5 @@
-# make setup: all that is needed, on Debian 12+ or Ubuntu 22.04+.  make demo: see it work.  make test: prove it.
+# make setup: all that is needed, on Debian 12+ or Ubuntu 22.04+.  make demo: see it work.  make check: fast, before
+# each commit.  make test: all of it.
 
 # The interpreter for .venv: the distribution's, as the package has it (another may be built without its optimisations)
 # if it is new enough, else a newer one beside it. Choose one with PYTHON=...
@@ -16,6 +17,7 @@ help:
 	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
 	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
 	@echo "make test-matrix   start thousands of definitions before and after they are prepared; ARGS='q35 kvm32' picks some"
+	@echo "make check   the fast gate: lint, types, floors, golden plans, unit tests; under two minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
@@ -48,6 +50,9 @@ test: setup
 
 test-matrix: setup
 	@$(BIN)/python -m tests.matrix $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

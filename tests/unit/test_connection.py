@@ -81,6 +81,7 @@ def test_while_libvirt_is_away_work_is_refused_at_once_and_goes_on_when_it_is_ba
         pass
 
 
+@pytest.mark.slow
 def test_an_open_that_hangs_holds_up_nobody_for_long(connection: Connection, daemon: Libvirt) -> None:
     daemon.opened[0].alive = False
     daemon.hang.clear()
@@ -121,6 +122,7 @@ def test_no_thread_and_no_connection_is_left_after_stop(daemon: Libvirt) -> None
 
 
 @pytest.mark.guest
+@pytest.mark.slow
 class TestRealDaemon:
     """What only a real libvirtd shows."""
 

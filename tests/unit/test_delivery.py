@@ -238,6 +238,7 @@ def attempts(sender: Sender, task_uuid: str) -> int:
     return 0 if task is None else task.attempts
 
 
+@pytest.mark.slow
 def test_ten_thousand_owed_callbacks_cost_little_memory_and_go_out_in_order(tmp_path: Path) -> None:
     first = Sender(tmp_path)
     server = ManagementServer()
