@@ -56,7 +56,7 @@ class _Document:
     """A domain's XML. A path is looked for below the element at the top that it begins with: most have none."""
 
     def __init__(self, xml: str) -> None:
-        self.root = _parse(xml)
+        self.root = parse_xml(xml)
         self._top = {element.tag: element for element in reversed(self.root)}
 
     def find(self, path: str) -> etree._Element | None:
@@ -154,7 +154,9 @@ def find_memory_xml(
 
     libvirt keeps user aliases in the persistent XML, its own ones in the live XML alone.
     """
-    elements = [element for element in _parse(domain_xml).iterfind("./devices/memory") if element.get("model") == model]
+    elements = [
+        element for element in parse_xml(domain_xml).iterfind("./devices/memory") if element.get("model") == model
+    ]
     devices = [(_parse_device(element), element) for element in elements]
     for device, element in devices:
         if alias is not None and device.alias == alias:
@@ -169,7 +171,7 @@ def find_memory_xml(
 
 def edit_requested(memory_xml: str, requested_bytes: int) -> str:
     """Return a virtio-mem device's XML with another requested size, as virDomainUpdateDeviceFlags takes it."""
-    memory = _parse(memory_xml)
+    memory = parse_xml(memory_xml)
     target = memory.find("./target")
     requested = memory.find("./target/requested")
     assert target is not None
@@ -190,7 +192,8 @@ def parse_vcpu_limit(capabilities_xml: str) -> int | None:
 _PARSER = etree.XMLParser(resolve_entities=False, no_network=True, remove_comments=True, collect_ids=False)
 
 
-def _parse(xml: str) -> etree._Element:
+def parse_xml(xml: str) -> etree._Element:
+    """Return an XML of libvirt's as its root element."""
     return etree.fromstring(xml, _PARSER)
 
 

@@ -16,47 +16,81 @@ from pathlib import Path
 import libvirt
 
 from kvmagent.hypervisor.domain import STATES
-from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
+from kvmagent.hypervisor.hostcpu import find_nominal_mhz, read_caches_kib, read_topology
+from kvmagent.hypervisor.hostxml import parse_cpu_model, parse_sysinfo
+from kvmagent.hypervisor.kernelfiles import read_fields, read_lines, read_sizes, read_text
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
+from kvmagent.logs import Log
 from kvmagent.model.host import HostFacts, VmStats, VmSummary
 from kvmagent.model.units import KIB
+
+log = Log(__name__)
 
 _QEMU_IMG_TIMEOUT_S = 5
 _SETTLE_S = 0.5
 _SIOCGIFADDR = 0x8915
-_DMI = ("sys_vendor", "product_name", "product_serial", "product_uuid", "bios_vendor", "bios_version", "bios_date")
+# By libvirt's names, the kernel's files.
+_DMI = {
+    "system_manufacturer": "sys_vendor",
+    "system_product": "product_name",
+    "system_serial": "product_serial",
+    "system_uuid": "product_uuid",
+    "bios_vendor": "bios_vendor",
+    "bios_version": "bios_version",
+    "bios_date": "bios_date",
+}
 
 
 def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -> HostFacts:
     """Return what is known of the node that this connection leads to; `root` is where its /proc and /sys are."""
     with libvirt_errors("reading the host"):
-        arch, memory_mib, cpus, _, _, sockets, _, _ = connection.getInfo()
+        arch, memory_mib, cpus, _, nodes, sockets, cores, threads = connection.getInfo()
         libvirt_version, hypervisor_version = connection.getLibVersion(), connection.getVersion()
+        capabilities = connection.getCapabilities()
+    firmware = _read_firmware(connection, root)
     cpu = read_fields(root / "proc/cpuinfo")
     flags = set(cpu.get("flags", "").split())
     os_release = _read_os_release(root / "etc/os-release")
-    uptime = read_text(root / "proc/uptime")
+    all_sockets, all_cores = read_topology(root) or (nodes * sockets, nodes * sockets * cores)
     return HostFacts(
         libvirt_version=_version(libvirt_version),
         hypervisor_version=_version(hypervisor_version),
         qemu_img_version=_read_qemu_img_version(),
         arch=arch,
         cpu_model=cpu.get("model name"),
-        cpu_mhz=int(float(cpu["cpu MHz"])) if "cpu MHz" in cpu else None,
-        cpu_cache=cpu.get("cache size"),
+        cpu_model_of_libvirt=parse_cpu_model(capabilities),
+        cpu_mhz=find_nominal_mhz(cpu.get("model name"), firmware.get("processor_max_speed"), root),
+        cpu_caches_kib=read_caches_kib(root),
         cpus=cpus,
-        cpu_sockets=_count_sockets(root) or sockets,
-        hvm_flag=next((flag for flag in ("vmx", "svm") if flag in flags), ""),
-        has_ept=bool(flags & {"ept", "npt"}),
+        cpu_sockets=all_sockets,
+        cpu_cores=all_cores,
+        cpu_threads_per_core=max(1, cpus // all_cores) if all_cores else threads,
+        hvm_flag="vt" if arch == "aarch64" else next((flag for flag in ("vmx", "svm") if flag in flags), None),
+        has_ept="ept" in flags,
         memory_total_bytes=read_sizes(root / "proc/meminfo").get("MemTotal") or memory_mib * 1024 * KIB,
-        memory_slots=None,
+        memory_slots=len(list(root.glob("sys/firmware/dmi/entries/17-*"))) or None,
         os_name=os_release.get("ID"),
         os_version=os_release.get("VERSION_ID"),
-        os_release=os_release.get("VERSION_CODENAME"),
-        uptime_s=float(uptime.split()[0]) if uptime else None,
-        dmi={name: value for name in _DMI if (value := read_text(root / "sys/class/dmi/id" / name))},
+        os_release=_find_codename(os_release),
+        up_since=_find_up_since(root),
+        firmware=firmware,
         addresses=_addresses(),
+        hostname=socket.gethostname(),
     )
+
+
+def _read_firmware(connection: libvirt.virConnect, root: Path) -> dict[str, str]:
+    """Return what the firmware says of the machine, by libvirt's names.
+
+    A system libvirt may read all of it, by dmidecode where that is installed; for what it does not tell, the kernel
+    shows some to everybody.
+    """
+    told = {name: text for name, file in _DMI.items() if (text := read_text(root / "sys/class/dmi/id" / file))}
+    try:
+        return told | parse_sysinfo(connection.getSysinfo(0))
+    except libvirt.libvirtError as error:
+        log.debug("libvirt tells nothing of the firmware", error=str(error))
+        return told
 
 
 def list_vms(
@@ -135,9 +169,16 @@ def _read_qemu_img_version() -> str | None:
     return found.group(1) if found else None
 
 
-def _count_sockets(root: Path) -> int:
-    ids = {read_text(path) for path in root.glob("sys/devices/system/cpu/cpu[0-9]*/topology/physical_package_id")}
-    return len(ids - {None})
+def _find_codename(os_release: dict[str, str]) -> str | None:
+    """Return the release's codename. CentOS 7 has it in brackets behind its version: 7 (Core)."""
+    in_brackets = re.search(r"\((.+)\)", os_release.get("VERSION", ""))
+    return os_release.get("VERSION_CODENAME") or (in_brackets and in_brackets.group(1))
+
+
+def _find_up_since(root: Path) -> str | None:
+    """Return when the host was booted, in its own time, as `uptime -s` prints it: the same each time it is asked."""
+    booted = read_lines(root / "proc/stat").get("btime")
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(booted))) if booted else None
 
 
 def _read_os_release(path: Path) -> dict[str, str]:

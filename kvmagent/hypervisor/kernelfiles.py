@@ -26,6 +26,15 @@ def read_fields(path: Path) -> dict[str, str]:
     return fields
 
 
+def read_lines(path: Path) -> dict[str, str]:
+    """Return the first value of each "name value" line."""
+    lines: dict[str, str] = {}
+    for line in (read_text(path) or "").splitlines():
+        name, _, value = line.partition(" ")
+        lines.setdefault(name, value.strip())
+    return lines
+
+
 def read_sizes(path: Path) -> dict[str, int]:
     """Return the sizes of a meminfo file in bytes; a NUMA node's has "Node N" in front of each name."""
     fields = {name.split()[-1]: value for name, value in read_fields(path).items() if name}

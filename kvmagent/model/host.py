@@ -53,27 +53,35 @@ class ManagementServer(msgspec.Struct, frozen=True):
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The compute node. `hvm_flag` is vmx, svm, or empty where the processor has neither."""
+    """The compute node.
+
+    `cpu_mhz` is the nominal clock; `cpu_caches_kib` what the levels 1, 2 and 3 have in all. `hvm_flag` is vmx, svm, or
+    vt on aarch64. `up_since` is local time, in seconds. `firmware` has libvirt's names: system_serial, bios_date.
+    """
 
     libvirt_version: str
     hypervisor_version: str
     qemu_img_version: str | None
     arch: str
     cpu_model: str | None
+    cpu_model_of_libvirt: str | None
     cpu_mhz: int | None
-    cpu_cache: str | None
+    cpu_caches_kib: tuple[int, int, int] | None
     cpus: int
     cpu_sockets: int
-    hvm_flag: str
+    cpu_cores: int
+    cpu_threads_per_core: int
+    hvm_flag: str | None
     has_ept: bool
     memory_total_bytes: int
     memory_slots: int | None
     os_name: str | None
     os_version: str | None
     os_release: str | None
-    uptime_s: float | None
-    dmi: dict[str, str]
+    up_since: str | None
+    firmware: dict[str, str]
     addresses: tuple[str, ...]
+    hostname: str
 
 
 class HostLoad(msgspec.Struct, frozen=True, rename="camel"):

@@ -121,37 +121,42 @@ def virtualizer_info(request: VmListRequest, view: HostView) -> VirtualizerReply
 
 
 def fact(_request: HostRequest, view: HostView) -> FactReply:
-    """Describe the host."""
+    """Describe the host as ZStack's own agent does: what differs is told to the user as changed hardware."""
     host = _get_host(view)
-    dmi: dict[str, Any] = {name: host.dmi.get(name, "unknown") for name in _DMI_FIELDS.values()}
+    firmware: dict[str, Any] = {field: host.firmware.get(name, "unknown") for field, name in _FIRMWARE.items()}
     return FactReply(
         os_distribution=host.os_name or "unknown",
         os_version=host.os_version or "unknown",
         os_release=host.os_release or "unknown",
         qemu_img_version=host.qemu_img_version or "unknown",
         libvirt_version=host.libvirt_version,
-        hvm_cpu_flag=host.hvm_flag,
-        ept_flag="ept" if host.has_ept else "",
+        hvm_cpu_flag=host.hvm_flag or msgspec.UNSET,
+        ept_flag="ept" if host.has_ept else msgspec.UNSET,
         cpu_architecture=host.arch,
-        cpu_model_name=host.cpu_model or "unknown",
+        cpu_model_name=host.cpu_model_of_libvirt or "unknown",
         host_cpu_model_name=host.cpu_model or "unknown",
         cpu_ghz=f"{host.cpu_mhz / 1000:.2f}" if host.cpu_mhz is not None else "unknown",
-        cpu_processor_num=str(host.cpus),
-        cpu_cache=host.cpu_cache or "unknown",
-        uptime=f"{host.uptime_s:.0f}" if host.uptime_s is not None else "unknown",
+        cpu_processor_num=host.cpus,
+        cpu_sockets=host.cpu_sockets,
+        cpu_cores_per_socket=host.cpu_cores // host.cpu_sockets if host.cpu_sockets else 0,
+        cpu_threads_per_core=host.cpu_threads_per_core,
+        cpu_cache=",".join(map(str, host.cpu_caches_kib)) if host.cpu_caches_kib is not None else "unknown",
+        memory_slots_maximum=str(host.memory_slots) if host.memory_slots is not None else "unknown",
+        uptime=host.up_since or "unknown",
         ip_addresses=list(host.addresses),
+        hostname=host.hostname,
         virtualizer_info=VirtualizerInfo(
             uuid=view.server.host_uuid if view.server else "", version=host.hypervisor_version
         ),
-        **{field: dmi[name] for field, name in _DMI_FIELDS.items()},
+        **firmware,
     )
 
 
-_DMI_FIELDS = {
-    "system_product_name": "product_name",
-    "system_serial_number": "product_serial",
-    "system_manufacturer": "sys_vendor",
-    "system_uuid": "product_uuid",
+_FIRMWARE = {
+    "system_product_name": "system_product",
+    "system_serial_number": "system_serial",
+    "system_manufacturer": "system_manufacturer",
+    "system_uuid": "system_uuid",
     "bios_vendor": "bios_vendor",
     "bios_version": "bios_version",
     "bios_release_date": "bios_date",
@@ -170,6 +175,7 @@ def capacity(_request: HostRequest, view: HostView) -> CapacityReply:
         total_memory=host.memory_total_bytes,
         used_memory=sum(vm.memory_bytes for vm in running),
         cpu_sockets=host.cpu_sockets,
+        cpu_core_num=host.cpu_cores,
     )
 
 

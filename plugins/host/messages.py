@@ -86,20 +86,26 @@ class VirtualizerReply(HostReply, kw_only=True, rename="camel"):
 
 
 class FactReply(HostReply, kw_only=True, rename="camel"):
-    """The host, in strings; "unknown" where it cannot be told."""
+    """The host; "unknown" where it cannot be told.
+
+    `hvmCpuFlag` and `eptFlag` are left out where the processor has none: the server then refuses the host by itself.
+    """
 
     os_distribution: str = "unknown"
     os_version: str = "unknown"
     os_release: str = "unknown"
     qemu_img_version: str = "unknown"
     libvirt_version: str = "unknown"
-    hvm_cpu_flag: str = ""
-    ept_flag: str = "unknown"
+    hvm_cpu_flag: str | msgspec.UnsetType = msgspec.UNSET
+    ept_flag: str | msgspec.UnsetType = msgspec.UNSET
     cpu_architecture: str = "unknown"
     cpu_model_name: str = "unknown"
     host_cpu_model_name: str = "unknown"
     cpu_ghz: str = msgspec.field(default="unknown", name="cpuGHz")
-    cpu_processor_num: str = "unknown"
+    cpu_processor_num: int = 0
+    cpu_sockets: int = 0
+    cpu_cores_per_socket: int = 0
+    cpu_threads_per_core: int = 0
     cpu_cache: str = "unknown"
     memory_slots_maximum: str = "unknown"
     uptime: str = "unknown"
@@ -110,6 +116,7 @@ class FactReply(HostReply, kw_only=True, rename="camel"):
     bios_vendor: str = "unknown"
     bios_version: str = "unknown"
     bios_release_date: str = "unknown"
+    hostname: str = "unknown"
     ip_addresses: list[str] = []
     libvirt_capabilities: list[str] = []
     virtualizer_info: VirtualizerInfo | None = None
@@ -124,6 +131,7 @@ class CapacityReply(HostReply, kw_only=True, rename="camel"):
     total_memory: int = 0
     used_memory: int = 0
     cpu_sockets: int = 0
+    cpu_core_num: int = 0
 
 
 class VmStatesReply(HostReply, kw_only=True, rename="camel"):

@@ -6,16 +6,26 @@ they are always there and true. It shows `error` to its user, so that what to do
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from kvmagent.model.command import Ending
+from kvmagent.model.command import Ending, Goal, VmRequest
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Facts
 
 from .cpu import HOT_PLUG_CPU
 from .cpumemory import HOT_PLUG_CPU_MEMORY
 from .memory import HOT_PLUG_MEMORY
-from .requests import HotPlugCpuMemoryRequest, HotPlugCpuRequest, HotPlugMemoryRequest, Method, VmReply
+from .requests import (
+    ExpectedCpuNum,
+    ExpectedMemorySize,
+    HotPlugCpuRequest,
+    HotPlugMemoryRequest,
+    Method,
+    ScaleShares,
+    VmReply,
+)
 
 # The server's own thread of work, where the request is to be followed step by step; echoed as it came.
 ThreadContext = dict[str, Any] | None
@@ -39,13 +49,35 @@ class IncreaseMemoryRequest(
     thread_context_stack: ThreadContextStack = None
 
 
-class ChangeCpuMemoryRequest(
-    HotPlugCpuMemoryRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False
-):
-    """Bring a VM up to a number of vCPUs and an amount of memory, as older servers ask for both at once."""
+class ChangeCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False):
+    """Bring a VM up to a number of vCPUs and an amount of memory, as older servers ask for both at once.
 
+    A server that has no number sends none, or 0, and waits for the callback.
+    """
+
+    cpu_num: Annotated[int, msgspec.Meta(ge=0, le=8192, description="Total vCPUs wanted")] | None = None
+    memory_size: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1, description="Total memory wanted, bytes")] | None = (
+        None
+    )
+    expected_cpu_num: ExpectedCpuNum = None
+    expected_memory_size: ExpectedMemorySize = None
+    scale_shares: ScaleShares = False
     thread_context: ThreadContext = None
     thread_context_stack: ThreadContextStack = None
+
+
+def decide_both(request: ChangeCpuMemoryRequest, facts: Facts, task_uuid: str) -> Goal:
+    """Return the goal of a request that has both numbers.
+
+    Raises:
+        AgentError: MISSING_FIELD, and what HotPlugCpuMemory is refused with.
+    """
+    missing = [
+        name for name, number in (("cpuNum", request.cpu_num), ("memorySize", request.memory_size)) if not number
+    ]
+    if missing:
+        raise AgentError(Code.MISSING_FIELD, f"the command has no {' and no '.join(missing)}")
+    return HOT_PLUG_CPU_MEMORY.decide(request, facts, task_uuid)
 
 
 def find_progress_context(request: Any) -> dict[str, Any] | None:
@@ -59,15 +91,74 @@ def find_progress_context(request: Any) -> dict[str, Any] | None:
 
 
 def in_its_words(conclude: Callable[[Ending], msgspec.Struct]) -> Callable[[Ending], msgspec.Struct]:
-    """Return a `conclude` whose `error` says what to do as well."""
+    """Return a `conclude` whose `error` says what to do as well, to somebody who has ZStack's console in front."""
 
     def conclude_in_its_words(ending: Ending) -> msgspec.Struct:
         reply = conclude(ending)
-        if isinstance(reply, VmReply) and reply.error and reply.remedy:
-            reply.error = f"{reply.error}. {reply.remedy}"
+        if isinstance(reply, VmReply) and reply.error and reply.error_code is not None:
+            remedy = _REMEDIES.get(reply.error_code, reply.remedy)
+            reply.error = f"{reply.error}. {remedy}"
         return reply
 
     return conclude_in_its_words
+
+
+# What an administrator of ZStack does, where a code's own remedy is for somebody with a shell on the host. Settings by
+# category and name. Source: ZStack's VmGlobalConfig, "vm/numa" and "vm/vm.max.vcpu".
+_STOP_AND_START = "Change the offering, then stop the VM and start it again: its new start takes the new size."
+_NUMA = (
+    "The VM was started without online change of CPU and memory: set the global setting vm/numa to true, then stop the "
+    "VM and start it again."
+)
+_HOST = "Migrate the VM to a host with more free memory, or choose a smaller offering."
+_PRODUCT = "Stop the VM and start it again with the new offering: this VM takes no more while it runs."
+_OWNER = "The VM's owner limits what it may be given while it runs (docs/operate.md of kvmagent, Per-VM limits)."
+_REMEDIES: dict[Code, str] = {
+    Code.MISSING_FIELD: "Choose an offering with both CPU and memory.",
+    Code.VM_NOT_FOUND: "Reconnect the host in ZStack: the VM does not run there.",
+    Code.VM_NOT_RUNNING: "Change the offering while the VM is stopped; it takes effect at its start.",
+    Code.VM_TRANSIENT: "Stop the VM and start it again from ZStack, then try again.",
+    Code.VM_PAUSED: "Resume the VM, then try again.",
+    Code.LIBVIRT_BUSY: "Wait for the VM's migration, snapshot or backup to end, then try again.",
+    Code.CPU_ABOVE_MAXIMUM: "Choose an offering with no more CPUs, or raise the global setting vm/vm.max.vcpu, then "
+    "stop the VM and start it again.",
+    Code.CPU_ABOVE_HOST_LIMIT: "Lower the global setting vm/vm.max.vcpu, then stop the VM and start it again.",
+    Code.CPU_TOPOLOGY_MISMATCH: "Give the VM a CPU topology that fits its CPUs, then stop the VM and start it again.",
+    Code.CPU_NOT_WHOLE_CORE: "Choose an offering whose CPUs are a multiple of the threads of one core.",
+    Code.CPU_REMOVAL_UNSAFE: _STOP_AND_START,
+    Code.CPU_NOT_REMOVABLE: _STOP_AND_START,
+    Code.TARGET_BELOW_CURRENT: "Less than the VM has now takes a stop: stop the VM, change the offering, start it.",
+    Code.MEMORY_ABOVE_MAXIMUM: _STOP_AND_START,
+    Code.SLOTS_EXHAUSTED: "Stop the VM and start it again with the new offering: all of its memory slots are taken.",
+    Code.NO_MAX_MEMORY: _NUMA,
+    Code.NO_NUMA_CELL: _NUMA,
+    Code.NUMA_CELLS_INCOMPLETE: _NUMA,
+    Code.NUMA_NODE_NOT_FOUND: _NUMA,
+    Code.NO_ACPI: _PRODUCT,
+    Code.GUEST_OS_UNABLE: _PRODUCT,
+    Code.MACHINE_NOT_SUPPORTED: _PRODUCT,
+    Code.MEMORY_DEVICE_MISALIGNED: _PRODUCT,
+    Code.MEMORY_ENCRYPTED: _PRODUCT,
+    Code.MEMORY_LOCKED: _PRODUCT,
+    Code.MEMORY_HARD_LIMIT: _PRODUCT,
+    Code.MEMORY_LOCK_LIMIT: _PRODUCT,
+    Code.HOST_MEMORY_SHORT: _HOST,
+    Code.HOST_NODE_MEMORY_SHORT: _HOST,
+    Code.HOST_HUGEPAGES_SHORT: _HOST,
+    Code.MEMORY_NOT_ALIGNED: "Choose an offering whose memory is a multiple of what the message names.",
+    Code.BALLOON_ABOVE_TOTAL: _STOP_AND_START,
+    Code.NO_BALLOON: _STOP_AND_START,
+    Code.NOT_AS_EXPECTED: "Reconnect the host in ZStack, so that both know the same size, then try again.",
+    Code.ABOVE_POLICY: _OWNER,
+    Code.VM_OPTED_OUT: _OWNER,
+    Code.POLICY_UNREADABLE: _OWNER,
+    Code.REFUSED_BY_HOOK: "Do what the hook of the host says, then try again.",
+    Code.CANCELLED: "Try again if the change is wanted after all.",
+    Code.TASK_UNREADABLE: "Put the plugin vm of the host's kvmagent back into agent.plugins, then try again.",
+    Code.DEFINITION_REFUSED: _STOP_AND_START,
+    Code.CPU_SHARES_NOT_SET: _STOP_AND_START,
+    Code.DRIFT: "Stop the VM and start it again: ZStack then starts it with the offering that it has on record.",
+}
 
 
 INCREASE_CPU = replace(
@@ -97,6 +188,8 @@ CHANGE_CPU_MEMORY = replace(
     path="/vm/online/changecpumem",
     summary="HotPlugCpuMemory, as a ZStack management server sends it",
     request=ChangeCpuMemoryRequest,
+    decide=decide_both,
+    refusals=(Code.MISSING_FIELD, *HOT_PLUG_CPU_MEMORY.refusals),
     conclude=in_its_words(HOT_PLUG_CPU_MEMORY.conclude),
     find_progress_context=find_progress_context,
 )

@@ -17,7 +17,7 @@ BEFORE_PLANNING = {"VM_NOT_FOUND", "LIBVIRT_BUSY"}
 # libvirt refuses to define such a domain; tests/unit/test_checks.py shows them.
 NOT_DEFINABLE = {"CPU_TOPOLOGY_MISMATCH", "NUMA_CELLS_INCOMPLETE"}
 # A command that is made of others refuses what they refuse.
-PARTS = {"HotPlugCpuMemory": ("HotPlugCpu", "HotPlugMemory")}
+PARTS = {"HotPlugCpuMemory": ("HotPlugCpu", "HotPlugMemory"), "OnlineChangeCpuMem": ("HotPlugCpuMemory",)}
 # Ended in after the first step: what a libvirt call or the guest said no to.
 ON_THE_WAY = {
     "LIBVIRT_REFUSED",

@@ -567,6 +567,21 @@ CASES = {
     "ready-unknown-os": Case(READY, {}, guest={"os": {}}),
     "cpumem-online": Case(BOTH, {"cpuNum": 2, "memorySize": 512 * MIB}),
     "cpumem-unchanged": Case(BOTH, {"cpuNum": 1, "memorySize": 256 * MIB}),
+    "zstack-cpumem-online": Case(
+        "OnlineChangeCpuMem",
+        {
+            "cpuNum": 2,
+            "memorySize": 512 * MIB,
+            "expectedCpuNum": 1,
+            "expectedMemorySize": 256 * MIB,
+            "scaleShares": True,
+            "threadContext": {"api": "a1"},
+            "threadContextStack": ["t1"],
+            "kvmHostAddons": None,
+        },
+    ),
+    "zstack-cpumem-refused-without-numbers": Case("OnlineChangeCpuMem", {}),
+    "zstack-cpumem-refused-cpu-maximum": Case("OnlineChangeCpuMem", {"cpuNum": 5, "memorySize": 512 * MIB}),
     "cpumem-refused-cpu-maximum": Case(BOTH, {"cpuNum": 5, "memorySize": 512 * MIB}),
     "cpumem-second-fails-first-undone": Case(
         BOTH,

@@ -119,12 +119,12 @@ class Guest:
 
         Observed: with the QEMU 6.2 of Ubuntu 22.04 a q35 guest stays in its firmware, one of machine "pc" comes back.
         """
-        self._run_later("reboot -f")
+        self.run_later("reboot -f")
         self.wait_booted(timeout_s=timeout_s)
 
     def power_off(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         """Power off from within, and wait until libvirt knows."""
-        self._run_later("poweroff -f")
+        self.run_later("poweroff -f")
         self.wait_off(timeout_s=timeout_s)
 
     def wait_off(self, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
@@ -246,7 +246,7 @@ class Guest:
 
     # The harness
 
-    def _run_later(self, command: str) -> None:
+    def run_later(self, command: str) -> None:
         """Have the guest run a command that it does not live to answer: the answer comes before it runs."""
         self.run(f"(usleep 200000; {command}) &")
 

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,11 +33,13 @@ XDG_DIRECTORIES = {"XDG_RUNTIME_DIR": "r", "XDG_CONFIG_HOME": "c", "XDG_CACHE_HO
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
+# host_uuid: two daemons of one machine are two hosts to each other, so that a guest can migrate.
 # keepalive_interval: a test process that has an event loop registered and not running would be taken for dead.
 DAEMON_CONF = """\
 auth_unix_rw = "none"
 log_outputs = "2:stderr"
 keepalive_interval = -1
+host_uuid = "{host_uuid}"
 """
 
 # stdio_handler: with its default, libvirtd starts a virtlogd that outlives it by minutes.
@@ -179,7 +182,7 @@ class PrivateLibvirtd:
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
         self.guests_directory.mkdir()
         (configuration / "qemu.conf").write_text(QEMU_CONF)
-        (configuration / f"{Path(self._program).name}.conf").write_text(DAEMON_CONF)
+        (configuration / f"{Path(self._program).name}.conf").write_text(DAEMON_CONF.format(host_uuid=uuid.uuid4()))
         for path in (self.directory, *self.directory.rglob("*")):
             self.own(path)
 

@@ -1,5 +1,10 @@
+import tempfile
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import msgspec
@@ -11,7 +16,7 @@ from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, ManagementServer, VmEvent, VmSummary
 from kvmagent.tasks.servermemory import ServerMemory
-from kvmagent_plugins.host.answers import QUERIES, check_states, ping, report_event, report_gap, vm_sync
+from kvmagent_plugins.host.answers import QUERIES, check_states, fact, ping, report_event, report_gap, vm_sync
 from kvmagent_plugins.host.messages import HostRequest, VmListRequest
 from tests.fakes.libvirt import qemu_error
 
@@ -19,41 +24,155 @@ SERVER = ManagementServer("h1", "http://127.0.0.1/send", "4.8.0")
 VM = "0123456789abcdef0123456789abcdef"
 
 
+CPU = "sys/devices/system/cpu"
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for path, text in {
-        "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.50GHz\ncpu MHz\t\t: 2494.140\n"
+    files = {
+        "proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU @ 2.50GHz\ncpu MHz\t\t: 1200.140\n"
         "cache size\t: 36608 KB\nflags\t\t: fpu vmx ept\n\nprocessor\t: 1\nmodel name\t: Other\n",
         "proc/meminfo": "MemTotal:       1048576 kB\nMemFree:  1 kB\n",
-        "proc/uptime": "4242.42 1.0\n",
-        "etc/os-release": 'ID=debian\nVERSION_ID="12"\nVERSION_CODENAME=bookworm\n',
+        "proc/stat": "cpu  1 2 3\nbtime 1700000000\nprocesses 7\n",
+        "etc/os-release": 'ID=debian\nVERSION_ID="12"\nVERSION="12 (bookworm)"\nVERSION_CODENAME=bookworm\n',
         "sys/class/dmi/id/product_name": "Server 9\n",
-        "sys/devices/system/cpu/cpu0/topology/physical_package_id": "0\n",
-        "sys/devices/system/cpu/cpu1/topology/physical_package_id": "1\n",
-    }.items():
+        "sys/firmware/dmi/entries/17-0/type": "17",
+        "sys/firmware/dmi/entries/17-1/type": "17",
+    }
+    # Two sockets of two cores of two threads; a level 1 cache of each core, a level 3 of each socket.
+    for cpu in range(8):
+        socket, core, siblings = cpu // 4, cpu // 2, f"{cpu - cpu % 2}-{cpu - cpu % 2 + 1}"
+        files |= {
+            f"{CPU}/cpu{cpu}/topology/physical_package_id": f"{socket}\n",
+            f"{CPU}/cpu{cpu}/topology/core_id": f"{core % 2}\n",
+            f"{CPU}/cpu{cpu}/cpufreq/cpuinfo_max_freq": f"{3_600_000 + cpu * 1000}\n",
+        }
+        for index, (level, kind, size, shared) in enumerate(
+            [("1", "Data", "32K", siblings), ("1", "Instruction", "32K", siblings), ("2", "Unified", "1M", siblings),
+             ("3", "Unified", "16M", f"{socket * 4}-{socket * 4 + 3}")]
+        ):  # fmt: skip
+            below = f"{CPU}/cpu{cpu}/cache/index{index}"
+            files |= {
+                f"{below}/level": level,
+                f"{below}/type": kind,
+                f"{below}/size": size,
+                f"{below}/shared_cpu_list": shared,
+            }
+    for path, text in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     return tmp_path
 
 
-def test_reads_the_host_from_its_kernel_and_firmware(root: Path) -> None:
-    connection = libvirt.open("test:///default")
-    host = read_host_facts(connection, root=root)
-    connection.close()
-    assert (host.cpu_model, host.cpu_mhz, host.cpu_cache) == ("Some CPU @ 2.50GHz", 2494, "36608 KB")
-    assert (host.hvm_flag, host.has_ept, host.cpu_sockets) == ("vmx", True, 2)
-    assert (host.os_name, host.os_version, host.os_release) == ("debian", "12", "bookworm")
-    assert (host.memory_total_bytes, host.uptime_s) == (2**30, 4242.42)
-    assert host.dmi == {"product_name": "Server 9"}
+class Firm:
+    """A connection to the test driver whose libvirt can read the firmware, as a system daemon's can."""
+
+    def __init__(self, connection: libvirt.virConnect) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def getSysinfo(self, flags: int) -> str:
+        return (
+            "<sysinfo type='smbios'><bios><entry name='vendor'>B &amp; Co</entry></bios><system>"
+            "<entry name='serial'>S123</entry><entry name='product'>To Be Filled By O.E.M.</entry></system>"
+            "<processor><entry name='max_speed'>2900 MHz</entry></processor>"
+            "<processor><entry name='max_speed'>100 MHz</entry></processor></sysinfo>"
+        )
+
+    def getCapabilities(self) -> str:
+        return "<capabilities><host><cpu><arch>x86_64</arch><model>Icelake-Server</model></cpu></host></capabilities>"
 
 
-def test_what_the_host_does_not_tell_is_unknown(tmp_path: Path) -> None:
-    connection = libvirt.open("test:///default")
+@pytest.fixture
+def connection() -> Iterator[libvirt.virConnect]:
+    opened = libvirt.open("test:///default")
+    yield opened
+    opened.close()
+
+
+def described(connection: Any, root: Path) -> Any:
+    """The facts as the wire has them."""
+    view = HostView(server=SERVER, host=read_host_facts(connection, root=root), vms=())
+    return msgspec.json.decode(msgspec.json.encode(fact(HostRequest(), view)))
+
+
+def test_a_host_s_facts_are_those_of_zstack_s_own_agent(root: Path, connection: libvirt.virConnect) -> None:
+    told = described(Firm(connection), root)
+    assert told["uptime"] == time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1_700_000_000))
+    wanted = {
+        "osDistribution": "debian",
+        "osVersion": "12",
+        "osRelease": "bookworm",
+        "hvmCpuFlag": "vmx",
+        "eptFlag": "ept",
+        "cpuModelName": "Icelake-Server",
+        "hostCpuModelName": "Some CPU @ 2.50GHz",
+        "cpuGHz": "2.50",
+        "cpuSockets": 2,
+        "cpuCoresPerSocket": 2,
+        "cpuCache": f"{4 * 64},{4 * 1024},{2 * 16 * 1024}",
+        "memorySlotsMaximum": "2",
+        "systemSerialNumber": "S123",
+        "systemProductName": "Server 9",
+        "biosVendor": "B & Co",
+        "systemUUID": "unknown",
+    }
+    assert {name: told[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "flags"),
+    [
+        ("flags\t\t: fpu svm npt\n", {"hvmCpuFlag": "svm"}),
+        ("flags\t\t: fpu vmx ept\n", {"hvmCpuFlag": "vmx", "eptFlag": "ept"}),
+        ("flags\t\t: fpu ept_ad\n", {}),
+        ("", {}),
+    ],
+)
+def test_a_flag_that_the_processor_has_not_is_left_out(
+    root: Path, connection: libvirt.virConnect, cpuinfo: str, flags: dict[str, str]
+) -> None:
+    (root / "proc/cpuinfo").write_text(cpuinfo)
+    told = described(connection, root)
+    assert {name: told[name] for name in ("hvmCpuFlag", "eptFlag") if name in told} == flags
+
+
+def test_the_clock_is_nominal_wherever_it_is_told(root: Path, connection: libvirt.virConnect) -> None:
+    (root / "proc/cpuinfo").write_text("model name\t: AMD EPYC 7452 32-Core Processor\ncpu MHz\t\t: 1500.000\n")
+    assert described(Firm(connection), root)["cpuGHz"] == "2.90"
+    assert described(connection, root)["cpuGHz"] == "3.61"
+    for file in root.glob(f"{CPU}/cpu*/cpufreq/cpuinfo_max_freq"):
+        file.unlink()
+    assert described(connection, root)["cpuGHz"] == "unknown"
+
+
+@given(mhz=st.lists(st.floats(min_value=400, max_value=6000), min_size=2, max_size=4))
+def test_no_fact_follows_the_clock_of_the_moment(mhz: list[float]) -> None:
+    with tempfile.TemporaryDirectory() as directory, closing(libvirt.open("test:///default")) as connection:
+        root = Path(directory)
+        (root / "proc").mkdir()
+        seen = []
+        for now in mhz:
+            (root / "proc/cpuinfo").write_text(f"model name\t: X\ncpu MHz\t\t: {now}\n")
+            seen.append(described(connection, root))
+        assert all(one == seen[0] for one in seen)
+
+
+def test_centos_7_names_its_release_in_brackets(root: Path, connection: libvirt.virConnect) -> None:
+    (root / "etc/os-release").write_text('ID="centos"\nVERSION="7 (Core)"\nVERSION_ID="7"\n')
+    assert described(connection, root)["osRelease"] == "Core"
+
+
+def test_what_the_host_does_not_tell_is_unknown(tmp_path: Path, connection: libvirt.virConnect) -> None:
     host = read_host_facts(connection, root=tmp_path)
-    connection.close()
-    assert (host.cpu_model, host.cpu_mhz, host.os_name, host.uptime_s) == (None, None, None, None)
-    assert host.hvm_flag == ""
+    assert (host.cpu_model, host.cpu_mhz, host.os_name, host.up_since) == (None, None, None, None)
+    assert host.hvm_flag is None
     assert host.memory_total_bytes > 0
+    told = described(connection, tmp_path)
+    assert (told["cpuGHz"], told["cpuCache"], told["uptime"]) == ("unknown", "unknown", "unknown")
+    assert told["cpuProcessorNum"] > 0
 
 
 def summary(name: str, state: str) -> VmSummary:
