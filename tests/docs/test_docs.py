@@ -67,7 +67,7 @@ def test_codes_that_are_named_exist(document: Path) -> None:
 
 
 # Words in capitals that are no codes: places to fill in, and names that are not the agent's.
-NO_CODES = {"KVMAGENT_URL", "VERSION_ARCH", "KVMAGENT_TOKEN_FILE"}
+NO_CODES = {"KVMAGENT_URL", "VERSION_ARCH", "KVMAGENT_TOKEN_FILE", "KVMAGENT_TOKEN"}
 
 
 def commands(document: Path) -> Iterator[list[str]]:

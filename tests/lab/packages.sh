@@ -16,6 +16,8 @@ LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 xz-utils zstd"
 UNIT="systemd util-linux openssl"
 # To turn a log over as the hosts do.
 LOGS="logrotate"
+# The front of a node with two agents: conf/zstack. Its service is not started where services may not be.
+FRONT="haproxy"
 # To see the status page as an operator does, with a font that is the same everywhere. Ubuntu has chromium as a snap
 # alone, which needs a service: there these tests are skipped.
 BROWSER="chromium chromium-driver fonts-inter"
@@ -27,7 +29,7 @@ DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellch
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
-COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv openssl logrotate"
+COMMANDS="gcc pkg-config qemu-system-x86_64 xz zstd systemd-analyze setpriv openssl logrotate haproxy"
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'packages.sh: %s\n' "$*" >&2; exit 1; }
@@ -82,13 +84,13 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     command -v libvirtd >/dev/null || command -v virtqemud >/dev/null || [ -x /usr/sbin/libvirtd ] ||
         [ -x /usr/sbin/virtqemud ] || missing="$missing libvirtd"
     [ -z "$missing" ] || die "this is no Debian or Ubuntu; please install what is missing by hand:$missing
-(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $BROWSER $DEB $TOOLS)"
+(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $DEB $TOOLS)"
     exit 0
 fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $UNIT $LOGS $BROWSER $DEB $TOOLS $python; do
+for package in $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $DEB $TOOLS $python; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0

@@ -1,7 +1,7 @@
 """Examines this host: what an agent needs here, and what it would meet; each finding with its remedy.
 
 configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory, journal, hooks, certificates
-    -> clock -> agent
+    -> clock -> agent -> front, where the node has ZStack's own agent too
 """
 
 import getpass
@@ -16,6 +16,7 @@ from kvmagent.cli.configfile import read_settings
 from kvmagent.cli.ctl.agent import Agent, Target
 from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.findings import Finding
+from kvmagent.cli.ctl.front import examine_front
 from kvmagent.cli.ctl.hostchecks import (
     examine_certificates,
     examine_clock,
@@ -61,6 +62,7 @@ def examine(config: Path, given: dict[str, str]) -> list[Finding]:
         "certificates": lambda: examine_certificates(settings, now),
         "clock": lambda: examine_clock(state_dir, now),
         "agent": lambda: _examine_agent(Target(**target_of(settings) | given)),
+        "front": lambda: examine_front(settings),
     }
     for name, check in checks.items():
         try:
