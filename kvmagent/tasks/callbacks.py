@@ -6,16 +6,22 @@
 A name may lead elsewhere tomorrow, so what `check` found out is never relied on: a connection goes to an address that
 was checked a moment ago, while the name stays what the server's certificate is verified for. Nothing follows a
 redirect, and no proxy of the environment is used.
+
+An exchange has one deadline for all of it: looking the name up, connecting, the handshake, the request, the answer.
+urllib3 and the socket module have none: their timeouts are for one read each, so that a receiver that sends a byte now
+and then would keep a thread for ever.
 """
 
+import io
 import ipaddress
+import math
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,6 +34,7 @@ from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_private
 from kvmagent.settings import CallbackRule, CallbackSection
+from kvmagent.shares import Shares
 
 log = Log(__name__)
 
@@ -38,9 +45,11 @@ Resolve = Callable[[str], Iterable[str]]
 _PORTS = {"http": 80, "https": 443}
 # More of a receiver's answer is not read: it says nothing to the agent.
 _MAX_ANSWER_BYTES = 16384
+# An error may repeat what the receiver sent, and is kept with the task.
+_MAX_WORDS = 500
 # A command waits no longer to learn where its callback's name leads; what was learnt is good for the next ones.
 _RESOLVE_WAIT_S, _RESOLVED_FOR_S = 1.0, 30.0
-_MAX_LOOKUPS, _MAX_RESOLVED = 8, 1024
+_MAX_LOOKUPS, _MAX_RESOLVED = 32, 1024
 
 
 def resolve_by_system(host: str) -> Iterable[str]:
@@ -78,6 +87,7 @@ class Callbacks:
         section = self._section
         try:
             context = ssl.create_default_context(cafile=section.server_ca or None)
+            context.sslsocket_class = _TimedTlsSocket
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             if section.tls_cert:
                 key_file = section.tls_key or section.tls_cert
@@ -99,37 +109,39 @@ class Callbacks:
         if any(rule.name == host and rule.port in (None, port) for rule in self._rules):
             return
         literal = _parse_address(host)
-        addresses = [literal] if literal else self._lookups.find(host)
+        addresses = [literal] if literal else self._lookups.find(host, client)
         if addresses is not None and not any(self._is_allowed(host, port, address, client) for address in addresses):
             raise AgentError(Code.CALLBACK_NOT_ALLOWED, _words(host, port, addresses))
 
     def open(self, url: str, client: str) -> "Channel":
         """Return a channel to the server of a URL, for a task that came from `client`."""
-        return Channel(url, lambda host, port, timeout: self._connect(host, port, timeout, client), self._get_context)
+        return Channel(url, lambda host, port, end: self._connect(host, port, client, end), self._get_context)
 
     def _get_context(self) -> ssl.SSLContext:
         context = self._context or self._make_context()
         self._context = context
         return context
 
-    def _connect(self, host: str, port: int, timeout: Any, client: str) -> socket.socket:
-        """Return a connection to the first allowed address that takes one.
+    def _connect(self, host: str, port: int, client: str, end: float) -> socket.socket:
+        """Return a connection to the first allowed address that takes one, by then.
 
         Raises:
             OSError: no such name, none of its addresses is allowed, or none takes the connection.
         """
         host = host.lower().rstrip(".")
-        found = [address for text in self._resolve(host) if (address := _parse_address(text))]
+        literal = _parse_address(host)
+        found = [literal] if literal else self._lookups.find_now(host, client, _left_s(end))
         allowed = [address for address in found if self._is_allowed(host, port, address, client)]
         failure = OSError(_words(host, port, found))
-        for address in allowed:
+        for tried, address in enumerate(allowed):
             try:
-                connection = socket.create_connection((str(address), port), timeout)
+                # An address that does not answer leaves the others their part of the time.
+                connection = socket.create_connection((str(address), port), _left_s(end) / (len(allowed) - tried))
             except OSError as error:
                 failure = error
             else:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                return connection
+                return _TimedSocket(fileno=connection.detach())
         raise failure
 
     def _is_allowed(self, host: str, port: int, address: Address, client: str) -> bool:
@@ -154,7 +166,9 @@ class Callbacks:
 class Channel:
     """One callback server and a kept connection to it. Used by one thread at a time."""
 
-    def __init__(self, url: str, connect: Callable[..., socket.socket], context: Callable[[], ssl.SSLContext]) -> None:
+    def __init__(
+        self, url: str, connect: Callable[[str, int, float], socket.socket], context: Callable[[], ssl.SSLContext]
+    ) -> None:
         host, port = _host_and_port(url)
         kind = _HttpsConnection if urlsplit(url).scheme == "https" else _HttpConnection
         self._connection = kind(host, port, open_socket=connect, get_context=context)
@@ -162,18 +176,20 @@ class Channel:
     def post(
         self, url: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[int | None, str]:
-        """Return the receiver's status, or None and why there is none. Half an answer is none."""
+        """Return the receiver's status, or None and why there is none. Half an answer is none.
+
+        `timeout_s` is for the whole exchange.
+        """
         connection = self._connection
         try:
             if connection.sock is not None and not connection.is_connected:
                 connection.close()  # by the receiver, meanwhile
-            connection.timeout = timeout_s
-            if connection.sock is not None:
-                connection.sock.settimeout(timeout_s)
+            connection.begin(time.monotonic() + timeout_s)
             status = self._exchange(url, body, headers)
         except (HTTPError, HTTPException, OSError, ValueError) as error:
             connection.close()
-            return None, f"{type(error).__name__}: {error}"
+            late = f" (the receiver has {timeout_s:g} s in all)" if isinstance(error, TimeoutError) else ""
+            return None, f"{type(error).__name__}: {error}{late}"[:_MAX_WORDS]
         return status, f"HTTP {status}"
 
     def close(self) -> None:
@@ -200,6 +216,60 @@ class Channel:
         return response.status
 
 
+class _Timed(socket.socket):
+    """A socket whose reads and writes all end by one moment, `end`, however many they are.
+
+    `sendall` and a TLS handshake are bounded as a whole by the socket's timeout; reads are so one by one.
+    Source: CPython 3.11 socketmodule.c sock_sendall, _ssl.c do_handshake.
+    """
+
+    end = math.inf
+
+    def recv_into(self, *args: Any, **options: Any) -> int:
+        self.settimeout(_left_s(self.end))
+        return super().recv_into(*args, **options)
+
+    def sendall(self, *args: Any, **options: Any) -> None:
+        self.settimeout(_left_s(self.end))
+        super().sendall(*args, **options)
+
+
+class _TimedSocket(_Timed):
+    pass
+
+
+class _TimedTlsSocket(_Timed, ssl.SSLSocket):
+    pass
+
+
+def _left_s(end: float) -> float:
+    """Return how many seconds are left.
+
+    Raises:
+        TimeoutError: none.
+    """
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+class _WholeLines(io.BufferedReader):
+    """Raises where the end comes inside a line: http.client takes it for the end of the head."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) != size:
+            raise IncompleteRead(line)
+        return line
+
+
+class _WholeResponse(HTTPResponse):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fp = _WholeLines(self.fp.detach())
+
+
 class _Checked:
     """urllib3's hook: a connection is opened by `open_socket`, not by the name that it is for.
 
@@ -208,24 +278,41 @@ class _Checked:
 
     host: str
     port: int
-    timeout: Any
+    sock: Any
+    connect: Callable[[], None]
+    response_class: Any
 
     def __init__(
         self,
         *args: Any,
-        open_socket: Callable[..., socket.socket],
+        open_socket: Callable[[str, int, float], socket.socket],
         get_context: Callable[[], ssl.SSLContext],
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
+        self.response_class = _WholeResponse
         self._open_socket = open_socket
         self._get_context = get_context
+        self._end = 0.0
+
+    def begin(self, end: float) -> None:
+        """Begin an exchange that ends by then: connect, where there is no connection.
+
+        Raises:
+            HTTPError, OSError: there is none to be had.
+        """
+        self._end = end
+        if self.sock is None:
+            self.connect()
+        self.sock.end = end
 
     def _new_conn(self) -> socket.socket:
         try:
-            return self._open_socket(self.host, self.port, self.timeout)
+            connection = self._open_socket(self.host, self.port, self._end)
+            connection.settimeout(_left_s(self._end))  # for the handshake
         except OSError as error:
             raise NewConnectionError(self, str(error)) from error  # type: ignore[arg-type]
+        return connection
 
 
 class _HttpConnection(_Checked, HTTPConnection):
@@ -239,41 +326,75 @@ class _HttpsConnection(_Checked, HTTPSConnection):
 
 
 class _Lookups:
-    """What names lead to, learnt without making anyone wait for a resolver that hangs."""
+    """What names lead to, learnt without making anyone wait for a resolver that hangs.
+
+    A resolver cannot be interrupted: a lookup that hangs keeps a thread, which nobody waits for, and a place of the
+    client that asked first. Whose names hang leaves other clients theirs.
+    """
 
     def __init__(self, resolve: Resolve) -> None:
         self._resolve = resolve
         self._changed = threading.Condition()
         self._known: dict[str, tuple[float, list[Address] | None]] = {}
         self._running: set[str] = set()
+        self._places = Shares(_MAX_LOOKUPS)
 
-    def find(self, host: str) -> list[Address] | None:
-        """Return a host's addresses; None while they cannot be known."""
+    def find(self, host: str, client: str) -> list[Address] | None:
+        """Return a host's addresses, of a moment ago at most; None while they cannot be known."""
         with self._changed:
             expires, addresses = self._known.get(host, (0.0, None))
-            if time.monotonic() < expires:
-                return addresses
-            if host not in self._running:
-                if len(self._running) >= _MAX_LOOKUPS:
-                    return None
-                self._running.add(host)
-                # A resolver cannot be interrupted, so that the agent's end does not wait for this thread.
-                run = copy_context().run  # with the log context of who asks
-                threading.Thread(target=run, args=(self._look_up, host), name="callback lookup", daemon=True).start()
-            if not self._changed.wait_for(lambda: host not in self._running, _RESOLVE_WAIT_S):
-                self._learn(host, None)  # nobody else waits for it meanwhile
-            return self._known.get(host, (0.0, None))[1]
+            if time.monotonic() >= expires:
+                addresses = self._ask(host, client, _RESOLVE_WAIT_S)
+                if host in self._running:
+                    self._learn(host, None)  # nobody else waits for it meanwhile
+            return addresses
 
-    def _look_up(self, host: str) -> None:
+    def find_now(self, host: str, client: str, wait_s: float) -> list[Address]:
+        """Return a host's addresses as they are now.
+
+        Raises:
+            OSError: they are not known, or not in time.
+        """
+        with self._changed:
+            addresses = self._ask(host, client, wait_s)
+        if addresses is None:
+            raise OSError(f"the addresses of {host} are not known")
+        return addresses
+
+    def _ask(self, host: str, client: str, wait_s: float) -> list[Address] | None:
+        """Look a host up and wait for it so long; under the lock."""
+        if host not in self._running:
+            if not self._places.has_room(client):
+                return None
+            self._places.take(client)
+            self._running.add(host)
+            run = copy_context().run  # with the log context of who asks
+            thread = threading.Thread(
+                target=run, args=(self._look_up, host, client), name="callback lookup", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no thread to give
+                self._forget(host, client)
+                return None
+        if not self._changed.wait_for(lambda: host not in self._running, wait_s):
+            return None
+        return self._known.get(host, (0.0, None))[1]
+
+    def _look_up(self, host: str, client: str) -> None:
         try:
             addresses = [address for text in self._resolve(host) if (address := _parse_address(text))]
         except (OSError, ValueError) as error:
             log.info("callback host is not known now", host=host, error=str(error))
             addresses = None
         with self._changed:
-            self._running.discard(host)
+            self._forget(host, client)
             self._learn(host, addresses)
             self._changed.notify_all()
+
+    def _forget(self, host: str, client: str) -> None:
+        self._running.discard(host)
+        self._places.leave(client)
 
     def _learn(self, host: str, addresses: list[Address] | None) -> None:
         if len(self._known) >= _MAX_RESOLVED:

@@ -1,0 +1,157 @@
+"""One exchange with a receiver: whatever it does, it ends in time."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmagent.settings import CallbackSection, parse_callback_rule
+from kvmagent.tasks.callbacks import Callbacks
+from tests.lab.pki import Authority
+from tests.lab.receivers import KINDS, BadReceiver
+from tests.lab.server import ManagementServer
+
+TIMEOUT_S = 0.7
+#: What a loaded machine may take beside it.
+GRACE_S = 2.0
+LARGE = b" " * 2**23
+
+
+def post(callbacks: Callbacks, url: str, body: bytes = b"{}") -> tuple[int | None, str, float]:
+    """Exchange once; return the status, the words, and how long it took."""
+    channel = callbacks.open(url, "127.0.0.1")
+    started = time.monotonic()
+    status, words = channel.post(url, body, {"taskuuid": "t"}, TIMEOUT_S)
+    channel.close()
+    return status, words, time.monotonic() - started
+
+
+@pytest.fixture
+def callbacks() -> Callbacks:
+    return Callbacks([parse_callback_rule("caller")], CallbackSection())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exchange_ends_in_its_time_whatever_the_receiver_does(callbacks: Callbacks, kind: str) -> None:
+    with BadReceiver(kind) as receiver:
+        status, words, took_s = post(callbacks, receiver.urls[0], LARGE if kind == "reads nothing" else b"{}")
+    assert status is None or status >= 500
+    assert words
+    assert took_s < TIMEOUT_S + GRACE_S
+
+
+def test_a_kept_connection_has_the_whole_time_for_each_exchange(callbacks: Callbacks) -> None:
+    with ManagementServer() as server:
+        channel = callbacks.open(server.url, "127.0.0.1")
+        for n in range(3):
+            assert channel.post(server.url, b"{}", {"taskuuid": f"t{n}"}, TIMEOUT_S) == (200, "HTTP 200")
+            time.sleep(TIMEOUT_S / 2)
+        channel.close()
+
+
+def test_a_tls_receiver_that_dribbles_ends_in_its_time(tmp_path: Path) -> None:
+    own = Authority(tmp_path)
+    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
+    callbacks.load()
+    with dribbling_tls(own) as url:
+        status, words, took_s = post(callbacks, url)
+    assert (status, took_s < TIMEOUT_S + GRACE_S) == (None, True), words
+
+
+def test_a_handshake_that_does_not_end_is_given_up_in_time(tmp_path: Path) -> None:
+    own = Authority(tmp_path)
+    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
+    callbacks.load()
+    with BadReceiver("dribbles its answer") as receiver:
+        status, words, took_s = post(callbacks, receiver.urls[0].replace("http:", "https:"))
+    assert (status, took_s < TIMEOUT_S + GRACE_S) == (None, True), words
+
+
+class dribbling_tls:  # reads as a statement
+    """A TLS receiver that sends its answer's body a byte at a time."""
+
+    def __init__(self, own: Authority) -> None:
+        self._context = own.server(own.issue("127.0.0.1"), clients=False)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        return f"https://127.0.0.1:{self._listener.getsockname()[1]}/"
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        plain, _ = self._listener.accept()
+        try:
+            with self._context.wrap_socket(plain, server_side=True) as client:
+                while len(client.recv(2**20)) == 2**20:
+                    pass
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                while not self._stop.wait(0.1):
+                    client.sendall(b" ")
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def hanging() -> Iterator[threading.Event]:
+    """A resolver hangs until this is set."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_resolver_that_hangs_ends_an_exchange_in_its_time(hanging: threading.Event) -> None:
+    def resolve(_host: str) -> list[str]:
+        hanging.wait()
+        return []
+
+    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(), resolve=resolve)
+    status, words, took_s = post(callbacks, "http://slow.example/")
+    assert (status, took_s < TIMEOUT_S + GRACE_S) == (None, True), words
+
+
+def test_names_of_one_client_that_hang_leave_another_client_its_lookups(hanging: threading.Event) -> None:
+    def resolve(host: str) -> list[str]:
+        if host.startswith("slow"):
+            hanging.wait()
+        return ["127.0.0.1"]
+
+    callbacks = Callbacks([parse_callback_rule("127.0.0.1")], CallbackSection(), resolve=resolve)
+    askers = [
+        threading.Thread(target=callbacks.check, args=(f"http://slow{n}.example/", "192.0.2.1")) for n in range(40)
+    ]
+    for asker in askers:
+        asker.start()
+    with ManagementServer() as server:
+        url = server.url.replace("127.0.0.1", "quick.example")
+        channel = callbacks.open(url, "192.0.2.2")
+        assert channel.post(url, b"{}", {"taskuuid": "t"}, 5) == (200, "HTTP 200")
+        channel.close()
+    for asker in askers:
+        asker.join()
+
+
+def test_an_address_that_takes_no_connection_leaves_the_next_one_its_time() -> None:
+    with ManagementServer() as server, socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        # On another loopback address, with a queue of connects that is full: no further connect is answered.
+        full.bind(("127.0.0.2", server.port))
+        full.listen(0)
+        for filler in (first, second):
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.2", server.port))
+        callbacks = Callbacks(
+            [parse_callback_rule("127.0.0.0/8")], CallbackSection(), resolve=lambda _: ["127.0.0.2", "127.0.0.1"]
+        )
+        url = server.url.replace("127.0.0.1", "two.example")
+        channel = callbacks.open(url, "127.0.0.1")
+        assert channel.post(url, b"{}", {"taskuuid": "t"}, 2) == (200, "HTTP 200")
+        channel.close()
