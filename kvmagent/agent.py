@@ -106,7 +106,11 @@ class Agent:
             on_gap=self._reports.tell_gap,
         )
         node = Node(
-            self._connection, events=device_events, former_xml_dir=self._state_dir / "former-xml", meters=metrics
+            self._connection,
+            events=device_events,
+            former_xml_dir=self._state_dir / "former-xml",
+            meters=metrics,
+            removes_emulated=settings.libvirt.allow_emulated_removal,
         )
         self._journal = Journal(
             self._state_dir / JOURNAL,

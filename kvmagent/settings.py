@@ -84,6 +84,12 @@ class LibvirtSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait_sec: Annotated[
         int, Meta(ge=0, le=86400, description="Seconds that a task waits for a libvirt that is away before it fails")
     ] = 120
+    allow_emulated_removal: Annotated[
+        bool,
+        Meta(
+            description="Remove vCPUs of emulated VMs (domain type qemu) too, after which many QEMUs crash; for tests"
+        ),
+    ] = False
 
 
 class CallbackSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

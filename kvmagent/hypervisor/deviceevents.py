@@ -1,4 +1,4 @@
-"""What libvirt tells of devices: removed, removal refused, size changed, balloon changed.
+"""What libvirt tells of devices: removed, removal refused, size changed, balloon changed; of vCPUs: removed.
 
     libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event
@@ -17,22 +17,39 @@ from typing import Literal
 
 import libvirt
 
-EventKind = Literal["removed", "removal-failed", "size-changed", "balloon-changed"]
+EventKind = Literal["removed", "removal-failed", "size-changed", "balloon-changed", "vcpu-removed"]
+# A libvirt-python that was built before libvirt 12.4 cannot be told of removed vCPUs: whoever waits for one looks.
+_VCPU_REMOVED: int | None = getattr(libvirt, "VIR_DOMAIN_EVENT_ID_VCPU_REMOVED", None)
+_VCPU_REMOVALS_SINCE = 12_004_000
+
+
+def has_vcpu_removals(connection: libvirt.virConnect) -> bool:
+    """Return whether this libvirt asks for vCPUs back without waiting, and tells of each that is removed."""
+    return bool(connection.getLibVersion() >= _VCPU_REMOVALS_SINCE)
 
 
 @dataclass(frozen=True)
 class DeviceEvent:
-    """One event of a device of a VM, by the device's alias; the balloon has none."""
+    """One event of a device of a VM, by the device's alias; the balloon and a vCPU that was removed have none."""
 
     kind: EventKind
     alias: str
 
 
 class DeviceEvents:
-    """Thread-safe. `on_refused` hears of each removal that a guest refused, watched or not: VM's UUID and alias."""
+    """Thread-safe. `on_refused` hears of each removal that a guest refused, watched or not: VM's UUID and alias.
 
-    def __init__(self, on_refused: Callable[[str, str], None] = lambda _uuid, _alias: None) -> None:
+    `vcpu_removed` is libvirt's number of that event; None where libvirt-python does not know it.
+    """
+
+    def __init__(
+        self,
+        on_refused: Callable[[str, str], None] = lambda _uuid, _alias: None,
+        *,
+        vcpu_removed: int | None = _VCPU_REMOVED,
+    ) -> None:
         self._on_refused = on_refused
+        self._vcpu_removed = vcpu_removed
         self._lock = threading.Lock()
         self._watchers: list[tuple[str, queue.SimpleQueue[DeviceEvent]]] = []
 
@@ -44,6 +61,8 @@ class DeviceEvents:
             libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE: "size-changed",
             libvirt.VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE: "balloon-changed",
         }
+        if self._vcpu_removed is not None and has_vcpu_removals(connection):
+            kinds[self._vcpu_removed] = "vcpu-removed"
         return [
             connection.domainEventRegisterAny(None, event_id, self._callback(kind), None)
             for event_id, kind in kinds.items()

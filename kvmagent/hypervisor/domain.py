@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import libvirt
 
-from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents
+from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents, has_vcpu_removals
 from kvmagent.hypervisor.domainxml import (
     edit_requested,
     find_memory_xml,
@@ -46,6 +46,8 @@ _OFF: frozenset[VmState] = frozenset({"shutoff", "crashed"})
 # Source: libvirt virDomainRunningReason. Observed: libvirt 9.0 keeps it over its own restart, not over a pause.
 _MIGRATED = {libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY}
 _AFFECT = {"live": libvirt.VIR_DOMAIN_AFFECT_LIVE, "config": libvirt.VIR_DOMAIN_AFFECT_CONFIG}
+# The number is libvirt's for good; a libvirt-python that was built before it has no name for it.
+_ASYNC_UNPLUG = getattr(libvirt, "VIR_DOMAIN_VCPU_ASYNC_UNPLUG", 1 << 5)
 _JOBS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_SAVE: "save",
     libvirt.VIR_DOMAIN_JOB_OPERATION_RESTORE: "restore",
@@ -134,6 +136,10 @@ class VmHandle:
 
         try:
             vcpus, blocks = part("cpus", self.agent.vcpus), part("memory", self.agent.blocks)
+            if vcpus is not None and len(vcpus) > domain.live.vcpu_current:
+                # On POWER the guest lists all that it may ever have. Observed: Linux 6.1, ppc64le.
+                there = {vcpu.id for vcpu in domain.live.vcpus if vcpu.enabled}
+                vcpus = tuple(cpu for cpu in vcpus if cpu.online or cpu.id in there)
             # After the blocks: what one of them has just added is in it.
             meminfo = part("memory", self.agent.meminfo) or {}
             return Guest(
@@ -157,6 +163,29 @@ class VmHandle:
             flags |= libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE
         with libvirt_errors(f"setting {count} vCPUs ({' and '.join(targets)})"):
             self._domain.setVcpusFlags(count, flags)
+
+    def ask_vcpus_back(self, count: int, *, nearest: int) -> int:
+        """Ask the guest to come down towards `count` vCPUs; return what it has been asked to come down to.
+
+        Older libvirt waits up to 5 s for each, and then says timeout: so it is asked for the `nearest` number alone,
+        or nobody could tell what it has asked the guest for. Newer ones ask for all, and return at once.
+        Source: libvirt qemuDomainRemoveDeviceWaitTime; 12.4, VIR_DOMAIN_VCPU_ASYNC_UNPLUG.
+
+        Raises:
+            AgentError: CPU_REMOVAL_REFUSED, LIBVIRT_BUSY (another job has the VM), LIBVIRT_REFUSED, ...
+        """
+        with libvirt_errors("reading the vCPUs"):
+            at_once = has_vcpu_removals(self._domain.connect())
+        asked = count if at_once else nearest
+        try:
+            with libvirt_errors(f"setting {asked} vCPUs (live)"):
+                self._domain.setVcpusFlags(asked, _AFFECT["live"] | (_ASYNC_UNPLUG if at_once else 0))
+        except AgentError as error:
+            if error.details.get("libvirtCode") == libvirt.VIR_ERR_OPERATION_FAILED:
+                raise AgentError(Code.CPU_REMOVAL_REFUSED, error.message, details=error.details) from error
+            if error.code is not Code.LIBVIRT_BUSY or self.find_job() is not None:
+                raise
+        return asked
 
     def set_cpu_shares(self, shares: int, target: Target) -> None:
         """Set what the whole VM weighs for CPU time. A session libvirt has no cgroups, and refuses it."""
@@ -232,6 +261,11 @@ class VmHandle:
         """Return a memory device of the running VM as it is now."""
         with libvirt_errors("reading the VM"):
             return parse_definition(self._domain.XMLDesc(0)).find_device(alias)
+
+    def vcpu_quantum(self) -> int:
+        """Return how many vCPUs of the running VM are plugged and removed at once at least."""
+        with libvirt_errors("reading the vCPUs"):
+            return parse_definition(self._domain.XMLDesc(0)).vcpu_quantum
 
     def live_vcpus(self) -> int:
         """Return how many vCPUs the running VM has now."""

@@ -36,6 +36,7 @@ class Node:
 
     `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
     `host_root` where the kernel's files of the host are, `domain_schema` what a dry run is held against.
+    `removes_emulated`: see Host.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Node:
         host_root: Path = Path("/"),
         meters: Meters | None = None,
         domain_schema: Path = DOMAIN_SCHEMA,
+        removes_emulated: bool = False,
     ) -> None:
         self._connection = connection
+        self._removes_emulated = removes_emulated
         self._meters = meters or Meters()
         self._means = Means(
             send_to_agent=send_to_agent,
@@ -138,10 +141,11 @@ class Node:
         """Return what was seen of a VM together with what is so of its host."""
         limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
-            host = msgspec.structs.replace(self._read_host(), vcpu_limit=limit)
+            host = self._read_host()
             domain = self._with_memlock(domain)
         else:
-            host = Host(vcpu_limit=limit, boot_id=read_boot_id(self._host_root))
+            host = Host(boot_id=read_boot_id(self._host_root))
+        host = msgspec.structs.replace(host, vcpu_limit=limit, removes_emulated=self._removes_emulated)
         facts = Facts(domain=domain, guest=guest, host=host)
         self._meters.observed(facts)
         return facts

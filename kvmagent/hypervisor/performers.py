@@ -2,10 +2,11 @@
 
 A performer ends by returning when the effect is there (a text, where it has something to tell), or by raising
 AgentError. Waiting performers look until their deadline, or are woken by an event: libvirt has none for what the guest
-lists or brings online, nor for a vCPU that is gone.
+lists or brings online, older ones none for a vCPU that is gone.
 """
 
 import contextlib
+import math
 import queue
 import time
 from collections.abc import Callable
@@ -79,7 +80,12 @@ def _set_cpu_shares(vm: VmHandle, step: SetCpuShares) -> None:
 
 def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
     def is_listed() -> bool:
-        return len({cpu.id for cpu in vm.agent.vcpus()} - set(step.known)) >= step.added
+        listed = vm.agent.vcpus()
+        new = [cpu for cpu in listed if cpu.id not in step.known]
+        if len(new) > step.added and len(listed) > vm.live_vcpus():
+            # It lists all that it may ever have: only their use tells which ones are there.
+            new = [cpu for cpu in new if cpu.online]
+        return len(new) >= step.added
 
     if not _wait(is_listed, step.timeout_sec):
         raise AgentError(
@@ -155,17 +161,34 @@ def _offline_guest_vcpus(vm: VmHandle, step: OfflineGuestVcpus) -> None:
 
 
 def _unplug_vcpus(vm: VmHandle, step: UnplugVcpus) -> None:
-    """libvirt itself waits 5 s for the guest and then says timeout, whatever the reason. Source: libvirt 9.0."""
-    try:
-        vm.set_vcpus(step.count, "live")
-    except AgentError as error:
-        if error.code is not Code.LIBVIRT_BUSY or vm.find_job() is not None:
-            raise
-    if not _wait(lambda: vm.live_vcpus() <= step.count, step.timeout_sec):
-        raise AgentError(
-            Code.CPU_REMOVAL_PENDING,
-            f"after {step.timeout_sec:g} s the VM still has {vm.live_vcpus()} vCPUs, it was to have {step.count}",
-        )
+    """Ask the guest, and ask again each time that it gave up all it was asked for, until the time is over."""
+    began, quantum = time.monotonic(), vm.vcpu_quantum()
+    asked, refused = math.inf, set[str]()
+    with vm.watch() as events:
+        while (have := vm.live_vcpus()) > step.count:
+            left_s = began + step.timeout_sec - time.monotonic()
+            if have <= asked and (left_s > 0 or asked == math.inf):
+                asked = vm.ask_vcpus_back(step.count, nearest=max(step.count, have - quantum))
+            elif have - len(refused) * quantum <= asked < have:
+                raise _removal_failure(Code.CPU_REMOVAL_REFUSED, have, asked, step, ", ".join(sorted(refused)))
+            elif left_s <= 0:
+                code = Code.CPU_REMOVAL_UNFINISHED if have <= asked else Code.CPU_REMOVAL_PENDING
+                raise _removal_failure(code, have, asked, step, f"after {step.timeout_sec:g} s")
+            else:
+                event = _next_event(events, min(left_s, _pause_s(step.timeout_sec - left_s)))
+                if event is not None and event.kind == "removal-failed" and event.alias.startswith("vcpu"):
+                    refused.add(event.alias)
+
+
+def _removal_failure(code: Code, have: int, asked: float, step: UnplugVcpus, why: str) -> AgentError:
+    begin = f"the guest refused to give up {why}:" if code is Code.CPU_REMOVAL_REFUSED else why
+    unasked = int(asked) - step.count
+    end = f"; it was not asked for {unasked} of them" if unasked else ""
+    return AgentError(
+        code,
+        f"{begin} the VM still has {have} vCPUs, it was to have {step.count}{end}",
+        details={"askedCpuNum": int(asked)} if unasked else {},
+    )
 
 
 def _offline_guest_memory(vm: VmHandle, step: OfflineGuestMemory) -> None:
@@ -255,18 +278,20 @@ def _next_event(events: "queue.SimpleQueue[DeviceEvent]", timeout_s: float) -> D
 
 
 def _wait(is_done: Callable[[], bool], timeout_s: float, pause: Callable[[float], object] = time.sleep) -> bool:
-    """Look until it is so or the time is over; return whether it is so.
-
-    Each pause is a tenth of the time waited so far, within bounds: so what took long is not seen much later.
-    """
+    """Look until it is so or the time is over; return whether it is so."""
     began = time.monotonic()
     while not is_done():
         waited_s = time.monotonic() - began
         if waited_s >= timeout_s:
             return False
         with phase("guest"):
-            pause(min(max(waited_s / 10, _FIRST_LOOK_S), _LONGEST_LOOK_S))
+            pause(_pause_s(waited_s))
     return True
+
+
+def _pause_s(waited_s: float) -> float:
+    """A tenth of the time waited so far, within bounds: so what took long is not seen much later."""
+    return min(max(waited_s / 10, _FIRST_LOOK_S), _LONGEST_LOOK_S)
 
 
 PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {

@@ -58,17 +58,22 @@ class VmRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
     ] = False
 
 
-class Problem(msgspec.Struct, frozen=True, rename="camel"):
-    """A warning, or something that stands in the way, with the one thing to do about it."""
+class Problem(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """A warning, or something that stands in the way, with the one thing to do about it.
+
+    `asked_cpu_num` is what a guest was asked to come down to, where it was asked for less than all that was to leave.
+    """
 
     code: Code
     message: str
     remedy: str
+    asked_cpu_num: int | None = None
 
     @classmethod
     def of(cls, error: AgentError) -> "Problem":
         """Return what an error says, for a warning, a goal or the journal."""
-        return cls(code=error.code, message=error.message, remedy=error.remedy)
+        asked = error.details.get("askedCpuNum")
+        return cls(error.code, error.message, error.remedy, asked if isinstance(asked, int) else None)
 
 
 class Goal(msgspec.Struct, frozen=True, rename="camel"):

@@ -92,6 +92,8 @@ class Code(StrEnum):
     CPU_REMOVAL_UNSAFE = "CPU_REMOVAL_UNSAFE"
     CPU_SHARES_NOT_SET = "CPU_SHARES_NOT_SET"
     CPU_REMOVAL_PENDING = "CPU_REMOVAL_PENDING"
+    CPU_REMOVAL_REFUSED = "CPU_REMOVAL_REFUSED"
+    CPU_REMOVAL_UNFINISHED = "CPU_REMOVAL_UNFINISHED"
     REMOVAL_LOST = "REMOVAL_LOST"
     # memory
     NO_MAX_MEMORY = "NO_MAX_MEMORY"
@@ -463,6 +465,16 @@ CODES: dict[Code, CodeInfo] = {
         "The guest has neither given up the vCPUs nor can it be told to have refused.",
         "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
     ),
+    Code.CPU_REMOVAL_REFUSED: CodeInfo(
+        409,
+        "The guest refused to give up a vCPU.",
+        "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
+    ),
+    Code.CPU_REMOVAL_UNFINISHED: CodeInfo(
+        200,
+        "The guest gave up the vCPUs that it was asked for, and the time was over before it was asked for the others.",
+        "Send the command again to go on, with a longer timeoutSec if the guest is slow.",
+    ),
     Code.REMOVAL_LOST: CodeInfo(
         200,
         "The VM was powered off before its guest had given up what was to be removed: the request ended with that run.",
@@ -707,6 +719,8 @@ LOOKS: dict[Code, str] = {
     Code.CPU_NOT_REMOVABLE: "virsh dumpxml VM | grep '<vcpu '",
     Code.CPU_REMOVAL_UNSAFE: "virsh dumpxml VM | grep '<domain type'",
     Code.CPU_REMOVAL_PENDING: "virsh vcpucount VM; in the guest: lscpu -e",
+    Code.CPU_REMOVAL_REFUSED: "in the guest: dmesg | tail; lscpu -e; ps -eLo psr,pid,cls,comm",
+    Code.CPU_REMOVAL_UNFINISHED: "virsh vcpucount VM; in the guest: lscpu -e",
     Code.CPU_SHARES_NOT_SET: "virsh schedinfo VM",
     Code.NO_MAX_MEMORY: "kvmagentctl ready VM --prepare --diff",
     Code.MEMORY_ABOVE_MAXIMUM: "virsh dumpxml VM | grep -i memory",

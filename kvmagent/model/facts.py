@@ -89,6 +89,9 @@ class Policy(msgspec.Struct, frozen=True):
         return self.hotplug and (self.max_memory_bytes is None or size_bytes < self.max_memory_bytes)
 
 
+_WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
+
+
 class Definition(msgspec.Struct, frozen=True):
     """A VM's definition, live or persistent: the parts that hotplug depends on.
 
@@ -159,6 +162,14 @@ class Definition(msgspec.Struct, frozen=True):
     def slots_used(self) -> int:
         """Slots that memory devices occupy. Source: libvirt 9.0 counts virtio-mem too (dropped in 9.5)."""
         return len(self.devices)
+
+    @property
+    def vcpu_quantum(self) -> int:
+        """How many vCPUs are plugged, or removed, at once at least.
+
+        Source: libvirt 9.0, "vcpu granularity": QEMU plugs whole cores on POWER. Observed: single threads on x86.
+        """
+        return self.topology[3] if self.topology and self.arch in _WHOLE_CORE_ARCHES else 1
 
     @property
     def virtio_mems(self) -> tuple[MemoryDevice, ...]:
@@ -295,6 +306,7 @@ class Host(msgspec.Struct, frozen=True):
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
     every start of the host. An unprivileged libvirt (qemu:///session) cannot raise the limits of its QEMU processes.
     `has_domain_schema` tells whether libvirt's schema is there to hold a definition against.
+    `removes_emulated`: vCPUs of emulated VMs may be removed too (libvirt.allow_emulated_removal).
     """
 
     memory_available_bytes: int | None = None
@@ -305,6 +317,7 @@ class Host(msgspec.Struct, frozen=True):
     boot_id: str | None = None
     libvirt_is_privileged: bool = True
     has_domain_schema: bool = True
+    removes_emulated: bool = False
 
 
 class Facts(msgspec.Struct, frozen=True):

@@ -24,6 +24,8 @@ HOST_RESERVE_BYTES = 256 * MIB
 MOST_VCPUS_WITHOUT_EIM = 255
 # Source: QEMU 7.2: Arm's virt takes dimms and no vCPUs; microvm and isapc take neither.
 _CPU_HOTPLUG_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le", "s390x"})
+# Source: QEMU 7.2 to 11.1, s390x: "CPU hot unplug not supported on this machine".
+_CPU_REMOVAL_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le"})
 _DIMM_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le", "aarch64"})
 # What the guest's part is done with.
 _NEEDED_AGENT_COMMANDS = frozenset(
@@ -35,7 +37,6 @@ _NEEDED_AGENT_COMMANDS = frozenset(
         "guest-set-memory-blocks",
     }
 )
-_WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
 _MACHINE_VERSION, _MEMORY_FROM_MACHINE = re.compile(r"pc-(?:i440fx-|q35-)?(\d+)\.(\d+)"), (2, 1)
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
@@ -154,7 +155,7 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
         if definition.topology is not None:
             sockets, dies, cores, threads = definition.topology
             product = sockets * dies * cores * threads
-            if cpu_num % vcpu_quantum(definition):
+            if cpu_num % definition.vcpu_quantum:
                 yield blocker(
                     Code.CPU_NOT_WHOLE_CORE,
                     f"{cpu_num} vCPUs were asked for, cores of the {name} definition have {threads} threads",
@@ -167,12 +168,9 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
                 )
 
 
-def vcpu_quantum(definition: Definition) -> int:
-    """Return how many vCPUs are plugged at once at least.
-
-    Source: libvirt 9.0, "vcpu granularity": QEMU plugs whole cores on POWER. Observed: single threads on x86.
-    """
-    return definition.topology[3] if definition.topology and definition.arch in _WHOLE_CORE_ARCHES else 1
+def check_cpu_removal(definition: Definition) -> Iterator[Blocker]:
+    """The running VM's machine must be one that gives vCPUs up at all."""
+    yield from _check_machine("running", definition, _CPU_REMOVAL_ARCHES)
 
 
 def vcpu_limit(host: Host, definition: Definition) -> int:

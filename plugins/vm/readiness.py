@@ -15,6 +15,7 @@ from .checks import (
     blocker,
     check_balloon,
     check_cpu,
+    check_cpu_removal,
     check_dimm_room,
     check_dimm_support,
     check_expected,
@@ -23,7 +24,6 @@ from .checks import (
     check_opted_out,
     check_state,
     dimm_quantum,
-    vcpu_quantum,
 )
 from .cpu import idle_warnings, migration_warnings
 from .guestmemory import plug_warnings
@@ -162,7 +162,7 @@ def _definition_blockers(request: ReadyForHotplugRequest, facts: Facts, affect: 
     definition = facts.domain.config if affect == "config" else facts.domain.live or facts.domain.config
     if definition is None:
         return
-    yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + vcpu_quantum(definition))
+    yield from check_cpu(facts, affect, request.cpu_num or definition.vcpu_current + definition.vcpu_quantum)
     yield from check_dimm_support(facts, affect)
     quantum = dimm_quantum(facts, None)
     wanted = definition.memory_bytes + quantum if request.memory_size is None else request.memory_size
@@ -193,7 +193,8 @@ def _headroom(facts: Facts) -> Headroom | None:
         room = min(room, policy.max_memory_bytes - definition.memory_bytes)
     if not policy.hotplug:
         return Headroom(0, 0, 0, 0, 0, memory_granularity=dimm_quantum(facts, None), memory_methods=[])
-    fixed = definition.hypervisor == "qemu" or any(check_gives_up(os))
+    emulated = definition.hypervisor == "qemu" and not facts.host.removes_emulated
+    fixed = emulated or any(check_cpu_removal(definition)) or any(check_gives_up(os))
     removable = 0 if fixed else sum(vcpu.enabled and vcpu.hotpluggable for vcpu in definition.vcpus)
     methods = {
         "balloon": definition.balloon

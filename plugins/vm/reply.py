@@ -7,10 +7,12 @@ import msgspec
 from kvmagent.model.command import SUCCESSFUL, Ending, Outcome, Problem
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Facts, Guest
-from kvmagent.model.steps import AnyStep, DefineShape, Step
+from kvmagent.model.steps import AnyStep, DefineShape, OfflineGuestMemory, OfflineGuestVcpus, Step
+from kvmagent.model.units import format_ids
 
 from .policy import find_mistakes
 from .requests import Drift, Numbers, Stage
+from .vcpus import enabled_ids
 
 
 def shared_fields(
@@ -32,7 +34,11 @@ def shared_fields(
         "before": before,
         "after": after,
         "warnings": find_mistakes(ending.after or ending.before)
-        + (_planned_warnings(ending) if outcome in ("refused", "planned") else _warnings(ending, warnings)),
+        + (
+            _planned_warnings(ending)
+            if outcome in ("refused", "planned")
+            else _warnings(ending, warnings + (_left_offline(ending) if outcome == "partial" else []))
+        ),
         "stages": stages or [],
         "steps": _steps(ending),
         "drift": drift(ending.after),
@@ -53,7 +59,7 @@ def settle(ending: Ending) -> Outcome | None:
         same = _without_guest(ending.before) == _without_guest(ending.after)
     if ending.error is not None:
         left_asked = bool(ending.reports) and ending.error.code in _LEFT_ASKED
-        return "refused" if same and not left_asked else "partial"
+        return "refused" if same and not left_asked and not _left_offline(ending) else "partial"
     if ending.planned is not None:
         return "planned"
     return "unchanged" if same and not ending.reports else None
@@ -67,6 +73,27 @@ _PENDING = (Code.CPU_REMOVAL_PENDING, Code.MEMORY_REMOVAL_PENDING)
 def settle_removal(ending: Ending) -> Outcome | None:
     """Return "pending" for a removal that the guest has neither done nor refused; else None."""
     return "pending" if ending.error is not None and ending.error.code in _PENDING else None
+
+
+def _left_offline(ending: Ending) -> list[Problem]:
+    """Return what the task took offline in the guest for a removal, is there yet and not known to be used again."""
+    if ending.after is None or ending.after.domain.live is None or is_same_run(ending) is False:
+        return []
+    guest, there, found = ending.after.guest, enabled_ids(ending.after.domain.live), []
+    taken = [report.step for report in ending.reports if guest.silence is None or report.problem is None]
+    cpus = frozenset(n for step in taken if isinstance(step, OfflineGuestVcpus) for n in step.ids if n in there)
+    if guest.vcpus is not None:
+        cpus &= frozenset(cpu.id for cpu in guest.vcpus if not cpu.online)
+    if cpus:
+        words = f"CPUs {format_ids(cpus)} were taken offline for their removal, and are not known to be used again"
+        found.append(warning(Code.GUEST_CPU_OFFLINE, words))
+    blocks = frozenset(n for step in taken if isinstance(step, OfflineGuestMemory) for n in step.blocks)
+    if guest.blocks is not None:
+        blocks &= frozenset(block.index for block in guest.blocks if not block.online)
+    if blocks:
+        words = f"memory blocks {format_ids(blocks)} were taken offline for their removal, and are not known to be used"
+        found.append(warning(Code.GUEST_MEMORY_OFFLINE, words))
+    return found
 
 
 def _without_guest(facts: Facts | None) -> Numbers:

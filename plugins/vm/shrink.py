@@ -147,7 +147,8 @@ def _removal_steps(
         detach = DetachMemory(alias=device.alias, timeout_sec=goal.timeout_sec)
         used = tuple(sorted(online_blocks(facts.guest) & frozenset(removal.online_blocks)))
         offline = OfflineGuestMemory(alias=device.alias, blocks=used)
-        if offline.key in spent or f"{detach.key} {Code.MEMORY_REMOVAL_REFUSED}" in spent:
+        refused = detach.key in spent and f"{detach.key} {Code.MEMORY_REMOVAL_PENDING}" not in spent
+        if offline.key in spent or refused:
             back = tuple(sorted(frozenset(removal.online_blocks) - frozenset(used)))
             return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in spent else ()
         if detach.key in spent:

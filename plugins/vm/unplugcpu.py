@@ -5,20 +5,25 @@ from dataclasses import replace
 from kvmagent.model.command import Command, Ending, Goal
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, SetVcpus, UnplugVcpus
+from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, OnlineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
-from .checks import STATE_REFUSALS, check_expected, check_state, refuse_first
+from .checks import STATE_REFUSALS, check_cpu_removal, check_expected, check_state, refuse_first
 from .cpu import cpu_stages
 from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
 from .guestos import check_gives_up
 from .reply import find_failure, find_lost, not_verified, settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugCpuRequest, VmReply
-from .vcpus import leaving_ids
+from .vcpus import can_remove_vcpus, leaving_ids
+
+_ONLINE = OnlineGuestVcpus.__name__
 
 
 class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
-    """A total of vCPUs to come down to. `run` is the VM's run that it was decided in."""
+    """A total of vCPUs to come down to. `run` is the VM's run that it was decided in.
+
+    `used` are the guest's CPUs that are taken offline for it: what does not leave is used again.
+    """
 
     cpu_num: int
     live: bool
@@ -27,6 +32,7 @@ class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
     timeout_sec: float
     run: str | None = None
     shares: tuple[PlannedShares, ...] = ()
+    used: tuple[int, ...] = ()
 
 
 def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> UnplugCpuGoal:
@@ -53,6 +59,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
         timeout_sec=request.timeout_sec,
         run=facts.run,
         shares=plan_shares(facts, request.affect, request.cpu_num, scale=request.scale_shares),
+        used=_used_ids(facts, request.cpu_num) if live and request.guest_online else (),
     )
 
 
@@ -63,10 +70,12 @@ def advance(goal: UnplugCpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[A
     if goal.live and facts.get_live().vcpu_current > goal.cpu_num:
         if UnplugVcpus.__name__ in spent:
             wanted = facts.get_live().vcpu_current
+            back = _unused_ids(goal, facts)
+            if back and f"{UnplugVcpus.__name__} {Code.CPU_REMOVAL_PENDING}" not in spent and _ONLINE not in spent:
+                steps.append(OnlineGuestVcpus(ids=back))
         else:
-            leaving = leaving_ids(facts.get_live(), goal.cpu_num)
-            online = tuple(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in leaving and cpu.online)
-            if online and goal.guest_online and OfflineGuestVcpus.__name__ not in spent:
+            online = tuple(sorted(frozenset(_used_ids(facts, goal.cpu_num)) & frozenset(goal.used)))
+            if online and OfflineGuestVcpus.__name__ not in spent:
                 steps.append(OfflineGuestVcpus(ids=online))
             steps.append(UnplugVcpus(count=goal.cpu_num, timeout_sec=goal.timeout_sec))
     if goal.config and facts.get_config().vcpu_current > wanted:
@@ -97,16 +106,43 @@ def find_shortfall(goal: UnplugCpuGoal, ending: Ending) -> AgentError | None:
     if goal.live and (domain.live is None or domain.live.vcpu_current > goal.cpu_num):
         told = [report.problem.code for report in ending.reports if report.problem is not None]
         failure = find_failure(ending, (Code.CPU_REMOVAL_PENDING, *told))
+        if failure is not None and domain.live is not None and failure.code is Code.CPU_REMOVAL_PENDING:
+            return _find_unfinished(ending, domain.live.vcpu_current, goal.cpu_num) or failure
         return failure or not_verified(f"{goal.cpu_num} vCPUs were set, the running VM has more")
     if goal.config and (domain.config is None or domain.config.vcpu_current > goal.cpu_num):
         return not_verified(f"{goal.cpu_num} vCPUs were set, the persistent VM has more")
     return None
 
 
+def _find_unfinished(ending: Ending, current: int, cpu_num: int) -> AgentError | None:
+    """Return the error of a removal that is no longer pending: all that the guest was asked for have left."""
+    told = [report.problem.asked_cpu_num for report in ending.reports if report.problem is not None]
+    asked = next((number for number in reversed(told) if number is not None), None)
+    if asked is None or current > asked:
+        return None
+    return AgentError(
+        Code.CPU_REMOVAL_UNFINISHED,
+        f"the VM has {current} vCPUs, it was to have {cpu_num}; in time the guest was asked to come down to {asked}",
+    )
+
+
+def _used_ids(facts: Facts, cpu_num: int) -> tuple[int, ...]:
+    """Return the guest's CPUs that it uses, of those that leave."""
+    leaving = leaving_ids(facts.get_live(), cpu_num)
+    return tuple(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in leaving and cpu.online)
+
+
+def _unused_ids(goal: UnplugCpuGoal, facts: Facts) -> tuple[int, ...]:
+    """Return the guest's CPUs that were taken offline for the goal, and are there yet."""
+    there = leaving_ids(facts.get_live(), goal.cpu_num) & frozenset(goal.used)
+    return tuple(cpu.id for cpu in facts.guest.vcpus or () if cpu.id in there and not cpu.online)
+
+
 def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
     """Refuse before anything is touched what cannot be removed, or what the guest is known not to give up."""
     live = facts.get_live()
-    if live.hypervisor == "qemu":
+    refuse_first(check_cpu_removal(live))
+    if not can_remove_vcpus(facts):
         raise AgentError(
             Code.CPU_REMOVAL_UNSAFE, f"VM {facts.domain.name} is emulated: none of its vCPUs can be removed safely"
         )
@@ -142,6 +178,7 @@ HOT_UNPLUG_CPU = Command(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,
         Code.TARGET_ABOVE_CURRENT,
+        Code.MACHINE_NOT_SUPPORTED,
         Code.CPU_NOT_REMOVABLE,
         Code.CPU_REMOVAL_UNSAFE,
         Code.GUEST_CPU_IN_USE,

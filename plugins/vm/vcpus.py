@@ -1,6 +1,6 @@
 """Which vCPUs a VM has by id, which ones libvirt takes when it is given a number, and the way back from a failed plug.
 
-    the running VM, under KVM alone: those that were added, and no other
+    the running VM, where vCPUs can be removed from it: those that were added, and no other
       AwaitGuestVcpus       until the guest lists them; one that it does not list may leave at any later time: it stays
       OfflineGuestVcpus     those of them that the guest uses; then a fresh look
       UnplugVcpus           only where libvirt would take these very vCPUs
@@ -16,6 +16,8 @@ import msgspec
 
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import AnyStep, AwaitGuestVcpus, OfflineGuestVcpus, SetVcpus, UnplugVcpus
+
+from .checks import check_cpu_removal
 
 
 class FormerVcpus(msgspec.Struct, frozen=True, rename="camel"):
@@ -80,6 +82,14 @@ def enabled_ids(definition: Definition) -> tuple[int, ...]:
     return tuple(sorted(vcpu.id for vcpu in definition.vcpus if vcpu.enabled))
 
 
+def can_remove_vcpus(facts: Facts) -> bool:
+    """Return whether vCPUs can be removed from the running VM without harm to it: emulated ones crash later."""
+    live = facts.domain.live
+    if live is None or any(check_cpu_removal(live)):
+        return False
+    return live.hypervisor == "kvm" or facts.host.removes_emulated
+
+
 def leaving_ids(live: Definition, cpu_num: int) -> frozenset[int]:
     """Return the vCPUs that leave, as libvirt chooses them: those of the highest ids that can be removed.
 
@@ -126,7 +136,7 @@ def _find_added(former: FormerVcpus, facts: Facts, cpu_num: int) -> frozenset[in
     """Return the vCPUs that the task has added to the running VM; none where that, or their removal, is not certain."""
     live = facts.domain.live
     same_run = former.run is not None and former.run == facts.run
-    if former.live is None or live is None or live.hypervisor != "kvm" or not same_run:
+    if former.live is None or live is None or not can_remove_vcpus(facts) or not same_run:
         return frozenset()
     have, count = enabled_ids(live), len(former.live)
     added = frozenset(have) - frozenset(former.live)

@@ -86,6 +86,7 @@ def make_node(
     *domains: FakeDomain,
     uri: str = "fake",
     domain_schema: Path = DOMAIN_SCHEMA,
+    removes_emulated: bool = False,
     **host: int,
 ) -> Node:
     """A Node on these domains, on a host of `make_host`; `directory` has its files."""
@@ -98,6 +99,7 @@ def make_node(
         send_to_agent=send_to_agent,
         host_root=make_host(directory / "host", **host),
         domain_schema=domain_schema,
+        removes_emulated=removes_emulated,
     )
 
 

@@ -20,6 +20,8 @@ import libvirt
 from lxml import etree
 
 LIVE, CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
+#: libvirt 12.4's VIR_DOMAIN_VCPU_ASYNC_UNPLUG.
+ASYNC_UNPLUG = 1 << 5
 KIB, MIB = 1024, 1024 * 1024
 #: Where the fake has the one virtio-mem device of a domain.
 VIRTIO_MEM_BASE = 1 << 40
@@ -56,12 +58,12 @@ class FakeGuest:
     `agent` is running, stopped or hung. `refuses` holds agent commands that are blocked in the guest. A guest that
     `sees_nothing` never lists what is plugged. `onlines` is how many CPUs one guest-set-vcpus brings online at most.
     `pinned` memory blocks will not go offline, and those that are `fixed` are told beforehand that they cannot.
-    `unplugs` is what it does when a device is to leave: let it go, refuse, or not answer. A virtio-mem device comes
-    to `virtio_mem_limit` at most. `broken_cpus` will go neither online nor offline. So many times (`late_cpus`) it is
-    asked for its CPUs before it lists a plugged one. It numbers CPUs as they come: `numbers` has those of vCPUs that
-    are not its own.
-    `says` is told how many commands were answered before, and the command; what it returns, text or bytes, is answered
-    in place of what is so.
+    `unplugs` is what it does when a device is to leave: let it go, refuse, not answer, or "slow": a vCPU goes after
+    so many `looks` at the number of vCPUs since it was asked for, or refuses if it is one of `kept_cpus`. A virtio-mem
+    device comes to `virtio_mem_limit` at most. `broken_cpus` will go neither online nor offline. So many times
+    (`late_cpus`) it is asked for its CPUs before it lists a plugged one. It numbers CPUs as they come: `numbers` has
+    those of vCPUs that are not its own. `says` is told how many commands were answered before, and the command; what it
+    returns, text or bytes, is answered in place of what is so.
     """
 
     agent: str = "running"
@@ -79,6 +81,8 @@ class FakeGuest:
     fixed: frozenset[int] = frozenset()
     fixed_cpus: frozenset[int] = frozenset({0})
     unplugs: str = "lets go"
+    looks: int = 2
+    kept_cpus: frozenset[int] = frozenset()
     virtio_mem_limit: int = 1 << 60
     broken_cpus: bool = False
     late_cpus: int = 0
@@ -200,6 +204,7 @@ class FakeDomain:
         self.fail_next: dict[str, Exception] = {}
         self.tell: Callable[[int, str], None] = lambda event_id, alias: None
         self.connection: FakeConnection | None = None
+        self.leaving: dict[int, int] = {}
         self._uuid = _root(self).findtext("uuid") or "11111111-2222-3333-4444-555555555555"
 
     # reads
@@ -264,7 +269,7 @@ class FakeDomain:
                 )
         for name, root in self._affected(flags):
             if name == "live":
-                self._set_live_vcpus(root, count)
+                self._set_live_vcpus(root, count, wait=not flags & ASYNC_UNPLUG)
             else:
                 hotpluggable = bool(flags & libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE)
                 for vcpu in _vcpus_to_change(root, count, removable=None):
@@ -283,6 +288,11 @@ class FakeDomain:
             (self.guest.plug_cpu if state else self.guest.unplug_cpu)(int(vcpus))
 
     def vcpusFlags(self, flags: int) -> int:
+        for vcpu in list(self.leaving):
+            self.leaving[vcpu] -= 1
+            if self.leaving[vcpu] <= 0:
+                del self.leaving[vcpu]
+                self._let_vcpu_go(self._running(), vcpu)
         root = self._affected(flags)[0][1]
         return int(root.find("vcpu").get("current", root.findtext("vcpu")))
 
@@ -425,7 +435,14 @@ class FakeDomain:
             del self.guest.blocks[n]
         self.tell(libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE, _alias(device))
 
-    def _set_live_vcpus(self, root: Any, count: int) -> None:
+    def _let_vcpu_go(self, root: Any, vcpu: int) -> None:
+        if vcpu in self.guest.kept_cpus:
+            self.tell(libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, f"vcpu{vcpu}")
+            return
+        _switch_vcpu(root, vcpu, hotpluggable=True)
+        self.guest.unplug_cpu(vcpu)
+
+    def _set_live_vcpus(self, root: Any, count: int, *, wait: bool) -> None:
         before = int(root.find("vcpu").get("current", root.findtext("vcpu")))
         vcpus = _vcpus_to_change(root, count, removable="yes")
         if count < before and len(vcpus) < before - count:
@@ -437,14 +454,23 @@ class FakeDomain:
         for vcpu in vcpus:
             if count > before:
                 self._fail(f"vcpu{vcpu}")
-            elif self.guest.unplugs != "lets go":
+                _switch_vcpu(root, vcpu, hotpluggable=True)
+                self.guest.plug_cpu(vcpu)
+            elif self.guest.unplugs == "lets go":
+                self._let_vcpu_go(root, vcpu)
+            elif self.guest.unplugs == "refuses":
                 raise qemu_error(
-                    libvirt.VIR_ERR_OPERATION_TIMEOUT,
-                    "Timed out during operation: vcpu unplug request timed out. Unplug result must be manually "
-                    "inspected in the domain",
+                    libvirt.VIR_ERR_OPERATION_FAILED, "operation failed: vcpu unplug request was rejected by guest"
                 )
-            _switch_vcpu(root, vcpu, hotpluggable=True)
-            (self.guest.plug_cpu if count > before else self.guest.unplug_cpu)(vcpu)
+            else:
+                if self.guest.unplugs == "slow":
+                    self.leaving.setdefault(vcpu, self.guest.looks)
+                if wait:
+                    raise qemu_error(
+                        libvirt.VIR_ERR_OPERATION_TIMEOUT,
+                        "Timed out during operation: vcpu unplug request timed out. Unplug result must be manually "
+                        "inspected in the domain",
+                    )
 
     def _affected(self, flags: int) -> list[tuple[str, Any]]:
         affected = []
@@ -489,6 +515,7 @@ class FakeConnection:
     def __init__(self, *domains: FakeDomain) -> None:
         self.domains = list(domains)
         self.alive = True
+        self.lib_version = 9_000_000
         self._ids = itertools.count()
         self.callbacks: dict[int, tuple[int, Callable[..., None]]] = {}
         for domain in domains:
@@ -505,7 +532,7 @@ class FakeConnection:
         return 1024
 
     def getLibVersion(self) -> int:
-        return 9000000
+        return self.lib_version
 
     def isAlive(self) -> bool:
         return self.alive

@@ -621,6 +621,7 @@ CASES = {
         arrange=plug_vcpus(3),
     ),
     "less-cpu-refused-emulated": Case(LESS_CPU, {"cpuNum": 1}, arrange=plug_vcpus(3)),
+    "less-cpu-refused-machine": Case(LESS_CPU, {"cpuNum": 1}, spec={"vcpus": 2}, domain=KVM, arrange=be_of("s390x")),
     "less-cpu-refused-fixed": Case(LESS_CPU, {"cpuNum": 1}, spec={"vcpus": 2}, domain=KVM, arrange=plug_vcpus(3)),
     "less-cpu-refused-in-use": Case(
         LESS_CPU, {"cpuNum": 1}, guest={"fixed_cpus": frozenset({0, 2})}, domain=KVM, arrange=plug_vcpus(3)
