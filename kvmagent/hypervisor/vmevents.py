@@ -24,8 +24,8 @@ _KINDS: dict[int, VmEventKind] = {
 }
 _SHUTDOWN_BY = {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST: "guest", libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST: "host"}
 # QEMU resets more than once for one reboot of a guest: by keyboard controller, ACPI, and again in the firmware.
-# A guest needs longer than this from one reset to the next that somebody asks for.
-_SAME_REBOOT_S = 3.0
+# The times between grow where the host is busy. A guest needs longer from one reset to the next that is asked for.
+_SAME_REBOOT_S = 10.0
 
 
 class VmEvents:

@@ -104,7 +104,7 @@ def test_one_reset_is_one_reboot_and_the_next_is_another() -> None:
         driver.reset()
         driver.reset("f" * 32)
     assert [event.name for event in driver.events] == [VM, "f" * 32]
-    driver.now += 10
+    driver.now += 11
     driver.reset()
     assert [path for path, _ in driver.posted()].count("/kvm/reportvmreboot") == 3
 
@@ -116,7 +116,7 @@ def test_a_guest_that_resets_for_ever_is_told_of_again_and_again(pauses_s: list[
         driver.now += pause_s
         driver.reset()
     told = [event for event in driver.events if event.kind == "rebooted"]
-    assert 1 <= len(told) <= 1 + sum(pauses_s) / 3
+    assert 1 <= len(told) <= 1 + sum(pauses_s) / 10
 
 
 @given(
