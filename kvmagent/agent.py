@@ -55,6 +55,8 @@ log = Log(__name__)
 
 # How long a stopping agent still sends the callbacks that are due.
 _LAST_CALLBACKS_S = 5.0
+# How long it waits for the report that is under way.
+_LAST_REPORT_S = 2.0
 # How long closing HTTP, journal and libvirt may take beside that.
 _CLOSE_S = 30.0
 _TICK_S = 1.0
@@ -334,7 +336,7 @@ class Agent:
         self._journal.stop()
         self._events.stop()
         self._connection.stop()
-        self._reports.stop()
+        self._reports.stop(_LAST_REPORT_S)
         self._journal.unlock()
 
     def _run(self, task: Task) -> None:

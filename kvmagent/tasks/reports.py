@@ -1,12 +1,14 @@
-"""Tells the management server what it did not ask for: the events of VMs, in order.
+"""Tells the management server what it did not ask for: the events of VMs, those of one VM in order.
 
-    tell_...(news)  ->  the plugins' reports  ->  one thread  ->  POST sendCommandUrl, header commandpath
+    tell_...(news)  ->  the plugins' reports  ->  a few threads  ->  POST sendCommandUrl, header commandpath
 
 A report is worth little once it is old: the server asks for all states every minute. So it is tried a few times and
-then dropped with a line in the log, and a server that is away holds up nothing but reports.
+then dropped with a line in the log. One that the server is slow to take holds up those about the same VM alone. An
+exchange has a deadline; what is under way when it ends holds up no stop.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -23,6 +25,9 @@ log = Log(__name__)
 _TRIES, _PAUSE_S = 3, 1.0
 # More that wait are dropped, the oldest first.
 _MOST = 10_000
+_THREADS = 4
+# A connection that has had nothing to do for so long is closed: its server may have been replaced.
+_IDLE_S = 10.0
 
 News = TypeVar("News")
 
@@ -37,28 +42,36 @@ class Reports:
         callbacks: Callbacks,
         *,
         timeout_s: float,
+        idle_s: float = _IDLE_S,
     ) -> None:
         self._plugins = tuple(plugins)
         self._get_server = get_server
         self._callbacks = callbacks
-        self._channel: tuple[ManagementServer, Channel] | None = None
         self._timeout_s = timeout_s
+        self._idle_s = idle_s
         self._changed = threading.Condition()
         self._waiting: deque[Report] = deque(maxlen=_MOST)
+        # The VMs that a report is under way about.
+        self._busy: set[str] = set()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reports", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"reports-{number}", daemon=True) for number in range(_THREADS)
+        ]
 
     def start(self) -> None:
-        """Start the thread that sends."""
-        self._thread.start()
+        """Start the threads that send."""
+        for thread in self._threads:
+            thread.start()
 
-    def stop(self) -> None:
-        """End after what is being sent."""
+    def stop(self, timeout_s: float) -> None:
+        """End after what is being sent, and leave that where it takes longer."""
         with self._changed:
             self._stopping.set()
             self._changed.notify_all()
-        if self._thread.ident is not None:
-            self._thread.join()
+        stop_at = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, stop_at - time.monotonic()))
 
     def tell_event(self, event: VmEvent) -> None:
         """Tell what happened to a VM. Only hands over: libvirt's event loop calls this."""
@@ -83,17 +96,32 @@ class Reports:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while (report := self._take()) is not None:
-            self._send(report)
-        if self._channel is not None:
-            self._channel[1].close()
+        connection = _Connection(self._callbacks)
+        while (report := self._take(connection)) is not None:
+            try:
+                self._send(report, connection)
+            finally:
+                with self._changed:
+                    self._busy.discard(_lane(report))
+                    self._changed.notify_all()
+        connection.close()
 
-    def _take(self) -> Report | None:
+    def _take(self, connection: "_Connection") -> Report | None:
+        """Return the oldest report about a VM that none is under way about; None when the thread is to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopping.is_set())
-            return None if self._stopping.is_set() else self._waiting.popleft()
+            while not self._changed.wait_for(lambda: self._find() is not None or self._stopping.is_set(), self._idle_s):
+                connection.close()
+            report = self._find()
+            if self._stopping.is_set() or report is None:
+                return None
+            self._waiting.remove(report)
+            self._busy.add(_lane(report))
+            return report
 
-    def _send(self, report: Report) -> None:
+    def _find(self) -> Report | None:
+        return next((report for report in self._waiting if _lane(report) not in self._busy), None)
+
+    def _send(self, report: Report, connection: "_Connection") -> None:
         error = "nobody has connected"
         for attempt in range(_TRIES):
             server = self._get_server()
@@ -101,7 +129,8 @@ class Reports:
                 break
             headers = {"commandpath": report.command_path}
             body = msgspec.json.encode(report.body)
-            status, error = self._open(server).post(server.send_command_url, body, headers, self._timeout_s)
+            channel = connection.open(server)
+            status, error = channel.post(server.send_command_url, body, headers, self._timeout_s)
             if status == 404 and report.optional:
                 log.info("report not known to this server", path=report.command_path, vm=report.body.get("vmUuid"))
                 return
@@ -110,10 +139,28 @@ class Reports:
                 return
         log.warning("report dropped", path=report.command_path, body=report.body, error=error)
 
-    def _open(self, server: ManagementServer) -> Channel:
+
+class _Connection:
+    """One thread's connection to the server, kept as long as it is the same."""
+
+    def __init__(self, callbacks: Callbacks) -> None:
+        self._callbacks = callbacks
+        self._open: tuple[ManagementServer, Channel] | None = None
+
+    def open(self, server: ManagementServer) -> Channel:
         """Return the channel to a server, the one that is open where it is the same."""
-        if self._channel is None or self._channel[0] != server:
-            if self._channel is not None:
-                self._channel[1].close()
-            self._channel = server, self._callbacks.open(server.send_command_url, server.client)
-        return self._channel[1]
+        if self._open is None or self._open[0] != server:
+            self.close()
+            self._open = server, self._callbacks.open(server.send_command_url, server.client)
+        return self._open[1]
+
+    def close(self) -> None:
+        """Close the connection, if there is one."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+
+def _lane(report: Report) -> str:
+    """Return what a report is about: a VM, or the host."""
+    return str(report.body.get("vmUuid") or report.body.get("resourceUuid") or "")
