@@ -353,7 +353,7 @@ class Agent:
         for callback in left.owed:
             self._delivery.put_missing(callback)
 
-    def _describe_vm(self, vm: str) -> msgspec.Struct:
+    def _describe_vm(self, vm: str) -> msgspec.Raw:
         """Return what ReadyForHotplug says of a VM: facts, headroom, blockers."""
         command = self._commands.get("ReadyForHotplug")
         if command is None:

@@ -1,12 +1,14 @@
 """GiveAllCpus: bring a VM up to the most vCPUs that its definition allows, but for those that are to be left out."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
 
-from kvmagent.model.command import SUCCESSFUL, Command, Ending, Goal, Outcome, Plugin, VmRequest
+from kvmagent.model.command import Command, Ending, Goal, Plugin, Total, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.reply import VmReply
 from kvmagent.model.steps import AnyStep, OnlineGuestVcpus, SetVcpus
 
 
@@ -25,17 +27,10 @@ class GiveAllCpusGoal(Goal, frozen=True, rename="camel"):
     guest_online: bool
 
 
-class GiveAllCpusReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What is posted to the callback URL. `guestCpuNum` is what the guest itself runs on; null: it does not tell."""
+class GiveAllCpusReply(VmReply, kw_only=True, rename="camel"):
+    """What is posted to the callback URL: what every command on a VM says, and what this one adds to it."""
 
-    success: bool
-    outcome: Outcome
-    error: str = ""
-    error_code: Code | None = None
-    remedy: str | None = None
-    vm_uuid: str
-    cpu_num: int | None = None
-    guest_cpu_num: int | None = None
+    left_out: int | None = None
 
 
 def decide(request: GiveAllCpusRequest, facts: Facts, task_uuid: str) -> GiveAllCpusGoal:
@@ -53,8 +48,11 @@ def decide(request: GiveAllCpusRequest, facts: Facts, task_uuid: str) -> GiveAll
             f"leaveOut is {request.leave_out}, VM {facts.domain.name} may have {definition.vcpu_maximum} vCPUs in all",
             remedy="Leave out fewer.",
         )
+    cpu_num = max(wanted, definition.vcpu_current)
+    saved = max(cpu_num, facts.domain.config.vcpu_current) if config and facts.domain.config is not None else None
     return GiveAllCpusGoal(
-        cpu_num=max(wanted, definition.vcpu_current),
+        totals=(Total("cpu", live=cpu_num if live else None, config=saved),),
+        cpu_num=cpu_num,
         live=live,
         config=config and facts.domain.config is not None,
         guest_online=request.guest_online,
@@ -74,35 +72,10 @@ def advance(goal: GiveAllCpusGoal, facts: Facts, spent: frozenset[str]) -> tuple
     return (OnlineGuestVcpus(ids=offline),) if offline else ()
 
 
-def conclude(ending: Ending) -> GiveAllCpusReply:
-    """Return the reply, from what is so now and not from what was asked."""
-    error, after = ending.error, ending.after
-    live = after.domain.live if after else None
-    outcome = find_outcome(ending)
-    return GiveAllCpusReply(
-        success=outcome in SUCCESSFUL,
-        outcome=outcome,
-        error=error.message if error else "",
-        error_code=error.code if error else None,
-        remedy=error.remedy if error else None,
-        vm_uuid=ending.request.vm_uuid,
-        cpu_num=live.vcpu_current if live else None,
-        guest_cpu_num=after.guest.cpus_online if after else None,
-    )
-
-
-def find_outcome(ending: Ending) -> Outcome:
-    """Return online only where the guest itself runs on all of them."""
-    if ending.error is not None:
-        return "partial" if ending.reports else "refused"
-    if ending.planned is not None:
-        return "planned"
-    if not ending.reports:
-        return "unchanged"
-    if not ending.goal.live:
-        return "configured"
-    assert ending.after is not None
-    return "online" if ending.after.guest.cpus_online == ending.goal.cpu_num else "plugged"
+def conclude(ending: Ending) -> Mapping[str, Any]:
+    """Return what the reply says beside what the agent itself says: here how many vCPUs of the maximum are left."""
+    live = ending.after.domain.live if ending.after else None
+    return {"left_out": None if live is None else live.vcpu_maximum - live.vcpu_current}
 
 
 PLUGIN = Plugin(

@@ -2,6 +2,7 @@
 
 from give_all_cpus import GiveAllCpusGoal, GiveAllCpusRequest, advance, decide
 
+from kvmagent.model.command import Total
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, Host
 from kvmagent.model.steps import OnlineGuestVcpus, SetVcpus
 
@@ -32,3 +33,9 @@ def test_plugs_first_and_then_brings_online_what_the_guest_has_not_by_itself() -
 
 def test_a_guest_that_would_not_is_not_asked_again() -> None:
     assert advance(GOAL, facts(4, online=1), frozenset({"OnlineGuestVcpus"})) == ()
+
+
+def test_its_goal_says_what_the_vm_is_to_have_in_all() -> None:
+    """The agent asks the VM's owner, and judges what came of it, by these totals."""
+    goal = decide(GiveAllCpusRequest(vm_uuid="vm1", affect="live"), facts(1, online=1), "task-1")
+    assert goal.totals == (Total("cpu", live=4, config=None),)

@@ -4,13 +4,15 @@
     advance(goal, facts, spent)           -> steps     what is left to do towards the goal; none = done
     retreat(goal, seen, facts, error)     -> goal      after a failure on the way, where to go instead; None = stop
     resume(goal)                          -> goal      after an interruption, what of the goal may still be pursued
-    conclude(Ending)                      -> reply     what the caller is told
+    conclude(Ending)                      -> fields    what the command has to add to the reply
 
-The executor observes before every call of `advance`, so that a step which needs to know the effect of an earlier one
-is simply planned in the next round, and a task that was cut off goes on from its recorded goal.
+The executor judges what came of it (model.judge): outcome, numbers and stages are no command's to say. It asks the
+VM's owner (model.ownerswill) before anything is touched. It observes before every call of `advance`, so that a step
+which needs to know the effect of an earlier one is simply planned in the next round, and a task that was cut off goes
+on from its recorded goal.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,13 +21,12 @@ import msgspec
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
+from kvmagent.model.reply import Judgement, Problem, VmReply
 from kvmagent.model.roles import Role, check_role
 from kvmagent.model.shapes import settle
-from kvmagent.model.steps import AnyStep
+from kvmagent.model.steps import AnyStep, Resource
 
 Affect = Literal["both", "live", "config"]
-Outcome = Literal["online", "plugged", "configured", "unchanged", "partial", "refused", "pending", "planned"]
-SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "unchanged", "planned"})
 #: The Content-Type of all JSON that the agent sends: some receivers take a body without a charset for ISO-8859-1.
 JSON_TYPE = "application/json; charset=utf-8"
 #: What the callbackurl header says where no callback is wanted: the reply is read from GET /tasks/ID.
@@ -58,26 +59,34 @@ class VmRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
     ] = False
 
 
-class Problem(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A warning, or something that stands in the way, with the one thing to do about it.
+class Total(msgspec.Struct, frozen=True, rename="camel"):
+    """What a task brings one resource to, in all: vCPUs or bytes; None for a definition that it leaves alone.
 
-    `asked_cpu_num` is what a guest was asked to come down to, where it was asked for less than all that was to leave.
+    "memory" is boot memory and what the devices give, "balloon" what the balloon leaves of boot memory and dimms.
     """
 
-    code: Code
-    message: str
-    remedy: str
-    asked_cpu_num: int | None = None
-
-    @classmethod
-    def of(cls, error: AgentError) -> "Problem":
-        """Return what an error says, for a warning, a goal or the journal."""
-        asked = error.details.get("askedCpuNum")
-        return cls(error.code, error.message, error.remedy, asked if isinstance(asked, int) else None)
+    resource: Resource
+    live: int | None
+    config: int | None
+    direction: Literal["up", "down"] = "up"
 
 
-class Goal(msgspec.Struct, frozen=True, rename="camel"):
-    """Where a task is going, in absolute terms. Commands extend it; it is journaled before the first step."""
+class Goal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Where a task is going, in absolute terms. Commands extend it; it is journaled before the first step.
+
+    `totals` say what is to be reached: what is not in them is not touched, and what came of the task is held against
+    them. The executor fills in the rest: `vm` is the VM's UUID, `run` the run that it was decided in; with a `failure`
+    the goal is the way back from what failed.
+    """
+
+    totals: tuple[Total, ...] = ()
+    vm: str = ""
+    run: str | None = None
+    failure: Problem | None = None
+
+    def find_total(self, resource: Resource) -> Total | None:
+        """Return the total of a resource."""
+        return next((total for total in self.totals if total.resource == resource), None)
 
 
 class StepReport(msgspec.Struct, frozen=True, rename="camel"):
@@ -100,6 +109,7 @@ class Ending:
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
     `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
+    `judgement` is what came of it, made before `conclude`; `error` is then the judgement's.
     `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's. `late`: what was
     pending when the task answered has come to an end since.
     """
@@ -114,6 +124,17 @@ class Ending:
     preview: str = ""
     recovered: bool = False
     late: bool = False
+    judgement: Judgement | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether anything was done, so that there is something to be said of it."""
+        return self.judgement is not None and self.judgement.outcome not in ("refused", "planned")
+
+
+def add_nothing(ending: Ending) -> Mapping[str, Any]:
+    """What a command has to say beside what every reply says, if nothing."""
+    return {}
 
 
 def no_retreat(goal: Any, seen: Facts, facts: Facts, error: AgentError) -> None:
@@ -140,30 +161,36 @@ class Command:
     retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
     `find_progress_context` returns what a request carries for the management server to recognise reports of its
     progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
-    offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request.
+    offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `conclude`
+    returns fields of `reply` that are not VmReply's, and `warnings` to be told beside the judge's. With
+    `remedies_in_error` the reply's `error` says what to do as well, for a caller that shows nothing else: of
+    some codes in words of its own.
     """
 
     name: str
     path: str
     summary: str
     request: type[VmRequest]
-    reply: type[msgspec.Struct]
+    reply: type[VmReply]
     goal: type[Goal]
     observe_guest: frozenset[str]
     decide: Callable[[Any, Facts, str], Goal]
     advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
-    conclude: Callable[[Ending], msgspec.Struct]
     refusals: tuple[Code, ...]
     role: Role
     needs_also: Callable[[Any], Role | None] = need_no_more
+    conclude: Callable[[Ending], Mapping[str, Any]] = add_nothing
     retreat: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_retreat
     resume: Callable[[Any], Goal] = resume_all
     observe_first: frozenset[str] = frozenset()
     find_progress_context: Callable[[Any], dict[str, Any] | None] = lambda _request: None
     subcommand: str = ""
+    remedies_in_error: Mapping[Code, str] | None = None
 
     def __post_init__(self) -> None:
         check_role(self.name, self.role)
+        if not issubclass(self.reply, VmReply):
+            raise TypeError(f"the reply of {self.name} is a {self.reply.__name__}: it must extend VmReply")
         settle(self.request, self.goal)
 
 

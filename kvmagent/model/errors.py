@@ -72,6 +72,8 @@ class Code(StrEnum):
     VM_TRANSIENT = "VM_TRANSIENT"
     VM_MIGRATED = "VM_MIGRATED"
     VM_CRASHED = "VM_CRASHED"
+    VM_REPLACED = "VM_REPLACED"
+    VM_RESTARTED = "VM_RESTARTED"
     VM_OPTED_OUT = "VM_OPTED_OUT"
     ABOVE_POLICY = "ABOVE_POLICY"
     POLICY_UNREADABLE = "POLICY_UNREADABLE"
@@ -372,6 +374,16 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
+    ),
+    Code.VM_REPLACED: CodeInfo(
+        404,
+        "The VM that the task began with is gone, and another VM has its name. The other one was not touched.",
+        "Send the command again, with a task id of its own, if it is meant for the VM that has the name now.",
+    ),
+    Code.VM_RESTARTED: CodeInfo(
+        409,
+        "The VM was powered off and on while the task went on: what is told is of the run that there is now.",
+        "Compare before and after; send the command again, with a task id of its own, if something is missing.",
     ),
     Code.VM_OPTED_OUT: CodeInfo(
         400,

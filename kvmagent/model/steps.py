@@ -3,6 +3,9 @@
 A `soft` step asks the guest. When it fails or its time runs out, the task goes on and the reply carries a warning:
 a guest that does not answer is no error of the hypervisor's change. A soft step that failed is not tried again in its
 run: `key` names what is given up with it.
+
+A step that changes a `resource` says so, and how far it brings it (`stage`): it is performed only for a goal that has
+a total of it.
 """
 
 from typing import ClassVar, Literal
@@ -10,12 +13,16 @@ from typing import ClassVar, Literal
 import msgspec
 
 Target = Literal["live", "config"]
+Resource = Literal["cpu", "memory", "balloon"]
+StageName = Literal["plugged", "visible", "online"]
 
 
 class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
     """One effect on one VM."""
 
     soft: ClassVar[bool] = False
+    resource: ClassVar[Resource | None] = None
+    stage: ClassVar[StageName | None] = None
 
     @property
     def key(self) -> str:
@@ -31,6 +38,8 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
 class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
     """Set the number of vCPUs, of the running VM, of its persistent definition (there hotpluggable), or of both."""
 
+    resource: ClassVar[Resource | None] = "cpu"
+    stage: ClassVar[StageName | None] = "plugged"
     count: int
     target: Target | Literal["both"]
 
@@ -42,6 +51,7 @@ class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
 class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
     """Set what the whole VM weighs against others for CPU time, of the running VM or of its definition."""
 
+    resource: ClassVar[Resource | None] = "cpu"
     soft: ClassVar[bool] = True
     shares: int
     target: Target
@@ -54,6 +64,8 @@ class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
     """Wait until the guest lists `added` CPUs beside the `known` ones."""
 
+    resource: ClassVar[Resource | None] = "cpu"
+    stage: ClassVar[StageName | None] = "visible"
     soft: ClassVar[bool] = True
     known: tuple[int, ...]
     added: int
@@ -63,6 +75,8 @@ class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
 class OnlineGuestVcpus(Step, frozen=True, tag="OnlineGuestVcpus", rename="camel"):
     """Bring CPUs online in the guest through its agent."""
 
+    resource: ClassVar[Resource | None] = "cpu"
+    stage: ClassVar[StageName | None] = "online"
     soft: ClassVar[bool] = True
     ids: tuple[int, ...]
 
@@ -70,6 +84,8 @@ class OnlineGuestVcpus(Step, frozen=True, tag="OnlineGuestVcpus", rename="camel"
 class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
     """Attach a dimm under a user alias, to the running VM, its persistent definition, or both."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "plugged"
     alias: str
     size_bytes: int
     node: int
@@ -80,6 +96,8 @@ class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
 class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"):
     """Wait until the guest lists these memory blocks."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "visible"
     soft: ClassVar[bool] = True
     blocks: tuple[int, ...]
     timeout_sec: float
@@ -88,6 +106,8 @@ class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"
 class OnlineGuestMemory(Step, frozen=True, tag="OnlineGuestMemory", rename="camel"):
     """Bring memory blocks online in the guest through its agent."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "online"
     soft: ClassVar[bool] = True
     blocks: tuple[int, ...]
 
@@ -95,6 +115,8 @@ class OnlineGuestMemory(Step, frozen=True, tag="OnlineGuestMemory", rename="came
 class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
     """Set the balloon's target, of the running VM or of its persistent definition."""
 
+    resource: ClassVar[Resource | None] = "balloon"
+    stage: ClassVar[StageName | None] = "plugged"
     size_bytes: int
     target: Target
 
@@ -102,6 +124,8 @@ class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
 class AwaitBalloon(Step, frozen=True, tag="AwaitBalloon", rename="camel"):
     """Wait until the balloon's actual size reached the target."""
 
+    resource: ClassVar[Resource | None] = "balloon"
+    stage: ClassVar[StageName | None] = "visible"
     soft: ClassVar[bool] = True
     size_bytes: int
     timeout_sec: float
@@ -110,6 +134,8 @@ class AwaitBalloon(Step, frozen=True, tag="AwaitBalloon", rename="camel"):
 class OfflineGuestVcpus(Step, frozen=True, tag="OfflineGuestVcpus", rename="camel"):
     """Take CPUs offline in the guest through its agent."""
 
+    resource: ClassVar[Resource | None] = "cpu"
+    stage: ClassVar[StageName | None] = "online"
     soft: ClassVar[bool] = True
     ids: tuple[int, ...]
 
@@ -117,6 +143,8 @@ class OfflineGuestVcpus(Step, frozen=True, tag="OfflineGuestVcpus", rename="came
 class UnplugVcpus(Step, frozen=True, tag="UnplugVcpus", rename="camel"):
     """Bring the running VM down to a number of vCPUs, and wait until the guest has let go of the others."""
 
+    resource: ClassVar[Resource | None] = "cpu"
+    stage: ClassVar[StageName | None] = "plugged"
     soft: ClassVar[bool] = True
     count: int
     timeout_sec: float
@@ -125,6 +153,8 @@ class UnplugVcpus(Step, frozen=True, tag="UnplugVcpus", rename="camel"):
 class OfflineGuestMemory(Step, frozen=True, tag="OfflineGuestMemory", rename="camel"):
     """Take the memory blocks of one device offline in the guest through its agent."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "online"
     soft: ClassVar[bool] = True
     alias: str
     blocks: tuple[int, ...]
@@ -137,6 +167,8 @@ class OfflineGuestMemory(Step, frozen=True, tag="OfflineGuestMemory", rename="ca
 class DetachMemory(Step, frozen=True, tag="DetachMemory", rename="camel"):
     """Ask the guest to give up a dimm of the running VM, and wait until it has, or has refused."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "plugged"
     soft: ClassVar[bool] = True
     alias: str
     timeout_sec: float
@@ -149,6 +181,7 @@ class DetachMemory(Step, frozen=True, tag="DetachMemory", rename="camel"):
 class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
     """Remove a dimm from the persistent definition: by its user alias, else by slot, node and size."""
 
+    resource: ClassVar[Resource | None] = "memory"
     alias: str | None
     slot: int | None
     node: int
@@ -162,6 +195,8 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
 class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
     """Attach a virtio-mem device under a user alias, of which the guest is asked to plug `requested_bytes`."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "plugged"
     alias: str
     size_bytes: int
     block_bytes: int
@@ -174,6 +209,8 @@ class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
 class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
     """Set what is requested of a virtio-mem device: found by its alias, in the persistent one else by node and size."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "plugged"
     alias: str | None
     node: int
     size_bytes: int
@@ -184,6 +221,8 @@ class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
 class AwaitVirtioMem(Step, frozen=True, tag="AwaitVirtioMem", rename="camel"):
     """Wait until a virtio-mem device's current size is the requested one."""
 
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "visible"
     soft: ClassVar[bool] = True
     alias: str
     size_bytes: int

@@ -5,6 +5,7 @@
       node.hold                          the VM, on a connection of its own
       vm.observe                         before
       command.decide      -> goal        an AgentError ends the task, nothing was touched
+      ask_owner                          of its totals, whatever plugin it is
       hooks.run_before                   the operator's; they may refuse. Then observe and decide anew
       journal.record_goal                on disk before the first step
       command.advance     -> steps       none: done
@@ -12,21 +13,24 @@
         vm.observe, advance again
       command.retreat     -> goal        after a failure: where to go instead, by the same loop
       command.resume      -> goal        after an interruption, in place of the decision: what may still be pursued
-      command.conclude    -> reply
+      judge, command.conclude -> reply   what was proven; a command adds its own fields
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
       hooks.run_after                    the operator's; what they do changes nothing
 
 A task that answered `pending` comes again later, to be looked at: see tasks.late.
 
+Whatever is raised on the way, of whatever kind, ends in a reply: a step was performed -> partial, else refused.
+
 A task that was cut off, by the agent's death or by libvirt's, goes on with the goal that it recorded from what it
-finds. While libvirt is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
+finds, on the very VM that it was made for. Until it has ended no other task decides anything of that VM. While libvirt
+is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
 """
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 import msgspec
@@ -34,11 +38,14 @@ import msgspec
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters, phase
-from kvmagent.model.command import Command, Ending, Problem, StepReport, VmRequest
+from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
+from kvmagent.model.ownerswill import ask_owner
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
+from kvmagent.tasks.answers import make_error, make_reply
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Journal, Owed, Task
@@ -86,6 +93,10 @@ class VmNode(Protocol):
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for libvirt to be reachable; return whether it is."""
+
+
+class _NotYet(Exception):
+    """The VM has the goal of another task, which goes first."""
 
 
 class _Stopped(Exception):
@@ -175,7 +186,7 @@ class Executor:
             if hooked:
                 self._hooks.run_after(task, reply)
 
-    def ask(self, command: Command, request: VmRequest) -> msgspec.Struct:
+    def ask(self, command: Command, request: VmRequest) -> msgspec.Raw:
         """Answer a command that changes nothing, without a task.
 
         Raises:
@@ -183,7 +194,8 @@ class Executor:
         """
         facts = self._node.observe(request.vm_uuid, command.observe_guest)
         goal = command.decide(request, facts, "")
-        return command.conclude(Ending(request, goal, before=facts, after=facts, reports=(), error=None))
+        ending = Ending(request, goal, before=facts, after=facts, reports=(), error=None)
+        return msgspec.Raw(make_reply(command, ending)[0])
 
     def _look_late(self, task: Task) -> None:
         """See whether what was pending has come to an end; if so the definition follows, and that is the result.
@@ -194,17 +206,17 @@ class Executor:
             run = self._take_up(task)
             run.late = True
             spent = {word for report in run.reports if report.problem for word in spent_by(report)}
-            with self._node.hold(run.request.vm_uuid) as vm, self._locks.hold(vm.uuid):
+            with self._hold(run) as vm, self._locks.hold(vm.uuid):
                 run.after = vm.observe(run.command.observe_guest)
                 steps = self._find_following(run, frozenset(spent))
                 self._perform_round(task, run, vm, steps, spent, set())
                 run.after = vm.observe(run.command.observe_guest)
-            reply = run.command.conclude(run.end())
-            outcome = str(getattr(reply, "outcome", ""))
+            reply, judgement = make_reply(run.command, run.end())
+            outcome = judgement.outcome
             if outcome == PENDING:
                 return
             owes = bool(getattr(run.request, "late_callback", False))
-            owed = self._journal.finish_late(task.task_uuid, msgspec.json.encode(reply), outcome, owed=owes)
+            owed = self._journal.finish_late(task.task_uuid, reply, outcome, owed=owes)
         except AgentError as error:
             log.info("pending removal cannot be looked at now", **error_fields(error))
             return
@@ -234,26 +246,18 @@ class Executor:
             return *bare_reply(task, error), False
         try:
             self._pursue_through_outages(task, run)
-        except AgentError as error:
-            if error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED, Code.STOPPING):
-                raise
-            run.error = error
         except _Stopped:
             raise
         except Exception as error:
-            run.error = AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
-            run.error.__cause__ = error
+            run.error = make_error(error)
+            if run.error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED, Code.STOPPING):
+                raise run.error from error
         if run.error is not None:
             if not run.error.expected:
                 log.failure("task failed", run.error, error_code=run.error.code)
             self._look_again(run)
-        try:
-            reply = run.command.conclude(run.end())
-        except Exception as error:
-            log.failure("no reply could be made", error)
-            failure = AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
-            return *bare_reply(task, failure), run.hooked
-        return msgspec.json.encode(reply), str(getattr(reply, "outcome", "")), run.error, run.hooked
+        reply, judgement = make_reply(run.command, run.end())
+        return reply, judgement.outcome, judgement.error, run.hooked
 
     def _take_up(self, task: Task) -> Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
@@ -287,9 +291,13 @@ class Executor:
         give_up_at: float | None = None
         while True:
             try:
-                with self._node.hold(run.request.vm_uuid) as vm, self._locks.hold(vm.uuid):
+                with self._hold(run) as vm, self._locks.hold(vm.uuid):
+                    self._let_others_go_first(task, run, vm)
                     self._pursue(task, run, vm)
                 return
+            except _NotYet:
+                if self._stopping.wait(_PAUSE_S):
+                    raise _Stopped from None
             except AgentError as error:
                 if error.code is not Code.LIBVIRT_UNAVAILABLE:
                     raise
@@ -300,6 +308,36 @@ class Executor:
                 log.warning("libvirt is lost, the task waits", seconds=round(give_up_at - now), **error_fields(error))
                 if not self._wait_for_libvirt(give_up_at):
                     raise
+
+    @contextmanager
+    def _hold(self, run: Run) -> Iterator[HeldVm]:
+        """Have the VM: with a goal the very one that the goal was made for, whoever bears its name now.
+
+        Raises:
+            AgentError: VM_REPLACED, VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        uuid = "" if run.goal is None else run.goal.vm
+        with ExitStack() as stack:
+            try:
+                vm = stack.enter_context(self._node.hold(uuid or run.request.vm_uuid))
+            except AgentError as error:
+                if error.code is not Code.VM_NOT_FOUND or not uuid:
+                    raise
+                vm = stack.enter_context(self._node.hold(run.request.vm_uuid))
+            if uuid and vm.uuid != uuid:
+                raise AgentError(
+                    Code.VM_REPLACED,
+                    f"the task began with the VM of UUID {uuid}, {run.request.vm_uuid} is {vm.uuid} now",
+                )
+            yield vm
+
+    def _let_others_go_first(self, task: Task, run: Run, vm: HeldVm) -> None:
+        """One VM has one goal at a time: who has none yet waits for the task whose goal is recorded."""
+        if run.goal is not None or run.request.dry_run:
+            return
+        if (other := self._journal.find_goal_of(vm.uuid)) not in (None, task.task_uuid):
+            log.debug("the VM has the goal of another task", other=other)
+            raise _NotYet
 
     def _wait_for_libvirt(self, until: float) -> bool:
         """Return whether libvirt is there again in time.
@@ -335,9 +373,10 @@ class Executor:
             self._record_goal(task, run, steps)
         try:
             self._reach_goal(task, run, vm)
-        except AgentError as error:
-            if error.code not in _NO_WAY_BACK:
-                self._retreat(task, run, vm, error)
+        except Exception as error:
+            failure = make_error(error)
+            if failure.code not in _NO_WAY_BACK:
+                self._retreat(task, run, vm, failure)
             raise
 
     def _plan(self, task: Task, run: Run, vm: HeldVm) -> tuple[AnyStep, ...]:
@@ -346,7 +385,12 @@ class Executor:
         run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
         if run.goal is None:
             run.before = run.after
-            run.goal = command.decide(run.request, run.after, task.task_uuid)
+            goal = _identify(command.decide(run.request, run.after, task.task_uuid), run.after)
+            steps = command.advance(goal, run.after, frozenset())
+            if steps or goal.totals:
+                ask_owner(run.after, run.request.affect, goal)
+            run.goal = goal
+            return steps
         return command.advance(run.goal, run.after, frozenset())
 
     def _reach_goal(self, task: Task, run: Run, vm: HeldVm) -> None:
@@ -367,6 +411,7 @@ class Executor:
             if not steps:
                 return
             _refuse_repetition(confirmed, steps)
+            _refuse_undeclared(run, steps)
             self._perform_round(task, run, vm, steps, spent, confirmed)
             run.after = vm.observe(run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
@@ -406,14 +451,18 @@ class Executor:
             if goal is None:
                 return
             log.info("task retreats", **error_fields(error))
-            run.goal, run.interrupted = goal, True
-            if steps := run.command.advance(goal, run.after, frozenset()):
+            run.goal, run.interrupted = msgspec.structs.replace(goal, failure=Problem.of(error)), True
+            if steps := run.command.advance(run.goal, run.after, frozenset()):
                 self._record_goal(task, run, steps)
             self._reach_goal(task, run, vm)
-        except AgentError as failure:
+        except Exception as raised:
+            failure = make_error(raised)
             if failure.code in _NO_WAY_BACK:
                 raise
-            log.warning("task cannot retreat", **error_fields(failure))
+            if failure.expected:
+                log.warning("task cannot retreat", **error_fields(failure))
+            else:
+                log.failure("task cannot retreat", failure, error_code=failure.code)
 
     def _record_goal(self, task: Task, run: Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
@@ -454,6 +503,9 @@ class Executor:
             problem = Problem.of(error)
             if not step.soft:
                 raise
+        except Exception as error:
+            problem = Problem.of(make_error(error))
+            raise
         finally:
             self._fault("step:done")
             ended = self._clock()
@@ -470,14 +522,33 @@ class Executor:
         return problem
 
     def _look_again(self, run: Run) -> None:
-        """After a failure only a fresh look tells how far it came; unknown is better than stale."""
+        """After a failure only a fresh look tells how far it came; unknown is better than stale, or than another VM."""
         if not run.reports:
             return
         try:
-            run.after = self._node.observe(run.request.vm_uuid, run.command.observe_guest)
-        except AgentError as error:
-            log.warning("the VM cannot be read after the failure", **error_fields(error))
+            with self._hold(run) as vm:
+                run.after = vm.observe(run.command.observe_guest)
+        except Exception as error:
+            log.warning("the VM cannot be read after the failure", **error_fields(make_error(error)))
             run.after = None
+
+
+def _identify(goal: Goal, facts: Facts) -> Goal:
+    """Return a goal with the VM and the run that it is for: no plugin has to remember it."""
+    return msgspec.structs.replace(goal, vm=facts.domain.uuid, run=facts.run)
+
+
+def _refuse_undeclared(run: Run, steps: tuple[AnyStep, ...]) -> None:
+    """What the goal has no total of cannot be judged, nor could its owner be asked."""
+    assert run.goal is not None
+    declared = {total.resource for total in run.goal.totals}
+    for step in steps:
+        if step.resource is not None and step.resource not in declared:
+            raise AgentError(
+                Code.INTERNAL_ERROR,
+                f"{run.command.name} plans {type(step).__name__}, and its goal has no total of {step.resource}",
+                expected=False,
+            )
 
 
 def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:

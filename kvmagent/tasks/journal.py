@@ -18,8 +18,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from kvmagent.meters import Meters
-from kvmagent.model.command import Problem
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.reply import Problem
 from kvmagent.model.units import format_size
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journalfile import Database, JournalFile, Row
@@ -418,6 +418,15 @@ class Journal:
     def unfinished(self) -> list[Task]:
         """Return what an earlier agent left to do, in order of acceptance."""
         return [_read_unfinished(row) for row in self._file.read(_UNFINISHED)]
+
+    def find_goal_of(self, vm_uuid: str) -> str | None:
+        """Return the oldest unfinished task that has recorded a goal for that VM, by whatever name it came."""
+        sql = (
+            "SELECT task_uuid FROM tasks WHERE state = 'running' AND goal IS NOT NULL"
+            " AND json_extract(CAST(before AS TEXT), '$.domain.uuid') = ? ORDER BY seq LIMIT 1"
+        )
+        rows = self._file.read(sql, (vm_uuid,))
+        return rows[0]["task_uuid"] if rows else None
 
     def pending(self) -> list[str]:
         """Return the tasks that answered `pending`: what they removed may still leave."""

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable
 
 from kvmagent.logs import Log, error_fields
-from kvmagent.model.command import Problem
 from kvmagent.model.errors import CODES, AgentError, Code
+from kvmagent.model.reply import Problem
 from kvmagent.tasks.journal import Journal, Task
 
 log = Log(__name__)

@@ -6,9 +6,10 @@ from typing import Any
 import msgspec
 
 from kvmagent.logs import Log
-from kvmagent.model.command import Command, Ending, Goal, Problem, StepReport, VmRequest
+from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
+from kvmagent.model.reply import Outcome, Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.journal import StepRecord, Task
 
@@ -84,9 +85,9 @@ def read_report(record: StepRecord) -> StepReport:
     )
 
 
-def bare_reply(task: Task, error: AgentError) -> tuple[bytes, str, AgentError]:
+def bare_reply(task: Task, error: AgentError) -> tuple[bytes, Outcome, AgentError]:
     """Return a reply for a task whose command can make none."""
-    outcome = "refused" if task.goal is None else "partial"
+    outcome: Outcome = "refused" if task.goal is None else "partial"
     fields: dict[str, Any] = {
         "success": False,
         "error": error.message,

@@ -17,6 +17,7 @@ from kvmagent.meters import Meters
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.tasks.answers import make_reply
 from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.run import bare_reply
@@ -71,7 +72,7 @@ class Withdrawal:
             if declared is not None:
                 request = msgspec.json.decode(task.request, type=declared.request)
                 ending = Ending(request, goal=None, before=None, after=None, reports=(), error=error)
-                return msgspec.json.encode(declared.conclude(ending))
+                return make_reply(declared, ending)[0]
         except msgspec.MsgspecError:
             pass  # of another version: the bare reply tells it as well
         return bare_reply(task, error)[0]

@@ -7,12 +7,13 @@ planner will not refuse.
 import re
 from collections.abc import Iterable, Iterator
 
+from kvmagent.model import policy
 from kvmagent.model.command import Affect
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
+from kvmagent.model.reply import Problem
 from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
-from . import policy
 from .requests import Blocker, HotPlugMemoryRequest
 
 # Linux adds memory in blocks: the guest agent tells their size, and without it the kernel's smallest is assumed.
@@ -102,13 +103,13 @@ def check_state(domain: Domain, affect: Affect) -> Iterator[Blocker]:
 def check_opted_out(domain: Domain, affect: Affect) -> Iterator[Blocker]:
     """The owner must allow hotplug of each definition to be changed."""
     for name, definition in _definitions(domain, affect):
-        yield from policy.check_opt_out(domain, name, definition)
+        yield from _blockers(policy.check_opt_out(domain, name, definition))
 
 
 def check_memory_ceiling(facts: Facts, affect: Affect, size_bytes: int) -> Iterator[Blocker]:
     """Memory that grows to this must stay within the ceiling of each definition to be changed."""
     for name, definition in _definitions(facts.domain, affect):
-        yield from policy.check_memory_ceiling(facts.domain, name, definition, size_bytes)
+        yield from _blockers(policy.check_memory_ceiling(facts.domain, name, definition, size_bytes))
 
 
 def check_expected(facts: Facts, affect: Affect, cpu_num: int | None, memory_size: int | None) -> Iterator[Blocker]:
@@ -151,7 +152,7 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
                 f"{cpu_num} vCPUs were asked for, the {name} definition allows at most {definition.vcpu_maximum}",
                 needs_restart=True,
             )
-        yield from policy.check_cpu_ceiling(facts.domain, name, definition, cpu_num)
+        yield from _blockers(policy.check_cpu_ceiling(facts.domain, name, definition, cpu_num))
         if definition.topology is not None:
             sockets, dies, cores, threads = definition.topology
             product = sockets * dies * cores * threads
@@ -408,6 +409,12 @@ def _definitions(domain: Domain, affect: Affect) -> Iterator[tuple[str, Definiti
         yield "running", domain.live
     if affect != "live" and domain.config is not None:
         yield "persistent", domain.config
+
+
+def _blockers(problems: Iterable[Problem]) -> Iterator[Blocker]:
+    """Return problems that no restart of the VM removes."""
+    for one in problems:
+        yield Blocker(code=one.code, message=one.message, remedy=one.remedy, needs_restart=False)
 
 
 def blocker(code: Code, message: str, *, needs_restart: bool = False) -> Blocker:

@@ -1,32 +1,31 @@
 """HotPlugCpuMemory: memory first, then vCPUs; when either fails on the way, what was done is undone."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Command, Ending, Goal, Problem
+from kvmagent.model.command import Command, Ending, Goal
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 
 from . import cpu, memory, memorygoal, shrink
 from .checks import check_expected, check_state, refuse_first
 from .cpu import CpuGoal
 from .cpushares import explain_shares
-from .guestmemory import find_growth, memory_stages
 from .memorygoal import MemoryGoal
-from .reply import settle, shared_fields, tell_undo
 from .requests import HotPlugCpuMemoryRequest, HotPlugCpuRequest, HotPlugMemoryRequest, MemoryReply
 from .shrink import ShrinkGoal
 
 
 class CpuMemoryGoal(Goal, frozen=True, rename="camel"):
-    """Both goals; after a failure, which one it was and the way back instead."""
+    """Both goals; after a failure the way back instead."""
 
     memory: MemoryGoal
     cpu: CpuGoal
-    failure: Problem | None = None
     undo_memory: ShrinkGoal | None = None
 
 
@@ -46,10 +45,8 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
     refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, request.expected_memory_size))
     more_memory = HotPlugMemoryRequest(memory_size=request.memory_size, **shared)
     more_cpus = HotPlugCpuRequest(cpu_num=request.cpu_num, scale_shares=request.scale_shares, **shared)
-    return CpuMemoryGoal(
-        memory=memory.decide(more_memory, facts, task_uuid),
-        cpu=cpu.decide(more_cpus, facts, task_uuid),
-    )
+    memory_goal, cpu_goal = memory.decide(more_memory, facts, task_uuid), cpu.decide(more_cpus, facts, task_uuid)
+    return CpuMemoryGoal(totals=memory_goal.totals + cpu_goal.totals, memory=memory_goal, cpu=cpu_goal)
 
 
 def advance(goal: CpuMemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -85,37 +82,20 @@ def resume(goal: CpuMemoryGoal) -> CpuMemoryGoal:
     return msgspec.structs.replace(goal, cpu=cpu.resume(goal.cpu))
 
 
-def conclude(ending: Ending) -> MemoryReply:
-    """Return the reply: refused where nothing is left of it, partial where something is."""
-    goal, facts = ending.goal, ending.after
-    if goal is not None and facts is not None and ending.planned is None:
-        ending = replace(ending, error=_find_error(goal, ending, facts))
-    warnings: list[Problem] = []
-    if goal is not None and goal.failure is None:
-        warnings = memorygoal.find_warnings(goal.memory, facts) + cpu.find_warnings(goal.cpu, facts)
-    if (outcome := settle(ending)) is None:
-        changes_live = goal.memory.changes_live or goal.cpu.added
-        outcome = "configured" if not changes_live else "plugged" if warnings else "online"
-    definition = None if facts is None else facts.domain.config if _is_config(ending) else facts.domain.live
-    explained = memory.explain(replace(ending, goal=None if goal is None else goal.memory)) + explain_shares(ending)
-    return MemoryReply(
-        **shared_fields(ending, outcome, warnings + explained, memory_stages(ending) + cpu.cpu_stages(ending)),
-        requested=ending.request.memory_size,
-        aligned=None if goal is None else goal.memory.total_bytes,
-        applied=None if definition is None else definition.memory_bytes,
-        guest_growth=find_growth(ending),
-    )
-
-
-def _find_error(goal: CpuMemoryGoal, ending: Ending, facts: Facts) -> AgentError | None:
-    if goal.failure is not None:
-        undone = settle(replace(ending, error=ending.error or tell_undo(goal.failure, undone=True))) == "refused"
-        return tell_undo(goal.failure, undone=undone)
-    return ending.error or memorygoal.find_shortfall(goal.memory, facts) or cpu.find_shortfall(goal.cpu, facts)
-
-
-def _is_config(ending: Ending) -> bool:
-    return bool(ending.request.affect == "config")
+def conclude(ending: Ending) -> Mapping[str, Any]:
+    """Return what both parts have to say."""
+    goal = None if ending.goal is None else ending.goal.memory
+    told = memory.conclude(replace(ending, goal=goal))
+    definition = None
+    if ending.after is not None:
+        domain = ending.after.domain
+        definition = domain.config if ending.request.affect == "config" else domain.live
+    return {
+        **told,
+        "warnings": told["warnings"] + (explain_shares(ending) if ending.is_done else []),
+        "aligned": None if goal is None else goal.total_bytes,
+        "applied": None if definition is None else definition.memory_bytes,
+    }
 
 
 def _undo_memory(goal: MemoryGoal, facts: Facts) -> ShrinkGoal:

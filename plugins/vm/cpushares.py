@@ -5,14 +5,16 @@ definition has for it. Shares alone are of the whole VM, so that each vCPU weigh
 Source: libvirt 9.0, qemuProcessSetupVcpu; formatdomain, cputune.
 """
 
+from typing import Literal
+
 import msgspec
 
-from kvmagent.model.command import Affect, Ending, Problem
+from kvmagent.model.command import Affect, Ending
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.guestuse import warning
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, SetCpuShares, Target
-
-from .reply import warning
 
 # Source: Linux Documentation/scheduler: the least that the kernel takes.
 _LEAST = 2
@@ -25,14 +27,20 @@ class PlannedShares(msgspec.Struct, frozen=True, rename="camel"):
     target: Target
 
 
-def plan_shares(facts: Facts, affect: Affect, cpu_num: int, *, scale: bool) -> tuple[PlannedShares, ...]:
-    """Return the shares by which each of `cpu_num` vCPUs weighs as much as one does now; none where none are set."""
+def plan_shares(
+    facts: Facts, affect: Affect, cpu_num: int, *, scale: bool, direction: Literal["up", "down"]
+) -> tuple[PlannedShares, ...]:
+    """Return the shares by which each of `cpu_num` vCPUs weighs as much as one does now; none where none are set.
+
+    A definition that is beyond `cpu_num` in that direction already keeps its vCPUs, and its shares.
+    """
     if not scale:
         return ()
     return tuple(
         PlannedShares(shares=max(_LEAST, round(own.cpu_shares * cpu_num / own.vcpu_current)), target=target)
         for target, own in _definitions(facts, affect)
-        if own.cpu_shares is not None and own.vcpu_current != cpu_num
+        if own.cpu_shares is not None
+        and (own.vcpu_current < cpu_num if direction == "up" else own.vcpu_current > cpu_num)
     )
 
 

@@ -1,26 +1,17 @@
 """Memory as the guest has it: its blocks behind the VM's devices, bringing them online, and what to tell of it."""
 
-from kvmagent.model.command import Ending, Problem
-from kvmagent.model.errors import MEMORY_ONLINE_HINT, AgentError, Code
+from kvmagent.model.command import Ending
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts, Guest, count_missing, dimm_blocks, pick_blocks
+from kvmagent.model.guestuse import find_mem_total, warning
+from kvmagent.model.policy import explain_not_asked
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import (
     AnyStep,
-    AttachMemory,
-    AttachVirtioMem,
-    AwaitBalloon,
     AwaitGuestMemory,
-    AwaitVirtioMem,
-    DetachMemory,
-    OfflineGuestMemory,
     OnlineGuestMemory,
-    ResizeVirtioMem,
-    SetBalloon,
 )
-from kvmagent.model.units import MIB, align_down, format_ids, format_size
-
-from .policy import explain_not_asked
-from .reply import find_stages, refused_warning, silence_warning, warning
-from .requests import Stage
+from kvmagent.model.units import MIB, align_down, format_size
 
 # Memory that is added costs the guest a page map of 64 bytes for each page of 4 KiB, out of what it has free by then.
 # Source: Linux struct page. Observed by users: kata-containers 4847, 12 GiB need about 190 MiB.
@@ -128,45 +119,15 @@ def check_guest_can_spare(facts: Facts, taken_bytes: int) -> None:
         )
 
 
-def plug_warnings(facts: Facts, blocks: tuple[range, ...], *, online: bool) -> list[Problem]:
-    """Return why the guest may not use memory that was plugged; `blocks` are those that it should list."""
-    guest = facts.guest
-    if guest.silence is not None:
-        return [silence_warning(guest, MEMORY_ONLINE_HINT)]
-    if guest.blocks is None or guest.block_bytes is None:
-        refused = "guest-get-memory-blocks" if guest.blocks is None else "guest-get-memory-block-info"
-        return [refused_warning(guest, refused, MEMORY_ONLINE_HINT)]
-    found = []
-    unseen = count_missing(listed_blocks(guest), blocks)
-    if unseen:
-        found.append(
-            warning(
-                Code.GUEST_MEMORY_NOT_SEEN,
-                f"{format_size(unseen * guest.block_bytes)} that the VM has are not listed by the guest",
-            )
-        )
-    offline = frozenset(block.index for block in guest.blocks if not block.online)
-    if offline:
-        found.append(
-            warning(
-                Code.GUEST_MEMORY_OFFLINE,
-                f"memory blocks {format_ids(offline)} ({format_size(len(offline) * guest.block_bytes)}) "
-                "are offline in the guest",
-            )
-        )
-        if not online:
-            found.append(explain_not_asked(facts))
-    return found
-
-
 def explain_free(ending: Ending) -> list[Problem]:
     """Say why `free` in the guest shows less than the VM has: told on success too, never hidden."""
     facts = ending.after
     if facts is None or ending.goal is None or ending.request.affect == "config":
         return []
-    if facts.domain.live is None or facts.guest.mem_total_bytes is None:
+    total = find_mem_total(facts)
+    if facts.domain.live is None or total is None:
         return []
-    has, total, actual = facts.domain.live.memory_bytes, facts.guest.mem_total_bytes, facts.domain.balloon_bytes
+    has, actual = facts.domain.live.memory_bytes, facts.domain.balloon_bytes
     if total >= has:
         return []
     growth = find_growth(ending)
@@ -184,29 +145,6 @@ def explain_free(ending: Ending) -> list[Problem]:
 
 def find_growth(ending: Ending) -> int | None:
     """Return how much MemTotal grew in the guest, which says more than the total; None where it was not told."""
-    before = ending.before.guest.mem_total_bytes if ending.before else None
-    after = ending.after.guest.mem_total_bytes if ending.after else None
+    before = find_mem_total(ending.before) if ending.before else None
+    after = find_mem_total(ending.after) if ending.after else None
     return None if before is None or after is None else after - before
-
-
-def memory_stages(ending: Ending) -> list[Stage]:
-    """Return how far the memory has come: of the VM, listed by the guest, used by the guest."""
-    facts = ending.after
-    if facts is None or facts.domain.live is None:
-        return []
-    blocks, quantum = facts.guest.blocks, facts.guest.block_bytes
-    known = blocks is not None and quantum is not None
-    return find_stages(
-        ending,
-        "memory",
-        (
-            facts.domain.live.memory_bytes,
-            len(blocks) * quantum if blocks is not None and quantum is not None else None,
-            len(online_blocks(facts.guest)) * quantum if known and quantum is not None else None,
-        ),
-        (
-            (AttachMemory, AttachVirtioMem, ResizeVirtioMem, SetBalloon, DetachMemory),
-            (AwaitGuestMemory, AwaitVirtioMem, AwaitBalloon),
-            (OnlineGuestMemory, OfflineGuestMemory),
-        ),
-    )

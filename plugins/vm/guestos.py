@@ -10,9 +10,9 @@ Observed by users: kubevirt 14095, virtio-win 1607, cloud-hypervisor 1799 and 18
 
 from collections.abc import Iterator
 
-from kvmagent.model.command import Problem
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import GuestOs
+from kvmagent.model.reply import Problem
 
 from .requests import Blocker
 

@@ -1,15 +1,16 @@
 """HotPlugMemory: more memory for a running VM, its persistent definition, or both: balloon, virtio-mem, dimms."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Affect, Command, Ending, Problem
+from kvmagent.model.command import Affect, Command, Ending, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice
-from kvmagent.model.steps import (
-    Target,
-)
+from kvmagent.model.policy import may_online
+from kvmagent.model.reply import Problem
+from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB, MIB, align_down, align_up, format_size
 
 from .checks import (
@@ -31,13 +32,10 @@ from .guestmemory import (
     explain_free,
     find_growth,
     find_idle,
-    memory_stages,
     split_for_guest,
 )
 from .guestos import check_plugs_memory, check_virtio_mem, find_limits
-from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance, find_shortfall, find_warnings
-from .policy import may_online
-from .reply import settle, shared_fields
+from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance
 from .requests import HotPlugMemoryRequest, MemoryReply
 
 # How far the balloon may stay from its target and still have reached it: QEMU and the guest move whole pages.
@@ -73,6 +71,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         refuse_first(check_memory_ceiling(facts, target, size_bytes))
     main: Target = "config" if request.affect == "config" else "live"
     return MemoryGoal(
+        totals=_find_totals(request.affect, facts, added, balloon_bytes, dimms),
         balloon_bytes=balloon_bytes,
         balloon_live=balloon_bytes is not None and request.affect != "config",
         balloon_config=balloon_bytes is not None and request.affect != "live",
@@ -89,24 +88,43 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     )
 
 
-def conclude(ending: Ending) -> MemoryReply:
-    """Return the reply: online only where the guest itself uses every block of what was plugged."""
+def _find_totals(
+    affect: Affect,
+    facts: Facts,
+    added: dict[Target, int],
+    balloon_bytes: int | None,
+    dimms: tuple[PlannedDimm, ...],
+) -> tuple[Total, ...]:
+    """Return what each definition is to have in all; the balloon counts dimms as soon as they are attached."""
+    has = {target: current_definition(facts, target).memory_bytes for target in TARGETS if affect in ("both", target)}
+    memory = {target: size_bytes + added[target] for target, size_bytes in has.items()}
+    totals = [Total("memory", live=memory.get("live"), config=memory.get("config"))]
+    if balloon_bytes is not None:
+        totals.append(
+            Total(
+                "balloon",
+                live=balloon_bytes + sum(dimm.size_bytes for dimm in dimms if dimm.live) if "live" in has else None,
+                config=balloon_bytes + sum(dimm.size_bytes for dimm in dimms if dimm.config)
+                if "config" in has
+                else None,
+            )
+        )
+    return tuple(totals)
+
+
+def conclude(ending: Ending) -> Mapping[str, Any]:
+    """Return what the reply says of rounding, and what is to be said of memory that is no failing."""
     goal = ending.goal
-    if goal is not None and ending.after is not None and ending.planned is None:
-        ending = replace(ending, error=ending.error or find_shortfall(goal, ending.after))
-    warnings = find_warnings(goal, ending.after)
-    if (outcome := settle(ending)) is None:
-        outcome = "configured" if not goal.changes_live else "plugged" if warnings else "online"
     aligned = None
     if goal is not None:
         aligned = goal.total_bytes if goal.balloon_bytes is None or goal.plugs else goal.balloon_bytes
-    return MemoryReply(
-        **shared_fields(ending, outcome, warnings + explain(ending), memory_stages(ending)),
-        requested=ending.request.memory_size,
-        aligned=aligned,
-        applied=_applied(ending.request.affect, ending),
-        guest_growth=find_growth(ending),
-    )
+    return {
+        "warnings": explain(ending) if ending.is_done else [],
+        "requested": ending.request.memory_size,
+        "aligned": aligned,
+        "applied": _applied(ending.request.affect, ending),
+        "guest_growth": find_growth(ending),
+    }
 
 
 def explain(ending: Ending) -> list[Problem]:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from kvmagent.model.command import Goal, Problem
+from kvmagent.model.command import Goal
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice, count_missing, device_blocks, pick_blocks
 from kvmagent.model.steps import (
@@ -17,7 +17,7 @@ from kvmagent.model.steps import (
 )
 from kvmagent.model.units import format_size
 
-from .guestmemory import listed_blocks, online_blocks, online_steps, plug_warnings, spans_of
+from .guestmemory import listed_blocks, online_blocks, online_steps, spans_of
 from .reply import not_verified
 
 
@@ -104,15 +104,6 @@ def advance(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyS
         or _dimm_steps(goal, facts, spent)
         or _back_online_steps(goal, facts, spent)
     )
-
-
-def find_warnings(goal: MemoryGoal | None, facts: Facts | None) -> list[Problem]:
-    """Return why the guest may not use all memory of the running VM; nothing when it says that it does."""
-    if facts is None or facts.domain.live is None or goal is None or not goal.changes_live:
-        return []
-    if not goal.plugs and not goal.back_online:
-        return []
-    return plug_warnings(facts, _dimm_blocks(goal.dimms, facts), online=goal.guest_online)
 
 
 def find_shortfall(goal: MemoryGoal, facts: Facts) -> AgentError | None:

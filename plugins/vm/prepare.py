@@ -2,15 +2,16 @@
 
 import msgspec
 
-from kvmagent.model.command import Goal, Problem
+from kvmagent.model.command import Goal
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.guestuse import warning
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import CellShape, Shape
 from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
 
 from .checks import X86_BLOCK_BYTES, carries_x2apic, check_machine_age, check_opted_out, refuse_first, vcpu_limit
 from .guestos import find_socket_limits
-from .reply import warning
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
 # Room that a VM without any is given where the request names none, in multiples of what it has.

@@ -3,11 +3,15 @@
 With `prepare` the persistent definition is edited so that the next start is ready; the running VM is never touched.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from kvmagent.model.command import Affect, Command, Ending, Outcome, Problem
+from kvmagent.model.command import Affect, Command, Ending
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Facts, dimm_blocks
+from kvmagent.model.facts import Facts
+from kvmagent.model.guestuse import find_memory_warnings, idle_warnings, migration_warnings
+from kvmagent.model.judge import drift
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import align_up, format_size
 
@@ -25,11 +29,8 @@ from .checks import (
     check_state,
     dimm_quantum,
 )
-from .cpu import idle_warnings, migration_warnings
-from .guestmemory import plug_warnings
 from .guestos import check_gives_up, check_plugs_memory, check_virtio_mem, find_limits
 from .prepare import PrepareGoal, explain_preparation, is_prepared, plan_preparation
-from .reply import drift, settle, shared_fields
 from .requests import Blocker, Headroom, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
 
 
@@ -49,31 +50,29 @@ def advance(goal: PrepareGoal, facts: Facts, spent: frozenset[str]) -> tuple[Any
     return (DefineShape(shape=goal.shape),)
 
 
-def conclude(ending: Ending) -> ReadinessReply:
+def conclude(ending: Ending) -> Mapping[str, Any]:
     """Return the answer: ready when nothing stands in the way, all blockers when something does."""
     facts, goal = ending.after, ending.goal
     if facts is None or ending.error is not None:
-        return ReadinessReply(**shared_fields(ending, settle(ending) or "refused", []))
-    outcome: Outcome = settle(ending) or "configured"
+        return {}
     blockers = list(dict.fromkeys(_blockers(ending.request, facts)))
     lasting = list(_blockers_after_restart(ending.request, facts))
-    shared = shared_fields(ending, outcome, _find_warnings(facts))
-    shared["warnings"] += explain_preparation(goal, facts, planned=ending.planned is not None)
-    return ReadinessReply(
-        **shared,
-        name=facts.domain.name,
-        state=facts.domain.state,
-        plugged_offline=_find_offline(facts),
-        guest_os=facts.guest.os,
-        ready=not blockers,
-        ready_after_restart=not lasting,
-        blockers=blockers,
-        headroom=_headroom(facts),
-        changes=list(goal.changes),
-        clamped=list(goal.clamped),
-        diff=_find_diff(ending),
-        restart_required=_needs_restart(facts) if ending.request.prepare else None,
-    )
+    return {
+        "warnings": (_find_warnings(facts) if ending.is_done else [])
+        + explain_preparation(goal, facts, planned=ending.planned is not None),
+        "name": facts.domain.name,
+        "state": facts.domain.state,
+        "plugged_offline": _find_offline(facts),
+        "guest_os": facts.guest.os,
+        "ready": not blockers,
+        "ready_after_restart": not lasting,
+        "blockers": blockers,
+        "headroom": _headroom(facts),
+        "changes": list(goal.changes),
+        "clamped": list(goal.clamped),
+        "diff": _find_diff(ending),
+        "restart_required": _needs_restart(facts) if ending.request.prepare else None,
+    }
 
 
 def _find_offline(facts: Facts) -> PluggedOffline | None:
@@ -94,7 +93,7 @@ def _offline_warnings(facts: Facts) -> list[Problem]:
     if live is not None and guest.vcpus is not None:
         found += idle_warnings(guest.vcpus, live.vcpu_current)
     if live is not None and guest.blocks is not None and guest.block_bytes is not None:
-        found += plug_warnings(facts, dimm_blocks(live, guest.block_bytes), online=True)
+        found += find_memory_warnings(facts, asked_online=True)
     return found
 
 

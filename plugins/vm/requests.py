@@ -4,9 +4,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from kvmagent.model.command import Outcome, Problem, VmRequest
+from kvmagent.model.command import VmRequest
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import GuestOs, VmState
+from kvmagent.model.reply import VmReply
 
 CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
 MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
@@ -99,74 +100,6 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
         Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
     ) = None
     slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
-
-
-class Numbers(msgspec.Struct, frozen=True, rename="camel"):
-    """A VM's numbers at one moment; null where unknown. Sizes are bytes.
-
-    cpuNum and memorySize are the running VM's, config... its persistent definition's, guest... what the guest says.
-    memorySize is boot memory plus plugged devices; balloonSize what the balloon leaves of it; guestMemorySize is
-    MemTotal in the guest.
-    """
-
-    cpu_num: int | None = None
-    max_cpu_num: int | None = None
-    config_cpu_num: int | None = None
-    guest_cpu_num: int | None = None
-    memory_size: int | None = None
-    max_memory_size: int | None = None
-    config_memory_size: int | None = None
-    balloon_size: int | None = None
-    guest_memory_size: int | None = None
-    free_slots: int | None = None
-
-
-class Stage(msgspec.Struct, frozen=True, rename="camel"):
-    """How far a change has come, and when: vCPUs or bytes in all, milliseconds since the task was started.
-
-    plugged: the hypervisor has it; visible: the guest lists it; online: the guest uses it.
-    """
-
-    resource: Literal["cpu", "memory"]
-    stage: Literal["plugged", "visible", "online"]
-    amount: int
-    elapsed_ms: float
-
-
-class Drift(msgspec.Struct, frozen=True, rename="camel"):
-    """One field in which the running VM and its persistent definition differ."""
-
-    field: str
-    live: Any
-    config: Any
-
-
-class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What every command on a VM answers.
-
-    `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
-    before. `sameRun`: at the end the VM still is in the run that it was in at the beginning, neither powered off nor
-    migrated; no command ever does either. Null where that is not known, and for a VM that is off.
-    """
-
-    success: bool
-    error: str
-    error_code: Code | None = None
-    remedy: str | None = None
-    details: dict[str, Any] = {}
-    vm_uuid: str
-    outcome: Outcome
-    cpu_num: int | None = None
-    memory_size: int | None = None
-    before: Numbers
-    after: Numbers
-    warnings: list[Problem] = []
-    stages: list[Stage] = []
-    steps: list[dict[str, Any]] = []
-    drift: list[Drift] = []
-    same_run: bool | None = None
-    recovered: bool | msgspec.UnsetType = msgspec.UNSET
-    late: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):

@@ -2,8 +2,8 @@
 
 import msgspec
 
-from kvmagent.model.command import Ending, Goal
-from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.command import Goal
+from kvmagent.model.errors import Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
 from kvmagent.model.steps import (
     AnyStep,
@@ -14,11 +14,9 @@ from kvmagent.model.steps import (
     OnlineGuestMemory,
     SetBalloon,
 )
-from kvmagent.model.units import format_size
 
 from .guestmemory import online_blocks
-from .memorygoal import PlannedResize, find_stalled, resize_steps
-from .reply import find_failure, find_lost, not_verified
+from .memorygoal import PlannedResize, resize_steps
 
 USER_ALIAS = "ua-"
 
@@ -59,7 +57,7 @@ class PlannedRemoval(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class ShrinkGoal(Goal, frozen=True, rename="camel"):
-    """Dimms to remove, virtio-mem sizes and a balloon target: absolute. `run` is the VM's run that it was made for."""
+    """Dimms to remove, virtio-mem sizes and a balloon target: absolute."""
 
     removals: tuple[PlannedRemoval, ...]
     resizes: tuple[PlannedResize, ...]
@@ -69,7 +67,6 @@ class ShrinkGoal(Goal, frozen=True, rename="camel"):
     total_bytes: int
     guest_online: bool
     timeout_sec: float
-    run: str | None = None
 
     @property
     def changes_live(self) -> bool:
@@ -100,29 +97,6 @@ def advance(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyS
         return steps
     removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, spent)]
     return tuple(removals) or _balloon_steps(goal, facts, spent)
-
-
-def find_shortfall(goal: ShrinkGoal, ending: Ending) -> AgentError | None:
-    """Return why the VM still has more than the goal: what the removals ended in, a pending one first."""
-    facts = ending.after
-    assert facts is not None
-    if lost := find_lost(goal.run, ending):
-        return lost
-    left = [removal for removal in goal.removals if _is_left(removal, goal, facts)]
-    if left:
-        told = [report.problem.code for report in ending.reports if report.problem is not None]
-        refused = (Code.MEMORY_REMOVAL_REFUSED, Code.GUEST_MEMORY_IN_USE)
-        failure = find_failure(ending, (Code.MEMORY_REMOVAL_PENDING, *refused, *told))
-        return failure or not_verified(f"{left[0].alias} was removed, the VM still shows it")
-    stalled = find_stalled(goal.resizes, None, facts)
-    actual = facts.domain.balloon_bytes
-    wanted = goal.balloon_bytes if goal.balloon_live else None
-    if stalled is None and wanted is not None and actual is not None and actual > wanted:
-        return AgentError(
-            Code.BALLOON_NOT_ANSWERING,
-            f"the balloon was asked for {format_size(wanted)}, it is at {format_size(actual)}",
-        )
-    return stalled
 
 
 def _is_left(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> bool:

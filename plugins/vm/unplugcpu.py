@@ -1,26 +1,26 @@
 """HotUnplugCpu: fewer vCPUs for a running VM, its persistent definition, or both."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
-from kvmagent.model.command import Command, Ending, Goal
+from kvmagent.model.command import Command, Ending, Goal, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.reply import VmReply
 from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, OnlineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
 from .checks import STATE_REFUSALS, check_cpu_removal, check_expected, check_state, refuse_first
-from .cpu import cpu_stages
 from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
 from .guestos import check_gives_up
-from .reply import find_failure, find_lost, not_verified, settle, settle_removal, shared_fields, silence_warning
-from .requests import HotUnplugCpuRequest, VmReply
+from .requests import HotUnplugCpuRequest
 from .vcpus import can_remove_vcpus, leaving_ids
 
 _ONLINE = OnlineGuestVcpus.__name__
 
 
 class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
-    """A total of vCPUs to come down to. `run` is the VM's run that it was decided in.
+    """A total of vCPUs to come down to.
 
     `used` are the guest's CPUs that are taken offline for it: what does not leave is used again.
     """
@@ -30,7 +30,6 @@ class UnplugCpuGoal(Goal, frozen=True, rename="camel"):
     config: bool
     guest_online: bool
     timeout_sec: float
-    run: str | None = None
     shares: tuple[PlannedShares, ...] = ()
     used: tuple[int, ...] = ()
 
@@ -51,15 +50,19 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
         )
     if live and request.cpu_num < current:
         _refuse_unremovable(facts, request.cpu_num)
+    wanted = request.cpu_num
+    total = Total(
+        "cpu", live=wanted if live else None, config=_keep(wanted, facts) if config else None, direction="down"
+    )
     return UnplugCpuGoal(
-        cpu_num=request.cpu_num,
+        totals=(total,),
+        cpu_num=wanted,
         live=live,
         config=config,
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
-        run=facts.run,
-        shares=plan_shares(facts, request.affect, request.cpu_num, scale=request.scale_shares),
-        used=_used_ids(facts, request.cpu_num) if live and request.guest_online else (),
+        shares=plan_shares(facts, request.affect, wanted, scale=request.scale_shares, direction="down"),
+        used=_used_ids(facts, wanted) if live and request.guest_online else (),
     )
 
 
@@ -83,47 +86,14 @@ def advance(goal: UnplugCpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[A
     return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent)
 
 
-def conclude(ending: Ending) -> VmReply:
-    """Return the reply: online only where the guest itself confirms that it runs on no more than these."""
-    goal, facts = ending.goal, ending.after
-    if goal is not None and facts is not None and ending.planned is None:
-        ending = replace(ending, error=ending.error or find_shortfall(goal, ending))
-    warnings = []
-    if goal is not None and goal.live and facts is not None and facts.guest.silence is not None:
-        warnings.append(silence_warning(facts.guest, ""))
-    outcome = settle_removal(ending) or settle(ending)
-    if outcome is None:
-        outcome = "configured" if not goal.live else "plugged" if warnings else "online"
-    return VmReply(**shared_fields(ending, outcome, warnings + explain_shares(ending), cpu_stages(ending)))
+def conclude(ending: Ending) -> Mapping[str, Any]:
+    """Return what is to be said beside what every reply says: of shares that were to follow."""
+    return {"warnings": explain_shares(ending) if ending.is_done else []}
 
 
-def find_shortfall(goal: UnplugCpuGoal, ending: Ending) -> AgentError | None:
-    """Return why the VM still has more than the goal's vCPUs: what the removal ended in."""
-    assert ending.after is not None
-    if lost := find_lost(goal.run, ending):
-        return lost
-    domain = ending.after.domain
-    if goal.live and (domain.live is None or domain.live.vcpu_current > goal.cpu_num):
-        told = [report.problem.code for report in ending.reports if report.problem is not None]
-        failure = find_failure(ending, (Code.CPU_REMOVAL_PENDING, *told))
-        if failure is not None and domain.live is not None and failure.code is Code.CPU_REMOVAL_PENDING:
-            return _find_unfinished(ending, domain.live.vcpu_current, goal.cpu_num) or failure
-        return failure or not_verified(f"{goal.cpu_num} vCPUs were set, the running VM has more")
-    if goal.config and (domain.config is None or domain.config.vcpu_current > goal.cpu_num):
-        return not_verified(f"{goal.cpu_num} vCPUs were set, the persistent VM has more")
-    return None
-
-
-def _find_unfinished(ending: Ending, current: int, cpu_num: int) -> AgentError | None:
-    """Return the error of a removal that is no longer pending: all that the guest was asked for have left."""
-    told = [report.problem.asked_cpu_num for report in ending.reports if report.problem is not None]
-    asked = next((number for number in reversed(told) if number is not None), None)
-    if asked is None or current > asked:
-        return None
-    return AgentError(
-        Code.CPU_REMOVAL_UNFINISHED,
-        f"the VM has {current} vCPUs, it was to have {cpu_num}; in time the guest was asked to come down to {asked}",
-    )
+def _keep(cpu_num: int, facts: Facts) -> int:
+    """Return what the persistent definition is to have: it may have fewer already, and keeps to that."""
+    return min(cpu_num, facts.get_config().vcpu_current)
 
 
 def _used_ids(facts: Facts, cpu_num: int) -> tuple[int, ...]:

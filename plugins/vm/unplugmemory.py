@@ -3,11 +3,13 @@
 virtio-mem devices shrink, dimms leave where that is not enough, and below the boot memory the balloon takes the rest.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Any
 
-from kvmagent.model.command import Affect, Command, Ending, Problem
+from kvmagent.model.command import Affect, Command, Ending, Total
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import Target
 from kvmagent.model.units import align_down, align_up, format_size
 
@@ -18,15 +20,13 @@ from .guestmemory import (
     check_guest_can_spare,
     explain_free,
     find_growth,
-    memory_stages,
     offline_bytes,
 )
 from .guestos import check_gives_up
 from .memory import BALLOON_PAGE_BYTES, TARGETS, VIRTIO_MEM_BLOCK_BYTES, balloon_actual, current_definition, plan_resize
 from .memorygoal import PlannedResize
-from .reply import settle, settle_removal, shared_fields, silence_warning
 from .requests import HotUnplugMemoryRequest, MemoryReply
-from .shrink import PlannedRemoval, ShrinkGoal, advance, find_shortfall, plan_removal
+from .shrink import PlannedRemoval, ShrinkGoal, advance, plan_removal
 
 
 def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> ShrinkGoal:
@@ -68,32 +68,52 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
         run=facts.run,
+        totals=_find_totals(request.affect, facts, removals, resizes, balloon),
     )
     if request.affect != "config":
         check_guest_can_spare(facts, _taken_bytes(goal, facts))
     return goal
 
 
-def conclude(ending: Ending) -> MemoryReply:
-    """Return the reply: online only where the guest itself can be asked and what left is gone from it."""
-    goal, facts = ending.goal, ending.after
-    if goal is not None and facts is not None and ending.planned is None:
-        ending = replace(ending, error=ending.error or find_shortfall(goal, ending))
-    warnings: list[Problem] = []
-    if goal is not None and goal.changes_live and facts is not None and facts.guest.silence is not None:
-        warnings.append(silence_warning(facts.guest, ""))
-    outcome = settle_removal(ending) or settle(ending)
-    if outcome is None:
-        outcome = "configured" if not goal.changes_live else "plugged" if warnings else "online"
-    if goal is not None and goal.total_bytes > ending.request.memory_size:
-        warnings.append(_not_exact(ending))
-    return MemoryReply(
-        **shared_fields(ending, outcome, warnings + explain_free(ending), memory_stages(ending)),
-        requested=ending.request.memory_size,
-        aligned=None if goal is None else goal.total_bytes,
-        applied=_applied(ending),
-        guest_growth=find_growth(ending),
-    )
+def _find_totals(
+    affect: Affect,
+    facts: Facts,
+    removals: tuple[PlannedRemoval, ...],
+    resizes: tuple[PlannedResize, ...],
+    balloon_bytes: int | None,
+) -> tuple[Total, ...]:
+    """Return what each definition is to have left: a dimm that one of them has not got leaves the other alone."""
+    left: dict[Target, int] = {}
+    for target in TARGETS:
+        if affect not in ("both", target):
+            continue
+        definition = current_definition(facts, target)
+        leaving = sum(
+            removal.size_bytes
+            for removal in removals
+            if (removal.live if target == "live" else removal.config and removal.find_config(definition) is not None)
+        )
+        shrunk = sum(one.former_bytes - one.requested_bytes for one in resizes if one.target == target)
+        left[target] = definition.memory_bytes - leaving - shrunk
+    live, config = left.get("live"), left.get("config")
+    totals = [Total("memory", live=live, config=config, direction="down")]
+    if balloon_bytes is not None:
+        asked = dict.fromkeys(left, balloon_bytes)
+        totals.append(Total("balloon", live=asked.get("live"), config=asked.get("config"), direction="down"))
+    return tuple(totals)
+
+
+def conclude(ending: Ending) -> Mapping[str, Any]:
+    """Return what the reply says of rounding, and of what could not be reached exactly."""
+    goal = ending.goal
+    not_exact = [] if goal is None or goal.total_bytes <= ending.request.memory_size else [_not_exact(ending)]
+    return {
+        "warnings": not_exact + explain_free(ending) if ending.is_done else [],
+        "requested": ending.request.memory_size,
+        "aligned": None if goal is None else goal.total_bytes,
+        "applied": _applied(ending),
+        "guest_growth": find_growth(ending),
+    }
 
 
 def _decide_resizes(affect: Affect, facts: Facts, surplus: int) -> tuple[tuple[PlannedResize, ...], int]:

@@ -4,13 +4,12 @@ It may send fields that are not ours; they are ignored. It writes the numbers of
 they are always there and true. It shows `error` to its user, so that what to do about it is part of the words.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
 
-from kvmagent.model.command import Ending, Goal, VmRequest
+from kvmagent.model.command import Goal, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 
@@ -24,7 +23,6 @@ from .requests import (
     HotPlugMemoryRequest,
     Method,
     ScaleShares,
-    VmReply,
 )
 
 # The server's own thread of work, where the request is to be followed step by step; echoed as it came.
@@ -88,19 +86,6 @@ def find_progress_context(request: Any) -> dict[str, Any] | None:
         "threadContextMap": request.thread_context or {},
         "threadContextStack": request.thread_context_stack or [],
     }
-
-
-def in_its_words(conclude: Callable[[Ending], msgspec.Struct]) -> Callable[[Ending], msgspec.Struct]:
-    """Return a `conclude` whose `error` says what to do as well, to somebody who has ZStack's console in front."""
-
-    def conclude_in_its_words(ending: Ending) -> msgspec.Struct:
-        reply = conclude(ending)
-        if isinstance(reply, VmReply) and reply.error and reply.error_code is not None:
-            remedy = _REMEDIES.get(reply.error_code, reply.remedy)
-            reply.error = f"{reply.error}. {remedy}"
-        return reply
-
-    return conclude_in_its_words
 
 
 # What an administrator of ZStack does, where a code's own remedy is for somebody with a shell on the host. Settings by
@@ -168,7 +153,7 @@ INCREASE_CPU = replace(
     path="/vm/increase/cpu",
     summary="HotPlugCpu, as a ZStack management server sends it",
     request=IncreaseCpuRequest,
-    conclude=in_its_words(HOT_PLUG_CPU.conclude),
+    remedies_in_error=_REMEDIES,
     find_progress_context=find_progress_context,
 )
 INCREASE_MEMORY = replace(
@@ -178,7 +163,7 @@ INCREASE_MEMORY = replace(
     path="/vm/increase/mem",
     summary="HotPlugMemory by dimm, as a ZStack management server sends it",
     request=IncreaseMemoryRequest,
-    conclude=in_its_words(HOT_PLUG_MEMORY.conclude),
+    remedies_in_error=_REMEDIES,
     find_progress_context=find_progress_context,
 )
 CHANGE_CPU_MEMORY = replace(
@@ -188,8 +173,8 @@ CHANGE_CPU_MEMORY = replace(
     path="/vm/online/changecpumem",
     summary="HotPlugCpuMemory, as a ZStack management server sends it",
     request=ChangeCpuMemoryRequest,
+    remedies_in_error=_REMEDIES,
     decide=decide_both,
     refusals=(Code.MISSING_FIELD, *HOT_PLUG_CPU_MEMORY.refusals),
-    conclude=in_its_words(HOT_PLUG_CPU_MEMORY.conclude),
     find_progress_context=find_progress_context,
 )

@@ -15,7 +15,8 @@ from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.main import make_cli
 from kvmagent.cli.ctl.terminal import format_table, paint
 from kvmagent.cli.ctl.views import format_step, view_readiness, view_reply, view_task, view_tasks, view_vms
-from kvmagent.model.command import SUCCESSFUL, Outcome, Plugin
+from kvmagent.model.command import Plugin
+from kvmagent.model.reply import SUCCESSFUL, Outcome
 from kvmagent_plugins.vm_plugin import PLUGIN
 
 MIB = 2**20

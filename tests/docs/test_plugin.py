@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmagent.model.facts import POLICY_NAMESPACE
 from tests.fakes.agent import format_spec
 from tests.lab.agent import AgentProcess, find_command, new_task_uuid
 from tests.lab.domainxml import GuestSpec
@@ -16,6 +17,7 @@ from tests.lab.server import ManagementServer
 
 EXAMPLE = Path(__file__).parents[2] / "docs/give-all-cpus"
 PATH = "/example/give-all-cpus"
+POLICY = f"<policy xmlns='{POLICY_NAMESPACE}' hotplug='off' maxCpuNum='1'/>"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def agent(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     """The agent with the plugin, on libvirt's test driver."""
     node = tmp_path_factory.mktemp("node") / "node.xml"
-    node.write_text(f"<node>{format_spec(GuestSpec(name='vm1'), 'test')}</node>")
+    refused = format_spec(GuestSpec(name="vm2"), "test").replace("<devices>", f"<metadata>{POLICY}</metadata><devices>")
+    node.write_text(f"<node>{format_spec(GuestSpec(name='vm1'), 'test')}{refused}</node>")
     with AgentProcess(
         uri=f"test://{node}",
         settings={"agent": {"plugins": "vm, host, give-all-cpus"}},
@@ -52,8 +55,9 @@ def test_the_command_is_carried_out_and_its_outcome_posted(agent: AgentProcess) 
             assert agent.post(PATH, body, task_uuid=task, callback_url=server.url).status == 200
             reply = server.wait(task, 20)
             assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, expected, 3)
+            assert reply["leftOut"] == 1
             # The test driver has no guest that could say more.
-            assert reply["guestCpuNum"] is None
+            assert reply["after"]["guestCpuNum"] is None
 
 
 def test_it_is_checked_described_and_refused_like_any_other(agent: AgentProcess) -> None:
@@ -71,6 +75,15 @@ def test_it_is_checked_described_and_refused_like_any_other(agent: AgentProcess)
             "CPU_ABOVE_MAXIMUM",
             "Leave out fewer.",
         )
+
+
+def test_the_owner_is_asked_although_the_plugin_does_not(agent: AgentProcess) -> None:
+    with ManagementServer() as server:
+        task = new_task_uuid()
+        assert agent.post(PATH, {"vmUuid": "vm2"}, task_uuid=task, callback_url=server.url).status == 200
+        reply = server.wait(task, 20)
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "VM_OPTED_OUT")
+    assert (reply["cpuNum"], reply["steps"]) == (1, [])
 
 
 def test_a_dry_run_changes_nothing(agent: AgentProcess) -> None:
@@ -104,7 +117,7 @@ def test_its_own_tests_pass(installed: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    assert "4 passed" in done.stdout
 
 
 def test_it_names_nothing_of_the_agent_but_its_model() -> None:
@@ -114,7 +127,11 @@ def test_it_names_nothing_of_the_agent_but_its_model() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     names = {node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports}
-    assert {name for name in names if not name.startswith("kvmagent.model.")} == {"typing", "msgspec"}
+    assert {name for name in names if not name.startswith("kvmagent.model.")} == {
+        "collections.abc",
+        "typing",
+        "msgspec",
+    }
 
 
 def test_its_types_are_right() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmagent.model.command import Problem
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import VmState
 from kvmagent.model.host import HostLoad
-from kvmagent_plugins.vm.requests import Blocker, Headroom, Numbers, PluggedOffline, ReadinessReply
+from kvmagent.model.reply import Numbers, Problem
+from kvmagent_plugins.vm.requests import Blocker, Headroom, PluggedOffline, ReadinessReply
 from tests.page.stage import NOW
 
 # The agent's remedies, but for those that the pictures show: other words for them are no other look.

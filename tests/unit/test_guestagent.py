@@ -21,7 +21,8 @@ from kvmagent.hypervisor.guestagent import GuestAgent
 from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestBlock, Host, MemoryDevice
-from kvmagent_plugins.vm.guestmemory import find_idle, offline_bytes, plug_warnings
+from kvmagent.model.guestuse import find_memory_warnings
+from kvmagent_plugins.vm.guestmemory import find_idle, offline_bytes
 from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import FakeDomain, FakeGuest, qemu_error
 from tests.lab.domainxml import GuestSpec
@@ -315,8 +316,7 @@ def test_no_number_of_a_guest_sizes_what_the_agent_allocates() -> None:
         assert facts.offline_memory_bytes == 64 * GIB
         assert find_idle(facts) == ()
         assert offline_bytes(facts) == 64 * GIB
-        spans = (range(4 * GIB // 128, 68 * GIB // 128),)
-        assert "64 GiB" in plug_warnings(facts, spans, online=True)[0].message
+        assert "64.5 GiB" in find_memory_warnings(facts, asked_online=True)[0].message
         metrics.observed(facts)
         assert tracemalloc.get_traced_memory()[1] < MIB
     finally:

@@ -77,7 +77,7 @@ def test_hooks_are_run_in_the_order_of_their_names_with_the_task_as_json(directo
         "vm": "vm1",
         "caller": "token:cloud",
         "request": {"vmUuid": "vm1", "cpuNum": 2},
-        "goal": {},
+        "goal": json.loads(msgspec.json.encode(GOAL)),
     }
     assert last == "b"
 

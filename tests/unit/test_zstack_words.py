@@ -1,14 +1,14 @@
 """What is said on ZStack's own paths is for who has ZStack's console, whatever the code."""
 
+import json
 import re
-from typing import Any
 
 import pytest
 
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent_plugins.vm.requests import Numbers, VmReply
-from kvmagent_plugins.vm.zstack import CHANGE_CPU_MEMORY, INCREASE_CPU, INCREASE_MEMORY, in_its_words
+from kvmagent.tasks.answers import make_reply
+from kvmagent_plugins.vm.zstack import CHANGE_CPU_MEMORY, INCREASE_CPU, INCREASE_MEMORY
 
 # What only somebody with a shell on the host, or a client of kvmagent's own API, can do.
 NOT_FOR_ITS_USER = re.compile(
@@ -22,19 +22,10 @@ BEFORE_A_TASK = {code for code, info in CODES.items() if info.status != 200 and 
 
 def told(code: Code) -> str:
     error = AgentError(code, "what was found")
-    reply = VmReply(
-        success=False,
-        error=error.message,
-        error_code=code,
-        remedy=error.remedy,
-        vm_uuid="f" * 32,
-        outcome="refused",
-        before=Numbers(),
-        after=Numbers(),
-    )
-    ending: Any = Ending(request=None, goal=None, before=None, after=None, reports=(), error=error)
-    in_its_words(lambda _: reply)(ending)
-    return reply.error
+    request = INCREASE_CPU.request(vm_uuid="f" * 32, cpu_num=2)  # type: ignore[call-arg]
+    ending = Ending(request=request, goal=None, before=None, after=None, reports=(), error=error)
+    reply, _judgement = make_reply(INCREASE_CPU, ending)
+    return str(json.loads(reply)["error"])
 
 
 @pytest.mark.parametrize("code", sorted(set(CODES) - BEFORE_A_TASK))

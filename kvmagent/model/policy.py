@@ -8,49 +8,44 @@ from collections.abc import Iterator
 
 import msgspec
 
-from kvmagent.model.command import Problem
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import POLICY_NAMESPACE, Definition, Domain, Facts, Policy
+from kvmagent.model.reply import Problem
 from kvmagent.model.units import format_size
 
-from .requests import Blocker
 
-
-def check_opt_out(domain: Domain, name: str, definition: Definition) -> Iterator[Blocker]:
+def check_opt_out(domain: Domain, name: str, definition: Definition) -> Iterator[Problem]:
     """The owner must allow hotplug at all."""
     policy = definition.policy
     if not policy.hotplug:
-        yield Blocker(
+        yield Problem(
             code=Code.VM_OPTED_OUT,
             message=f"the policy of VM {domain.name}'s {name} definition has hotplug off, it must be on{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, hotplug=True)),
-            needs_restart=False,
         )
 
 
-def check_cpu_ceiling(domain: Domain, name: str, definition: Definition, cpu_num: int) -> Iterator[Blocker]:
+def check_cpu_ceiling(domain: Domain, name: str, definition: Definition, cpu_num: int) -> Iterator[Problem]:
     """More vCPUs must stay within the owner's ceiling; what the VM has already it may keep."""
     policy, ceiling = definition.policy, definition.policy.max_cpu_num
     if ceiling is not None and cpu_num > max(ceiling, definition.vcpu_current):
-        yield Blocker(
+        yield Problem(
             code=Code.ABOVE_POLICY,
             message=f"{cpu_num} vCPUs were asked for, the policy of the {name} definition allows at most {ceiling}"
             f"{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, max_cpu_num=cpu_num)),
-            needs_restart=False,
         )
 
 
-def check_memory_ceiling(domain: Domain, name: str, definition: Definition, size_bytes: int) -> Iterator[Blocker]:
+def check_memory_ceiling(domain: Domain, name: str, definition: Definition, size_bytes: int) -> Iterator[Problem]:
     """What is added, rounded as it will be, must stay within the owner's ceiling."""
     policy, ceiling = definition.policy, definition.policy.max_memory_bytes
     if ceiling is not None and size_bytes > ceiling:
-        yield Blocker(
+        yield Problem(
             code=Code.ABOVE_POLICY,
             message=f"{format_size(size_bytes)} would be had, the policy of the {name} definition allows at most "
             f"{format_size(ceiling)}{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, max_memory_bytes=size_bytes)),
-            needs_restart=False,
         )
 
 

@@ -1,0 +1,48 @@
+"""What the VM's owner allows, asked of every command's goal: no plugin has to remember it."""
+
+from collections.abc import Iterator
+
+from kvmagent.model.command import Affect, Goal, Total
+from kvmagent.model.errors import AgentError
+from kvmagent.model.facts import Definition, Domain, Facts
+from kvmagent.model.policy import check_cpu_ceiling, check_memory_ceiling, check_opt_out
+from kvmagent.model.reply import Problem
+
+
+def ask_owner(facts: Facts, affect: Affect, goal: Goal) -> None:
+    """Refuse what the owner of either definition to be changed does not allow.
+
+    Raises:
+        AgentError: VM_OPTED_OUT, ABOVE_POLICY.
+    """
+    for name, definition in _definitions(facts.domain, affect):
+        for problem in (
+            *check_opt_out(facts.domain, name, definition),
+            *_check_totals(facts.domain, name, definition, goal.totals),
+        ):
+            raise AgentError(problem.code, problem.message, remedy=problem.remedy, details={"needsRestart": False})
+
+
+def _check_totals(domain: Domain, name: str, definition: Definition, totals: tuple[Total, ...]) -> Iterator[Problem]:
+    """What a resource has already it may keep."""
+    for total in totals:
+        wanted = total.live if name == "running" else total.config
+        if wanted is None or total.direction == "down":
+            continue
+        if total.resource == "cpu":
+            yield from check_cpu_ceiling(domain, name, definition, wanted)
+        elif total.resource == "memory" and wanted > definition.memory_bytes:
+            yield from check_memory_ceiling(domain, name, definition, wanted)
+        elif total.resource == "balloon":
+            actual = definition.current_bytes
+            if name == "running" and domain.balloon_bytes is not None:
+                actual = domain.balloon_bytes
+            if wanted > actual:
+                yield from check_memory_ceiling(domain, name, definition, wanted + definition.virtio_mem_bytes)
+
+
+def _definitions(domain: Domain, affect: Affect) -> Iterator[tuple[str, Definition]]:
+    if affect != "config" and domain.live is not None:
+        yield "running", domain.live
+    if affect != "live" and domain.config is not None:
+        yield "persistent", domain.config

@@ -1,0 +1,112 @@
+"""What is said of a task: its outcome, the numbers behind it, and the reply that every command on a VM answers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.steps import StageName
+
+Outcome = Literal["online", "plugged", "configured", "unchanged", "partial", "refused", "pending", "planned"]
+SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "unchanged", "planned"})
+
+
+class Problem(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """A warning, or something that stands in the way, with the one thing to do about it.
+
+    `asked_cpu_num` is what a guest was asked to come down to, where it was asked for less than all that was to leave.
+    """
+
+    code: Code
+    message: str
+    remedy: str
+    asked_cpu_num: int | None = None
+
+    @classmethod
+    def of(cls, error: AgentError) -> "Problem":
+        """Return what an error says, for a warning, a goal or the journal."""
+        asked = error.details.get("askedCpuNum")
+        return cls(error.code, error.message, error.remedy, asked if isinstance(asked, int) else None)
+
+
+class Numbers(msgspec.Struct, frozen=True, rename="camel"):
+    """A VM's numbers at one moment; null where unknown. Sizes are bytes.
+
+    cpuNum and memorySize are the running VM's, config... its persistent definition's, guest... what the guest says.
+    memorySize is boot memory plus plugged devices; balloonSize what the balloon leaves of it; guestMemorySize is
+    MemTotal in the guest.
+    """
+
+    cpu_num: int | None = None
+    max_cpu_num: int | None = None
+    config_cpu_num: int | None = None
+    guest_cpu_num: int | None = None
+    memory_size: int | None = None
+    max_memory_size: int | None = None
+    config_memory_size: int | None = None
+    balloon_size: int | None = None
+    guest_memory_size: int | None = None
+    free_slots: int | None = None
+
+
+class Stage(msgspec.Struct, frozen=True, rename="camel"):
+    """How far a change has come, and when: vCPUs or bytes in all, milliseconds since the task was started.
+
+    plugged: the hypervisor has it; visible: the guest lists it; online: the guest uses it.
+    """
+
+    resource: Literal["cpu", "memory"]
+    stage: StageName
+    amount: int
+    elapsed_ms: float
+
+
+class Drift(msgspec.Struct, frozen=True, rename="camel"):
+    """One field in which the running VM and its persistent definition differ."""
+
+    field: str
+    live: Any
+    config: Any
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What came of a task, as far as it was proven. `error` is what the caller is told, whoever made it."""
+
+    outcome: Outcome
+    error: AgentError | None
+    warnings: tuple[Problem, ...]
+    stages: tuple[Stage, ...]
+    before: Numbers
+    after: Numbers
+    drift: tuple[Drift, ...]
+    same_run: bool | None
+
+
+class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
+    """What every command on a VM answers.
+
+    `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
+    before. `sameRun`: at the end the VM still is in the run that it was in at the beginning, neither powered off nor
+    migrated; no command ever does either. Null where that is not known, and for a VM that is off.
+    """
+
+    success: bool
+    error: str
+    error_code: Code | None = None
+    remedy: str | None = None
+    details: dict[str, Any] = {}
+    vm_uuid: str
+    outcome: Outcome
+    cpu_num: int | None = None
+    memory_size: int | None = None
+    before: Numbers
+    after: Numbers
+    warnings: list[Problem] = []
+    stages: list[Stage] = []
+    steps: list[dict[str, Any]] = []
+    drift: list[Drift] = []
+    same_run: bool | None = None
+    recovered: bool | msgspec.UnsetType = msgspec.UNSET
+    late: bool | msgspec.UnsetType = msgspec.UNSET

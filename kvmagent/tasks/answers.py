@@ -1,0 +1,57 @@
+"""Makes the reply of an ending: the judge's fields, and what the command adds to them. Never the other way round."""
+
+from dataclasses import replace
+
+import msgspec
+
+from kvmagent.logs import Log
+from kvmagent.model.command import Command, Ending
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.judge import judge, reply_fields
+from kvmagent.model.reply import Judgement, VmReply
+
+log = Log(__name__)
+
+_JUDGED = frozenset(VmReply.__struct_fields__)
+
+
+def make_error(error: BaseException) -> AgentError:
+    """Return what is told of an exception; one that nobody foresaw is the agent's own fault."""
+    if isinstance(error, AgentError):
+        return error
+    failure = AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
+    failure.__cause__ = error
+    return failure
+
+
+def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
+    """Return the reply as JSON, and what it was judged to be.
+
+    A command that cannot conclude keeps nothing from being told: its own fields are missing then, and where a step
+    was performed the task is partial.
+    """
+    judgement = judge(ending)
+    try:
+        return _encode(command, ending, judgement, own=True), judgement
+    except Exception as error:
+        failure = make_error(error)
+        log.failure("the command cannot conclude", failure, error_code=failure.code)
+        performed = any(report.problem is None for report in ending.reports)
+        judgement = judge(replace(ending, error=ending.error or failure))
+        outcome = "partial" if performed else judgement.outcome
+        judgement = replace(judgement, outcome=outcome, error=judgement.error or failure)
+        return _encode(command, ending, judgement, own=False), judgement
+
+
+def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool) -> bytes:
+    fields = reply_fields(ending, judgement)
+    if own:
+        added = dict(command.conclude(replace(ending, error=judgement.error, judgement=judgement)))
+        fields["warnings"] += added.pop("warnings", [])
+        if taken := sorted(_JUDGED & added.keys()):
+            raise TypeError(f"conclude of {command.name} sets {', '.join(taken)}, which the judge alone does")
+        fields |= added
+    if command.remedies_in_error is not None and (error := judgement.error) is not None:
+        remedy = command.remedies_in_error.get(error.code, error.remedy)
+        fields["error"] = f"{error.message}. {remedy}" if remedy else error.message
+    return msgspec.json.encode(command.reply(**fields))
