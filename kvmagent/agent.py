@@ -26,6 +26,7 @@ from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Server
 from kvmagent.api.wire import encode
+from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
@@ -113,6 +114,7 @@ class Agent:
             former_xml_dir=self._state_dir / "former-xml",
             meters=metrics,
             removes_emulated=settings.libvirt.allow_emulated_removal,
+            budget=Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit),
         )
         self._journal = Journal(
             self._state_dir / JOURNAL,
@@ -189,6 +191,7 @@ class Agent:
                 "security": self._security.certificate_end,
                 "callback": self._callbacks.certificate_end,
             },
+            memory=node.last_budget,
             max_queued=settings.agent.max_queued,
         )
         vms = VmMetrics(node.read_stats)
@@ -230,6 +233,8 @@ class Agent:
         self._connection.start()
         self._events.start()
         left = Left(self._journal.unfinished(), self._journal.owed())
+        for task in left.unfinished:
+            self._executor.recall(task)
         self._take_up(left)
         self._late.start()
         self._server.start()

@@ -143,6 +143,16 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return bool(self.client_ca or self.tokens_file)
 
 
+class HostSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The host's memory as a budget: what VMs and tasks are promised of it never exceeds it by a plug of the agent."""
+
+    memory_reserve: Annotated[int, Meta(ge=0, description="Bytes of memory that are left to the host itself")] = 2**30
+    memory_overcommit: Annotated[
+        float,
+        Meta(ge=0.1, le=100, description="How many times the rest may be promised; above 1 the host may run out of it"),
+    ] = 1.0
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the agent logs. SIGHUP reads this section anew."""
 
@@ -185,6 +195,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     agent: AgentSection = AgentSection()
     http: HttpSection = HttpSection()
     libvirt: LibvirtSection = LibvirtSection()
+    host: HostSection = HostSection()
     callback: CallbackSection = CallbackSection()
     security: SecuritySection = SecuritySection()
     log: LogSection = LogSection()

@@ -63,7 +63,11 @@ def _item(name: str, annotation: Any, default: Any) -> str:
 def _kind(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
-    return "list" if get_origin(kind) is tuple else {str: "text", int: "number", bool: "true or false"}[kind]
+    return (
+        "list"
+        if get_origin(kind) is tuple
+        else {str: "text", int: "number", float: "number", bool: "true or false"}[kind]
+    )
 
 
 def _range(meta: msgspec.Meta) -> str:

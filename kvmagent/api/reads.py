@@ -40,6 +40,10 @@ _PATHS = (
         "sent; 409 with what it is doing where it is too late",
         method="post",
     ),
+    OwnPath(
+        "/host/reclaimable",
+        "What the guests of running VMs do not use, and by which means it could leave; nothing is taken",
+    ),
     OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
     OwnPath(
         "/metrics",
@@ -88,6 +92,7 @@ class Reads:
             ("GET", "/vms/*"): self._vm,
             ("GET", "/tasks"): self._tasks,
             ("GET", "/tasks/*"): self._task,
+            ("GET", "/host/reclaimable"): self._reclaimable,
             ("GET", "/healthz"): self._health,
             ("GET", "/metrics"): self._render_metrics,
             ("GET", "/openapi.json"): lambda _call: Answer(self._openapi),
@@ -109,6 +114,15 @@ class Reads:
 
     def _encode_vm(self, uuid: str) -> msgspec.Raw:
         return msgspec.Raw(encode(self._describe_vm(uuid)))
+
+    def _reclaimable(self, call: Call) -> Answer:
+        """Ask each running VM's guest; one that cannot be read is left out, and so is one that is off."""
+        _check_query(call, ())
+        budget = self._asker.ask(self._node.view_budget, timeout_s=_CHECK_WAIT_S, about="reading the host's memory")
+        questions = {uuid: partial(self._node.find_reclaimable, uuid) for uuid in budget.promises}
+        answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
+        found = [answer for answer in answers.values() if not isinstance(answer, AgentError)]
+        return Answer(encode({"host": budget.host, "vms": sorted(found, key=lambda one: -one.reclaimable)}))
 
     def _vm(self, call: Call) -> Answer:
         _check_query(call, ())
@@ -153,7 +167,7 @@ class Reads:
     def _health(self, call: Call) -> Answer:
         down = dict(self._find_stalls())
         try:
-            self._asker.ask(self._node.check, timeout_s=_CHECK_WAIT_S, about="libvirt")
+            self._asker.ask(self._node.view_budget, timeout_s=_CHECK_WAIT_S, about="libvirt")
         except AgentError as error:
             down["libvirt"] = error.message
         if failure := self._journal.check():
@@ -171,6 +185,7 @@ class Reads:
             "down": down,
             "version": __version__,
             "host": self._node.read_load(),
+            "memory": self._node.last_budget(),
             "running": running,
             "queued": self._lanes.depth(),
             "owedCallbacks": self._delivery.owed(),

@@ -12,6 +12,7 @@ from pathlib import Path
 from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
 from kvmagent.model.facts import Host, HostNode
 from kvmagent.model.host import HostLoad
+from kvmagent.model.hostbudget import HostCapacity, NodeCapacity
 from kvmagent.model.units import KIB
 
 # systemd's slice for VMs: all of libvirt's system VMs are below it.
@@ -31,6 +32,38 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
         hugepage_bytes=meminfo.get("Hugepagesize"),
         boot_id=read_boot_id(root),
     )
+
+
+def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapacity:
+    """Return what of the host's memory may be promised to VMs."""
+    meminfo = read_sizes(root / "proc/meminfo")
+    nodes = [
+        NodeCapacity(
+            id=int(path.name.removeprefix("node")),
+            memory_bytes=read_sizes(path / "meminfo").get("MemTotal", 0),
+            hugepages=_count_hugepages(path / "hugepages", "nr_hugepages"),
+        )
+        for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
+    ]
+    limit = read_text(root / _SLICE / "memory.max") or ""
+    return HostCapacity(
+        physical_bytes=meminfo.get("MemTotal", 0),
+        reserve_bytes=reserve_bytes,
+        overcommit=overcommit,
+        default_page_bytes=meminfo.get("Hugepagesize"),
+        hugepages=_count_hugepages(root / "sys/kernel/mm/hugepages", "nr_hugepages"),
+        nodes=tuple(nodes),
+        limit_bytes=int(limit) if limit.isdigit() else None,
+    )
+
+
+def _count_hugepages(directory: Path, count: str) -> dict[int, int]:
+    """Return the bytes in hugepages by their size: `nr_hugepages` counts all, `free_hugepages` the free ones."""
+    found = {}
+    for pages in directory.glob("hugepages-*kB"):
+        size_bytes = int(pages.name.removeprefix("hugepages-").removesuffix("kB")) * KIB
+        found[size_bytes] = int(read_text(pages / count) or 0) * size_bytes
+    return found
 
 
 @functools.cache

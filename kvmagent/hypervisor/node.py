@@ -9,6 +9,7 @@ import libvirt
 import libvirt_qemu
 import msgspec
 
+from kvmagent.hypervisor.budget import Budget, BudgetView
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
@@ -23,7 +24,8 @@ from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
-from kvmagent.model.host import HostLoad, HostView, VmStats
+from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
+from kvmagent.model.reclaim import Reclaimable, find_reclaimable
 from kvmagent.model.steps import AnyStep
 
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
@@ -47,6 +49,7 @@ class Node:
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
         host_root: Path = Path("/"),
+        budget: Budget | None = None,
         meters: Meters | None = None,
         domain_schema: Path = DOMAIN_SCHEMA,
         removes_emulated: bool = False,
@@ -62,6 +65,7 @@ class Node:
             domain_schema=domain_schema,
         )
         self._host_root = host_root
+        self._budget = budget or Budget(host_root=host_root)
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
 
@@ -84,9 +88,50 @@ class Node:
             return [domain.UUIDString() for domain in connection.listAllDomains()]
 
     def read_stats(self) -> tuple[VmStats, ...]:
-        """Return what libvirt tells of all running VMs in one call."""
+        """Return what libvirt tells of all running VMs in one call, and what each may have of the host's memory."""
         with self._connection.lease() as connection:
-            return read_stats(connection)
+            promises = self._budget.view(connection).promises
+            return tuple(
+                msgspec.structs.replace(vm, promised_bytes=promise.size_bytes, resident_bytes=promise.resident_bytes)
+                if (promise := promises.get(vm.uuid)) is not None
+                else vm
+                for vm in read_stats(connection)
+            )
+
+    def last_budget(self) -> HostMemory | None:
+        """Return the host's memory budget as it was seen last; asks nobody."""
+        return None if self._budget.last is None else self._budget.last.host
+
+    def find_reclaimable(self, vm: str) -> Reclaimable:
+        """Return what could come back of a running VM, of which its guest is asked.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; VM_NOT_RUNNING; libvirt's errors.
+        """
+        facts = self.observe(vm, frozenset({"memory"}))
+        promise = self.view_budget().promises.get(facts.domain.uuid)
+        return find_reclaimable(
+            facts,
+            promised_bytes=promise.size_bytes if promise else 0,
+            resident_bytes=promise.resident_bytes if promise else None,
+        )
+
+    def view_budget(self) -> BudgetView:
+        """Return the host's memory budget.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        with self._connection.lease() as connection:
+            return self._budget.view(connection)
+
+    def recall_reservation(self, task_uuid: str, uuid: str, guest_bytes: int) -> None:
+        """Take up what a task of an earlier agent had reserved; before any task runs."""
+        self._budget.recall(task_uuid, uuid, guest_bytes)
+
+    def release(self, task_uuid: str) -> None:
+        """Free the memory that a task has reserved."""
+        self._budget.release(task_uuid)
 
     def read_load(self) -> HostLoad:
         """Return what the host has left, which its kernel tells without libvirt."""
@@ -117,7 +162,11 @@ class Node:
             with phase("libvirt"):
                 connection = stack.enter_context(self._connection.lease())
                 handle = find_vm(connection, vm, self._means)
-            yield HeldVm(handle, lambda domain, guest, parts: self._complete(connection, domain, guest, parts))
+            yield HeldVm(
+                handle,
+                lambda domain, guest, parts: self._complete(connection, domain, guest, parts),
+                lambda task_uuid, guest_bytes: self._budget.reserve(connection, task_uuid, handle.uuid, guest_bytes),
+            )
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
         """Return what is so now, to who does nothing else with the VM; see HeldVm.
@@ -146,6 +195,8 @@ class Node:
         else:
             host = Host(boot_id=read_boot_id(self._host_root))
         host = msgspec.structs.replace(host, vcpu_limit=limit, removes_emulated=self._removes_emulated)
+        if "budget" in parts and domain.live is not None:
+            host = msgspec.structs.replace(host, pools=self._budget.look(connection, domain.uuid))
         facts = Facts(domain=domain, guest=guest, host=host)
         self._meters.observed(facts)
         return facts
@@ -191,11 +242,18 @@ class HeldVm:
     """One VM as a task sees it while it works on it, by one thread.
 
     `complete` makes facts of what was seen of the VM, of what its guest says, and of the parts that were asked for.
+    `reserve` reserves memory of the host for a task.
     """
 
-    def __init__(self, handle: VmHandle, complete: Callable[[Domain, Guest, frozenset[str]], Facts]) -> None:
+    def __init__(
+        self,
+        handle: VmHandle,
+        complete: Callable[[Domain, Guest, frozenset[str]], Facts],
+        reserve: Callable[[str, int], None],
+    ) -> None:
         self._handle = handle
         self._complete = complete
+        self._reserve = reserve
 
     @property
     def uuid(self) -> str:
@@ -214,6 +272,15 @@ class HeldVm:
             domain, connected = self._handle.read(ask_balloon="memory" in parts)
             guest = self._handle.ask_guest(domain, connected, parts)
             return self._complete(domain, guest, parts)
+
+    def reserve(self, task_uuid: str, guest_bytes: int) -> None:
+        """Reserve what of the host's memory brings the running VM's guest to so much, for a task, until `release`.
+
+        Raises:
+            AgentError: HOST_MEMORY_PROMISED; libvirt's errors.
+        """
+        with phase("libvirt"):
+            self._reserve(task_uuid, guest_bytes)
 
     def perform(self, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.

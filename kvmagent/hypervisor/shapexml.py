@@ -26,6 +26,8 @@ def edit_shape(xml: str, shape: Shape) -> str:
             features = _insert(root, etree.Element("features"), after=("os", "bootloader_args", "bootloader", "vcpu"))
         _insert(features, etree.Element("acpi"))
     _edit_devices(_get(root, "./devices"))
+    if shape.free_page_reporting:
+        _get(root, "./devices/memballoon").set("freePageReporting", "on")
     return _format(root)
 
 

@@ -155,10 +155,11 @@ class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
-    memory is looked at too; `observe_first` what is asked besides, once, before the decision. `spent` (of advance)
-    holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
-    error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
-    retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
+    memory is looked at too, with "budget" what of it is promised to all VMs; `observe_first` what is asked besides,
+    once, before the decision. `spent` (of advance) holds the keys of the soft steps that failed in this run and are not
+    to be tried again, each also followed by its error code. A failed soft step ends its round: what follows it in the
+    plan may count on its success. `seen` (of retreat) is what was so when the steps were planned of which one failed,
+    `facts` what is so since.
     `find_progress_context` returns what a request carries for the management server to recognise reports of its
     progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
     offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `conclude`

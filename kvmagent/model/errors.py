@@ -107,6 +107,7 @@ class Code(StrEnum):
     MEMORY_NOT_ALIGNED = "MEMORY_NOT_ALIGNED"
     MEMORY_DEVICE_MISALIGNED = "MEMORY_DEVICE_MISALIGNED"
     HOST_MEMORY_SHORT = "HOST_MEMORY_SHORT"
+    HOST_MEMORY_PROMISED = "HOST_MEMORY_PROMISED"
     HOST_NODE_MEMORY_SHORT = "HOST_NODE_MEMORY_SHORT"
     HOST_HUGEPAGES_SHORT = "HOST_HUGEPAGES_SHORT"
     MEMORY_HARD_LIMIT = "MEMORY_HARD_LIMIT"
@@ -525,6 +526,12 @@ CODES: dict[Code, CodeInfo] = {
         "The host has too little free memory for the amount.",
         "Free memory on the host, move a VM away, or ask for less.",
     ),
+    Code.HOST_MEMORY_PROMISED: CodeInfo(
+        400,
+        "The plug would promise VMs more memory than the host has: what they may have counts, used or not.",
+        "Unplug memory from an idle VM (kvmagentctl reclaim --dry-run shows what could come back), move one away, or "
+        "raise host.memory_overcommit.",
+    ),
     Code.HOST_NODE_MEMORY_SHORT: CodeInfo(
         400,
         "The host NUMA nodes that the VM's memory must come from have too little free memory.",
@@ -742,6 +749,7 @@ LOOKS: dict[Code, str] = {
     Code.NUMA_NODE_NOT_FOUND: "virsh dumpxml VM | grep '<cell '",
     Code.MEMORY_DEVICE_MISALIGNED: "virsh dumpxml VM | grep -A 12 '<memory model'",
     Code.HOST_MEMORY_SHORT: "free -h; virsh list --all",
+    Code.HOST_MEMORY_PROMISED: "kvmagentctl status; kvmagentctl reclaim --dry-run",
     Code.HOST_NODE_MEMORY_SHORT: "virsh freecell --all; virsh numatune VM",
     Code.HOST_HUGEPAGES_SHORT: "virsh freepages --all",
     Code.MEMORY_HARD_LIMIT: "virsh memtune VM",

@@ -50,6 +50,11 @@ class MemoryDevice(msgspec.Struct, frozen=True):
         return self.size_bytes - self.plugged_bytes if self.model == "virtio-mem" else 0
 
     @property
+    def promised_bytes(self) -> int:
+        """What of the host's memory the guest may take by this device: a virtio-mem device all that was requested."""
+        return max(self.plugged_bytes, self.requested_bytes or 0) if self.model == "virtio-mem" else self.plugged_bytes
+
+    @property
     def plugged_bytes(self) -> int:
         """What the device gives to the guest: a dimm all of it, a virtio-mem device its current part."""
         if self.model == "dimm":
@@ -104,7 +109,8 @@ class Definition(msgspec.Struct, frozen=True):
     host's that they use, `pci_hole_bytes` what is kept for 64-bit PCI addresses (None: the machine's default),
     `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
-    every start. `policy` is what this definition's owner allows.
+    every start. `policy` is what this definition's owner allows. With `free_page_reporting` the
+    balloon gives back to the host what the guest frees.
     """
 
     vcpu_current: int
@@ -137,6 +143,7 @@ class Definition(msgspec.Struct, frozen=True):
     cpu_shares: int | None = None
     domain_id: int | None = None
     policy: Policy = Policy()
+    free_page_reporting: bool = False
 
     @property
     def boot_bytes(self) -> int:
@@ -299,8 +306,29 @@ class HostNode(msgspec.Struct, frozen=True):
     free_hugepages: dict[int, int] = {}
 
 
+class MemoryPool(msgspec.Struct, frozen=True):
+    """One kind of the host's memory: how much of it may be promised to VMs, and how much is.
+
+    `page_bytes` is the size of hugepages (0: normal pages), `nodes` the host NUMA nodes that it is of (empty: all),
+    `most` the VMs that have most of it, by name with their bytes.
+    """
+
+    page_bytes: int
+    nodes: frozenset[int]
+    capacity_bytes: int
+    promised_bytes: int
+    most: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def left_bytes(self) -> int:
+        """What may still be promised; none where the host has more promised than it has."""
+        return max(0, self.capacity_bytes - self.promised_bytes)
+
+
 class Host(msgspec.Struct, frozen=True):
     """The compute node.
+
+    `pools` are the kinds of its memory that the VM's comes from, with what is promised of each to all VMs.
 
     `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
@@ -318,6 +346,7 @@ class Host(msgspec.Struct, frozen=True):
     libvirt_is_privileged: bool = True
     has_domain_schema: bool = True
     removes_emulated: bool = False
+    pools: tuple[MemoryPool, ...] = ()
 
 
 class Facts(msgspec.Struct, frozen=True):

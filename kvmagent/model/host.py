@@ -30,7 +30,11 @@ class VmSummary(msgspec.Struct, frozen=True):
 
 
 class VmStats(msgspec.Struct, frozen=True):
-    """One running VM as libvirt tells it of many at once; None where it does not. `run` differs after each start."""
+    """One running VM as libvirt tells it of many at once; None where it does not.
+
+    `run` differs after each start. `promised_bytes` is what it may have of the host's memory, `resident_bytes` what its
+    QEMU has.
+    """
 
     uuid: str
     name: str
@@ -38,6 +42,8 @@ class VmStats(msgspec.Struct, frozen=True):
     vcpus: int | None
     max_vcpus: int | None
     balloon_bytes: int | None
+    promised_bytes: int | None = None
+    resident_bytes: int | None = None
 
 
 class ManagementServer(msgspec.Struct, frozen=True):
@@ -92,6 +98,24 @@ class HostLoad(msgspec.Struct, frozen=True, rename="camel"):
     load: float | None
     memory_total: int | None
     memory_available: int | None
+
+
+class HostMemory(msgspec.Struct, frozen=True, rename="camel"):
+    """The host's memory as a budget, in bytes: (physical - hugepages - reserve) x overcommit = budget.
+
+    `promised` is what running VMs may have, `reserved` of it what tasks under way are about to plug; `resident` is what
+    the VMs' QEMUs have now. `over_since` is the UNIX time since when more is promised than there is; None: it is not.
+    """
+
+    physical: int
+    reserve: int
+    overcommit: float
+    hugepages: int
+    budget: int
+    promised: int
+    reserved: int
+    resident: int
+    over_since: float | None
 
 
 class HostView(msgspec.Struct, frozen=True):

@@ -246,6 +246,7 @@ class Shape(msgspec.Struct, frozen=True, rename="camel"):
 
     `topology` (sockets, dies, cores, threads) is None where the definition has none, `max_memory_bytes` where there is
     no room for more memory.
+    With `free_page_reporting` the balloon gives back to the host what the guest frees; without, it stays as it is.
     """
 
     vcpu_maximum: int
@@ -253,6 +254,7 @@ class Shape(msgspec.Struct, frozen=True, rename="camel"):
     max_memory_bytes: int | None
     slots: int
     cells: tuple[CellShape, ...]
+    free_page_reporting: bool = False
 
 
 class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):

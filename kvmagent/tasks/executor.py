@@ -7,6 +7,7 @@
       command.decide      -> goal        an AgentError ends the task, nothing was touched
       ask_owner                          of its totals, whatever plugin it is
       hooks.run_before                   the operator's; they may refuse. Then observe and decide anew
+      vm.reserve                         what it adds of the host's memory; free again with the task
       journal.record_goal                on disk before the first step
       command.advance     -> steps       none: done
         vm.perform each                  a soft step's failure is a warning, any other ends the task
@@ -30,7 +31,7 @@ is away it waits, up to a limit; when the agent is stopped meanwhile it stays in
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Protocol
 
 import msgspec
@@ -42,6 +43,7 @@ from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
+from kvmagent.model.hostbudget import find_target
 from kvmagent.model.ownerswill import ask_owner
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
@@ -81,6 +83,9 @@ class HeldVm(Protocol):
     def preview(self, step: AnyStep) -> str:
         """Return what the step would tell, without performing it."""
 
+    def reserve(self, task_uuid: str, guest_bytes: int) -> None:
+        """Reserve what of the host's memory brings the guest to so much."""
+
 
 class VmNode(Protocol):
     """What the executor needs of hypervisor.node.Node."""
@@ -93,6 +98,12 @@ class VmNode(Protocol):
 
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for libvirt to be reachable; return whether it is."""
+
+    def recall_reservation(self, task_uuid: str, uuid: str, guest_bytes: int) -> None:
+        """Take up what a task of an earlier agent had reserved."""
+
+    def release(self, task_uuid: str) -> None:
+        """Free what a task has reserved."""
 
 
 class _NotYet(Exception):
@@ -142,6 +153,11 @@ class Executor:
         """Let no task wait for libvirt any longer: what waits stays in the journal for the next start."""
         self._stopping.set()
 
+    def recall(self, task: Task) -> None:
+        """Take up what an unfinished task of an earlier agent had reserved, before any task runs."""
+        with suppress(AgentError):  # one that cannot be read is told when it runs
+            self._recall(task, self._take_up(task))
+
     def run(self, task: Task) -> None:
         """Carry one task out and record its reply."""
         with log_context(**task.log_fields):
@@ -164,6 +180,8 @@ class Executor:
                 # The journal was closed under it: the next start finds the task unfinished and carries it out.
                 log.error("task stays in the journal", **error_fields(failure))
                 return
+            finally:
+                self._node.release(task.task_uuid)
             self._on_finished(owed)
             self._meters.ended(task.command, outcome, error.code if error else None)
             if outcome == PENDING:
@@ -244,6 +262,9 @@ class Executor:
         except AgentError as error:
             log.error("task cannot be read", **error_fields(error))
             return *bare_reply(task, error), False
+        if run.interrupted:
+            log.info("task goes on from its recorded goal", steps=len(run.reports))
+            self._recall(task, run)
         try:
             self._pursue_through_outages(task, run)
         except _Stopped:
@@ -281,7 +302,6 @@ class Executor:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
                 run.before = read_facts(task.before)
                 run.reports = [read_report(step) for step in self._journal.steps(task.task_uuid)]
-                log.info("task goes on from its recorded goal", steps=len(run.reports))
         except msgspec.MsgspecError as error:
             raise AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}") from error
         return run
@@ -370,6 +390,7 @@ class Executor:
                 run.goal = None
                 steps = self._plan(task, run, vm)
         if steps and fresh:
+            self._reserve(task, run, vm)
             self._record_goal(task, run, steps)
         try:
             self._reach_goal(task, run, vm)
@@ -378,6 +399,26 @@ class Executor:
             if failure.code not in _NO_WAY_BACK:
                 self._retreat(task, run, vm, failure)
             raise
+
+    def _recall(self, task: Task, run: Run) -> None:
+        """Have reserved what the recorded goal of a task adds: it was judged when the goal was made."""
+        if run.goal is None or run.before is None:
+            return
+        guest_bytes = find_target(run.goal.totals, run.before)
+        if guest_bytes is not None:
+            self._node.recall_reservation(task.task_uuid, run.goal.vm, guest_bytes)
+
+    def _reserve(self, task: Task, run: Run, vm: HeldVm) -> None:
+        """Reserve what the goal adds of the host's memory, whatever plugin it is of; it is free again with the task.
+
+        Raises:
+            AgentError: HOST_MEMORY_PROMISED, and nothing was touched.
+        """
+        assert run.goal is not None
+        assert run.after is not None
+        guest_bytes = find_target(run.goal.totals, run.after)
+        if guest_bytes is not None:
+            vm.reserve(task.task_uuid, guest_bytes)
 
     def _plan(self, task: Task, run: Run, vm: HeldVm) -> tuple[AnyStep, ...]:
         """Look, decide where there is no goal yet, and return the steps towards it."""

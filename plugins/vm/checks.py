@@ -11,6 +11,7 @@ from kvmagent.model import policy
 from kvmagent.model.command import Affect
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
+from kvmagent.model.hostbudget import NORMAL_PAGES, check_pool
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
@@ -325,7 +326,12 @@ def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Itera
     sources = frozenset[int]().union(*where) if all(where) else frozenset[int]()
     if len(sizes) > 1:
         return
-    if (size := sizes.pop()) is not None:
+    size = sizes.pop()
+    for pool in host.pools:
+        is_source = pool.page_bytes == (size or NORMAL_PAGES) and pool.nodes in (frozenset(), sources)
+        if is_source and (error := check_pool(pool, added_bytes)) is not None:
+            yield blocker(error.code, error.message)
+    if size is not None:
         yield from _check_hugepages(host, size, sources, added_bytes)
         return
     available = host.memory_available_bytes

@@ -63,6 +63,7 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
         max_memory_bytes=max_memory_bytes,
         slots=slots,
         cells=_plan_cells(config, maximum),
+        free_page_reporting=request.free_page_reporting,
     )
     return PrepareGoal(shape=shape, changes=tuple(_changes(config, shape)), clamped=tuple(clamped))
 
@@ -251,6 +252,7 @@ def _changes(config: Definition, shape: Shape) -> list[Change]:
         "acpi": (config.acpi, True),
         "balloon": (config.balloon, True),
         "guestAgentChannel": (config.agent_channel, True),
+        "freePageReporting": (config.free_page_reporting, shape.free_page_reporting or config.free_page_reporting),
     }
     return [
         Change(field=name, former=msgspec.to_builtins(former), prepared=msgspec.to_builtins(prepared))

@@ -100,6 +100,9 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
         Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
     ) = None
     slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
+    free_page_reporting: Annotated[
+        bool, msgspec.Meta(description="Prepare the balloon to give back to the host what the guest frees")
+    ] = False
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):

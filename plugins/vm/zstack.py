@@ -128,6 +128,7 @@ _REMEDIES: dict[Code, str] = {
     Code.MEMORY_HARD_LIMIT: _PRODUCT,
     Code.MEMORY_LOCK_LIMIT: _PRODUCT,
     Code.HOST_MEMORY_SHORT: _HOST,
+    Code.HOST_MEMORY_PROMISED: _HOST,
     Code.HOST_NODE_MEMORY_SHORT: _HOST,
     Code.HOST_HUGEPAGES_SHORT: _HOST,
     Code.MEMORY_NOT_ALIGNED: "Choose an offering whose memory is a multiple of what the message names.",

@@ -170,7 +170,7 @@ def test_colour_is_for_terminals_that_want_it(ctl: Ctl) -> None:
 def test_a_terminal_shows_the_steps(ctl: Ctl) -> None:
     ctl("plug-cpu", "db-7", "4")
     shown = ctl.on_terminal("ready", "db-7", "--apply", "--max-cpus", "16", environment={"NO_COLOR": "1"})
-    assert re.search(r"^  DefineShape \d+ ms$", shown.out, re.MULTILINE)
+    assert re.search(r"^  DefineShape [\d.]+ m?s$", shown.out, re.MULTILINE)
 
 
 def test_a_terminal_folds_what_is_longer_than_it_is_wide(ctl: Ctl) -> None:
@@ -204,7 +204,19 @@ def test_status_says_what_the_agent_is_at(ctl: Ctl, agent: AgentProcess) -> None
     wait_for(lambda: not agent.get("/healthz").body["owedCallbacks"], timeout_s=20, what="nothing to be owed")
     done = ctl("status")
     assert (done.status, done.err) == (0, "")
-    assert re.fullmatch(rf"{agent.url}: ready, version [0-9.]+\n  0 tasks queued, 0 callbacks owed\n", done.out)
+    first, tasks, memory = done.out.splitlines()
+    assert re.fullmatch(rf"{agent.url}: ready, version [0-9.]+", first)
+    assert tasks == "  0 tasks queued, 0 callbacks owed"
+    sizes = r"[0-9.]+ [KMGT]?i?B"
+    assert re.fullmatch(rf"  memory: {sizes} of {sizes} promised to VMs, {sizes} in use by them; 1 GiB kept .*", memory)
+
+
+def test_what_could_come_back_is_shown_and_nothing_taken(ctl: Ctl) -> None:
+    assert ctl("reclaim").status == 2, "without --dry-run it would look as if it took something"
+    done = ctl("reclaim", "--dry-run")
+    assert done.out.splitlines()[0].split() == ["VM", "PROMISED", "RESIDENT", "UNUSED", "COULD", "LEAVE", "BY"]
+    assert re.search(r"^db-7 +[0-9.]+ MiB +\S+.* -$", done.out, re.MULTILINE)
+    assert {vm["name"]: vm["reclaimable"] for vm in ctl("reclaim", "--dry-run", "--json").json["vms"]}["db-7"] == 0
 
 
 def test_the_configuration_is_shown_and_checked(ctl: Ctl, agent: AgentProcess, tmp_path: Path) -> None:

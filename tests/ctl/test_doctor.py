@@ -43,7 +43,7 @@ def test_a_host_without_illness_is_healthy(ctl: Ctl, agent: AgentProcess) -> Non
     assert told["healthy"] is True
     assert {finding["check"] for finding in told["findings"]} == {
         "configuration", "plugins", "libvirt", "qemu", "guest agents", "kvm", "state_dir", "journal", "certificates",
-        "clock", "agent",
+        "clock", "agent", "memory",
     }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ def make_host(
     directory: Path,
     *,
     available_mib: int = 64 * 1024,
+    total_mib: int = 128 * 1024,
     node_free_mib: int = 64 * 1024,
     free_hugepages: int = 0,
     hugepage_mib: int = 2,
@@ -51,12 +52,17 @@ def make_host(
     """The kernel's files of a host with one NUMA node, hugepages of one size and 46 physical address bits."""
     page_kib = hugepage_mib * 1024
     node = directory / "sys/devices/system/node/node0"
+    # Beside the free ones, those of the VMs that run: 8 GiB, where there are any.
+    all_hugepages = free_hugepages + 8192 // hugepage_mib if free_hugepages else 0
     files = {
-        directory / "proc/meminfo": f"MemAvailable: {available_mib * 1024} kB\nHugepagesize: {page_kib} kB\n",
+        directory / "proc/meminfo": f"MemTotal: {total_mib * 1024} kB\nMemAvailable: {available_mib * 1024} kB\n"
+        f"Hugepagesize: {page_kib} kB\n",
         directory / "proc/cpuinfo": "address sizes\t: 46 bits physical, 48 bits virtual\n",
         directory / "proc/sys/kernel/random/boot_id": "boot-1\n",
-        node / "meminfo": f"Node 0 MemFree: {node_free_mib * 1024} kB\n",
+        node / "meminfo": f"Node 0 MemTotal: {total_mib * 1024} kB\nNode 0 MemFree: {node_free_mib * 1024} kB\n",
         node / f"hugepages/hugepages-{page_kib}kB/free_hugepages": f"{free_hugepages}\n",
+        node / f"hugepages/hugepages-{page_kib}kB/nr_hugepages": f"{all_hugepages}\n",
+        directory / f"sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages": f"{all_hugepages}\n",
     }
     if memlock_mib is not None:
         process = directory / "proc/4711"

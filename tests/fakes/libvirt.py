@@ -215,6 +215,9 @@ class FakeDomain:
     def UUIDString(self) -> str:
         return self._uuid
 
+    def ID(self) -> int:
+        return self.number if self.live is not None else -1
+
     def isPersistent(self) -> bool:
         return self.config is not None
 
@@ -530,6 +533,21 @@ class FakeConnection:
 
     def getMaxVcpus(self, virt_type: str) -> int:
         return 1024
+
+    def getAllDomainStats(self, stats: int, flags: int) -> list[tuple[FakeDomain, dict[str, int]]]:
+        """The running domains, with what their balloons leave and what they have in all, in KiB."""
+        running = [domain for domain in self.domains if domain.live is not None]
+        return [
+            (
+                domain,
+                {
+                    "balloon.current": _size(domain.live.find("currentMemory")) // KIB,
+                    "balloon.maximum": _size(domain.live.find("memory")) // KIB,
+                    "balloon.rss": _size(domain.live.find("currentMemory")) // KIB // 2,
+                },
+            )
+            for domain in running
+        ]
 
     def getLibVersion(self) -> int:
         return self.lib_version

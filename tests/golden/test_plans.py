@@ -676,6 +676,10 @@ CASES = {
     "less-memory-refused-transient": Case(LESS_MEMORY, {"memorySize": 128 * MIB}, domain={"persistent": False}),
     "prepare-bare-vm": Case(READY, {"prepare": True, "maxCpuNum": 8, "maxMemorySize": 16 * GIB}, spec=BARE),
     "prepare-defaults": Case(READY, {"prepare": True}, spec=BARE),
+    "prepare-free-page-reporting": Case(READY, {"prepare": True, "freePageReporting": True}),
+    "memory-refused-host-promised": Case(
+        MEMORY, {"memorySize": 8 * GIB}, spec={"max_memory_mib": 16384}, host={"total_mib": 4096}
+    ),
     "prepare-dry-run": Case(READY, {"prepare": True, "maxCpuNum": 8, "dryRun": True}, spec=BARE),
     "prepare-off": Case(READY, {"prepare": True, "maxCpuNum": 8}, spec=BARE, domain={"running": False}),
     "prepare-unchanged": Case(READY, {"prepare": True, "maxCpuNum": 4, "maxMemorySize": 4 * GIB}),

@@ -164,3 +164,31 @@ def test_an_error_after_an_interruption_is_told_where_its_effect_is_not_there(ag
     agent.executor.run(agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=384 * MIB))
     reply = agent.reply()
     assert (reply["success"], reply["errorCode"], reply["outcome"]) == (False, "LIBVIRT_REFUSED", "refused")
+
+
+def reserved(agent: Agent) -> int:
+    return agent.node.view_budget().host.reserved
+
+
+def test_memory_is_reserved_before_the_first_step_and_over_a_restart_and_free_with_the_end(agent: Agent) -> None:
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, dimmSize=256 * MIB, guestOnline=False)
+    agent.point = "step:begun"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    agent.node.release(task.task_uuid)  # as the death of an agent does
+    assert reserved(agent) == 0
+    (left,) = agent.journal.unfinished()
+    agent.executor.recall(left)
+    assert reserved(agent) == 1024 * MIB * 513 // 512
+    agent.executor.run(left)
+    assert agent.reply()["after"]["memorySize"] == 1280 * MIB
+    assert reserved(agent) == 0
+
+
+@pytest.mark.parametrize("raised", [LOST, qemu_error(1, "no"), RuntimeError("nobody foresaw it")])
+def test_no_reservation_outlives_its_task_whatever_is_raised(agent: Agent, raised: Exception) -> None:
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB)
+    agent.domain.fail_next["attachDeviceFlags"] = raised
+    agent.executor.run(task)
+    assert agent.reply()["outcome"] in ("online", "refused")
+    assert reserved(agent) == 0

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from kvmagent import __version__
 from kvmagent.api.metrics.table import make_gauge
+from kvmagent.model.host import HostMemory
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal
 from kvmagent.tasks.lanes import Lanes
@@ -19,7 +20,8 @@ class StateMetrics(Collector):
     """What works on tasks, and what is owed, at the moment of a scrape.
 
     `stalled_s` tells of each part for how long it has made no progress, `is_connected` whether libvirt is not known
-    to be away, `certificate_ends` until when the certificate of each section is good.
+    to be away, `certificate_ends` until when the certificate of each section is good, `memory` the host's memory budget
+    as it was seen last.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class StateMetrics(Collector):
         stalled_s: Callable[[], Mapping[str, float]],
         is_connected: Callable[[], bool],
         certificate_ends: Callable[[], Mapping[str, float | None]],
+        memory: Callable[[], HostMemory | None],
         max_queued: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -40,6 +43,7 @@ class StateMetrics(Collector):
         self._stalled_s = stalled_s
         self._is_connected = is_connected
         self._certificate_ends = certificate_ends
+        self._memory = memory
         self._max_queued = max_queued
         self._clock = clock
 
@@ -64,6 +68,11 @@ class StateMetrics(Collector):
         }
         for name, value in now.items():
             yield make_gauge(f"kvmagent_{name}", [((), value)])
+        if (memory := self._memory()) is not None:
+            yield make_gauge("kvmagent_host_memory_budget_bytes", [((), memory.budget)])
+            yield make_gauge("kvmagent_host_memory_promised_bytes", [((), memory.promised)])
+            yield make_gauge("kvmagent_host_memory_reserved_bytes", [((), memory.reserved)])
+            yield make_gauge("kvmagent_host_memory_reserve_bytes", [((), memory.reserve)])
         ends = [((section,), end) for section, end in self._certificate_ends().items() if end is not None]
         yield make_gauge("kvmagent_certificate_end_timestamp_seconds", ends)
         yield make_gauge("kvmagent_stalled_seconds", [((part,), value) for part, value in self._stalled_s().items()])

@@ -66,11 +66,18 @@ METRICS = {
             "Until when a certificate in force is good: the agent's (security), that of callbacks (callback).",
             ("section",),
         ),
+        # The host's memory budget.
+        Metric("kvmagent_host_memory_budget_bytes", "gauge", "Memory that VMs may be promised in all."),
+        Metric("kvmagent_host_memory_promised_bytes", "gauge", "What VMs may have of it, tasks under way included."),
+        Metric("kvmagent_host_memory_reserved_bytes", "gauge", "What of that tasks under way are about to plug."),
+        Metric("kvmagent_host_memory_reserve_bytes", "gauge", "What is left to the host itself."),
         # VMs: what libvirt tells of all at once.
         Metric("kvmagent_vms_running", "gauge", "VMs that run."),
         Metric("kvmagent_vm_stats_age_seconds", "gauge", "Age of what libvirt told of all VMs last."),
         Metric("kvmagent_vm_vcpus", "gauge", "vCPUs that the VM has.", _VM),
         Metric("kvmagent_vm_vcpus_max", "gauge", "vCPUs that it can have without a restart.", _VM),
+        Metric("kvmagent_vm_promised_bytes", "gauge", "Memory of the host that the VM may have, QEMU included.", _VM),
+        Metric("kvmagent_vm_resident_bytes", "gauge", "Memory of the host that its QEMU has.", _VM),
         Metric("kvmagent_vm_balloon_bytes", "gauge", "Memory that the balloon leaves to it.", _VM),
         # VMs: what was seen of each, its guest among it, when it was last looked at.
         Metric("kvmagent_vm_memory_bytes", "gauge", "Memory that the VM had: boot memory and what is plugged.", _VM),

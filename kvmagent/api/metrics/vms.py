@@ -164,6 +164,8 @@ def _numbers(vm: VmStats, seen: _Seen | None, now: float) -> Iterable[tuple[str,
     yield "kvmagent_vm_vcpus", vm.vcpus
     yield "kvmagent_vm_vcpus_max", vm.max_vcpus
     yield "kvmagent_vm_balloon_bytes", vm.balloon_bytes
+    yield "kvmagent_vm_promised_bytes", vm.promised_bytes
+    yield "kvmagent_vm_resident_bytes", vm.resident_bytes
     if seen is None or seen.run not in (None, vm.run):
         return
     yield "kvmagent_vm_memory_bytes", seen.memory_bytes

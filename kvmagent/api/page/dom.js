@@ -41,6 +41,18 @@ export function remedy(text) {
   return text ? h("p", { class: "remedy" }, h("span", { class: "hidden" }, "Remedy: "), text) : null;
 }
 
+/** A bar of parts, [class, amount] each, that are as wide as their amounts. The words around it say the same. */
+export function makeBar(parts, most) {
+  const element = h("div", { class: "bar", "aria-hidden": "true" });
+  for (const [kind, amount] of parts) {
+    if (amount <= 0) continue;
+    const part = h("i", { class: kind });
+    part.style.flexGrow = String(amount / most);
+    element.append(part);
+  }
+  return element;
+}
+
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
 
 /** Bytes for people: 6 GiB, 1.5 GiB, 512 MiB. */

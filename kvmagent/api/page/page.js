@@ -1,6 +1,6 @@
 // The status page: reads /healthz, /tasks and /vms of the agent that served it, and changes nothing.
 
-import { ago, duration, fill, h, icon, plural, size, tell } from "./dom.js";
+import { ago, duration, fill, h, icon, makeBar, plural, size, tell } from "./dom.js";
 import { Poll, Refused, token } from "./poll.js";
 import * as tasks from "./tasks.js";
 import * as vms from "./vms.js";
@@ -67,8 +67,18 @@ function figure(label, value, note, bad = false) {
   return h("div", { class: bad ? "bad" : null }, h("dt", {}, label), h("dd", {}, h("b", {}, value), note ? h("span", {}, note) : null));
 }
 
+/** The host's memory: what VMs use, what they may have beyond that, what is left, and what the host keeps. */
+function budget({ physical, reserve, budget: most, promised, resident, overSince }) {
+  const words = overSince === null ? `of ${size(most)} promised to VMs` : `promised to VMs, the budget is ${size(most)}`;
+  const parts = [["used", Math.min(resident, promised)], ["promised", Math.max(0, promised - resident)], ["room", Math.max(0, most - promised)], ["reserve", reserve]];
+  const note = `${size(resident)} used by VMs, ${size(reserve)} kept for the host, of ${size(physical)}`;
+  const bar = makeBar(parts, Math.max(promised, most) + reserve);
+  bar.title = note;
+  return figure("Memory promised", size(promised), [words, bar], overSince !== null);
+}
+
 function drawFigures() {
-  const { host, queued, owedCallbacks } = health ?? {};
+  const { host, memory, queued, owedCallbacks } = health ?? {};
   const offline = counted && [
     counted.offlineCpus ? plural(counted.offlineCpus, "vCPU") : null,
     counted.offlineMemory ? size(counted.offlineMemory) : null,
@@ -80,6 +90,7 @@ function drawFigures() {
     health && figure("Tasks", running.size, `running, ${queued} waiting`),
     health && figure("Callbacks owed", owedCallbacks, null),
     host && figure("Host memory", size(host.memoryAvailable), `of ${size(host.memoryTotal)} available`),
+    memory && budget(memory),
     host && figure("Host load", host.load === null ? "unknown" : host.load.toFixed(1), `on ${plural(host.cpus, "CPU")}`),
   ].filter(Boolean);
   const print = figures.map((element) => element.className + element.textContent).join("|");

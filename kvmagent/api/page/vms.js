@@ -1,6 +1,6 @@
 // The table of VMs. Rows are kept from one answer to the next, and changed only where their VM has changed.
 
-import { fill, h, icon, plural, remedy, size } from "./dom.js";
+import { fill, h, icon, makeBar, plural, remedy, size } from "./dom.js";
 
 // Rows that are drawn at once: a browser takes seconds for thousands of them.
 const AT_ONCE = 100;
@@ -180,13 +180,7 @@ function bar({ has, most, offline, ballooned }, live) {
     ["offline", offline ?? 0],
     ["room", most - has],
   ];
-  const element = h("div", { class: "bar", "aria-hidden": "true" });
-  for (const [kind, amount] of parts) {
-    if (amount <= 0) continue;
-    const part = h("i", { class: kind });
-    part.style.flexGrow = String(amount / most);
-    element.append(part);
-  }
+  const element = makeBar(parts, most);
   if (most <= MOST_TICKS && most > 1) {
     element.classList.add("ticks");
     element.style.setProperty("--ticks", String(most));

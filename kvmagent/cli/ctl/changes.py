@@ -16,6 +16,8 @@ from kvmagent.model.errors import AgentError
 from kvmagent.plugins import installed_plugins, load_plugins
 
 _READY = "ready"
+# What says how to prepare.
+_PREPARING = ("max_cpu_num", "max_memory_size", "slots", "free_page_reporting")
 
 
 def names() -> list[str]:
@@ -66,9 +68,11 @@ def _make_ready(command: Command) -> click.Command:
         if apply and dry_run:
             raise click.UsageError("--apply and --dry-run contradict each other", context)
         prepares = bool(values.pop("prepare", None) or diff or apply)
-        preparing = [name for name in ("max_cpu_num", "max_memory_size", "slots") if values.get(name) is not None]
+        preparing = [name for name in _PREPARING if values.get(name)]
         if preparing and not prepares:
-            raise click.UsageError("--max-cpus, --max-memory and --slots are for --prepare", context)
+            raise click.UsageError(
+                "--max-cpus, --max-memory, --slots and --free-page-reporting are for --prepare", context
+            )
         values |= {"prepare": prepares or None, "dry_run": dry_run or (prepares and not apply) or None}
         reply = _send(session, command, values)
         if "ready" not in reply or not reply["success"]:

@@ -9,6 +9,7 @@ import importlib.metadata
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
@@ -28,6 +29,7 @@ from kvmagent.cli.ctl.hostchecks import (
 from kvmagent.cli.ctl.local import target_of
 from kvmagent.hypervisor.probe import Probe, Version, probe
 from kvmagent.model.errors import AgentError
+from kvmagent.model.units import format_size
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings
 
@@ -170,9 +172,22 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
     if health["version"] != __version__:
         message = f"the agent that runs is {health['version']}, installed is {__version__}"
         yield Finding("agent", "warning", message, "systemctl restart kvmagent: running tasks are finished first.")
+    yield from _examine_memory(health.get("memory"))
     if owed := health["owedCallbacks"]:
         remedy = "kvmagentctl tasks --state finished says to whom; see that those servers can be reached."
         yield Finding("agent", "note", f"{owed} outcomes wait for their callback servers", remedy)
+
+
+def _examine_memory(memory: dict[str, Any] | None) -> Iterator[Finding]:
+    """Look whether the host has more memory promised to VMs than it has."""
+    if memory is None:
+        return
+    promised, budget = format_size(memory["promised"]), format_size(memory["budget"])
+    if memory["overSince"] is not None:
+        remedy = "kvmagentctl reclaim --dry-run shows what VMs could give back; or raise host.memory_overcommit."
+        yield Finding("memory", "warning", f"{promised} are promised to VMs, the budget is {budget}", remedy)
+    else:
+        yield Finding("memory", "good", f"{promised} of {budget} are promised to VMs")
 
 
 def _dotted(version: Version) -> str:

@@ -12,7 +12,7 @@ import msgspec
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.terminal import GOOD, WARN, paint, printable
-from kvmagent.cli.ctl.views import view_change, view_status, view_task, view_tasks, view_vms
+from kvmagent.cli.ctl.views import view_change, view_reclaimable, view_status, view_task, view_tasks, view_vms
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 
 _TASK_STATES = ("accepted", "running", "finished", "delivered", "gone", "given_up")
@@ -33,6 +33,20 @@ def status(context: click.Context) -> int:
     health = session.agent.get("healthz")
     _print(session, health, lambda body: view_status(session.agent.url, body))
     return Exit.REACHED if health["ready"] else Exit.NOT_READY
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, required=True, help="Needed: nothing is ever taken, only shown.")
+@click.pass_context
+def reclaim(context: click.Context, dry_run: bool) -> None:
+    """What VMs could give back to the host: memory that their guests do not use.
+
+    UNUSED is what the guest says is available in it. Each way is what could leave by it alone; take it with
+    `kvmagentctl unplug-memory VM TOTAL`.
+    """
+    session = session_of(context)
+    answer = session.agent.get("host", "reclaimable", timeout_s=_VMS_S)
+    _print(session, answer, view_reclaimable)
 
 
 @click.command()
@@ -201,5 +215,5 @@ def _print(session: Session, body: Any, view: Any) -> None:
 
 COMMANDS = {
     command.name or "": shared_options(command)
-    for command in (status, vms, tasks, task, doctor, config, openapi, completion)
+    for command in (status, vms, reclaim, tasks, task, doctor, config, openapi, completion)
 }

@@ -4,6 +4,7 @@ JSON comes in as the agent wrote it but for `printable`. A field that an older a
 """
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint, prose
@@ -30,10 +31,41 @@ def view_status(url: str, health: Json) -> list[str]:
     lines = [f"{url}: {ready}, version {health['version']}"]
     lines += [f"  {paint('down', BAD)}  {name}: {why}" for name, why in health["down"].items()]
     lines.append(f"  {_count(health['queued'], 'task')} queued, {_count(health['owedCallbacks'], 'callback')} owed")
+    lines += _memory_lines(health.get("memory"))
     running = [
         [task["vm"], task["command"], f"{task['seconds']:.1f} s", task["taskUuid"]] for task in health["running"]
     ]
     return lines + (["", *format_table(("RUNNING ON", "COMMAND", ">FOR", "TASK"), running)] if running else [])
+
+
+def _memory_lines(memory: Json | None) -> list[str]:
+    """Return how the host's memory is promised."""
+    if memory is None:
+        return []
+    words = f"  memory: {format_size(memory['promised'])} of {format_size(memory['budget'])} promised to VMs"
+    words += f", {format_size(memory['resident'])} in use by them; {format_size(memory['reserve'])} kept for the host"
+    if memory["overSince"] is None:
+        return [words]
+    since = datetime.fromtimestamp(memory["overSince"], UTC)
+    over = paint("over the budget", BAD)
+    return [words, f"  {over} since {since:%Y-%m-%d %H:%M} UTC: no VM gets more until some comes back"]
+
+
+def view_reclaimable(answer: Json) -> list[str]:
+    """Return what could come back of each running VM, the most first."""
+    rows = [
+        [
+            vm["name"],
+            _size(vm["promised"]),
+            _size(vm["resident"]),
+            _size(vm["unused"]),
+            ", ".join(f"{way['means']} {_size(way['size'])}" for way in vm["ways"]) or "-",
+        ]
+        for vm in answer["vms"]
+    ]
+    if not rows:
+        return ["no VM runs"]
+    return format_table(("VM", ">PROMISED", ">RESIDENT", ">UNUSED", "COULD LEAVE BY"), rows)
 
 
 def view_vms(vms: Iterable[Json]) -> list[str]:
