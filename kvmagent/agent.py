@@ -129,6 +129,8 @@ class Agent:
             self._callbacks,
             timeout_s=settings.callback.timeout_sec,
             give_up_s=settings.callback.give_up_sec,
+            max_owed=settings.callback.max_undelivered,
+            max_owed_per_client=settings.callback.max_undelivered_per_client,
             fault=fault,
             meters=metrics,
         )

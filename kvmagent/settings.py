@@ -98,7 +98,16 @@ class CallbackSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     give_up_sec: Annotated[int, Meta(ge=1, le=31 * 86400, description="Seconds after which a callback is given up")] = (
         86400
     )
-    timeout_sec: Annotated[int, Meta(ge=1, le=300, description="Seconds that a callback's receiver may take")] = 10
+    timeout_sec: Annotated[
+        int, Meta(ge=1, le=300, description="Seconds that a callback may take in all, answer included")
+    ] = 10
+    max_undelivered: Annotated[
+        int, Meta(ge=1, description="Callbacks that nobody has taken yet, in all, before new tasks are refused")
+    ] = 20000
+    max_undelivered_per_client: Annotated[
+        int,
+        Meta(ge=1, description="Callbacks to one client that it has not taken yet before its new tasks are refused"),
+    ] = 10000
     server_ca: Annotated[
         str, Meta(description="PEM file of the CAs that callback servers are verified by; empty: the system's")
     ] = ""

@@ -28,8 +28,9 @@ class Shares:
 
     def has_room(self, *holders: Hashable, places: int = 1, part: float = 1.0) -> bool:
         """Whether each of these may take so many places; `part` of the free ones is what each may have at most."""
-        # Counted as it would be afterwards: what is taken is free no more.
-        return all(self._taken[holder] + places <= (self._free - places) * part + part for holder in holders)
+        # The last of these places is taken as one alone would be: by who has fewer than are free.
+        most = part * (self._free - places + 1)
+        return all(self._taken[holder] + places <= most for holder in holders)
 
     def take(self, *holders: Hashable, places: int = 1) -> None:
         """Take places, all of them in the name of each holder."""

@@ -21,6 +21,7 @@ FLOORS = {
     "kvmagent.audit": 13,
     "kvmagent.meters": 12,
     "kvmagent.certificates": 12,
+    "kvmagent.backoff": 12,
     "kvmagent.shares": 12,
     "kvmagent.systemd": 13,
     "kvmagent.hypervisor": 20,

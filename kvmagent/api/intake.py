@@ -94,6 +94,8 @@ class Intake:
             tell("accepted", f"known:{task.state}")
             log.info("task sent again", client=client, state=task.state)
             if task.state not in UNFINISHED:
+                if task.state != "finished" and task.callback_url != NO_CALLBACK:
+                    self._delivery.check_room(client)
                 self._delivery.put(self._journal.owe_again(task_uuid))
             return Accepted(task_uuid=task_uuid, state=task.state)
 
@@ -145,6 +147,8 @@ class Intake:
     def _store(self, task: Task) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none."""
         try:
+            if task.callback_url != NO_CALLBACK:
+                self._delivery.check_room(task.client)
             with self._lanes.hold_place(task):
                 return self._journal.accept(task)
         except AgentError as error:

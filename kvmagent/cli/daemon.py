@@ -10,6 +10,8 @@ import queue
 import resource
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from kvmagent import __version__
@@ -26,6 +28,8 @@ from kvmagent.tasks.faults import Fault, no_fault
 log = Log(__name__)
 
 _MAX_FILES = 65536
+# How long an agent that has to be ended tries to tell so.
+_TELL_S = 2.0
 # Source: glibc, malloc.h.
 _M_ARENA_MAX = -8
 
@@ -61,8 +65,28 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
     process.manager.ready()
     agent.run_until_signal(process, process.signals)
     process.manager.stopping(agent.stop_within_s)
+    end_in_time(agent.stop_within_s, process.dump_stacks)
     agent.stop()
     return 0
+
+
+def end_in_time(seconds: float, dump_stacks: Callable[[], None], end: Callable[[int], None] = os._exit) -> None:
+    """End the process after so long, whatever hangs; what the journal has is on disk."""
+
+    def tell() -> None:
+        log.error("the agent did not stop in time and is ended", seconds=seconds)
+        dump_stacks()
+
+    def end_now() -> None:
+        # The log may be what hangs.
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        teller.join(_TELL_S)
+        end(1)
+
+    timer = threading.Timer(seconds, end_now)
+    timer.daemon = True
+    timer.start()
 
 
 class _Process:

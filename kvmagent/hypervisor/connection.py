@@ -14,7 +14,6 @@ Source: libvirt virConnectSetKeepAlive, virEventRegisterDefaultImpl; max_client_
 
 import contextlib
 import functools
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
+from kvmagent.backoff import Backoff
 from kvmagent.hypervisor.libvirterrors import translate
 from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError, Code
@@ -33,7 +33,7 @@ KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 3, 3
 # How long work waits for a connection. An open takes milliseconds where the daemon is well.
 _OPEN_WAIT_S = 5.0
 # While libvirt is away it is tried at growing intervals, each with jitter: a host has other clients that do so too.
-_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
+BACKOFF = Backoff(0.1, 5.0)
 # Connections kept open for the next piece of work: as many as tasks run side by side on a busy host.
 _MOST_IDLE = 16
 
@@ -171,15 +171,15 @@ class Connection:
     # -- the opener's thread
 
     def _run_opener(self) -> None:
-        pause_s = _FIRST_RETRY_S
-        while self._await_need(pause_s):
+        failures = 0
+        while self._await_need(failures):
             try:
                 connection, is_shared = self._open()
             except libvirt.libvirtError as error:
-                pause_s = min(pause_s * 2, _LONGEST_RETRY_S)
+                failures += 1
                 self._note(translate(error, f"connecting to {self._uri}").message)
                 continue
-            pause_s = _FIRST_RETRY_S
+            failures = 0
             with self._changed:
                 stopping = self._stopping
                 if not stopping and is_shared:
@@ -190,11 +190,11 @@ class Connection:
             if stopping:
                 close_connection(connection)
 
-    def _await_need(self, pause_s: float) -> bool:
+    def _await_need(self, failures: int) -> bool:
         """Wait until a connection is needed, or while libvirt is away for the next try; False at the end."""
         with self._changed:
             if self._failure is not None:
-                self._changed.wait_for(lambda: self._stopping, pause_s * random.uniform(0.75, 1.25))
+                self._changed.wait_for(lambda: self._stopping, BACKOFF.pause_s(failures))
             else:
                 self._changed.wait_for(
                     lambda: self._stopping or self._lost or (self._shared is None and self._wanted > len(self._idle))

@@ -11,13 +11,12 @@ from collections.abc import Callable
 
 import libvirt
 
-from kvmagent.hypervisor.connection import KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S, close_connection
+from kvmagent.hypervisor.connection import BACKOFF, KEEPALIVE_COUNT, KEEPALIVE_INTERVAL_S, close_connection
 from kvmagent.hypervisor.libvirterrors import translate
 from kvmagent.logs import Log
 
 log = Log(__name__)
 
-_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.1, 5.0
 _STOP_WAIT_S = 5.0
 
 # Has a new connection report its events; returns the ids that libvirt gave to the callbacks. The callbacks run on
@@ -56,17 +55,17 @@ class EventConnection:
             self._thread.join(_STOP_WAIT_S)
 
     def _run(self) -> None:
-        pause_s, was_there = _FIRST_RETRY_S, False
+        failures, was_there = 0, False
         while not self._stopping.is_set():
             self._changed.clear()
             try:
                 connection = self._open_libvirt(self._uri)
             except libvirt.libvirtError as error:
                 log.debug("no events yet", error=translate(error, f"connecting to {self._uri}").message)
-                self._stopping.wait(pause_s)
-                pause_s = min(pause_s * 2, _LONGEST_RETRY_S)
+                failures += 1
+                self._stopping.wait(BACKOFF.pause_s(failures))
                 continue
-            pause_s = _FIRST_RETRY_S
+            failures = 0
             try:
                 ids = self._listen(connection)
             except libvirt.libvirtError as error:
@@ -89,5 +88,5 @@ class EventConnection:
 
     def _wait_lost(self, connection: libvirt.virConnect) -> None:
         while not self._stopping.is_set() and connection.isAlive():
-            self._changed.wait(_LONGEST_RETRY_S)
+            self._changed.wait(BACKOFF.longest_s)
             self._changed.clear()

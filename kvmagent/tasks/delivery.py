@@ -5,60 +5,70 @@
                      no answer: the whole destination again, later
 
 A destination has one callback under way at a time, on a connection that is kept; callbacks of one VM go out in
-order. A destination that does not answer is tried less and less often, and those together occupy at most half of the
-threads, so that a dead or slow server holds up no other. Only ids are kept in memory; the body is read from the
-journal when it is sent.
+order. Threads are shared by client and by host (kvmagent.shares): whatever the receivers of one do, the others keep
+theirs. A destination that does not answer is tried less and less often, and has a smaller part. Only ids are kept in
+memory; the body is read from the journal when it is sent.
 """
 
 import heapq
 import itertools
-import random
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from kvmagent.backoff import Backoff
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters
 from kvmagent.model.command import NO_CALLBACK
-from kvmagent.model.errors import AgentError
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.shares import Shares
 from kvmagent.tasks.callbacks import Callbacks, Channel
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Owed, State, Task
 
 log = Log(__name__)
 
-_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.5, 180.0
-# Callbacks under way at once; of these to destinations whose last one was not answered.
-_THREADS, _SUSPECT_THREADS = 32, 16
+_BACKOFF = Backoff(0.5, 180.0)
+# Callbacks under way at once. Of the threads that are free, a client, a host, and all destinations that do not answer
+# have at most so large a part each while a destination does not answer.
+_THREADS, _PART_OF_SILENT = 32, 0.5
+_SILENT = "destinations that do not answer"
 # A thread or connection that has had nothing to do for so long is ended.
 _IDLE_S = 10.0
 
+# Whose threads a callback takes: its client's and its host's, and of who does not answer, all of those.
+_Payers = tuple[str, ...]
 
-@dataclass
+
+@dataclass(eq=False)
 class _Destination:
     """One callback server and what is owed to it: by VM the ids with the time since when, oldest first: by the clock,
     which is told, and in the agent's own time, which counts.
 
-    Every lane has one entry in `due`, but for the one that is `busy`: its first callback is under way. `scheduled_at`
-    is the entry on Delivery's schedule that counts. Guarded by Delivery's lock, but for `channel`, which belongs to the
-    thread that has the callback under way.
+    A lane's first callback is under way (`busy`), may go now (`ready`), or waits until a moment of `waits`. There the
+    key None is the whole destination's: none of its callbacks goes before. Guarded by Delivery's lock, but for
+    `channel`, which belongs to the thread that has the callback under way.
     """
 
     url: str
     channel: Channel
+    client: str
+    host: str
     lanes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    due: list[tuple[float, int, str]] = field(default_factory=list)
+    ready: dict[str, None] = field(default_factory=dict)
+    waits: dict[str | None, float] = field(default_factory=dict)
     failures: int = 0
-    not_before: float = 0.0
     busy: str | None = None
-    scheduled_at: float | None = None
     used_at: float = 0.0
+    ready_at: float = 0.0
 
-    def next_at(self) -> float:
-        return max(self.not_before, self.due[0][0])
+    def next_at(self) -> float | None:
+        """Return when something may go to it; None when nothing waits."""
+        lanes = [0.0] if self.ready else [at for lane, at in self.waits.items() if lane is not None]
+        return max(self.waits.get(None, 0.0), min(lanes)) if lanes else None
 
 
 class Backlog(NamedTuple):
@@ -83,7 +93,9 @@ class Delivery:
         *,
         timeout_s: float,
         give_up_s: float,
-        jitter: Callable[[], float] = lambda: random.uniform(0.75, 1.25),
+        max_owed: int = 20_000,
+        max_owed_per_client: int = 10_000,
+        backoff: Backoff = _BACKOFF,
         fault: Fault = no_fault,
         meters: Meters | None = None,
     ) -> None:
@@ -91,19 +103,27 @@ class Delivery:
         self._callbacks = callbacks
         self._timeout_s = timeout_s
         self._give_up_s = give_up_s
-        self._jitter = jitter
+        self._max_owed = max_owed
+        self._max_owed_per_client = max_owed_per_client
+        self._backoff = backoff
         self._fault = fault
         self._meters = meters or Meters()
         self._changed = threading.Condition()
         self._destinations: dict[str, _Destination] = {}
-        # When each destination that owes something and is not busy is due: the answering ones, and the suspect ones.
-        # An entry that no longer says when its destination is due is passed over.
-        self._schedules: tuple[list[tuple[float, int, str]], list[tuple[float, int, str]]] = ([], [])
-        self._suspects_busy = 0
+        # What waits for a moment: a lane, or with None a whole destination. An entry that is not in its destination's
+        # `waits` any more is passed over.
+        self._later: list[tuple[float, int, _Destination, str | None]] = []
+        # Destinations that a callback may go to now, in order of coming, by who is to pay with a thread.
+        self._ready: dict[_Payers, dict[str, _Destination]] = {}
+        self._shares = Shares(_THREADS)
         self._order = itertools.count()
         self._threads: set[threading.Thread] = set()
         self._idle = 0
-        self._owed = 0
+        self._owed: Counter[str] = Counter()
+        # When an exchange began or ended last.
+        self._moved_at = 0.0
+        # By when each exchange that is under way is to be over.
+        self._ends: dict[_Destination, float] = {}
         self._stop_at: float | None = None
 
     def put(self, owed: Owed) -> None:
@@ -121,14 +141,18 @@ class Delivery:
             destination = self._destinations.get(key)
             if destination is None:
                 channel = self._callbacks.open(owed.callback_url, owed.client)
-                destination = self._destinations[key] = _Destination(key, channel)
+                host = urlsplit(owed.callback_url).hostname or ""
+                destination = self._destinations[key] = _Destination(key, channel, owed.client, host)
             lane = destination.lanes.setdefault(owed.lane, {})
             known = owed.task_uuid in lane
             if not known:
                 lane[owed.task_uuid] = owed.owed_at, owed.own_at
-                self._owed += 1
+                self._owed[owed.client] += 1
+            if known:  # its caller asked for it: whatever the pause
+                destination.waits.pop(None, None)
             if known or len(lane) == 1:
-                self._make_due_now(destination, owed.lane, asked=known)
+                self._make_ready(destination, owed.lane)
+                self._wake_thread()
 
     def put_missing(self, owed: Owed) -> None:
         """Send a reply that is owed and that nobody told of; what waits already keeps its turn."""
@@ -141,7 +165,20 @@ class Delivery:
     def owed(self) -> int:
         """Return how many callbacks wait to be taken."""
         with self._changed:
-            return self._owed
+            return self._owed.total()
+
+    def check_room(self, client: str) -> None:
+        """Refuse a task of a client whose callbacks nobody takes, or where nobody takes any.
+
+        Raises:
+            AgentError: QUEUE_FULL.
+        """
+        with self._changed:
+            of_client, in_all = self._owed[client], self._owed.total()
+        if of_client >= self._max_owed_per_client or in_all >= self._max_owed:
+            found = f"{of_client} callbacks to {client} and {in_all} in all are not delivered yet"
+            limits = f"the limits are {self._max_owed_per_client} and {self._max_owed}"
+            raise AgentError(Code.QUEUE_FULL, f"{found}; {limits}")
 
     def backlog(self) -> list[Backlog]:
         """Return what is owed to each destination that is owed anything."""
@@ -154,25 +191,27 @@ class Delivery:
                     oldest_at=min(next(iter(lane.values()))[0] for lane in destination.lanes.values()),
                     failures=destination.failures,
                     under_way=destination.busy,
-                    next_in_s=max(0.0, destination.next_at() - now) if destination.due else None,
+                    next_in_s=None if (at := destination.next_at()) is None else max(0.0, at - now),
                 )
                 for destination in self._destinations.values()
                 if destination.lanes
             ]
 
     def stalled_s(self) -> float:
-        """Return for how long a callback has been due although a thread for it is free, or could be made."""
+        """Return for how long a callback has been due although a thread for it is free, or could be made; or an
+        exchange has been over its time."""
         with self._changed:
-            due = self._find_due(time.monotonic())
-            if due is None or (not self._idle and len(self._threads) >= _THREADS):
-                return 0.0
-            return time.monotonic() - max(due.next_at(), due.used_at)
+            now = time.monotonic()
+            since = [*self._ends.values()]
+            due = self._find_ready(now)
+            if due is not None and (self._idle or len(self._threads) < _THREADS):
+                since.append(max(due.ready_at, self._moved_at))
+            return max([0.0, *(now - moment for moment in since)])
 
     def relieve(self) -> None:
         """Give due callbacks a thread where none could be had before. To be called every second or so."""
         with self._changed:
-            if self._find_due(time.monotonic()) is not None and not self._idle:
-                self._add_thread()
+            self._wake_thread()
 
     def stop(self, timeout_s: float) -> None:
         """Send what is due now, as far as the time goes; what is still owed then stays in the journal."""
@@ -184,46 +223,54 @@ class Delivery:
                 if destination.busy is None:
                     destination.channel.close()
 
-    # -- the schedule, under the lock
+    # -- what may go now, and what waits; under the lock
 
-    def _make_due_now(self, destination: _Destination, lane: str, *, asked: bool) -> None:
-        """Put a lane's first callback on the schedule; when its caller asked for it, whatever the pause."""
-        now = time.monotonic()
-        if asked:
-            destination.due = [entry for entry in destination.due if entry[2] != lane]
-            heapq.heapify(destination.due)
-            destination.not_before = min(destination.not_before, now)
+    def _make_ready(self, destination: _Destination, lane: str) -> None:
+        """A lane's first callback may go as far as it goes by the lane."""
+        destination.waits.pop(lane, None)
         if destination.busy != lane:
-            heapq.heappush(destination.due, (now, next(self._order), lane))
-        self._schedule(destination)
+            destination.ready[lane] = None
+        self._offer(destination)
+
+    def _offer(self, destination: _Destination) -> None:
+        """A destination that can take a callback now may have one of the threads."""
+        if destination.ready and destination.busy is None and None not in destination.waits:
+            queue = self._ready.setdefault(_payers(destination), {})
+            if destination.url not in queue:
+                destination.ready_at = time.monotonic()
+                queue[destination.url] = destination
+
+    def _wait_until(self, at: float, destination: _Destination, lane: str | None) -> None:
+        destination.waits[lane] = at
+        heapq.heappush(self._later, (at, next(self._order), destination, lane))
+
+    def _find_ready(self, now: float) -> _Destination | None:
+        """Return the destination to send to now, first that of whoever was served longest ago; it stays ready."""
+        while self._later and self._later[0][0] <= now:
+            at, _, destination, lane = heapq.heappop(self._later)
+            if destination.waits.get(lane) != at:
+                continue
+            if lane is None:
+                del destination.waits[None]
+                self._offer(destination)
+            else:
+                self._make_ready(destination, lane)
+        for payers, queue in self._ready.items():
+            is_silent = _SILENT in payers
+            if is_silent and self._stop_at is not None:
+                continue
+            if self._shares.has_room(*payers, part=_PART_OF_SILENT if is_silent else 1.0):
+                return next(iter(queue.values()))
+        return None
+
+    def _wake_thread(self) -> None:
+        """Have a thread for what may go now."""
+        if self._find_ready(time.monotonic()) is None:
+            return
         if self._idle:
             self._changed.notify()
         else:
             self._add_thread()
-
-    def _schedule(self, destination: _Destination) -> None:
-        if destination.busy is not None or not destination.due or destination.scheduled_at == destination.next_at():
-            return
-        destination.scheduled_at = destination.next_at()
-        entry = (destination.scheduled_at, next(self._order), destination.url)
-        heapq.heappush(self._schedules[destination.failures > 0], entry)
-
-    def _find_due(self, now: float) -> _Destination | None:
-        """Return the destination to send to now; it stays on the schedule."""
-        for suspect, schedule in enumerate(self._schedules):
-            if suspect and self._suspects_busy >= _SUSPECT_THREADS:
-                continue
-            while schedule and schedule[0][0] <= now:
-                when, _, key = schedule[0]
-                destination = self._destinations.get(key)
-                if destination is not None and destination.scheduled_at == when:
-                    return destination
-                heapq.heappop(schedule)
-        return None
-
-    def _next_at(self) -> float | None:
-        schedules = self._schedules[: 1 if self._suspects_busy >= _SUSPECT_THREADS else 2]
-        return min((schedule[0][0] for schedule in schedules if schedule), default=None)
 
     def _add_thread(self) -> None:
         if len(self._threads) >= _THREADS or self._stop_at is not None:
@@ -232,7 +279,7 @@ class Delivery:
         try:
             thread.start()
         except RuntimeError as error:  # the system has no thread to give; `relieve` tries again
-            log.error("no thread for delivery", error=str(error), owed=self._owed)
+            log.error("no thread for delivery", error=str(error), owed=self._owed.total())
             return
         self._threads.add(thread)
 
@@ -241,7 +288,7 @@ class Delivery:
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             destination, lane, task_uuid = taken
-            settled, pause_s, answered = False, _LONGEST_RETRY_S, True
+            settled, pause_s, answered = False, self._backoff.longest_s, True
             try:
                 settled, pause_s, answered = self._send(destination, task_uuid)
             except AgentError as error:
@@ -256,18 +303,15 @@ class Delivery:
             idle_until = time.monotonic() + _IDLE_S
             while True:
                 now = time.monotonic()
-                destination = self._find_due(now)
-                if self._stop_at is not None and (destination is None or now >= self._stop_at or destination.failures):
+                destination = self._find_ready(now)
+                if self._stop_at is not None and (destination is None or now >= self._stop_at):
                     break
                 if destination is not None:
-                    lane = heapq.heappop(destination.due)[2]
-                    destination.busy, destination.scheduled_at = lane, None
-                    self._suspects_busy += destination.failures > 0
-                    return destination, lane, next(iter(destination.lanes[lane]))
-                next_at = self._next_at()
+                    return self._begin(destination, now)
+                next_at = self._later[0][0] if self._later else None
                 if now >= idle_until and (next_at is None or self._idle):
                     break
-                # The last thread stays as long as anything is owed.
+                # The last thread stays as long as anything waits.
                 wake_at = [at for at in (next_at, idle_until) if at is not None and at > now]
                 self._idle += 1
                 self._changed.wait(min(wake_at) - now)
@@ -277,39 +321,55 @@ class Delivery:
             self._changed.notify_all()
             return None
 
+    def _begin(self, destination: _Destination, now: float) -> tuple[_Destination, str, str]:
+        payers = _payers(destination)
+        queue = self._ready.pop(payers)
+        del queue[destination.url]
+        if queue:
+            self._ready[payers] = queue  # behind all others
+        self._shares.take(*payers)
+        lane = next(iter(destination.ready))
+        del destination.ready[lane]
+        destination.busy, self._moved_at = lane, now
+        self._ends[destination] = now + self._timeout_s
+        self._wake_thread()
+        return destination, lane, next(iter(destination.lanes[lane]))
+
     def _put_back(
         self, destination: _Destination, lane: str, task_uuid: str, settled: bool, pause_s: float, answered: bool
     ) -> None:
         given_up: list[str] = []
         with self._changed:
             now = time.monotonic()
-            self._suspects_busy -= destination.failures > 0
-            destination.busy, destination.used_at = None, now
+            self._shares.leave(*_payers(destination))
+            del self._ends[destination]
+            destination.busy, destination.used_at, self._moved_at = None, now, now
             destination.failures = 0 if answered else destination.failures + 1
             if settled:
                 self._forget(destination, lane, task_uuid)
             if not answered:
-                destination.not_before = now + self._pause_s(destination.failures)
-                pause_s = 0.0
+                self._wait_until(now + self._backoff.pause_s(destination.failures), destination, None)
                 if self._stop_at is None:
                     given_up = self._forget_old(destination)
             if lane in destination.lanes:
-                heapq.heappush(destination.due, (now + (0.0 if settled else pause_s), next(self._order), lane))
-            self._schedule(destination)
+                if settled or not answered:
+                    self._make_ready(destination, lane)
+                else:
+                    self._wait_until(now + pause_s, destination, lane)
+            self._offer(destination)
         for old in given_up:
             self._give_up(destination, old)
 
     def _forget(self, destination: _Destination, lane: str, task_uuid: str) -> None:
         owed = destination.lanes[lane]
         del owed[task_uuid]
-        self._owed -= 1
+        self._owed[destination.client] -= 1
+        if not self._owed[destination.client]:
+            del self._owed[destination.client]
         if not owed:
             del destination.lanes[lane]
-
-    def _drop_due(self, destination: _Destination) -> None:
-        """Take what is owed nothing any more out of what is due."""
-        destination.due = [entry for entry in destination.due if entry[2] in destination.lanes]
-        heapq.heapify(destination.due)
+            destination.ready.pop(lane, None)
+            destination.waits.pop(lane, None)
 
     def _forget_old(self, destination: _Destination) -> list[str]:
         """Forget what this destination has been owed for too long, and return it: it has just been tried once more."""
@@ -318,7 +378,6 @@ class Delivery:
             for task_uuid in [task_uuid for task_uuid, (_, own_at) in owed.items() if own_at <= oldest]:
                 self._forget(destination, lane, task_uuid)
                 old.append(task_uuid)
-        self._drop_due(destination)
         return old
 
     def _give_up(self, destination: _Destination, task_uuid: str) -> None:
@@ -338,11 +397,6 @@ class Delivery:
             if not destination.lanes and destination.busy is None and now - destination.used_at >= _IDLE_S:
                 destination.channel.close()
                 del self._destinations[key]
-
-    def _pause_s(self, failures: int) -> float:
-        """Return how long to wait after so many failures: doubling, with jitter, up to a few minutes."""
-        doubled: float = _FIRST_RETRY_S * 2 ** min(failures - 1, 16)
-        return min(doubled, _LONGEST_RETRY_S) * self._jitter()
 
     # -- one callback
 
@@ -373,7 +427,7 @@ class Delivery:
             self._journal.record_attempt(task_uuid, attempts, error)
             self._meters.callback_failed()
             log.warning("callback not taken", url=url, attempts=attempts, error=error)
-            return False, self._pause_s(attempts), status is not None
+            return False, self._backoff.pause_s(attempts), status is not None
 
     def _settle(self, task: Task, state: State, error: str | None, attempts: int | None) -> None:
         self._journal.settle(task.task_uuid, state, error, attempts=attempts)
@@ -390,3 +444,8 @@ def _destination_of(owed: Owed) -> str:
     """
     parts = urlsplit(owed.callback_url)
     return f"{parts.scheme}://{parts.netloc} of {owed.client}"
+
+
+def _payers(destination: _Destination) -> _Payers:
+    payers = (f"client {destination.client}", f"host {destination.host}")
+    return (*payers, _SILENT) if destination.failures else payers

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmagent.backoff import Backoff
 from kvmagent.logs import Log, error_fields
 from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
@@ -102,7 +103,7 @@ _BATCH = 256
 # What nobody waits for waits no longer than this for a commit to go with.
 LATER_S = 0.02
 # After a commit that failed, the next try without anyone asking for it.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_BACKOFF = Backoff(0.1, 2.0)
 # For each connection; the kernel's own cache has the rest of the file.
 _CACHE_KIB = 256
 # The log is cut back to this when it starts anew: one large commit does not keep its space for good.
@@ -318,13 +319,13 @@ class JournalFile:
     # -- the writer's thread
 
     def _run(self) -> None:
-        pause_s, closing = _FIRST_PAUSE_S, False
+        failures, closing = 0, False
         while not closing:
-            closing = self._await_writes(None if self.failure is None else pause_s)
+            closing = self._await_writes(None if self.failure is None else _BACKOFF.pause_s(failures or 1))
             with self._turn:
                 while (is_taken := self._commit_gathered()) and closing and self._writes:
                     pass
-            pause_s = _FIRST_PAUSE_S if is_taken else min(pause_s * 2, _LONGEST_PAUSE_S)
+            failures = 0 if is_taken else failures + 1
         for write in self._writes:
             error = AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {self.failure}", expected=False)
             write.done.set_exception(error)

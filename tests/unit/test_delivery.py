@@ -7,21 +7,26 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from kvmagent.backoff import Backoff
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import CallbackSection, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal, Owed, Task
 from tests.lab.processes import wait_for
+from tests.lab.receivers import KINDS, BadReceiver
 from tests.lab.server import Answer, ManagementServer
 
 
 class Sender:
     """Delivery on a journal of its own; `own` is the agent's own time, set by hand, and `now` the clock."""
 
-    def __init__(self, directory: Path, *, timeout_s: float = 1.0) -> None:
+    def __init__(self, directory: Path, *, timeout_s: float = 1.0, callbacks: Any = None, **limits: int) -> None:
         self.now, self.own = 1000.0, 50.0
         self.journal = Journal(
             directory / "journal.sqlite",
@@ -30,8 +35,14 @@ class Sender:
             elapsed=lambda: self.own,
         )
         self.journal.start()
-        callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection())
-        self.delivery = Delivery(self.journal, callbacks, timeout_s=timeout_s, give_up_s=100.0, jitter=lambda: 0.5)
+        self.delivery = Delivery(
+            self.journal,
+            callbacks or Callbacks([parse_callback_rule("caller")], CallbackSection()),
+            timeout_s=timeout_s,
+            give_up_s=100.0,
+            backoff=Backoff(0.5, 180.0, jitter=lambda: 0.5),
+            **limits,
+        )
 
     def finish(self, task_uuid: str, url: str, vm: str = "vm1", reply: bytes = b'{"success": true}') -> Owed:
         self.journal.accept(
@@ -140,7 +151,7 @@ def test_dead_and_slow_servers_hold_up_no_other(sender: Sender, server: Manageme
     dead = [Dead() for _ in range(40)]
     for n, other in enumerate(dead):
         sender.send(f"dead{n}", other.url, vm=f"dead{n}")
-    # All threads may be at a dead server for the first time limit; from then on these have half of the threads.
+    # Together they have a part of the threads, for there are others of the same client and host.
     wait_for(lambda: attempted(sender, 40) >= 32, timeout_s=10, what="the dead servers to be found out")
     began = time.monotonic()
     for n in range(50):
@@ -288,3 +299,94 @@ def test_no_thread_is_left_after_stop(tmp_path: Path, server: ManagementServer) 
         return {t for t in threading.enumerate() if not t.name.startswith("Thread-")} - threads
 
     wait_for(lambda: not left(), timeout_s=5, what="threads to end")
+
+
+class Hanging:
+    """Callbacks whose exchanges end when they are let go, whatever their time is."""
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.closed = 0
+
+    def open(self, url: str, client: str) -> "Hanging":
+        return self
+
+    def post(self, url: str, body: bytes | None, headers: object, timeout_s: float) -> tuple[int | None, str]:
+        self.go_on.wait(30)
+        return 200, "HTTP 200"
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_receivers_of_one_client_on_many_ports_leave_the_others_their_threads(
+    tmp_path: Path, server: ManagementServer
+) -> None:
+    sender = Sender(tmp_path, timeout_s=5.0)
+    with BadReceiver("dribbles its answer", ports=64) as bad:
+        for n, url in enumerate(bad.urls):
+            sender.send(f"bad{n}", url, vm=f"bad{n}")
+        wait_for(lambda: bad.open >= 16, timeout_s=5, what="the bad receivers to have their threads")
+        began = time.monotonic()
+        for n in range(40):
+            url = server.url.replace("127.0.0.1", "localhost")
+            owed = sender.finish(f"t{n}", url, vm=f"vm{n}")
+            sender.delivery.put(msgspec.structs.replace(owed, client="127.0.0.9"))
+        for n in range(40):
+            sender.wait(f"t{n}", "delivered")
+        assert time.monotonic() - began < 3.0
+        assert bad.accepted <= 16
+    sender.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_receivers_are_tried_again_and_a_good_one_has_its_callbacks(
+    tmp_path: Path, server: ManagementServer, kind: str
+) -> None:
+    sender = Sender(tmp_path, timeout_s=0.5)
+    with BadReceiver(kind, ports=32) as bad:
+        for n, url in enumerate(bad.urls):
+            sender.send(f"bad{n}", url, vm=f"bad{n}")
+        for n in range(10):
+            sender.send(f"t{n}", server.url, vm=f"vm{n}")
+        for n in range(10):
+            sender.wait(f"t{n}", "delivered")
+        wait_for(lambda: attempts(sender, "bad0") >= 2, timeout_s=20, what="a second attempt")
+        assert all(sender.state(f"bad{n}") == "finished" for n in range(32))
+    sender.close()
+
+
+def test_an_exchange_over_its_time_counts_as_stalled_and_does_not_keep_the_agent(tmp_path: Path) -> None:
+    hanging = Hanging()
+    sender = Sender(tmp_path, timeout_s=0.2, callbacks=hanging)
+    sender.send("t1", "http://127.0.0.1:1/")
+    wait_for(lambda: sender.delivery.stalled_s() > 0.3, timeout_s=5, what="the stall to be told")
+    began = time.monotonic()
+    sender.delivery.stop(0.1)
+    assert time.monotonic() - began < 2.0
+    hanging.go_on.set()
+    wait_for(lambda: not delivery_threads(), timeout_s=5, what="the thread to end")
+    assert sender.delivery.stalled_s() == 0.0
+    sender.journal.stop()
+
+
+def test_a_client_that_takes_no_callbacks_gets_no_more_tasks_and_others_do(tmp_path: Path) -> None:
+    sender = Sender(tmp_path, max_owed_per_client=3, max_owed=5)
+    url = "http://127.0.0.1:1/"
+
+    def owe(task: str, client: str) -> None:
+        sender.delivery.put(msgspec.structs.replace(sender.finish(task, url, vm=task), client=client))
+
+    for n in range(3):
+        sender.delivery.check_room("127.0.0.1")
+        owe(f"a{n}", "127.0.0.1")
+    with pytest.raises(AgentError) as caught:
+        sender.delivery.check_room("127.0.0.1")
+    assert caught.value.code is Code.QUEUE_FULL
+    assert "3 callbacks" in caught.value.message
+    for n in range(2):
+        sender.delivery.check_room("127.0.0.2")
+        owe(f"b{n}", "127.0.0.2")
+    with pytest.raises(AgentError):
+        sender.delivery.check_room("127.0.0.3")
+    sender.close()

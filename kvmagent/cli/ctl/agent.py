@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from kvmagent.backoff import Backoff
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.model.errors import AgentError
 from kvmagent.private import read_private
@@ -21,7 +22,7 @@ _CONNECT_S, _READ_S = 5.0, 30.0
 # How long a server that refuses a client's certificate may take to say so.
 _ALERT_S = 2.0
 # How long a POST whose answer was lost is sent again, and with what pauses at first and at most.
-_RESEND_S, _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 0.25, 4.0
+_RESEND_S, _RESEND = 30.0, Backoff(0.25, 4.0)
 _UNREACHABLE = (
     "Start the agent there (systemctl start kvmagent; kvmagentctl doctor says what hinders it), or name another with "
     "--url or KVMAGENT_URL."
@@ -95,7 +96,7 @@ class Agent:
         """
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "taskuuid": task_uuid, "callbackurl": callback_url}
-        give_up_at, pause_s = time.monotonic() + _RESEND_S, _FIRST_PAUSE_S
+        give_up_at, failures = time.monotonic() + _RESEND_S, 0
         is_first = True
         while True:
             try:
@@ -111,6 +112,8 @@ class Agent:
                 if is_first and isinstance(error, _NO_CONNECTION):
                     raise self._unreachable(error) from error
                 trouble = f"the connection was lost: {_words(error)}"
+            failures += 1
+            pause_s = _RESEND.pause_s(failures)
             if time.monotonic() + pause_s >= give_up_at:
                 raise CtlError(
                     Exit.UNREACHABLE,
@@ -122,7 +125,6 @@ class Agent:
             is_first = False
             tell(f"{trouble}; the same task is sent again")
             time.sleep(pause_s)
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
     def _request(
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
