@@ -298,6 +298,7 @@ class Agent:
         self._lanes.relieve()
         self._late.look_after()
         self._delivery.relieve()
+        self._server.look_after()
         self._journal.look()
         self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
         stalls = self._find_stalls()

@@ -36,6 +36,8 @@ RESERVED = frozenset({"time", "level", "logger", "message", "traceback"})
 
 _NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 _context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=_NO_CONTEXT)
+# No field's value is longer: a client may have sent it.
+_LONGEST_VALUE = 1000
 # What needs no quotes; all that is not printable does.
 _PLAIN = re.compile(r'[^\s"=]+')
 # The query of a callback URL may hold what is nobody's business, and libraries print URLs.
@@ -107,6 +109,11 @@ def log_context(**fields: str) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
+
+
+def cut(text: str, longest: int) -> str:
+    """Return a text that may come from outside, and no more of it than this; what is left out is counted."""
+    return text if len(text) <= longest else f"{text[:longest]}... ({len(text) - longest} more)"
 
 
 def format_fields(**fields: object) -> str:
@@ -241,7 +248,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": name,
             **_context.get(),
-            **{name: value for name, value in fields.items() if value is not None},
+            **{name: _bounded(value) for name, value in fields.items() if value is not None},
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -277,10 +284,14 @@ def _is_journal(descriptor: int, journal_stream: str) -> bool:
 def _format(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    text = str(value)
+    text = cut(str(value), _LONGEST_VALUE)
     if _PLAIN.fullmatch(text) and text.isprintable():
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+def _bounded(value: object) -> object:
+    return value if isinstance(value, bool | int | float) else cut(str(value), _LONGEST_VALUE)
 
 
 def _printable(text: str) -> str:

@@ -31,7 +31,7 @@ import cheroot.server
 from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
 from kvmagent.api.security import Security, certificate_names
 from kvmagent.api.wire import encode_error
-from kvmagent.audit import audit
+from kvmagent.audit import Refusals, network_of
 from kvmagent.logs import Log
 from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
@@ -68,6 +68,7 @@ class Listener(cheroot.server.HTTPServer):
         security: Security,
         respond: Callable[["Request"], Response],
         meters: Meters,
+        refusals: Refusals,
     ) -> None:
         super().__init__(
             (http.host, http.port), _Gateway, minthreads=_THREADS, maxthreads=_THREADS, server_name="kvmagent"
@@ -82,6 +83,7 @@ class Listener(cheroot.server.HTTPServer):
         self.http = http
         self.security = security
         self.meters = meters
+        self.refusals = refusals
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
         self._held_bytes = 0
@@ -104,7 +106,8 @@ class Listener(cheroot.server.HTTPServer):
         """
         key, limit = self._limit(address)
         with self._lock:
-            if self._open[key] >= limit or self._open.total() >= self.http.max_connections:
+            # Nobody takes more than are free: two who work together leave the others a third.
+            if self._open[key] >= min(limit, self.http.max_connections - self._open.total()):
                 found = f"{self._open[key]} connections of {key} are open, {self._open.total()} in all"
                 limits = f"the limits are {limit} and {self.http.max_connections}"
                 raise AgentError(Code.TOO_MANY_CONNECTIONS, f"{found}; {limits}")
@@ -137,7 +140,7 @@ class Listener(cheroot.server.HTTPServer):
     def _limit(self, address: str) -> tuple[str, int]:
         if not self.security.is_allowed_address(address):
             return _STRANGERS, _MAX_STRANGERS
-        return address, self.http.max_connections_per_client
+        return network_of(address), self.http.max_connections_per_client
 
 
 class _Gateway(cheroot.server.Gateway):
@@ -257,14 +260,7 @@ class _Connection(cheroot.server.HTTPConnection):
     def refuse(self, error: AgentError) -> None:
         """Answer what is no request, or may not become one; the connection is of no use after it."""
         self.server.meters.refused(error.code)
-        audit(
-            "refused",
-            caller="",
-            client=self.remote_addr,
-            what="connection",
-            outcome=error.code,
-            error=error.message,
-        )
+        self.server.refusals.tell(self.remote_addr, what="connection", outcome=error.code, error=error.message)
         if not self._has_shaken_hands and error.code is not Code.TLS_REQUIRED:
             return  # a TLS client that has shaken no hands can read nothing
         body = encode_error(error)
@@ -354,8 +350,7 @@ class _Connection(cheroot.server.HTTPConnection):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
         except ssl.SSLError as error:
-            log.info("TLS handshake failed", client=self.remote_addr, error=error.reason or str(error))
-            audit("refused", caller="", client=self.remote_addr, what="TLS", outcome=error.reason or "TLS_FAILED")
+            self.server.refusals.tell(self.remote_addr, what="TLS", outcome=error.reason or "TLS_FAILED")
             return False
         self._has_shaken_hands = True
         self.names = certificate_names(self.socket.getpeercert())

@@ -16,9 +16,9 @@ from typing import Any
 import cherrypy
 
 from kvmagent.api.listener import Listener, Request, Response
-from kvmagent.api.security import Security
+from kvmagent.api.security import ANONYMOUS, Security
 from kvmagent.api.wire import encode, encode_error
-from kvmagent.audit import audit
+from kvmagent.audit import Refusals, audit
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
@@ -79,8 +79,9 @@ class Server:
         meters = meters or Meters()
         self._http = http
         self._security = security
-        application = _Application(_Dispatcher(security, routes, public, meters))
-        self._server = Listener(http, security, application.respond, meters)
+        self._refusals = Refusals()
+        application = _Application(_Dispatcher(security, routes, public, meters, self._refusals))
+        self._server = Listener(http, security, application.respond, meters, self._refusals)
         self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
 
     def bind(self) -> None:
@@ -100,6 +101,10 @@ class Server:
         self._thread.start()
         scheme = "http" if self._security.context is None else "https"
         log.info("listening", url=f"{scheme}://{self._http.host}:{self._http.port}")
+
+    def look_after(self) -> None:
+        """Tell what was only counted. To be called every second or so."""
+        self._refusals.flush()
 
     def stop(self) -> None:
         """Answer what came in, then close."""
@@ -170,7 +175,9 @@ class _Dispatcher:
         routes: Mapping[tuple[str, str], Handler],
         public: frozenset[str],
         meters: Meters,
+        refusals: Refusals,
     ) -> None:
+        self._refusals = refusals
         self._security = security
         self._public = public
         self._meters = meters
@@ -214,7 +221,10 @@ class _Dispatcher:
                 raise AgentError(Code.METHOD_NOT_ALLOWED, message, details={"allow": allow})
         except AgentError as error:
             what = f"{request.method} {request.path_info}"
-            audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
+            if caller in ("", ANONYMOUS):
+                self._refusals.tell(client, what=what, outcome=error.code, error=error.message)
+            else:
+                audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
         repeated = [name for name, value in request.params.items() if not isinstance(value, str)]
         if repeated:

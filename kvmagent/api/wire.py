@@ -11,11 +11,16 @@ from urllib.parse import urlsplit
 import msgspec
 import simplejson
 
+from kvmagent.logs import cut
 from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError, Code
 
 _TASK_UUID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _MAX_URL = 2048
+# What a request's own limits leave open: no string of any field is longer.
+_LONGEST_STRING = 4096
+# An answer repeats no more than this of what was sent.
+_LONGEST_MESSAGE = 1000
 # Deeper than any command; past it the parser would run out of stack.
 _MAX_DEPTH = 32
 # Escapes that may stand for half a character only, which no UTF-8 can hold.
@@ -71,9 +76,12 @@ def decode_request(body: bytes, shape: type[RequestT]) -> RequestT:
     if not isinstance(value, dict):
         raise AgentError(Code.NOT_AN_OBJECT, f"the body is {_json_type(value)}")
     try:
-        return msgspec.convert(value, shape)
+        request = msgspec.convert(value, shape)
     except msgspec.ValidationError as error:
         _refuse(str(error), value)
+    for name, part in msgspec.to_builtins(request).items():
+        _check_lengths(name, part)
+    return request
 
 
 def encode(value: Any) -> bytes:
@@ -83,8 +91,16 @@ def encode(value: Any) -> bytes:
 
 def encode_error(error: AgentError) -> bytes:
     """Return the body of a request that was refused at once."""
-    body = {"success": False, "error": error.message, "errorCode": error.code, "remedy": error.remedy}
-    return encode(body | ({"details": error.details} if error.details else {}))
+    body = {
+        "success": False,
+        "error": cut(error.message, _LONGEST_MESSAGE),
+        "errorCode": error.code,
+        "remedy": error.remedy,
+    }
+    details = {
+        name: cut(value, _LONGEST_MESSAGE) if isinstance(value, str) else value for name, value in error.details.items()
+    }
+    return encode(body | ({"details": details} if details else {}))
 
 
 def _parse(body: bytes) -> Any:
@@ -109,6 +125,17 @@ def _parse(body: bytes) -> Any:
         raise AgentError(Code.OUT_OF_RANGE, f"a number in the body is too long: {error}") from error
 
 
+def _check_lengths(name: str, value: Any) -> None:
+    """Refuse a field in which a string is longer than any may be, however deep it stands."""
+    if isinstance(value, str) and len(value) > _LONGEST_STRING:
+        message = f"{name} has a string of {len(value)} characters, the longest that is taken has {_LONGEST_STRING}"
+        raise AgentError(Code.OUT_OF_RANGE, message, details={"field": name})
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        _check_lengths(name, key)
+        _check_lengths(name, part)
+
+
 def _depth(text: str) -> int:
     """Return how deep brackets nest at most; brackets inside strings make it only stricter."""
     deepest = depth = 0
@@ -130,11 +157,11 @@ def _finite(digits: str) -> float:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise AgentError(Code.DUPLICATE_KEY, f"key {_shown(twice)} stands twice in one object")
+    unique: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in unique:
+            raise AgentError(Code.DUPLICATE_KEY, f"key {_shown(key)} stands twice in one object")
+        unique[key] = value
     return unique
 
 

@@ -1,0 +1,88 @@
+"""What a request may cost: no more than in proportion to what was sent, and never all of it for one."""
+
+import json
+import time
+
+import msgspec
+import pytest
+
+from kvmagent.api.listener import Listener
+from kvmagent.api.security import Security
+from kvmagent.api.wire import decode_request, encode_error
+from kvmagent.audit import Refusals
+from kvmagent.logs import format_fields
+from kvmagent.meters import Meters
+from kvmagent.model.command import Command
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.plugins import load_plugins
+from kvmagent.settings import HttpSection, SecuritySection
+
+LONG = "x" * 1_000_000
+
+
+class Anything(msgspec.Struct):
+    name: str = ""
+    deep: list[dict[str, list[str]]] = []
+
+
+def refusal(body: bytes, shape: type[msgspec.Struct] = Anything) -> AgentError:
+    with pytest.raises(AgentError) as caught:
+        decode_request(body, shape)
+    return caught.value
+
+
+def test_a_key_twice_among_many_is_found_as_fast_as_the_body_is_read() -> None:
+    keys = ", ".join(f'"{n}": 0' for n in range(90_000))
+    began = time.monotonic()
+    assert refusal(f'{{{keys}, "89999": 1}}'.encode()).code is Code.DUPLICATE_KEY
+    assert time.monotonic() - began < 3.0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"name": LONG}, {"deep": [{"a": ["b", LONG]}]}, {"deep": [{LONG: []}]}],
+    ids=["field", "in a list", "key"],
+)
+def test_no_string_of_a_request_is_longer_than_a_maximum(body: dict[str, object]) -> None:
+    error = refusal(json.dumps(body).encode())
+    assert (error.code, error.details["field"]) == (Code.OUT_OF_RANGE, next(iter(body)))
+    assert len(error.message) < 200
+
+
+def test_every_declared_string_has_a_maximum() -> None:
+    for plugin in load_plugins(("vm", "host")):
+        declared = [*plugin.commands, *plugin.queries]
+        for one in declared:
+            for field in msgspec.structs.fields(one.request):
+                body = {field.encode_name: LONG} | ({"vmUuid": "vm"} if isinstance(one, Command) else {})
+                body |= {field.encode_name: LONG}
+                assert len(encode_error(refusal(json.dumps(body).encode(), one.request))) < 3000
+
+
+@pytest.mark.parametrize("body", [{LONG: 1}, {"name": [LONG]}], ids=["unknown field", "wrong type"])
+def test_what_a_client_sent_is_repeated_only_in_part(body: dict[str, object]) -> None:
+    class Strict(msgspec.Struct, forbid_unknown_fields=True):
+        name: str = ""
+
+    error = refusal(json.dumps(body).encode(), Strict)
+    assert len(encode_error(error)) < 3000
+    assert len(format_fields(error=error.message, remedy=error.remedy)) < 3000
+
+
+def test_two_addresses_of_one_host_do_not_take_all_connections() -> None:
+    http = HttpSection(port=1, max_connections=100, max_connections_per_client=100)
+    everybody = Security(SecuritySection(allowed_clients=("0.0.0.0/0", "::/0")))
+    listener = Listener(http, everybody, lambda request: (b"", [], b""), Meters(), Refusals())
+
+    def enter_all(prefix: str) -> int:
+        for n in range(1, 200):
+            try:
+                listener.enter(f"{prefix}{n}")
+            except AgentError:
+                return n - 1
+        return 200
+
+    assert enter_all("127.0.0.") == 50
+    assert enter_all("2001:db8::") == 25
+    listener.enter("192.0.2.1")
+    listener.leave("127.0.0.1")
