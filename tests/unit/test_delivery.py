@@ -250,6 +250,7 @@ def attempts(sender: Sender, task_uuid: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_ten_thousand_owed_callbacks_cost_little_memory_and_go_out_in_order(tmp_path: Path) -> None:
     first = Sender(tmp_path)
     server = ManagementServer()
@@ -339,6 +340,7 @@ def test_receivers_of_one_client_on_many_ports_leave_the_others_their_threads(
     sender.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_receivers_are_tried_again_and_a_good_one_has_its_callbacks(
     tmp_path: Path, server: ManagementServer, kind: str
