@@ -40,6 +40,7 @@ $(STAMP): setup.py pyproject.toml | packages
 
 image: $(STAMP)
 	@$(BIN)/python -m tests.lab.image
+	@$(BIN)/python -m tests.lab.foreign
 	@$(BIN)/python -m tests.lab.promtool
 
 demo: setup

@@ -25,10 +25,12 @@ X86_BLOCK_BYTES = 128 * MIB
 HOST_RESERVE_BYTES = 256 * MIB
 MOST_VCPUS_WITHOUT_EIM = 255
 # Source: QEMU 7.2: Arm's virt takes dimms and no vCPUs; microvm and isapc take neither.
-_CPU_HOTPLUG_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le", "s390x"})
+_CPU_HOTPLUG_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le", "s390x"})
 # Source: QEMU 7.2 to 11.1, s390x: "CPU hot unplug not supported on this machine".
-_CPU_REMOVAL_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le"})
-_DIMM_ARCHES = frozenset({"x86_64", "i686", "ppc64", "ppc64le", "aarch64"})
+_CPU_REMOVAL_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le"})
+_DIMM_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le", "aarch64"})
+# Others tell their guests by firmware calls (POWER) or channel reports (s390x).
+_ACPI_ARCHES = frozenset({"x86_64", "aarch64"})
 # What the guest's part is done with.
 _NEEDED_AGENT_COMMANDS = frozenset(
     {
@@ -145,8 +147,7 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
                 f"the {name} definition allows {definition.vcpu_maximum} vCPUs, the hypervisor at most {limit}",
                 needs_restart=True,
             )
-        if not definition.acpi:
-            yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
+        yield from _check_acpi(name, definition)
         if cpu_num > definition.vcpu_maximum:
             yield blocker(
                 Code.CPU_ABOVE_MAXIMUM,
@@ -219,6 +220,12 @@ def _check_machine(name: str, definition: Definition, arches: frozenset[str]) ->
         )
 
 
+def _check_acpi(name: str, definition: Definition) -> Iterator[Blocker]:
+    """The machine must have what it tells its guest by that something was plugged; where it is not ACPI, it has it."""
+    if definition.arch in _ACPI_ARCHES and not definition.acpi:
+        yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
+
+
 def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     """Each definition to be changed must be able to take a dimm at all."""
     quantum = block_bytes(facts)
@@ -229,8 +236,7 @@ def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
             yield blocker(
                 Code.MEMORY_ENCRYPTED, f"the {name} definition has launchSecurity {definition.launch_security}"
             )
-        if not definition.acpi:
-            yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
+        yield from _check_acpi(name, definition)
         if not definition.cells:
             yield blocker(Code.NO_NUMA_CELL, f"the {name} definition has no guest NUMA cell", needs_restart=True)
         else:

@@ -418,6 +418,8 @@ CASES = {
     "memory-refused-misaligned-dimm": Case(MEMORY, {"memorySize": 512 * MIB}, spec={"devices_xml": ODD_DIMM}),
     "memory-refused-below": Case(MEMORY, {"memorySize": 128 * MIB}),
     "memory-refused-host": Case(MEMORY, {"memorySize": 1 * GIB}, host={"available_mib": 512}),
+    "cpu-power-needs-no-acpi": Case(CPU, {"cpuNum": 2}, spec={"acpi": False}, arrange=be_of("ppc64le")),
+    "cpu-refused-i686": Case(CPU, {"cpuNum": 2}, arrange=be_of("i686")),
     "cpu-refused-machine": Case(CPU, {"cpuNum": 2}, arrange=be_a("microvm")),
     "cpu-refused-host-limit": Case(CPU, {"cpuNum": 2}, arrange=allow_vcpus(300)),
     "memory-refused-machine": Case(MEMORY, {"memorySize": 512 * MIB}, arrange=be_a("microvm")),

@@ -43,6 +43,7 @@ class GuestSpec:
     acpi: bool = True
     balloon: bool = True
     agent_channel: bool = True
+    arch: str = "x86_64"
     machine: str = "q35"
     kernel_args: str = ""
     domain_xml: str = ""
@@ -54,6 +55,10 @@ class GuestSpec:
 def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log: Path, harness: Path) -> str:
     """The domain XML of a guest that boots `image`, logs its console and has the harness on a socket."""
     sockets, cores, threads = spec.topology or (spec.max_vcpus, 1, 1)
+    is_pc = spec.arch == "x86_64"
+    disguised = is_pc and virt_type == "qemu"
+    cpu = "<cpu mode='host-passthrough'>" if virt_type == "kvm" else "<cpu mode='custom'><model>qemu64</model>"
+    port = "" if is_pc else "type='spapr-vio-serial' "
     parts = [
         f"<domain type={quoteattr(virt_type)} xmlns:qemu={quoteattr(QEMU_NAMESPACE)}>",
         f"<name>{escape(spec.name)}</name>",
@@ -61,20 +66,20 @@ def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log:
         f"<memory unit='MiB'>{spec.memory_mib}</memory>",
         format_max_memory(spec),
         f"<vcpu placement='static' current='{spec.vcpus}'>{spec.max_vcpus}</vcpu>",
-        f"<os><type arch='x86_64' machine={quoteattr(spec.machine)}>hvm</type>",
+        f"<os><type arch={quoteattr(spec.arch)} machine={quoteattr(spec.machine)}>hvm</type>",
         f"<kernel>{image.kernel}</kernel><initrd>{image.initramfs}</initrd>",
         f"<cmdline>{escape(format_kernel_arguments(spec))}</cmdline>",
-        "<smbios mode='sysinfo'/></os>" if virt_type == "qemu" else "</os>",
-        f"<features>{'<acpi/>' if spec.acpi else ''}{VMPORT if virt_type == 'qemu' else ''}</features>",
-        SMBIOS if virt_type == "qemu" else "",
-        "<cpu mode='host-passthrough'>" if virt_type == "kvm" else "<cpu mode='custom'><model>qemu64</model>",
+        "<smbios mode='sysinfo'/></os>" if disguised else "</os>",
+        f"<features>{'<acpi/>' if spec.acpi else ''}{VMPORT if disguised else ''}</features>",
+        SMBIOS if disguised else "",
+        cpu if is_pc else "<cpu>",
         f"<topology sockets='{sockets}' cores='{cores}' threads='{threads}'/>",
-        NO_HYPERVISOR_BIT if virt_type == "qemu" else "",
+        NO_HYPERVISOR_BIT if disguised else "",
         f"{format_numa(spec)}</cpu>",
         "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>",
         "<devices>",
-        f"<serial type='file'><source path={quoteattr(str(console_log))}/><target port='0'/></serial>",
-        f"<serial type='unix'><source mode='bind' path={quoteattr(str(harness))}/><target port='1'/></serial>",
+        f"<serial type='file'><source path={quoteattr(str(console_log))}/><target {port}port='0'/></serial>",
+        f"<serial type='unix'><source mode='bind' path={quoteattr(str(harness))}/><target {port}port='1'/></serial>",
         AGENT_CHANNEL if spec.agent_channel else "",
         f"<memballoon model='{'virtio' if spec.balloon else 'none'}'/>",
         "<controller type='usb' model='none'/>",
@@ -99,7 +104,8 @@ def format_kernel_arguments(spec: GuestSpec) -> str:
     lab.agent tells the guest's start-up to wait for the agent's port. Whether plugged memory is used at once is a
     choice of each distribution's kernel: here it never is, unless a test says so.
     """
-    arguments = ["console=ttyS0,115200", "quiet", "panic=-1", "mitigations=off", "memhp_default_state=offline"]
+    console = "ttyS0,115200" if spec.arch == "x86_64" else "hvc0"
+    arguments = [f"console={console}", "quiet", "panic=-1", "mitigations=off", "memhp_default_state=offline"]
     return " ".join([*arguments, *(["lab.agent=1"] if spec.agent_channel else []), spec.kernel_args]).strip()
 
 

@@ -287,7 +287,7 @@ def find_libraries(root: Path, program: Path) -> Iterator[tuple[str, Path]]:
                 yield f"lib/{name}", Path(file)
 
 
-def find_modules(root: Path, release: str) -> dict[str, bytes]:
+def find_modules(root: Path, release: str, wanted: Iterable[str] = MODULES) -> dict[str, bytes]:
     """The modules to load, in an order in which each finds what it needs, uncompressed."""
     tree = only(root.glob(f"**/lib/modules/{release}"), what="modules")
     files = {module_name(path.name): path for path in tree.glob("kernel/**/*.ko*")}
@@ -306,7 +306,7 @@ def find_modules(root: Path, release: str) -> dict[str, bytes]:
                 add(module_name(needed))
         ordered[name] = content
 
-    for name in MODULES:
+    for name in wanted:
         add(name)
     return ordered
 
