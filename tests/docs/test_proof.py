@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from tests.docs.blocks import ROOT
 
 NAMED = re.findall(r"`(tests/guest/\w+\.py)::(\w+)`", (ROOT / "docs/install.md").read_text())
@@ -15,7 +17,7 @@ def test_what_is_called_proven_has_a_test_on_a_real_guest() -> None:
         assert "pytestmark = pytest.mark.guest" in text, file
 
 
-def test_the_table_names_all_that_a_power_guest_proves() -> None:
-    file = "tests/guest/test_power.py"
+@pytest.mark.parametrize("file", ["tests/guest/test_power.py", "tests/guest/test_newest.py"])
+def test_the_table_names_all_that_is_proven_of_vcpus_that_leave(file: str) -> None:
     tests = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
     assert sorted(tests) == sorted(name for named, name in NAMED if named == file)

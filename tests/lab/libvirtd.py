@@ -34,6 +34,16 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
 # host_uuid: two daemons of one machine are two hosts to each other, so that a guest can migrate.
+#: Runs a daemon of a tree ($0) as a user ($1), in mounts of its own: the lab's and the guests' files are the host's.
+IN_TREE = """
+mount --make-rprivate /
+for directory in /tmp /var/tmp; do mount --bind $directory "$0$directory"; done
+mount -t proc none "$0/proc"
+mount --rbind /dev "$0/dev"
+mount --rbind /sys "$0/sys"
+exec chroot --userspec="$1" "$0" /usr/sbin/libvirtd
+"""
+
 # keepalive_interval: a test process that has an event loop registered and not running would be taken for dead.
 DAEMON_CONF = """\
 auth_unix_rw = "none"
@@ -53,10 +63,12 @@ class PrivateLibvirtd:
     """A session libvirtd in the foreground, as a child in a process group of its own.
 
     `directory`, `uri` and `user` hold from creation to `stop`, across kill and restart. To be used by one thread.
+    `tree` is a directory with a libvirtd and a QEMU that are run in place of the host's; it needs root.
     """
 
-    def __init__(self) -> None:
-        self._program, socket = find_daemon()
+    def __init__(self, tree: Path | None = None) -> None:
+        self._tree = tree
+        self._program, socket = find_daemon() if tree is None else ("/usr/sbin/libvirtd", "libvirt-sock")
         self.user = pwd.getpwnam(ORDINARY_USER) if os.getuid() == 0 else pwd.getpwuid(os.getuid())
         # Short, and so never in TMPDIR: libvirt adds some 75 characters for the agent's socket, and 107 is the limit.
         self.directory = Path(tempfile.mkdtemp(prefix="kvl-", dir="/tmp"))
@@ -96,10 +108,13 @@ class PrivateLibvirtd:
         # Without this, a client that finds no daemon starts one by itself, and nothing of the lab would own it.
         os.environ["LIBVIRT_AUTOSTART"] = "0"
         libvirt.registerErrorHandler(lambda _context, _error: None, None)  # errors are raised: not on stderr as well
-        is_root = os.getuid() == 0
+        command, is_root = [self._program], os.getuid() == 0 and self._tree is None
+        if self._tree is not None:
+            user = f"{self.user.pw_uid}:{self.user.pw_gid}"
+            command = ["unshare", "--mount", "sh", "-ec", IN_TREE, str(self._tree), user]
         with self.log_file.open("ab") as log:
             self._child = subprocess.Popen(
-                [self._program],
+                command,
                 env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
