@@ -338,7 +338,9 @@ def _parse_ids(text: str) -> frozenset[int]:
 
 def _parse_device(element: etree._Element) -> MemoryDevice:
     alias, address, node = element.find("./alias"), element.find("./address"), element.findtext("./target/node")
-    base = address.get("base") if address is not None else None
+    # Source: libvirt 9.4 on; a virtio-mem device's own address is its PCI device's.
+    place = element.find("./target/address") if address is None or address.get("base") is None else address
+    base = None if place is None else place.get("base")
     slot = address.get("slot") if address is not None and address.get("type") == "dimm" else None
     requested, current = element.find("./target/requested"), element.find("./target/current")
     block = element.find("./target/block")

@@ -141,6 +141,7 @@ class Code(StrEnum):
     GUEST_OS_UNABLE = "GUEST_OS_UNABLE"
     GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
+    RESTART_REQUIRED = "RESTART_REQUIRED"
     # the plan
     PLAN_NOT_WHOLE = "PLAN_NOT_WHOLE"
 
@@ -693,6 +694,11 @@ CODES: dict[Code, CodeInfo] = {
         "The running VM and its persistent definition differ.",
         "Send the command again with affect both, or correct the persistent definition, before the next start.",
     ),
+    Code.RESTART_REQUIRED: CodeInfo(
+        200,
+        "The persistent definition has what the running VM lacks: larger maxima, more slots, a device.",
+        "Power the VM off and start it again: a reboot of the guest is not enough.",
+    ),
 }
 
 _LOOK_AT_POLICY = "virsh metadata VM urn:kvmagent:policy:1; virsh metadata VM urn:kvmagent:policy:1 --config"
@@ -777,6 +783,7 @@ LOOKS: dict[Code, str] = {
     Code.GUEST_CPU_IN_USE: "in the guest: dmesg | tail; ps -eLo psr,pid,cls,comm",
     Code.GUEST_MEMORY_IN_USE: "in the guest: lsmem --all; dmesg | grep -i offline",
     Code.GUEST_FREE_SHOWS_LESS: "in the guest: grep MemTotal /proc/meminfo; dmesg | grep Memory:",
+    Code.RESTART_REQUIRED: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
     Code.DRIFT: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
 }
 

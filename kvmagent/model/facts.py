@@ -386,6 +386,23 @@ class Facts(msgspec.Struct, frozen=True):
         return self.domain.config
 
     @property
+    def restart_required(self) -> bool:
+        """Whether the persistent definition has what the running VM lacks until it is powered off and on."""
+        live, config = self.domain.live, self.domain.config
+        if live is None or config is None:
+            return False
+        return (
+            config.vcpu_maximum > live.vcpu_maximum
+            or (config.max_memory_bytes or 0) > (live.max_memory_bytes or 0)
+            or config.slots > live.slots
+            or len(config.cells) > len(live.cells)
+            or (config.acpi and not live.acpi)
+            or (config.balloon and not live.balloon)
+            or (config.agent_channel and not live.agent_channel)
+            or (config.free_page_reporting and not live.free_page_reporting)
+        )
+
+    @property
     def offline_vcpus(self) -> int | None:
         """How many vCPUs the running VM has that its guest does not use; None where the guest does not tell."""
         live, online = self.domain.live, self.guest.cpus_online

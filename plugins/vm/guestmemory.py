@@ -2,7 +2,7 @@
 
 from kvmagent.model.command import Ending
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Facts, Guest, count_missing, dimm_blocks, pick_blocks
+from kvmagent.model.facts import Facts, Guest, MemoryDevice, count_missing, device_blocks, dimm_blocks, pick_blocks
 from kvmagent.model.guestuse import find_mem_total, warning
 from kvmagent.model.policy import explain_not_asked
 from kvmagent.model.reply import Problem
@@ -60,6 +60,15 @@ def listed_blocks(guest: Guest) -> frozenset[int]:
 def online_blocks(guest: Guest) -> frozenset[int]:
     """Return the blocks that the guest uses; none where it does not tell."""
     return frozenset(block.index for block in guest.blocks or () if block.online)
+
+
+def find_online_bytes(facts: Facts, device: MemoryDevice) -> int | None:
+    """Return how much of a device the guest uses; None where it does not tell, or the device's place is not known."""
+    guest = facts.guest
+    if facts.domain.live is None or guest.blocks is None or guest.block_bytes is None or device.base is None:
+        return None
+    used = pick_blocks(online_blocks(guest), (device_blocks(device, guest.block_bytes),))
+    return min(device.size_bytes, len(used) * guest.block_bytes)
 
 
 def offline_bytes(facts: Facts) -> int:

@@ -115,16 +115,22 @@ class MemoryReply(VmReply, kw_only=True, rename="camel"):
 
 
 class Blocker(msgspec.Struct, frozen=True, rename="camel"):
-    """One thing that stands in the way of hotplug; `scope` says where: the running VM, its definition, guest, host."""
+    """One thing that stands in the way of hotplug.
+
+    `definitions` are those that it stands in; empty where it is of the guest, the host or the VM as a whole.
+    """
 
     code: Code
     message: str
     remedy: str
     needs_restart: bool
+    definitions: list[Literal["running", "persistent"]] = []
 
 
 class Headroom(msgspec.Struct, frozen=True, rename="camel"):
     """How far a VM can grow now, without a restart, and how far come down: vCPUs, bytes, slots.
+
+    What is added up to cpuNum and memorySize would be accepted now, and one more vCPU or block would not.
 
     `memoryGranularity` is what added memory must be a multiple of; `memoryMethods` are those that can add any.
     """
@@ -166,9 +172,31 @@ class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
     ballooned: int | None = None
 
 
+class Device(msgspec.Struct, frozen=True, rename="camel"):
+    """One memory device of a VM, in bytes; null where unknown, or of another model.
+
+    `online` is how much of it the guest uses.
+    """
+
+    alias: str | None
+    model: str
+    slot: int | None
+    node: int | None
+    size: int
+    block: int | None
+    requested: int | None
+    current: int | None
+    base: int | None
+    online: int | None
+
+
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
 
+    `ready`: a command to the totals that were asked for would be accepted now; where none were, one that adds anything.
+    `atMaximum`: it would not, and nothing is wrong: the VM has all that it can have without a restart. `confirmable`:
+    the guest can say whether it uses what is plugged; else a warning with the code GUEST_AGENT_... says why.
+    `restartRequired`: the persistent definition has what the running VM lacks until it is powered off and on.
     `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline,
     and what the guest's operating system is known not to do; `guestOs` is what it says of itself.
     """
@@ -178,10 +206,13 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     plugged_offline: PluggedOffline | None = None
     guest_os: GuestOs | None = None
     ready: bool = False
+    at_maximum: bool = False
+    confirmable: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []
     headroom: Headroom | None = None
     changes: list[Change] = []
     clamped: list[Clamp] = []
     diff: str | None = None
-    restart_required: bool | None = None
+    restart_required: bool = False
+    devices: list[Device] = []

@@ -43,6 +43,7 @@ def test_vms_that_hang_that_are_off_and_that_leave_cpus_offline_are_told() -> No
             "after": {"configCpuNum": 2, "maxCpuNum": 4, "configMemorySize": 512 * MIB},
             "blockers": [{"code": "VM_NOT_RUNNING"}],
         },
+        {"vmUuid": "3", "name": "full", "state": "running", "atMaximum": True, "blockers": [], "restartRequired": True},
         {
             "vmUuid": "2", "name": "db-7", "state": "running", "ready": True, "blockers": [],
             "pluggedOffline": {"cpuNum": 2, "memorySize": 0, "ballooned": 0},
@@ -55,6 +56,7 @@ def test_vms_that_hang_that_are_off_and_that_leave_cpus_offline_are_told() -> No
         "VM    STATE    VCPUS  MAX  GUEST    MEMORY    MAX    GUEST  SLOTS  HOTPLUG",
         "7e1f  -            -    -      -         -      -        -      -  LIBVIRT_UNAVAILABLE",
         "db-7  running      4    8      2  1536 MiB  8 GiB  1.4 GiB      3  ready",
+        "full  running      -    -      -         -      -        -      -  at its maximum, restart pending",
         "off   shutoff      2    4      -   512 MiB      -        -      -  VM_NOT_RUNNING",
     ]
     assert paint("2", "yellow") in shown[2], "plugged, and offline in the guest"

@@ -36,7 +36,7 @@ def test_a_bare_vm_is_prepared_and_takes_both_after_its_restart(
     )
     ready = send("/vm/hotplug/ready", guest)
     codes = {blocker["code"] for blocker in ready["blockers"]}
-    assert {"NO_ACPI", "NO_MAX_MEMORY", "NO_NUMA_CELL", "CPU_ABOVE_MAXIMUM", "NO_BALLOON"} <= codes
+    assert {"NO_ACPI", "NO_MAX_MEMORY", "NO_NUMA_CELL", "CPU_ABOVE_MAXIMUM"} <= codes
     assert ready["readyAfterRestart"] is False
     live, former = guest.live_xml(), guest.persistent_xml()
     assert "passwd='s3cret'" in former

@@ -117,8 +117,8 @@ def test_without_its_agent_the_guest_s_numbers_are_unknown_and_the_remedy_is_tol
     assert 'SUBSYSTEM=="memory"' in reply["warnings"][0]["remedy"]
 
     reply = send("ready")
-    assert reply["ready"] is False
-    assert [blocker["code"] for blocker in reply["blockers"]] == [code]
+    assert (reply["ready"], reply["blockers"], reply["confirmable"]) == (True, [], False)
+    assert [warning["code"] for warning in reply["warnings"]] == [code]
 
 
 def test_the_balloon_gives_memory_back_and_auto_goes_on_with_a_dimm(

@@ -18,7 +18,8 @@ def test_vms_lists_each_with_its_numbers_and_blockers(agent: AgentProcess) -> No
     for vm in vms:
         assert vm["after"]["maxCpuNum"] == 4
         assert vm["headroom"]["slots"] == 16
-        assert [blocker["code"] for blocker in vm["blockers"]] == ["GUEST_AGENT_DISCONNECTED"]
+        assert (vm["ready"], vm["blockers"], vm["confirmable"]) == (True, [], False)
+        assert [warning["code"] for warning in vm["warnings"]] == ["GUEST_AGENT_DISCONNECTED"]
     assert agent.get("/vms/vm1").body["vmUuid"] == "vm1"
 
 

@@ -164,7 +164,7 @@ VMS = [
         "build-3",
         cpus=(4, None, 16),
         memory=(8 * GIB, None, 64 * GIB),
-        blockers=(
+        warnings=(
             (
                 Code.GUEST_AGENT_DISCONNECTED,
                 "hot-plug works, but the guest's use cannot be confirmed: no guest agent is connected",
@@ -188,7 +188,7 @@ VMS = [
         "web-2",
         cpus=(3, 3, 8),
         memory=(6 * GIB, 0, 16 * GIB),
-        blockers=((Code.DRIFT, "cpuNum is 3 in the running VM, 2 in its definition"),),
+        warnings=((Code.DRIFT, "cpuNum is 3 in the running VM, 2 in its definition"),),
     ),
     vm(7, "spare", state="shutoff", cpus=(2, None, 8), memory=(4 * GIB, None, 16 * GIB)),
     vm(8, "ml-train", cpus=(96, 96, 128), memory=(192 * GIB, 0, 384 * GIB)),

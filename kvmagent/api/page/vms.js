@@ -11,6 +11,9 @@ let shown = AT_ONCE;
 let vms = [];
 const rows = new Map();
 
+// What nobody asked for: the guest fell silent, or the next start would have something else.
+const ATTENTION = /^(GUEST_AGENT_(DISCONNECTED|UNRESPONSIVE|INVALID)|DRIFT)$/;
+
 /** What a row says of a VM: [how bad, symbol, words]; from 2 up somebody has to do something. */
 function judge(vm) {
   if (vm.success === false) return [4, "bad", "cannot be read"];
@@ -18,7 +21,7 @@ function judge(vm) {
   if (vm.state === "shutoff") return [0, "idle", "off"];
   const offline = vm.pluggedOffline ?? {};
   if (offline.cpuNum || offline.memorySize) return [3, "warn", vm.state];
-  if (vm.blockers.some((blocker) => blocker.code !== "DRIFT")) return [2, "warn", vm.state];
+  if (vm.warnings.some((warning) => ATTENTION.test(warning.code))) return [2, "warn", vm.state];
   if (vm.state !== "running" || vm.blockers.length) return [1, "warn", vm.state];
   return [0, "good", vm.state];
 }
@@ -191,7 +194,9 @@ function bar({ has, most, offline, ballooned }, live) {
 /** What is plugged for nothing, what stands in the way, what is good to know. */
 function worstFirst({ warnings, blockers }) {
   const idle = ({ code }) => /^GUEST_(CPU|MEMORY)_(OFFLINE|NOT_SEEN)$/.test(code);
-  return [...warnings.filter(idle), ...blockers, ...warnings.filter((warning) => !idle(warning))];
+  const silent = ({ code }) => ATTENTION.test(code);
+  const others = warnings.filter((warning) => !idle(warning) && !silent(warning));
+  return [...warnings.filter(idle), ...warnings.filter(silent), ...blockers, ...others];
 }
 
 /** Whether hotplug can be had; where something stands in the way, the first of it and a button for all. */
@@ -201,7 +206,10 @@ function why(vm, problems, open) {
     const after = vm.readyAfterRestart ? "ready once it is started" : "not ready once it is started";
     return h("p", { class: "muted" }, `off; ${after}`);
   }
-  if (!problems.length) return h("p", { class: "ready" }, icon("good"), "ready");
+  if (!problems.length) {
+    const words = vm.atMaximum ? "at its maximum; more needs a prepare and a restart" : "ready";
+    return h("p", { class: "ready" }, icon("good"), words);
+  }
   const [first, ...others] = problems;
   return [
     h("p", {}, sentence(first.message)),

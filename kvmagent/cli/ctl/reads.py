@@ -50,15 +50,20 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
 
 
 @click.command()
+@click.option(
+    "--pending-restart", is_flag=True, help="Those alone that must be powered off and on to have what is new."
+)
 @click.pass_context
-def vms(context: click.Context) -> None:
+def vms(context: click.Context, pending_restart: bool) -> None:
     """All VMs: vCPUs, memory, slots; ready, or what hinders.
 
     GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
     the first blocker; `kvmagentctl ready VM` tells all of them.
     """
     session = session_of(context)
-    _print(session, session.agent.get("vms", timeout_s=_VMS_S), lambda body: view_vms(body["vms"]))
+    found = session.agent.get("vms", timeout_s=_VMS_S)["vms"]
+    wanted = [vm for vm in found if vm.get("restartRequired") or not pending_restart]
+    _print(session, {"vms": wanted}, lambda body: view_vms(body["vms"]))
 
 
 @click.command()

@@ -96,13 +96,16 @@ def _vm_row(vm: Json) -> list[str]:
 
 
 def _readiness(vm: Json) -> str:
+    pending = paint(", restart pending", WARN) if vm.get("restartRequired") else ""
     if vm.get("ready"):
-        return paint("ready", GOOD)
+        return paint("ready", GOOD) + pending
+    if vm.get("atMaximum"):
+        return paint("at its maximum", GOOD) + pending
     blockers = vm.get("blockers") or []
     if not blockers:
         return paint(str(vm.get("errorCode") or "not ready"), BAD)
     more = f" (+{len(blockers) - 1})" if len(blockers) > 1 else ""
-    return paint(str(blockers[0]["code"]), WARN) + more
+    return paint(str(blockers[0]["code"]), WARN) + more + pending
 
 
 def view_reply(reply: Json) -> list[str]:
@@ -153,6 +156,10 @@ def view_readiness(reply: Json, *, with_diff: bool) -> list[str]:
     name = reply.get("name") or reply["vmUuid"]
     if reply["ready"]:
         lines = [f"{name}: {paint('ready', GOOD)}"]
+    elif reply.get("atMaximum"):
+        lines = [
+            f"{name}: {paint('at its maximum', GOOD)}; more needs --prepare --apply, and the VM powered off and on"
+        ]
     else:
         after = "ready after a restart" if reply["readyAfterRestart"] else "not after a restart either"
         lines = [f"{name}: {paint('not ready', BAD)}, {after}"]

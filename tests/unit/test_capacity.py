@@ -1,0 +1,256 @@
+"""Ready is what a command would do: ReadyForHotplug and headroom, held against dry runs of the commands themselves."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lxml import etree
+
+from kvmagent.model.facts import POLICY_NAMESPACE
+from kvmagent_plugins.vm.capacity import find_largest
+from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
+from tests.fakes.libvirt import FakeDomain
+from tests.lab.domainxml import GuestSpec
+from tests.unit.test_planners_properties import BLOCK_MIB, Vm, vms
+
+GIB = 1024 * MIB
+FILES = tempfile.TemporaryDirectory(prefix="kvmagent-")
+examples = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+sizes = st.one_of(st.integers(1, 44).map(lambda n: n * BLOCK_MIB * MIB), st.integers(1 * MIB, 5600 * MIB))
+
+
+def virtio_mem(size_mib: int, requested_mib: int) -> str:
+    return (
+        "<memory model='virtio-mem'><target>"
+        f"<size unit='KiB'>{size_mib * 1024}</size><node>0</node><block unit='KiB'>2048</block>"
+        f"<requested unit='KiB'>{requested_mib * 1024}</requested><current unit='KiB'>{requested_mib * 1024}</current>"
+        "</target><alias name='ua-vm'/><address type='pci' domain='0x0000' bus='0x01' slot='0x00' function='0x0'/>"
+        "</memory>"
+    )
+
+
+def add_device(domain: FakeDomain, xml: str, size_mib: int) -> None:
+    """Put a memory device into both definitions, counted as libvirt does."""
+    for root in (domain.live, domain.config):
+        root.find("devices").append(etree.fromstring(xml))
+        for name in ("memory", "currentMemory"):
+            element = root.find(name)
+            if name == "memory" or "virtio-mem" not in xml:
+                element.text = str(int(element.text) + size_mib * 1024)
+
+
+@st.composite
+def any_vms(draw: st.DrawFn) -> Vm:
+    """VMs of all kinds: with less in one definition, with a virtio-mem device, encrypted, limited by their owner."""
+    vm = draw(vms())
+    if draw(st.booleans()):
+        size_mib = BLOCK_MIB * draw(st.integers(1, 4))
+        add_device(vm.domain, virtio_mem(size_mib, draw(st.integers(0, size_mib // 2)) * 2), size_mib)
+    roots = draw(st.sampled_from([(vm.domain.live, vm.domain.config), (vm.domain.live,), (vm.domain.config,)]))
+    kind = draw(
+        st.sampled_from(["plain", "plain", "sev", "no maxMemory", "no cell", "policy", "off hotplug", "no acpi"])
+    )
+    for root in roots:
+        if kind == "sev":
+            root.append(etree.fromstring("<launchSecurity type='sev'/>"))
+        elif kind == "no maxMemory":
+            root.remove(root.find("maxMemory"))
+        elif kind == "no cell":
+            root.find("cpu").remove(root.find("cpu/numa"))
+        elif kind == "no acpi":
+            root.find("features").remove(root.find("features/acpi"))
+        elif kind in ("policy", "off hotplug"):
+            policy = etree.Element(f"{{{POLICY_NAMESPACE}}}policy")
+            if kind == "off hotplug":
+                policy.set("hotplug", "off")
+            else:
+                policy.set("maxCpuNum", str(draw(st.integers(0, 8))))
+                policy.set("maxMemorySize", str(draw(st.integers(0, 4000)) * MIB))
+            etree.SubElement(root, "metadata").append(policy)
+    vm.domain.paused = draw(st.sampled_from([False, False, False, True]))
+    if draw(st.integers(0, 9)) == 0:
+        vm.domain.live = None
+    return vm
+
+
+def accepts(vm: Vm, command: str, **fields: Any) -> bool:
+    reply = vm.send(command, dryRun=True, **fields)
+    assert reply["outcome"] in ("planned", "refused"), reply
+    return bool(reply["outcome"] == "planned")
+
+
+@examples
+@given(
+    vm=any_vms(),
+    cpu_num=st.none() | st.integers(1, 12),
+    size=st.none() | sizes,
+    affect=st.sampled_from(["both", "both", "live", "config"]),
+)
+def test_ready_for_totals_is_what_a_dry_run_of_them_says(
+    vm: Vm, cpu_num: int | None, size: int | None, affect: str
+) -> None:
+    asked = {name: value for name, value in (("cpuNum", cpu_num), ("memorySize", size)) if value is not None}
+    if not asked:
+        return
+    told = vm.send("ReadyForHotplug", affect=affect, **asked)
+    command = "HotPlugCpuMemory" if len(asked) == 2 else "HotPlugCpu" if cpu_num is not None else "HotPlugMemory"
+    assert told["ready"] is accepts(vm, command, affect=affect, **asked), told
+    assert told["ready"] is (not told["blockers"])
+
+
+@examples
+@given(vm=any_vms(), affect=st.sampled_from(["both", "both", "live", "config"]))
+def test_headroom_is_accepted_and_one_more_is_not(vm: Vm, affect: str) -> None:
+    told = vm.send("ReadyForHotplug", affect=affect)
+    room, after = told["headroom"], told["after"]
+    if room is None:
+        return
+    config = affect == "config"
+    cpus, memory = (
+        (after["configCpuNum"], after["configMemorySize"]) if config else (after["cpuNum"], after["memorySize"])
+    )
+    if cpus is None:
+        assert (room["cpuNum"], room["memorySize"], room["memoryMethods"]) == (0, 0, [])
+        return
+    for command, field, has, grows, quantum in (
+        ("HotPlugCpu", "cpuNum", cpus, room["cpuNum"], 1),
+        ("HotPlugMemory", "memorySize", memory, room["memorySize"], room["memoryGranularity"]),
+    ):
+        if grows:
+            assert accepts(vm, command, affect=affect, **{field: has + grows}), told
+        assert not accepts(vm, command, affect=affect, **{field: has + grows + quantum}), told
+    balloon = vm.domain.config if config else vm.domain.live
+    actual = int(balloon.findtext("currentMemory")) * 1024
+    finest = {"balloon": actual + 4096, "dimm": memory + room["memoryGranularity"], "virtio-mem": memory + 2 * MIB}
+    for method, total in finest.items():
+        can = accepts(vm, "HotPlugMemory", affect=affect, method=method, memorySize=total)
+        assert (method in room["memoryMethods"]) is can, (method, told)
+
+
+@examples
+@given(vm=any_vms(), affect=st.sampled_from(["both", "live", "config"]))
+def test_a_vm_is_in_one_of_three_states_and_every_blocker_is_told_once(vm: Vm, affect: str) -> None:
+    told = vm.send("ReadyForHotplug", affect=affect)
+    assert [told["ready"], told["atMaximum"], bool(told["blockers"])].count(True) == 1, told
+    codes = [blocker["code"] for blocker in told["blockers"]]
+    assert len(set(codes)) == len(codes)
+    if told["ready"]:
+        assert told["headroom"]["cpuNum"] or told["headroom"]["memorySize"]
+    if told["atMaximum"]:
+        assert (told["headroom"]["cpuNum"], told["headroom"]["memorySize"]) == (0, 0)
+    for blocker in told["blockers"]:
+        assert blocker["message"]
+        assert blocker["remedy"]
+
+
+@given(limit=st.integers(0, 5000), most=st.integers(0, 5000))
+def test_bisection_finds_the_last_that_is_accepted_in_few_questions(limit: int, most: int) -> None:
+    asked = []
+
+    def accepts_up_to(n: int) -> bool:
+        asked.append(n)
+        return n <= limit
+
+    assert find_largest(accepts_up_to, most) == min(limit, most)
+    assert len(asked) <= 16
+
+
+# What was seen in the field.
+
+SPEC = GuestSpec(name="vm1", vcpus=1, max_vcpus=4, memory_mib=512, max_memory_mib=4096, slots=4)
+
+
+def ask(directory: Path, arrange: Callable[[FakeDomain], None], spec: GuestSpec = SPEC, **guest: Any) -> dict[str, Any]:
+    domain = make_domain(spec, make_guest(spec, **guest), virt_type="kvm")
+    arrange(domain)
+    return carry_out(make_node(directory, domain), "ReadyForHotplug", vmUuid="vm1")
+
+
+def test_a_guest_without_memory_for_the_page_map_is_not_ready(tmp_path: Path) -> None:
+    told = ask(tmp_path, lambda domain: None, available_bytes=34 * MIB)
+    assert (told["ready"], told["headroom"]["memorySize"]) == (True, 3584 * MIB)
+    told = ask(tmp_path, lambda domain: None, available_bytes=33 * MIB)
+    assert told["ready"] is False
+    assert [blocker["code"] for blocker in told["blockers"]] == ["GUEST_MEMORY_SHORT"]
+    assert told["headroom"]["memorySize"] == 0
+
+
+def test_a_virtio_mem_device_with_room_is_headroom_where_slots_and_maximum_are_used_up(tmp_path: Path) -> None:
+    def arrange(domain: FakeDomain) -> None:
+        add_device(domain, virtio_mem(1024, 128), 1024)
+
+    full = GuestSpec(name="vm1", vcpus=1, max_vcpus=4, memory_mib=512, max_memory_mib=1536, slots=1)
+    told = ask(tmp_path, arrange, full)
+    assert (told["ready"], told["blockers"]) == (True, [])
+    assert told["headroom"]["memorySize"] == 896 * MIB
+    assert told["headroom"]["memoryMethods"] == ["virtio-mem"]
+
+
+@pytest.mark.parametrize("kind", ["sev", "sev-snp", "tdx"])
+def test_an_encrypted_vm_has_no_headroom_of_memory(kind: str, tmp_path: Path) -> None:
+    def arrange(domain: FakeDomain) -> None:
+        for root in (domain.live, domain.config):
+            root.append(etree.fromstring(f"<launchSecurity type='{kind}'/>"))
+
+    told = ask(tmp_path, arrange)
+    (blocker,) = told["blockers"]
+    assert (blocker["code"], blocker["definitions"]) == ("MEMORY_ENCRYPTED", ["running", "persistent"])
+    assert blocker["message"] == f"each definition has launchSecurity {kind}"
+    assert (told["headroom"]["memorySize"], told["headroom"]["memoryMethods"]) == (0, [])
+    assert told["headroom"]["cpuNum"] == 3
+
+
+def test_a_vm_that_has_all_it_can_have_is_at_its_maximum_and_nothing_is_wrong(tmp_path: Path) -> None:
+    full = GuestSpec(name="vm1", vcpus=4, max_vcpus=4, memory_mib=512, max_memory_mib=512, slots=4)
+    told = ask(tmp_path, lambda domain: None, full)
+    assert (told["ready"], told["atMaximum"], told["blockers"], told["warnings"]) == (False, True, [], [])
+
+
+def test_a_guest_without_an_agent_is_ready_and_cannot_confirm(tmp_path: Path) -> None:
+    told = ask(tmp_path, lambda domain: None, agent="stopped")
+    assert (told["ready"], told["confirmable"], told["blockers"]) == (True, False, [])
+    assert [warning["code"] for warning in told["warnings"]] == ["GUEST_AGENT_DISCONNECTED"]
+
+
+def test_what_the_definition_has_and_the_running_vm_lacks_wants_a_power_cycle_and_is_no_drift(tmp_path: Path) -> None:
+    def arrange(domain: FakeDomain) -> None:
+        domain.config.find("maxMemory").text = str(8192 * 1024)
+
+    told = ask(tmp_path, arrange)
+    assert (told["ready"], told["restartRequired"], told["blockers"]) == (True, True, [])
+    (warning,) = told["warnings"]
+    assert warning["code"] == "RESTART_REQUIRED"
+    assert "Power the VM off" in warning["remedy"]
+
+
+def test_what_the_next_start_would_lose_is_drift(tmp_path: Path) -> None:
+    def arrange(domain: FakeDomain) -> None:
+        domain.config.find("vcpu").text = "3"
+
+    told = ask(tmp_path, arrange)
+    assert told["restartRequired"] is False
+    assert [warning["code"] for warning in told["warnings"]] == ["DRIFT"]
+    assert "maxCpuNum is 4 in the running VM, 3 in its definition" in told["warnings"][0]["message"]
+
+
+def test_devices_are_told_with_how_much_of_each_is_online(tmp_path: Path) -> None:
+    domain = make_domain(SPEC, make_guest(SPEC), virt_type="kvm")
+    add_device(domain, virtio_mem(1024, 256), 1024)
+    node = make_node(tmp_path, domain)
+    carry_out(node, "HotPlugMemory", vmUuid="vm1", method="dimm", memorySize=1024 * MIB)
+    domain.guest.blocks[33] = False
+    told = carry_out(node, "ReadyForHotplug", "t2", vmUuid="vm1")["devices"]
+    unknown = {"slot": None, "base": None, "online": None}
+    assert told == [
+        {"alias": "ua-vm", "model": "virtio-mem", "node": 0, "size": 1024 * MIB, "block": 2 * MIB}
+        | {"requested": 256 * MIB, "current": 256 * MIB}
+        | unknown,
+        {"alias": "ua-kvmagent-task-1-0", "model": "dimm", "slot": 0, "node": 0, "size": 256 * MIB, "block": None}
+        | {"requested": None, "current": None, "base": 4 * GIB, "online": 128 * MIB},
+    ]
