@@ -47,6 +47,9 @@ _SILENT = {
     libvirt.VIR_ERR_NO_SUPPORT: Code.GUEST_AGENT_ABSENT,
     libvirt.VIR_ERR_OPERATION_INVALID: Code.VM_NOT_RUNNING,
 }
+# What libvirt-python raises for an answer that is no UTF-8, or for libvirt's own words about it.
+# Observed: libvirt-python 9.0 with an error handler, "returned a result with an exception set".
+NOT_TEXT = (UnicodeDecodeError, SystemError)
 _MEMINFO = re.compile(r"^(Mem\w+): {1,30}(\d{1,12}) kB$", re.MULTILINE | re.ASCII)
 
 
@@ -291,7 +294,7 @@ class GuestAgent:
             with phase("guest"):
                 text = self._send(self._domain, json.dumps(request), timeout_s, 0)
             answer = decoder.decode(command, text)
-        except UnicodeDecodeError as error:  # libvirt-python's, of what libvirt has let through
+        except NOT_TEXT as error:
             self._meters.guest_called(Code.GUEST_AGENT_INVALID)
             raise invalid(command, "text that is no UTF-8") from error
         except GuestSilent as failure:

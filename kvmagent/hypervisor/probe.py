@@ -13,7 +13,7 @@ import libvirt_qemu
 import msgspec
 
 from kvmagent.hypervisor.domainxml import is_agent_connected
-from kvmagent.hypervisor.guestagent import clean
+from kvmagent.hypervisor.guestagent import NOT_TEXT, clean
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.model.errors import AgentError, Code
 
@@ -108,7 +108,7 @@ def _ping(domain: libvirt.virDomain) -> str:
         libvirt_qemu.qemuAgentCommand(domain, '{"execute": "guest-ping"}', _PING_S, 0)
     except libvirt.libvirtError as error:
         return f"the guest agent does not answer: {clean(error.get_error_message() or '')}"
-    except UnicodeDecodeError:
+    except NOT_TEXT:
         return "the guest agent answers with text that is no UTF-8"
     return ""
 

@@ -628,7 +628,10 @@ def send_to_agent(domain: FakeDomain, request: str, timeout_s: int, flags: int) 
     said = guest.says(len(guest.asked), command["execute"])
     if said is not None:
         guest.asked.append(command["execute"])
-        return said.decode() if isinstance(said, bytes) else said  # as libvirt-python does
+        try:
+            return said.decode() if isinstance(said, bytes) else said
+        except UnicodeDecodeError as error:  # as libvirt-python does
+            raise SystemError("virDomainQemuAgentCommand returned a result with an exception set") from error
     return json.dumps({"return": guest.answer(command)})
 
 
