@@ -354,6 +354,7 @@ def _parse_device(element: etree._Element) -> MemoryDevice:
         requested_bytes=None if requested is None else _size(requested),
         current_bytes=None if current is None else _size(current),
         block_bytes=None if block is None else _size(block),
+        label_bytes=_size(element.find("./target/label/size")),
     )
 
 

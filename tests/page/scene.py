@@ -38,6 +38,7 @@ def vm(
     ballooned: int = 0,
     blockers: tuple[tuple[Code, str], ...] = (),
     warnings: tuple[tuple[Code, str], ...] = (),
+    at_maximum: bool = False,
 ) -> ReadinessReply:
     """One entry of /vms: `cpus` are plugged, online in the guest, maximum; `memory` is plugged, offline, maximum."""
     (has, online, most), (size, idle, largest) = cpus, memory
@@ -63,7 +64,8 @@ def vm(
         outcome="unchanged",
         before=numbers,
         after=numbers,
-        ready=not blockers and live,
+        ready=not blockers and live and not at_maximum,
+        at_maximum=at_maximum,
         ready_after_restart=True,
         blockers=[
             Blocker(code=code, message=message, remedy=REMEDIES[code], needs_restart=code is Code.NO_MAX_MEMORY)
@@ -194,6 +196,33 @@ VMS = [
     vm(8, "ml-train", cpus=(96, 96, 128), memory=(192 * GIB, 0, 384 * GIB)),
     unread(9),
 ]
+SILENT = "hot-plug works, but the guest's use cannot be confirmed: "
+
+
+def full_host() -> list[ReadinessReply | dict[str, Any]]:
+    """The VMs of a host with 200, of which six are in trouble: the others are as VMs of the field are."""
+    healthy: list[dict[str, Any]] = [
+        {},
+        {"at_maximum": True, "cpus": (8, 8, 8), "memory": (16 * GIB, 0, 16 * GIB)},
+        {"warnings": ((Code.GUEST_AGENT_ABSENT, f"{SILENT}the VM has no guest-agent channel"),), "cpus": (2, None, 8)},
+        {"warnings": ((Code.RESTART_REQUIRED, "the persistent definition has what the running VM lacks"),)},
+        {"blockers": ((Code.NO_MAX_MEMORY, "each definition has no <maxMemory>"),), "memory": (2 * GIB, 0, None)},
+        {"state": "shutoff", "cpus": (2, None, 8), "memory": (4 * GIB, None, 16 * GIB)},
+        {"ballooned": GIB},
+    ]
+    trouble: list[dict[str, Any]] = [
+        {"cpus": (4, 2, 8), "warnings": ((Code.GUEST_CPU_OFFLINE, "CPUs 2-3 are offline in the guest"),)},
+        {"memory": (8 * GIB, GIB, 16 * GIB), "warnings": ((Code.GUEST_MEMORY_OFFLINE, "1 GiB is offline"),)},
+        {"warnings": ((Code.GUEST_AGENT_DISCONNECTED, f"{SILENT}no guest agent is connected"),), "cpus": (2, None, 8)},
+        {"warnings": ((Code.GUEST_AGENT_INVALID, f"{SILENT}the answer to guest-get-vcpus cannot be used"),)},
+        {"warnings": ((Code.DRIFT, "cpuNum is 3 in the running VM, 2 in its definition"),), "cpus": (3, 3, 8)},
+    ]
+    vms: list[ReadinessReply | dict[str, Any]] = [unread(200)]
+    vms += [vm(n, f"trouble-{n}", **fields) for n, fields in enumerate(trouble, 1)]
+    vms += [vm(n, f"vm-{n:03}", **healthy[n % len(healthy)]) for n in range(6, 200)]
+    return vms
+
+
 TASKS = [
     task(9, "HotUnplugMemory", "cache-2", state="accepted", age_s=180, took_s=0),
     task(8, "HotPlugMemory", "ml-train", state="running", age_s=0, took_s=14),

@@ -1,5 +1,6 @@
 """The status page in a real browser: what stands on it is what the agent said, and nothing more comes of it."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 from tests.page.browser import Browser
-from tests.page.scene import GIB, REMEDIES, TASKS, VMS, health, task, vm
+from tests.page.scene import GIB, REMEDIES, TASKS, VMS, full_host, health, task, vm
 from tests.page.stage import Stage
 
 CONTRAST = """
@@ -56,12 +57,27 @@ def opened(browser: Browser, stage: Stage) -> Iterator[Callable[..., Browser]]:
 def test_the_vms_in_trouble_come_first_with_what_is_plugged_and_offline(opened: Callable[..., Browser]) -> None:
     browser = opened()
     names = browser.run(NAMES)
-    assert names[1:] == ["db-7", "build-3", "legacy-erp", "web-2", "cache-2", "ml-train", "web-1", "spare"]
+    assert names[1:] == ["db-7", "build-3", "web-2", "legacy-erp", "cache-2", "ml-train", "web-1", "spare"]
     row = browser.text("#vm-rows tbody:nth-of-type(2)")
     assert "2 plugged but offline" in row
     assert "4 GiB plugged but offline" in row
     assert "max 32 GiB" in row
     assert "2 vCPUs, 4 GiB" in browser.text("#figures")
+
+
+def test_of_200_vms_those_in_trouble_need_attention_and_no_healthy_one(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    everything = full_host()
+    stage.answers["/vms"] = (200, {"vms": everything})
+    browser = opened()
+    assert len(everything) == 200
+    assert re.search(r"Need attention\s+6\s+VMs", browser.text("#figures"))
+    assert browser.run(NAMES)[1:6] == [f"trouble-{n}" for n in range(1, 6)]
+    stage.answers["/vms"] = (200, {"vms": everything[6:]})
+    browser = opened()
+    assert "Need attention 0 VMs" in " ".join(browser.text("#figures").split())
+    assert "at its maximum; more needs a prepare and a restart" in browser.text("#vm-rows")
 
 
 def test_bars_are_as_wide_as_the_numbers(opened: Callable[..., Browser]) -> None:
@@ -75,8 +91,8 @@ def test_bars_are_as_wide_as_the_numbers(opened: Callable[..., Browser]) -> None
 
 def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -> None:
     browser = opened()
-    browser.run("document.querySelectorAll('#vm-rows tbody')[3].querySelector('button').click()")
-    told = browser.text("#vm-rows tbody:nth-of-type(4)")
+    browser.run("document.querySelectorAll('#vm-rows tbody')[4].querySelector('button').click()")
+    told = browser.text("#vm-rows tbody:nth-of-type(5)")
     for code in (Code.CPU_ABOVE_MAXIMUM, Code.NO_NUMA_CELL, Code.NO_MAX_MEMORY):
         assert code in told
         assert REMEDIES[code] in told

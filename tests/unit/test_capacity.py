@@ -21,7 +21,7 @@ from tests.unit.test_planners_properties import BLOCK_MIB, Vm, vms
 
 GIB = 1024 * MIB
 FILES = tempfile.TemporaryDirectory(prefix="kvmagent-")
-examples = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 sizes = st.one_of(st.integers(1, 44).map(lambda n: n * BLOCK_MIB * MIB), st.integers(1 * MIB, 5600 * MIB))
 
 

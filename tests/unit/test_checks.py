@@ -5,9 +5,9 @@ from typing import Any
 
 import msgspec
 
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host, MemoryDevice
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent_plugins.vm.checks import check_cpu, check_dimm_support, check_state
-from tests.fakes.agent import MIB, make_domain, make_node
+from tests.fakes.agent import make_domain, make_node
 from tests.lab.domainxml import GuestSpec
 
 
@@ -30,15 +30,6 @@ def test_cells_that_leave_out_a_vcpu_are_a_blocker(tmp_path: Path) -> None:
     )
     assert blocker.code == "NUMA_CELLS_INCOMPLETE"
     assert "vCPUs 2-3 of 4" in blocker.message
-
-
-def test_a_dimm_that_the_guest_cannot_use_is_a_blocker_for_those_after_it(tmp_path: Path) -> None:
-    odd = MemoryDevice(model="dimm", size_bytes=64 * MIB, node=0, alias="dimm0")
-    (blocker,) = check_dimm_support(facts_with(tmp_path, devices=(odd,)), "live")
-    assert blocker.code == "MEMORY_DEVICE_MISALIGNED"
-    assert (
-        "dimm0 of the running definition has 64 MiB, not a multiple of the guest's block of 128 MiB" in blocker.message
-    )
 
 
 def test_a_job_in_progress_is_a_blocker(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def answers(draw: st.DrawFn) -> str | bytes:
     )
 
 
-examples = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+examples = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @examples
@@ -239,7 +239,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("start", [0, 1, 2, 4, 6])
+@pytest.mark.parametrize("start", [0, 2, 5])
 @pytest.mark.parametrize("said", NONSENSE.values(), ids=NONSENSE.keys())
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_plug_into_a_babbling_guest_goes_on_and_is_plugged(
@@ -259,7 +259,7 @@ def test_a_plug_into_a_babbling_guest_goes_on_and_is_plugged(
         assert reply[field] == COMMANDS[command].get(field, reply["before"][field])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     said=st.lists(answers(), min_size=1, max_size=4),
     start=st.integers(0, 12),

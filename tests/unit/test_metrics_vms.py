@@ -108,6 +108,7 @@ def test_what_is_plugged_and_offline_is_what_one_look_at_vm_and_guest_found(watc
         "vm_vcpus_max": 8,
         "vm_balloon_bytes": 1024 * MIB,
         "vm_memory_bytes": 1280 * MIB,
+        "vm_restart_required": 0,
         "vm_slots_free": 3,
         "vm_guest_answers": 1,
         "vm_guest_vcpus": 2,
@@ -227,7 +228,7 @@ def test_a_thousand_vms_are_told_quickly() -> None:
     started = time.process_time()
     text = metrics.render().decode()
     assert time.process_time() - started < 1.5
-    assert text.count("\nkvmagent_vm_") == 12 * 1000 + 1
+    assert text.count("\nkvmagent_vm_") == 13 * 1000 + 1
     assert 'kvmagent_vm_offline_vcpus{name="vm-u999",uuid="u999"} 2.0' in text
 
 

@@ -83,6 +83,12 @@ METRICS = {
         Metric("kvmagent_vm_memory_bytes", "gauge", "Memory that the VM had: boot memory and what is plugged.", _VM),
         Metric("kvmagent_vm_slots_free", "gauge", "Memory slots that were free.", _VM),
         Metric(
+            "kvmagent_vm_restart_required",
+            "gauge",
+            "1 when its persistent definition had what the running VM lacks until it is powered off and on.",
+            _VM,
+        ),
+        Metric(
             "kvmagent_vm_guest_answers", "gauge", "1 when its guest agent answered, 0 when silent; none without.", _VM
         ),
         Metric("kvmagent_vm_guest_vcpus", "gauge", "vCPUs that the guest said it uses.", _VM),

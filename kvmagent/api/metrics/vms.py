@@ -40,6 +40,7 @@ class _Seen:
     vcpus: int
     memory_bytes: int
     slots_free: int | None
+    restart_required: bool
     run: int | None = None
     answers: bool | None = None
     guest_vcpus: int | None = None
@@ -82,9 +83,15 @@ class VmMetrics(Collector):
             slots_free = live.slots - live.slots_used if live.max_memory_bytes is not None else None
             former = self._seen.get(uuid)
             if former is not None and former.vcpus == live.vcpu_current and former.memory_bytes == live.memory_bytes:
-                seen = replace(former, slots_free=slots_free)
+                seen = replace(former, slots_free=slots_free, restart_required=facts.restart_required)
             else:
-                seen = _Seen(live.vcpu_current, live.memory_bytes, slots_free, run=former.run if former else None)
+                seen = _Seen(
+                    live.vcpu_current,
+                    live.memory_bytes,
+                    slots_free,
+                    facts.restart_required,
+                    run=former.run if former else None,
+                )
             self._seen[uuid] = self._with_guest(seen, facts)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -170,6 +177,7 @@ def _numbers(vm: VmStats, seen: _Seen | None, now: float) -> Iterable[tuple[str,
         return
     yield "kvmagent_vm_memory_bytes", seen.memory_bytes
     yield "kvmagent_vm_slots_free", seen.slots_free
+    yield "kvmagent_vm_restart_required", seen.restart_required
     yield "kvmagent_vm_guest_answers", seen.answers
     if seen.vcpus_at is not None and vm.vcpus in (None, seen.vcpus):
         yield "kvmagent_vm_guest_vcpus", seen.guest_vcpus
