@@ -50,7 +50,7 @@ from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.answers import make_error, make_reply
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
-from kvmagent.tasks.journal import Journal, Owed, Task
+from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
 from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
 from kvmagent.tasks.vmlocks import VmLocks
 
@@ -167,9 +167,7 @@ class Executor:
             started = self._clock()
             log.info("task started", recovered=task.recovered or None)
             try:
-                self._journal.start_task(task.task_uuid)
-                reply, outcome, error, hooked = self._carry_out(task)
-                owed = self._journal.finish(task.task_uuid, reply, outcome)
+                reply, outcome, error, hooked, owed = self._finish(task)
             except _Stopped:
                 log.warning("task waits for libvirt at stop and stays in the journal")
                 return
@@ -204,6 +202,27 @@ class Executor:
             if hooked:
                 self._hooks.run_after(task, reply)
 
+    def _finish(self, task: Task) -> tuple[bytes, str, AgentError | None, bool, Owed]:
+        """Carry a task out and record its reply: whatever is raised, also where nothing was to fail, there is one.
+
+        Raises:
+            AgentError, _Stopped: as `_carry_out`; the task stays in the journal.
+        """
+        try:
+            self._journal.start_task(task.task_uuid)
+            ended = self._carry_out(task)
+            return *ended, self._journal.finish(task.task_uuid, ended[0], ended[1])
+        except (AgentError, _Stopped):
+            raise
+        except Exception as error:
+            failure = make_error(error)
+            log.failure("task failed", failure, error_code=failure.code)
+            known = self._journal.find(task.task_uuid) or task
+            if known.state not in UNFINISHED and known.reply is not None:
+                return known.reply, known.outcome or "", failure, False, self._journal.owe_again(task.task_uuid)
+            reply, outcome, _ = bare_reply(known, failure)
+            return reply, outcome, failure, False, self._journal.finish(task.task_uuid, reply, outcome)
+
     def ask(self, command: Command, request: VmRequest) -> msgspec.Raw:
         """Answer a command that changes nothing, without a task.
 
@@ -237,6 +256,9 @@ class Executor:
             owed = self._journal.finish_late(task.task_uuid, reply, outcome, owed=owes)
         except AgentError as error:
             log.info("pending removal cannot be looked at now", **error_fields(error))
+            return
+        except Exception as error:
+            log.failure("pending removal cannot be looked at", error)
             return
         log.info("task ended late", outcome=outcome, callback=owes)
         if owed is not None:

@@ -192,3 +192,64 @@ def test_no_reservation_outlives_its_task_whatever_is_raised(agent: Agent, raise
     agent.executor.run(task)
     assert agent.reply()["outcome"] in ("online", "refused")
     assert reserved(agent) == 0
+
+
+class Unforeseen(Exception):
+    """What no code of the agent raises on purpose."""
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+@pytest.mark.parametrize(
+    "point",
+    [
+        "step:begun",
+        "step:done",
+        "journal.start_task:written",
+        "journal.record_goal:written",
+        "journal.record_goal:committed",
+        "journal.start_step:written",
+        "journal.finish_step:written",
+        "journal.finish:written",
+        "journal.finish:committed",
+    ],
+)
+@pytest.mark.parametrize("command", ["HotPlugCpu", "HotPlugMemory"])
+def test_whatever_is_raised_wherever_the_task_is_answered_once_and_truly(
+    tmp_path: Path, command: str, point: str, nth: int
+) -> None:
+    def fault(name: str) -> None:
+        agent.passed[name] = agent.passed.get(name, 0) + 1
+        if name == point and agent.passed[name] == nth:
+            raise Unforeseen(point)
+
+    agent = Agent(tmp_path)
+    agent.journal.stop()
+    agent.finished = []
+    agent.journal = Journal(tmp_path / "journal.sqlite", on_accepted=lambda task: None, fault=fault)
+    agent.journal.start()
+    executor = Executor(
+        agent.node,
+        agent.journal,
+        COMMANDS,
+        on_finished=lambda owed: agent.finished.append(owed.task_uuid),
+        on_pending=lambda task_uuid: None,
+        libvirt_wait_s=5.0,
+        fault=fault,
+    )
+    fields = {"cpuNum": 3} if command == "HotPlugCpu" else {"memorySize": 512 * MIB}
+    executor.run(agent.accept(command, vmUuid="vm1", **fields))
+    task = agent.journal.find("t1")
+    agent.journal.stop()
+    assert task is not None
+    assert task.state == "finished"
+    assert agent.finished == ["t1"]
+    reply = msgspec.json.decode(task.reply)
+    live = agent.domain.live
+    changed = live.find("vcpu").get("current") == "3" or live.find("./devices/memory") is not None
+    if reply["outcome"] == "refused":
+        assert not changed
+    elif reply["outcome"] == "partial":
+        assert not reply["success"]
+    else:
+        assert reply["outcome"] == "online"
+        assert changed
