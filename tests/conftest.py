@@ -6,6 +6,7 @@ Where the lab cannot run, tests that need it fail with the reason; they never pa
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import hypothesis
 import pytest
 
 from tests.lab.domainxml import GuestSpec
@@ -14,6 +15,10 @@ from tests.lab.image import Image, build_image
 from tests.lab.libvirtd import PrivateLibvirtd
 
 Boot = Callable[[GuestSpec], Guest]
+
+# A property is judged by what it finds: how long an example takes is the machine's affair, which others may load.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
