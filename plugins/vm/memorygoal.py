@@ -206,8 +206,10 @@ def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> 
     """Attach the new virtio-mem device; then bring online what the guest did not list before."""
     if goal.virtio_mem is not None:
         planned = goal.virtio_mem
-        live = planned.live and facts.get_live().find_device(planned.alias) is None
-        config = planned.config and not _in_config(planned, facts)
+        room = _find_room(goal, facts)
+        size = planned.requested_bytes
+        live = planned.live and facts.get_live().find_device(planned.alias) is None and size <= room["live"]
+        config = planned.config and not _in_config(planned, facts) and size <= room["config"]
         if live or config:
             values = msgspec.structs.asdict(planned) | {"live": live, "config": config}
             return (AttachVirtioMem(**values),)
@@ -224,9 +226,9 @@ def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> 
 
 def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     if not goal.one_by_one:
-        return _attach_steps(goal.dimms, facts) or _dimm_online_steps(goal, goal.dimms, facts, spent)
+        return _attach_steps(goal, goal.dimms, facts) or _dimm_online_steps(goal, goal.dimms, facts, spent)
     for dimm in goal.dimms:
-        if steps := _attach_steps((dimm,), facts) or _dimm_online_steps(goal, (dimm,), facts, spent):
+        if steps := _attach_steps(goal, (dimm,), facts) or _dimm_online_steps(goal, (dimm,), facts, spent):
             return steps
         if dimm is not goal.dimms[-1] and count_missing(online_blocks(facts.guest), _dimm_blocks((dimm,), facts)):
             raise AgentError(
@@ -242,16 +244,34 @@ def _back_online_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) ->
     return online_steps(facts.guest, blocks, spent, online=True, timeout_s=goal.timeout_sec)
 
 
-def _attach_steps(dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:
-    """A device that is already there under the task's alias is not attached again."""
-    steps = []
+def _attach_steps(goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:
+    """A device that is already there under the task's alias is not attached again, and none above the goal's total.
+
+    A VM that was restarted meanwhile may have come up with more: then only what still lacks to the total is attached.
+    """
+    steps, room = [], _find_room(goal, facts)
     for dimm in dimms:
-        live = dimm.live and facts.get_live().find_device(dimm.alias) is None
-        config = dimm.config and not _in_config(dimm, facts)
+        live = dimm.live and facts.get_live().find_device(dimm.alias) is None and dimm.size_bytes <= room["live"]
+        config = dimm.config and not _in_config(dimm, facts) and dimm.size_bytes <= room["config"]
+        room["live"] -= dimm.size_bytes if live else 0
+        room["config"] -= dimm.size_bytes if config else 0
         if live or config:
             values = msgspec.structs.asdict(dimm) | {"live": live, "config": config}
             steps.append(AttachMemory(**values))
     return tuple(steps)
+
+
+def _find_room(goal: MemoryGoal, facts: Facts) -> dict[Target, int]:
+    """Return what each definition still lacks to the goal's total."""
+    total = goal.find_total("memory")
+
+    def lack(wanted: int | None, definition: Definition | None) -> int:
+        return 0 if wanted is None or definition is None else wanted - definition.memory_bytes
+
+    return {
+        "live": lack(total.live if total else None, facts.domain.live),
+        "config": lack(total.config if total else None, facts.domain.config),
+    }
 
 
 def _in_config(device: PlannedDimm, facts: Facts) -> bool:

@@ -253,3 +253,43 @@ def test_whatever_is_raised_wherever_the_task_is_answered_once_and_truly(
     else:
         assert reply["outcome"] == "online"
         assert changed
+
+
+@pytest.mark.parametrize("boots_with_mib", [256, 640, 2048])
+def test_on_another_boot_only_what_lacks_to_the_total_is_plugged(agent: Agent, boots_with_mib: int) -> None:
+    fields = {"memorySize": 1280 * MIB, "dimmSize": 128 * MIB, "method": "dimm", "guestOnline": False}
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", **fields)
+    agent.point = "step:done@3"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    for root in (agent.domain.live, agent.domain.config):
+        for device in root.findall("./devices/memory"):
+            device.getparent().remove(device)
+        for name in ("memory", "currentMemory"):
+            root.find(name).set("unit", "KiB")
+            root.find(name).text = str(boots_with_mib * 1024)
+        cell = root.find("./cpu/numa/cell")
+        cell.set("memory", str(boots_with_mib * 1024))
+        cell.set("unit", "KiB")
+    agent.domain.power_cycle()
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    after = agent.reply()["after"]
+    expected = max(1280, boots_with_mib) * MIB
+    assert (after["memorySize"], after["configMemorySize"]) == (expected, expected)
+
+
+def test_another_vm_of_the_same_name_is_not_touched(agent: Agent) -> None:
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, dimmSize=128 * MIB, guestOnline=False)
+    agent.point = "step:done@3"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    agent.domain._uuid = "99999999-2222-3333-4444-555555555555"
+    for device in agent.domain.live.findall("./devices/memory"):
+        device.getparent().remove(device)
+    calls = list(agent.domain.calls)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    reply = agent.reply()
+    assert (reply["outcome"], reply["errorCode"], reply["success"]) == ("partial", "VM_REPLACED", False)
+    assert agent.domain.calls == calls
