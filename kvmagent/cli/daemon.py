@@ -100,6 +100,8 @@ class _Process:
         self.manager = ServiceManager(os.environ.get("NOTIFY_SOCKET", ""))
         # A crash of a C library leaves the threads' stacks in the log.
         faulthandler.enable(self.log_output.dump_fd)
+        # From the start: a reload that comes before the agent looks for signals waits for it, and does not end it.
+        signal.signal(signal.SIGHUP, lambda number, _frame: self.signals.put(number))
         # Neither signal ends the agent. A ZStack server sends SIGUSR2 before it restarts an agent that does not answer.
         for number in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, _frame: self.signals.put(number))

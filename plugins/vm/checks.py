@@ -325,13 +325,18 @@ def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Itera
     if len(sizes) > 1:
         return
     size = sizes.pop()
+    if size is not None:
+        yield from _check_hugepages(host, size, sources, added_bytes)
+    else:
+        yield from _check_available(host, sources, added_bytes)
     for pool in host.pools:
         is_source = pool.page_bytes == (size or NORMAL_PAGES) and pool.nodes in (frozenset(), sources)
         if is_source and (error := check_pool(pool, added_bytes)) is not None:
             yield blocker(error.code, error.message)
-    if size is not None:
-        yield from _check_hugepages(host, size, sources, added_bytes)
-        return
+
+
+def _check_available(host: Host, sources: frozenset[int], added_bytes: int) -> Iterator[Blocker]:
+    """Normal memory must be there now."""
     available = host.memory_available_bytes
     if available is not None and added_bytes + HOST_RESERVE_BYTES > available:
         yield blocker(

@@ -444,7 +444,7 @@ ROWS = {
         {"memorySize": 512 * MIB, "method": "virtio-mem", "timeoutSec": 1},
         "partial",
         "VIRTIO_MEM_STALLED",
-        "ua-vm was asked for 256 MiB, it is at 0 B",
+        "ua-vm was asked for 256 MiB, after 1 s it is at 0 B",
         "virtio_mem driver",
         before=(VIRTIO_MEM,),
         guest={"virtio_mem_limit": 0},

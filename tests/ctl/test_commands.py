@@ -106,7 +106,10 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
         (("plug-memory", "db-7", "5X"), "'5X' is no size: write a number and a unit, as in 4G, 1.5GiB or 512MiB"),
         (("plug-cpu", "db-7", "many"), "'many' is not a valid integer range"),
         (("plug-cpu", "db-7"), "Missing argument 'CPUS'; remedy: See kvmagentctl plug-cpu --help."),
-        (("ready", "db-7", "--slots", "4"), "--max-cpus, --max-memory and --slots are for --prepare"),
+        (
+            ("ready", "db-7", "--slots", "4"),
+            "--max-cpus, --max-memory, --slots and --free-page-reporting are for --prepare",
+        ),
         (("ready", "db-7", "--apply", "--dry-run"), "--apply and --dry-run contradict each other"),
         (("plug-everything", "db-7"), "No such command 'plug-everything'"),
         (("--url", "node1:7070", "status"), "'node1:7070' is no agent's URL"),
