@@ -274,7 +274,8 @@ class GuestAgent:
         if family is None and told.kernel_version.startswith("#"):
             family = "linux"
         kernel = (int(release.group(1)), int(release.group(2))) if release else None
-        return GuestOs(name=told.pretty_name or told.name or told.id or "the guest", family=family, kernel=kernel)
+        name = clean(told.pretty_name or told.name or told.id or "the guest")
+        return GuestOs(name=name, family=family, kernel=kernel)
 
     def _set_vcpus(self, ids: Iterable[int], *, online: bool) -> int:
         command = "guest-set-vcpus"

@@ -151,6 +151,7 @@ examples = settings(max_examples=200, deadline=None, suppress_health_check=[Heal
 
 @examples
 @given(said=answers(), name=st.sampled_from(list(ASKS)))
+@example(said=json.dumps({"return": {"id": "debian", "pretty-name": "\ud7fc"}}), name="os")
 def test_every_answer_is_within_its_bounds_or_is_silence(said: str | bytes, name: str) -> None:
     failure = None
     try:
