@@ -23,7 +23,7 @@ VM = """\
   <memory>262144</memory>
   <currentMemory>131072</currentMemory>
   <vcpu current='1'>{max_vcpus}</vcpu>
-  <os><type>hvm</type></os>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
   <features><acpi/></features>
   <devices><memballoon model='virtio'/></devices>
 </domain>

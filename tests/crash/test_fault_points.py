@@ -34,7 +34,7 @@ class Work:
 CPUS = Work("/vm/hotplug/cpu", {"cpuNum": 3, "expectedCpuNum": 1}, "cpuNum", 1, 3, Host.vcpus, "plugged")
 # Three: the running VM's balloon, the wait for it, then the persistent definition's.
 BALLOON = Work(
-    "/vm/hotplug/memory", {"memorySize": 256 * MIB}, "balloonSize", 128 * MIB, 256 * MIB, Host.balloon, "online"
+    "/vm/hotplug/memory", {"memorySize": 256 * MIB}, "balloonSize", 128 * MIB, 256 * MIB, Host.balloon, "plugged"
 )
 # The last step's end is nobody's business but the result's: mostly both come to disk by one commit.
 AT_THE_END = ("finish_step", "committed", 3)
