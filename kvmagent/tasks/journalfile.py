@@ -378,14 +378,26 @@ class JournalFile:
             self.failure = str(error)
             self._close_db()
             return error
+        except Exception as error:
+            # Nobody foresaw it, and trying again would end alike: none of these changes is made, and who waits is told.
+            log.failure("journal changes are not made", error, waiting=len(batch))
+            self._close_db()
+            for write in batch:
+                write.done.set_exception(error)
+            return None
         if self.failure is not None:
             log.info("journal can be written again", path=self._path)
             self.failure = None
+        settled: list[tuple[_Write, Any, Exception | None]] = []
         for write, result, failure in outcomes:
-            if failure is None:
-                self._fault(f"journal.{write.name}:committed")
-                write.context.run(self._tell, write, result)
-        for write, result, failure in outcomes:
+            try:
+                if failure is None:
+                    self._fault(f"journal.{write.name}:committed")
+                    write.context.run(self._tell, write, result)
+            except Exception as error:
+                failure = error
+            settled.append((write, result, failure))
+        for write, result, failure in settled:
             write.done.set_exception(failure) if failure else write.done.set_result(result)
         return None
 
