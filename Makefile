@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test test-matrix lint bench fuzz audit deb
+.PHONY: help setup packages image demo test test-matrix lint bench fuzz chaos audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
@@ -21,6 +21,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
+	@echo "make chaos   everything at once is done to the agent, for hours: SECONDS=3600 SEED=1; figures at its end"
 	@echo "make audit   known holes in the Python packages that are installed"
 	@echo "make deb     the Debian package, in dist/; with the Python packages of $(VENV)"
 
@@ -70,6 +71,11 @@ FUZZED := wire framing domainxml
 fuzz: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
 	@for target in $(FUZZED); do $(BIN)/python -m tests.fuzz.coverage_guided $$target $(SECONDS) || exit 1; done
+
+SEED := 1
+
+chaos: setup
+	KVMAGENT_CHAOS_SECONDS=$(SECONDS) KVMAGENT_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos
 
 audit: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[audit]'

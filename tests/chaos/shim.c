@@ -1,5 +1,5 @@
 /* Stands between a process and its kernel, as LD_PRELOAD: counts the calls by which it changes anything, ends it at one
- * of them by SIGKILL, and lets those on the files of one directory fail.
+ * of them by SIGKILL, lets those on the files of one directory fail, and steps its wall clock.
  *
  * KVMAGENT_SHIM names a file of `struct control`, shared with the test, which may change it at any time.
  */
@@ -16,7 +16,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { READS = 1, WRITES = 2, SYNCS = 4 };
@@ -29,6 +31,7 @@ struct control {
     _Atomic int64_t every;   /* one in so many */
     _Atomic int64_t seen;    /* calls that might have failed */
     _Atomic int64_t failed;  /* those that did */
+    _Atomic int64_t ahead_s; /* what the wall clock is ahead */
     char directory[256];     /* of the files on which they do */
 };
 
@@ -102,3 +105,30 @@ STAND_IN(0, 1, ssize_t, send, (int fd, const void *from, size_t n, int flags), f
 STAND_IN(0, 1, ssize_t, sendmsg, (int fd, const struct msghdr *message, int flags), fd, (fd, message, flags))
 STAND_IN(0, 1, int, unlink, (const char *path), -1, (path))
 STAND_IN(0, 1, int, rename, (const char *from, const char *to), -1, (from, to))
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    NEXT(clock_gettime);
+    int result = next(clock, now);
+    if (!result && control && (clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE))
+        now->tv_sec += atomic_load(&control->ahead_s);
+    return result;
+}
+
+int gettimeofday(struct timeval *restrict now, void *restrict zone)
+{
+    NEXT(gettimeofday);
+    int result = next(now, zone);
+    if (!result && control)
+        now->tv_sec += atomic_load(&control->ahead_s);
+    return result;
+}
+
+time_t time(time_t *to)
+{
+    NEXT(time);
+    time_t now = next(NULL) + (control ? atomic_load(&control->ahead_s) : 0);
+    if (to)
+        *to = now;
+    return now;
+}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 _SOURCE = Path(__file__).with_name("shim.c")
-_NUMBERS = ("calls", "kill_at", "kinds", "error", "every", "seen", "failed")
+_NUMBERS = ("calls", "kill_at", "kinds", "error", "every", "seen", "failed", "ahead_s")
 _DIRECTORY_BYTES = 256
 _KINDS = {"reads": 1, "writes": 2, "syncs": 4}
 
@@ -42,9 +42,9 @@ class Shim:
         assert len(name) < _DIRECTORY_BYTES
         self._memory[start : start + len(name) + 1] = name + b"\0"
 
-    def environment(self, *more: Path) -> Mapping[str, str]:
-        """What an agent needs in its environment; `more` are libraries to be loaded as well."""
-        return {"LD_PRELOAD": ":".join(map(str, (self._library, *more))), "KVMAGENT_SHIM": str(self._control)}
+    def environment(self) -> Mapping[str, str]:
+        """What an agent needs in its environment."""
+        return {"LD_PRELOAD": str(self._library), "KVMAGENT_SHIM": str(self._control)}
 
     def fail(self, *kinds: Kind, error: int = errno.EIO, every: int = 1) -> None:
         """Let one in so many calls of these kinds fail; without a kind none."""
@@ -55,6 +55,10 @@ class Shim:
     def kill_after(self, calls: int) -> None:
         """Kill the agent when it has made so many more counted calls; 0: never."""
         self._set("kill_at", self._get("calls") + calls if calls else 0)
+
+    def step_clock(self, ahead_s: int) -> None:
+        """Let the agent's wall clock be so much ahead of the real one; its monotonic clock stays the kernel's."""
+        self._set("ahead_s", ahead_s)
 
     @property
     def calls(self) -> int:

@@ -90,6 +90,10 @@ class AgentProcess:
         assert self._child is not None
         return self._child.pid
 
+    def is_running(self) -> bool:
+        """Whether the process is there."""
+        return self._child is not None and self._child.poll() is None
+
     def start(self, *, health: int = 200) -> None:
         """Start the agent and wait until /healthz answers with this status: 200 ready, 503 up and not ready.
 
