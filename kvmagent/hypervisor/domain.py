@@ -25,10 +25,11 @@ from kvmagent.hypervisor.domainxml import (
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
+from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices
 from kvmagent.hypervisor.schema import check_definition
 from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Domain, Guest, MemoryDevice, VmState
+from kvmagent.model.facts import Definition, Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB
 from kvmagent.model.vmname import parse_uuid
@@ -66,6 +67,9 @@ class Means:
     """
 
     send_to_agent: Send
+    ask_qemu: AskQemu
+    # UUIDs of VMs of whose memory QEMU may have more than libvirt knows.
+    suspects: set[str]
     events: DeviceEvents
     former_xml_dir: Path
     meters: Meters
@@ -99,6 +103,13 @@ class VmHandle:
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
         live, connected = parse_live(live_xml) if live_xml else (None, None)
+        balloon_bytes = self.balloon_bytes() if live_xml and ask_balloon else None
+        if live is not None and live.balloon and (balloon_bytes or 0) > live.balloon_total_bytes:
+            self._means.suspects.add(self.uuid)
+        if live is not None and self.uuid in self._means.suspects:
+            live = self._add_unknown(live)
+            # What libvirt has of the balloon leaves out what it does not know.
+            ask_balloon, balloon_bytes = True, self.balloon_bytes()
         told = live.current_bytes if live is not None and live.balloon else None
         domain = Domain(
             name=self._domain.name(),
@@ -106,7 +117,7 @@ class VmHandle:
             state=state,
             live=live,
             config=parse_definition(config_xml) if config_xml else None,
-            balloon_bytes=self.balloon_bytes() if live_xml and ask_balloon else told,
+            balloon_bytes=balloon_bytes if live_xml and ask_balloon else told,
             job=self.find_job() if live_xml else None,
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )
@@ -198,10 +209,51 @@ class VmHandle:
             return bool(self._domain.isActive())
 
     def attach_dimm(self, *, alias: str, size_bytes: int, node: int, live: bool, config: bool) -> None:
-        """Attach a dimm under a user alias. libvirt refuses an alias that is there already."""
+        """Attach a dimm under a user alias. libvirt refuses an alias that is there already.
+
+        Where QEMU has a device that libvirt does not know, it gets a slot that is free in QEMU.
+        """
         flags = (_AFFECT["live"] if live else 0) | (_AFFECT["config"] if config else 0)
-        with libvirt_errors(f"attaching {alias}"):
-            self._domain.attachDeviceFlags(format_dimm(alias=alias, size_bytes=size_bytes, node=node), flags)
+
+        def attach(slot: int | None) -> None:
+            xml = format_dimm(alias=alias, size_bytes=size_bytes, node=node, slot=slot)
+            with libvirt_errors(f"attaching {alias}"):
+                self._domain.attachDeviceFlags(xml, flags)
+
+        try:
+            attach(self._find_free_slot(alias) if live and self.uuid in self._means.suspects else None)
+        except AgentError as error:
+            if not live or self.uuid in self._means.suspects:
+                raise
+            if error.code is Code.LIBVIRT_UNAVAILABLE:  # libvirtd may have been killed after QEMU had it
+                self._means.suspects.add(self.uuid)
+            if error.code is not Code.LIBVIRT_REFUSED:
+                raise
+            self._means.suspects.add(self.uuid)
+            slot = self._find_free_slot(alias)
+            if slot is None:
+                raise
+            attach(slot)
+
+    def _add_unknown(self, live: Definition) -> Definition:
+        """Return a running VM's definition with what QEMU has beside it; a VM where it has nothing is no suspect."""
+        devices = ask_devices(self._domain, self._means.ask_qemu)
+        whole = live if devices is None else add_unknown(live, devices)
+        if all(device.known for device in whole.devices):
+            self._means.suspects.discard(self.uuid)
+        return whole
+
+    def _find_free_slot(self, alias: str) -> int | None:
+        """Return a slot that is free in QEMU and in both definitions; None where libvirt may choose, or has to fail:
+        QEMU has nothing that libvirt does not know, or has this very device."""
+        with libvirt_errors("reading the VM"):
+            live = self._add_unknown(parse_definition(self._domain.XMLDesc(0)))
+            config = parse_definition(self.config_xml()) if self._domain.isPersistent() else live
+        unknown = {device.alias for device in live.devices if not device.known}
+        if not unknown or alias in unknown:
+            return None
+        taken = {device.slot for device in (*live.devices, *config.devices)}
+        return next((slot for slot in range(live.slots) if slot not in taken), None)
 
     def attach_virtio_mem(
         self,

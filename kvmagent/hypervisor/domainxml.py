@@ -126,13 +126,15 @@ def _find_agent_state(document: _Document) -> bool | None:
     return None if target is None else target.get("state") == "connected"
 
 
-def format_dimm(*, alias: str, size_bytes: int, node: int) -> str:
-    """Return the XML of a dimm for virDomainAttachDeviceFlags."""
+def format_dimm(*, alias: str, size_bytes: int, node: int, slot: int | None = None) -> str:
+    """Return the XML of a dimm for virDomainAttachDeviceFlags; without a slot libvirt takes the first free one."""
     memory = etree.Element("memory", model="dimm")
     target = etree.SubElement(memory, "target")
     etree.SubElement(target, "size", unit="KiB").text = str(size_bytes // KIB)
     etree.SubElement(target, "node").text = str(node)
     etree.SubElement(memory, "alias", name=alias)
+    if slot is not None:
+        etree.SubElement(memory, "address", type="dimm", slot=str(slot))
     return etree.tostring(memory, encoding="unicode")
 
 

@@ -19,6 +19,7 @@ from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
+from kvmagent.hypervisor.qemumemory import AskQemu
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.meters import Meters, phase
@@ -48,6 +49,7 @@ class Node:
         events: DeviceEvents,
         former_xml_dir: Path,
         send_to_agent: Send = libvirt_qemu.qemuAgentCommand,
+        ask_qemu: AskQemu = libvirt_qemu.qemuMonitorCommand,
         host_root: Path = Path("/"),
         budget: Budget | None = None,
         meters: Meters | None = None,
@@ -59,6 +61,8 @@ class Node:
         self._meters = meters or Meters()
         self._means = Means(
             send_to_agent=send_to_agent,
+            ask_qemu=ask_qemu,
+            suspects=set(),
             events=events,
             former_xml_dir=former_xml_dir,
             meters=self._meters,

@@ -142,6 +142,7 @@ class Code(StrEnum):
     GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
     RESTART_REQUIRED = "RESTART_REQUIRED"
+    MEMORY_UNKNOWN_TO_LIBVIRT = "MEMORY_UNKNOWN_TO_LIBVIRT"
     # the plan
     PLAN_NOT_WHOLE = "PLAN_NOT_WHOLE"
 
@@ -699,6 +700,12 @@ CODES: dict[Code, CodeInfo] = {
         "The persistent definition has what the running VM lacks: larger maxima, more slots, a device.",
         "Power the VM off and start it again: a reboot of the guest is not enough.",
     ),
+    Code.MEMORY_UNKNOWN_TO_LIBVIRT: CodeInfo(
+        200,
+        "QEMU has memory that libvirt does not know, as happens where libvirtd is killed while it attaches a device. "
+        "It is counted; it cannot be removed, and the VM cannot be migrated.",
+        "Power the VM off and on when that suits: it then starts from its persistent definition.",
+    ),
 }
 
 _LOOK_AT_POLICY = "virsh metadata VM urn:kvmagent:policy:1; virsh metadata VM urn:kvmagent:policy:1 --config"
@@ -785,6 +792,7 @@ LOOKS: dict[Code, str] = {
     Code.GUEST_FREE_SHOWS_LESS: "in the guest: grep MemTotal /proc/meminfo; dmesg | grep Memory:",
     Code.RESTART_REQUIRED: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
     Code.DRIFT: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
+    Code.MEMORY_UNKNOWN_TO_LIBVIRT: "virsh qemu-monitor-command VM --hmp info memory-devices; virsh dumpxml VM",
 }
 
 

@@ -33,6 +33,7 @@ class MemoryDevice(msgspec.Struct, frozen=True):
 
     A virtio-mem device has `size_bytes` at most, was asked for `requested_bytes` and has `current_bytes` plugged.
     Of an nvdimm `label_bytes` are no memory of the guest's.
+    `known` is false of one that QEMU has and libvirt does not know: it gives what it gives, and cannot be changed.
     """
 
     model: str
@@ -45,6 +46,7 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     current_bytes: int | None = None
     block_bytes: int | None = None
     label_bytes: int = 0
+    known: bool = True
 
     @property
     def room_bytes(self) -> int:
@@ -182,8 +184,8 @@ class Definition(msgspec.Struct, frozen=True):
 
     @property
     def virtio_mems(self) -> tuple[MemoryDevice, ...]:
-        """The virtio-mem devices."""
-        return tuple(device for device in self.devices if device.model == "virtio-mem")
+        """The virtio-mem devices that can be resized."""
+        return tuple(device for device in self.devices if device.model == "virtio-mem" and device.known)
 
     def find_hugepage_bytes(self, node: int) -> int | None:
         """Return the hugepage's size behind a guest node, 0 for the host's default one; None for normal pages.

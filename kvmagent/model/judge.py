@@ -329,7 +329,7 @@ def _is_same_run(ending: Ending) -> bool | None:
 
 def _find_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
     """Return one warning of each code: what is so now, and in whose words it went wrong on the way."""
-    found = find_mistakes(ending.after or ending.before)
+    found = find_mistakes(ending.after or ending.before) + _find_unknown(ending.after or ending.before)
     if outcome in ("refused", "planned"):
         return found + _planned_warnings(ending)
     told = {report.problem.code: report.problem for report in ending.reports if report.problem}
@@ -342,6 +342,16 @@ def _find_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
         words = f"VM {ending.after.domain.name} was powered off, or has left this host, while the task went on"
         told[Code.VM_RESTARTED] = warning(Code.VM_RESTARTED, words)
     return found + list(told.values())
+
+
+def _find_unknown(facts: Facts | None) -> list[Problem]:
+    """Say what the running VM has that libvirt does not know: told whatever comes of the command."""
+    live = None if facts is None else facts.domain.live
+    unknown = [device for device in live.devices if not device.known] if live is not None else []
+    if not unknown:
+        return []
+    devices = ", ".join(f"{device.alias} ({format_size(device.size_bytes)})" for device in unknown)
+    return [warning(Code.MEMORY_UNKNOWN_TO_LIBVIRT, f"QEMU has memory that libvirt does not know: {devices}")]
 
 
 def _guest_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:

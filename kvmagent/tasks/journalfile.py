@@ -289,7 +289,10 @@ class JournalFile:
                     if not self._has_log():
                         raise sqlite3.OperationalError("its log was taken away and is being mended")
                     self._reader = self._connect()
-                return self._reader.execute(sql, values).fetchall()
+                rows = self._reader.execute(sql, values).fetchall()
+                if self._log_inode is None:  # nobody had the file: this is the log that is open now
+                    self._log_inode = _find_inode(self._log_path)
+                return rows
             except sqlite3.Error as error:
                 self._close_reader()
                 raise self._unavailable(error) from error

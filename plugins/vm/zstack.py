@@ -144,6 +144,7 @@ _REMEDIES: dict[Code, str] = {
     Code.DEFINITION_REFUSED: _STOP_AND_START,
     Code.CPU_SHARES_NOT_SET: _STOP_AND_START,
     Code.DRIFT: "Stop the VM and start it again: ZStack then starts it with the offering that it has on record.",
+    Code.MEMORY_UNKNOWN_TO_LIBVIRT: "Stop the VM and start it again when that suits.",
 }
 
 

@@ -83,6 +83,7 @@ class Count:
     cpus: int = 0
     dimms: int = 0
     unknown_to_libvirt: int = 0
+    most_resident_kib: int = 0
     for_nobody: list[str] = field(default_factory=list)
     still_owed: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -163,6 +164,7 @@ class Count:
             "  their dimms, running and persistent": self.dimms,
             "  dimms that QEMU has and libvirt does not know": self.unknown_to_libvirt,
             **{f"done to it: {name}": number for name, number in sorted(self.done_to.items())},
+            "most memory that the agent had, MiB": self.most_resident_kib // 1024,
             "faults": len(self.faults),
         }
         return "\n".join(f"{name:<60}{value:>12}" for name, value in rows.items())

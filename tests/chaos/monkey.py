@@ -20,7 +20,8 @@ from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.processes import wait_for
 from tests.lab.server import Answer
 
-DISK_BYTES = 24 * 2**20
+# More than what the journal keeps, with its log.
+DISK_BYTES = 64 * 2**20
 
 
 class Disk:
@@ -88,6 +89,10 @@ class Monkey:
 
     def act(self) -> None:
         """Do one thing, and undo it."""
+        with contextlib.suppress(OSError, ValueError):  # it has just ended
+            status = Path(f"/proc/{self._agent.pid}/status").read_text()
+            most_kib = int(status.partition("VmHWM:")[2].split()[0])
+            self._count.most_resident_kib = max(self._count.most_resident_kib, most_kib)
         weights, acts = zip(*self._acts, strict=True)
         (act,) = self._chance.choices(acts, weights)
         self._count.done_to[act()] += 1
@@ -168,10 +173,14 @@ class Monkey:
         return "clock: stepped"
 
     def _take_log_away(self) -> str:
-        # Told of while it runs: what is killed in the same second has nobody left who has the log.
+        # While somebody has it: after an error of the disk, or a kill in the same second, nobody would.
+        wait_for(self._is_journal_well, timeout_s=30, what="the journal to be open")
         self._disk.remove_log()
         self._wait(1.5, 2)
         return "journal's log removed"
+
+    def _is_journal_well(self) -> bool:
+        return "journal" not in self._agent.get("/healthz").body["down"]
 
     def _kill_libvirtd(self) -> str:
         self._lab.kill()

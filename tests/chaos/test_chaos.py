@@ -7,6 +7,7 @@ Two minutes in the gate. The seed chooses what is done and in which order; when 
 
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -28,9 +29,16 @@ from tests.lab.receivers import KINDS, BadReceiver
 SECONDS = float(os.environ.get("KVMAGENT_CHAOS_SECONDS", "120"))
 SEED = int(os.environ.get("KVMAGENT_CHAOS_SEED", "1"))
 CLIENTS = 4
+UNIT = Path(__file__).parents[2] / "init.d/kvmagent.service"
 # For clients to have their last results and to be counted, once everything is well again.
 END_S = 240.0
 pytestmark = pytest.mark.guest
+
+
+def find_memory_limit() -> int:
+    """What the unit lets the agent have, in bytes."""
+    (gibibytes,) = re.findall(r"^MemoryMax=(\d+)G$", UNIT.read_text(), re.MULTILINE)
+    return int(gibibytes) * 2**30
 
 
 def is_done(agent: AgentProcess) -> bool:
@@ -53,7 +61,7 @@ def test_chaos(lab: PrivateLibvirtd, image: Image, tmp_path: Path, stack: ExitSt
     results = stack.enter_context(Results())
     bad_urls = [stack.enter_context(BadReceiver(kind)).urls[0] for kind in KINDS]
     settings = {
-        "agent": {"max_queued_per_vm": "50"},
+        "agent": {"max_queued_per_vm": "50", "keep_tasks": "500"},
         "callback": {"timeout_sec": "2"},
         "libvirt": {"wait_sec": "120"},
         "log": {"level": "warning"},
@@ -90,3 +98,4 @@ def test_chaos(lab: PrivateLibvirtd, image: Image, tmp_path: Path, stack: ExitSt
         assert not client.is_alive(), f"{client.name} waits for ever; the log:\n{agent.log()[-6000:]}"
     assert not count.faults, "\n".join(count.faults)
     assert count.results == count.accepted
+    assert 0 < count.most_resident_kib * 1024 < find_memory_limit() / 4

@@ -22,7 +22,7 @@ from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent_plugins.vm_plugin import PLUGIN
-from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, send_to_agent
+from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, ask_qemu, send_to_agent
 from tests.lab.domainxml import GuestSpec, format_domain
 from tests.lab.image import Image
 
@@ -103,6 +103,7 @@ def make_node(
         events=events,
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,
+        ask_qemu=ask_qemu,
         host_root=make_host(directory / "host", **host),
         domain_schema=domain_schema,
         removes_emulated=removes_emulated,

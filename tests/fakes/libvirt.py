@@ -198,6 +198,8 @@ class FakeDomain:
         self.config = _normalise(etree.fromstring(xml)) if persistent else None
         self.live = _normalise(etree.fromstring(xml)) if running else None
         self.guest = guest or FakeGuest()
+        # What QEMU has and libvirt does not know, as query-memory-devices has it.
+        self.unknown: list[dict[str, Any]] = []
         self.paused = False
         self.number, self.reason = 1, libvirt.VIR_DOMAIN_RUNNING_BOOTED
         self.calls: list[str] = []
@@ -244,7 +246,9 @@ class FakeDomain:
         return etree.tostring(root, encoding="unicode")
 
     def memoryStats(self) -> dict[str, int]:
-        return {"actual": int(self._running().findtext("currentMemory"))} if self._has_balloon() else {"rss": 1}
+        unknown_kib = sum(data["size"] for data in self.unknown) // KIB
+        actual_kib = int(self._running().findtext("currentMemory")) + unknown_kib
+        return {"actual": actual_kib} if self._has_balloon() else {"rss": 1}
 
     def jobStats(self, flags: int) -> dict[str, int]:
         return {"type": libvirt.VIR_DOMAIN_JOB_NONE}
@@ -396,8 +400,16 @@ class FakeDomain:
             self._attach_virtio_mem(root, device, live=live)
             return
         used = {other.find("address").get("slot") for other in devices}
-        slot = next(str(n) for n in range(len(devices) + 1) if str(n) not in used)
-        address = etree.SubElement(device, "address", type="dimm", slot=slot)
+        asked = device.find("address")
+        slot = (
+            next(str(n) for n in range(len(devices) + 1) if str(n) not in used) if asked is None else asked.get("slot")
+        )
+        if live and int(slot) in {data["slot"] for data in self.unknown}:
+            raise qemu_error(
+                libvirt.VIR_ERR_INTERNAL_ERROR,
+                f"internal error: unable to execute QEMU command 'device_add': slot {slot} is busy",
+            )
+        address = etree.SubElement(device, "address", type="dimm", slot=slot) if asked is None else asked
         size = _size(device.find("./target/size"))
         if live:
             ends = [
@@ -612,6 +624,25 @@ class FakeConnection:
             if is_it(domain):
                 return domain
         raise qemu_error(libvirt.VIR_ERR_NO_DOMAIN, f"Domain not found: {words}")
+
+
+def ask_qemu(domain: FakeDomain, request: str, flags: int) -> str:
+    """Stand for libvirt_qemu.qemuMonitorCommand and the one command that is asked of QEMU."""
+    assert json.loads(request) == {"execute": "query-memory-devices"}
+    devices = [
+        {
+            "type": "dimm",
+            "data": {
+                "id": device.find("alias").get("name"),
+                "size": _size(device.find("./target/size")),
+                "slot": int(device.find("address").get("slot")),
+                "addr": int(device.find("address").get("base"), 16),
+                "node": 0,
+            },
+        }
+        for device in domain._running().iterfind("./devices/memory[@model='dimm']")
+    ]
+    return json.dumps({"return": [*devices, *({"type": "dimm", "data": data} for data in domain.unknown)]})
 
 
 def send_to_agent(domain: FakeDomain, request: str, timeout_s: int, flags: int) -> str:

@@ -96,3 +96,9 @@ def test_nothing_secret_is_on_the_command_line_or_in_the_log(node_uri: str, tmp_
         assert token not in seen
         assert digest not in seen
         assert os.environ.get("HOME", "") not in ("", str(agent.directory))
+
+
+def test_an_agent_that_takes_too_much_memory_is_started_again_and_disturbs_no_vm() -> None:
+    service = read_service(UNIT)
+    assert service["MemoryMax"] == ["1G"]
+    assert (service["OOMPolicy"], service["Restart"]) == (["stop"], ["always"])

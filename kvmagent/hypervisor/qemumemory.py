@@ -1,0 +1,91 @@
+"""What memory devices QEMU has, past libvirt: one that libvirt does not know is left where libvirtd was killed in an
+attach. From then on libvirt takes that device's slot for free, and QEMU refuses it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import libvirt
+import msgspec
+
+from kvmagent.hypervisor.libvirterrors import translate
+from kvmagent.model.errors import Code
+from kvmagent.model.facts import Definition, MemoryDevice
+
+# As libvirt_qemu.qemuMonitorCommand: domain, request, flags.
+AskQemu = Callable[[Any, str, int], str]
+
+_REQUEST = '{"execute": "query-memory-devices"}'
+
+
+class _Data(msgspec.Struct, rename="kebab"):
+    """Source: QEMU qapi/machine.json, PCDIMMDeviceInfo and VirtioMEMDeviceInfo."""
+
+    id: str = ""
+    size: int = 0
+    node: int | None = None
+    slot: int | None = None
+    addr: int | None = None
+    memaddr: int | None = None
+    max_size: int = 0
+    requested_size: int = 0
+    block_size: int | None = None
+
+
+class _Device(msgspec.Struct):
+    type: str
+    data: _Data
+
+
+class _Answer(msgspec.Struct):
+    returned: list[_Device] = msgspec.field(name="return", default_factory=list)
+
+
+# Made here and once, for the reason that model.shapes gives.
+_ANSWER = msgspec.json.Decoder(_Answer)
+
+
+def ask_devices(domain: libvirt.virDomain, ask: AskQemu) -> tuple[MemoryDevice, ...] | None:
+    """Return the memory devices that QEMU has; None where it cannot be asked.
+
+    Raises:
+        AgentError: LIBVIRT_UNAVAILABLE.
+    """
+    try:
+        return tuple(map(_read, _ANSWER.decode(ask(domain, _REQUEST, 0)).returned))
+    except libvirt.libvirtError as error:
+        failure = translate(error, "asking QEMU for its memory devices")
+        if failure.code is Code.LIBVIRT_UNAVAILABLE:
+            raise failure from error
+        return None
+    except msgspec.MsgspecError:
+        return None
+
+
+def _read(device: _Device) -> MemoryDevice:
+    data = device.data
+    if device.type == "virtio-mem":
+        return MemoryDevice(
+            model="virtio-mem",
+            size_bytes=data.max_size,
+            node=data.node,
+            alias=data.id,
+            base=data.memaddr,
+            requested_bytes=data.requested_size,
+            current_bytes=data.size,
+            block_bytes=data.block_size,
+        )
+    return MemoryDevice(
+        model=device.type, size_bytes=data.size, node=data.node, alias=data.id, slot=data.slot, base=data.addr
+    )
+
+
+def add_unknown(live: Definition, devices: tuple[MemoryDevice, ...]) -> Definition:
+    """Return a running VM's definition with what QEMU has beside it."""
+    known = {device.alias for device in live.devices}
+    unknown = tuple(msgspec.structs.replace(device, known=False) for device in devices if device.alias not in known)
+    return msgspec.structs.replace(
+        live,
+        devices=live.devices + unknown,
+        total_bytes=live.total_bytes + sum(device.size_bytes for device in unknown),
+    )

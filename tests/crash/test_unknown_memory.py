@@ -1,0 +1,43 @@
+"""What a libvirtd that was killed inside an attach leaves: QEMU has a dimm, libvirt does not know of it."""
+
+import json
+from typing import Any
+
+import libvirt_qemu
+import pytest
+
+from tests.crash.conftest import StartAgent, find_dimms
+from tests.lab.agent import new_task_uuid
+from tests.lab.domainxml import GuestSpec
+from tests.lab.guest import Guest
+from tests.lab.server import ManagementServer
+
+MIB = 2**20
+ALIAS, TASK = "ua-kvmagent-earlier-0", new_task_uuid()
+pytestmark = pytest.mark.guest
+
+
+def ask_qemu(guest: Guest, command: str, **arguments: Any) -> Any:
+    with guest.domain() as domain:
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuMonitorCommand(domain, request, 0))["return"]
+
+
+def test_later_plugs_work_and_count_it(lab: Any, define: Any, make_agent: StartAgent, server: ManagementServer) -> None:
+    guest: Guest = define(GuestSpec(name="unknown"))
+    # The commands that libvirtd sends, of which it did not live to see the end.
+    ask_qemu(guest, "object-add", **{"qom-type": "memory-backend-ram", "id": f"mem{ALIAS}", "size": 128 * MIB})
+    ask_qemu(guest, "device_add", driver="pc-dimm", id=ALIAS, memdev=f"mem{ALIAS}", slot=0, node=0)
+    lab.restart()
+    agent = make_agent(lab.uri)
+    body = {"vmUuid": "unknown", "memorySize": 512 * MIB}
+    assert agent.post("/vm/hotplug/memory", body, task_uuid=TASK, callback_url=server.url).status == 200
+    reply = server.wait(TASK, 60)
+    assert (reply["outcome"], reply["memorySize"], reply["before"]["memorySize"]) == ("plugged", 512 * MIB, 384 * MIB)
+    (warning,) = (one for one in reply["warnings"] if one["code"] == "MEMORY_UNKNOWN_TO_LIBVIRT")
+    assert f"{ALIAS} (128 MiB)" in warning["message"]
+    of_qemu = {one["data"]["id"]: one["data"]["slot"] for one in ask_qemu(guest, "query-memory-devices")}
+    assert of_qemu == {ALIAS: 0, f"ua-kvmagent-{TASK}-0": 1}
+    live, config = find_dimms(guest)
+    assert live == [f"ua-kvmagent-{TASK}-0"]
+    assert sorted(config) == [f"ua-kvmagent-{TASK}-{n}" for n in range(2)]
