@@ -38,7 +38,7 @@ STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
     libvirt.VIR_DOMAIN_BLOCKED: "running",
     libvirt.VIR_DOMAIN_PAUSED: "paused",
-    libvirt.VIR_DOMAIN_SHUTDOWN: "running",
+    libvirt.VIR_DOMAIN_SHUTDOWN: "in shutdown",
     libvirt.VIR_DOMAIN_SHUTOFF: "shutoff",
     libvirt.VIR_DOMAIN_CRASHED: "crashed",
     libvirt.VIR_DOMAIN_PMSUSPENDED: "pmsuspended",
@@ -56,8 +56,9 @@ _JOBS = {
     libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT: "outgoing migration",
     libvirt.VIR_DOMAIN_JOB_OPERATION_SNAPSHOT: "snapshot",
     libvirt.VIR_DOMAIN_JOB_OPERATION_DUMP: "dump",
-    libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP: "backup",
 }
+# libvirt lets a VM be changed while it is backed up. Source: libvirt 9.0 qemuBackupBegin, its job mask.
+_JOBS_BESIDE = frozenset({libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP})
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class VmHandle:
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=balloon_bytes if live_xml and ask_balloon else told,
             job=self.find_job() if live_xml else None,
+            saved=bool(config_xml) and self._has_saved_state(),
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )
         return domain, connected
@@ -128,7 +130,9 @@ class VmHandle:
         if not parts or domain.live is None:
             return Guest()
         if domain.state != "running":
-            return Guest(silence=Code.VM_PAUSED, silence_words=f"the VM is {domain.state}")
+            asleep = domain.state == "pmsuspended"
+            code = Code.VM_SUSPENDED if asleep else Code.VM_PAUSED
+            return Guest(silence=code, silence_words=f"the VM is {domain.state}")
         if connected is None:
             return Guest(silence=Code.GUEST_AGENT_ABSENT, silence_words="the VM has no guest-agent channel")
         if not connected:
@@ -142,6 +146,9 @@ class VmHandle:
             try:
                 return ask()
             except CommandRefused as error:
+                if self.agent.is_frozen():
+                    words = "the guest's filesystems are frozen, and its agent does nothing else meanwhile"
+                    raise GuestSilent(Code.GUEST_AGENT_FROZEN, words) from error
                 refused[error.command] = error.words
                 return None
 
@@ -360,14 +367,15 @@ class VmHandle:
             raise AgentError(Code.DEFINITION_REFUSED, failure.message, details=failure.details) from error
 
     def find_job(self) -> str | None:
-        """Return the name of the libvirt job that holds the VM; None where there is none or it cannot be told."""
+        """Return the name of the libvirt job that excludes changes of the VM; None where none is told."""
         try:
             stats = self._domain.jobStats(0)
         except libvirt.libvirtError:
             return None
         if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
             return None
-        return _JOBS.get(stats.get("operation"), "libvirt")
+        operation = stats.get("operation")
+        return None if operation in _JOBS_BESIDE else _JOBS.get(operation, "libvirt")
 
     def set_balloon(self, size_bytes: int, target: Target) -> None:
         """Ask the guest's balloon driver for a size. The call returns before the guest has done anything."""
@@ -384,6 +392,15 @@ class VmHandle:
                     raise
             return None
         return None if actual is None else actual * KIB
+
+    def _has_saved_state(self) -> bool:
+        try:
+            return bool(self._domain.hasManagedSaveImage(0))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+                return False
+            with libvirt_errors("looking for a managed save image"):
+                raise
 
     def _find_memory(self, target: Target, **device: Any) -> str | None:
         flags = libvirt.VIR_DOMAIN_XML_INACTIVE if target == "config" else 0

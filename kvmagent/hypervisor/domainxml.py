@@ -104,7 +104,8 @@ def _read_definition(document: _Document) -> Definition:
         hugepages=_hugepages(document),
         locked=document.find("memoryBacking/locked") is not None,
         hard_limit_bytes=_size(document.find("memtune/hard_limit")) or None,
-        vfio_devices=len(_vfio_devices(document)),
+        vfio_devices=sum(_count_passed_through(document)),
+        locked_copies=_locked_copies(document),
         launch_security=document.attribute("launchSecurity", "type"),
         host_nodes=_parse_ids(document.attribute("numatune/memory[@mode='strict']", "nodeset") or ""),
         cell_host_nodes=tuple(
@@ -244,9 +245,25 @@ def _hugepages(document: _Document) -> tuple[Hugepages, ...]:
     return tuple(found) if pages else (Hugepages(size_bytes=0),)
 
 
-def _vfio_devices(document: _Document) -> list[etree._Element]:
-    """Host PCI devices and vDPA or mediated ones: QEMU pins all guest memory for them."""
-    return [one for one in document.find_all("devices/hostdev") if one.get("type") in ("pci", "mdev")]
+def _count_passed_through(document: _Document) -> tuple[int, int, int]:
+    """Return how many devices QEMU pins all guest memory for: by VFIO, by vDPA, and NVMe disks of the host.
+
+    Source: libvirt formatdomain; an interface of a network of host devices is told as one of them while the VM runs.
+    """
+    hostdevs = [one for one in document.find_all("devices/hostdev") if one.get("type") in ("pci", "mdev")]
+    interfaces = [one.get("type") for one in document.find_all("devices/interface")]
+    disks = [one for one in document.find_all("devices/disk") if one.get("type") == "nvme"]
+    return len(hostdevs) + interfaces.count("hostdev"), interfaces.count("vdpa"), len(disks)
+
+
+def _locked_copies(document: _Document) -> int:
+    """Return how often all guest memory counts against the limit of locked memory.
+
+    Source: libvirt qemuDomainGetMemLockLimitBytes: each vDPA device and NVMe disk counts it again; VFIO devices once
+    together, and once each where a vIOMMU gives each its own address space.
+    """
+    vfio, vdpa, nvme = _count_passed_through(document)
+    return vdpa + nvme + (vfio if document.find("devices/iommu") is not None else min(vfio, 1))
 
 
 def _phys_bits(document: _Document) -> int | None:

@@ -143,6 +143,7 @@ _BLOCKS_DONE = _Decoder[tuple[_BlockDone, ...]](
 )
 _HANDLE = _Decoder[int](Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)])
 _FILE_READ = _Decoder[_FileRead](_FileRead)
+_FREEZE_STATUS = _Decoder[str](_Words)
 _NOTHING = _Decoder[_Answer](_Answer)
 _AGENT_INFO = _Decoder[_AgentInfo](_AgentInfo)
 _OS_INFO = _Decoder[_OsInfo](_OsInfo)
@@ -258,6 +259,13 @@ class GuestAgent:
         """Return the commands that the agent knows and may not do."""
         known = self._call(_AGENT_INFO, "guest-info").supported_commands
         return frozenset(command.name for command in known if not command.enabled)
+
+    def is_frozen(self) -> bool:
+        """Return whether the guest's filesystems are frozen, when the agent refuses all but thawing them."""
+        try:
+            return self._call(_FREEZE_STATUS, "guest-fsfreeze-status") == "frozen"
+        except CommandRefused:
+            return False
 
     def os(self) -> GuestOs | None:
         """Return the guest's operating system; None where the agent does not tell.

@@ -123,7 +123,8 @@ def _read_summary(domain: libvirt.virDomain) -> VmSummary | None:
     return VmSummary(
         name=domain.name(),
         uuid=domain.UUIDString(),
-        state=STATES.get(state, "other"),
+        # It runs for a management server until it is off; `in_shutdown` tells.
+        state="running" if state == libvirt.VIR_DOMAIN_SHUTDOWN else STATES.get(state, "other"),
         vcpus=vcpus,
         memory_bytes=maximum_kib * KIB,
         in_shutdown=state == libvirt.VIR_DOMAIN_SHUTDOWN,

@@ -20,7 +20,7 @@ from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import perform, preview
 from kvmagent.hypervisor.qemumemory import AskQemu
-from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
+from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes, was_migrated
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
@@ -72,6 +72,7 @@ class Node:
         self._budget = budget or Budget(host_root=host_root)
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
+        self._migrated: dict[str, tuple[int | None, bool]] = {}
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -201,7 +202,7 @@ class Node:
         host = msgspec.structs.replace(host, vcpu_limit=limit, removes_emulated=self._removes_emulated)
         if "budget" in parts and domain.live is not None:
             host = msgspec.structs.replace(host, pools=self._budget.look(connection, domain.uuid))
-        facts = Facts(domain=domain, guest=guest, host=host)
+        facts = Facts(domain=self._with_migrated(domain), guest=guest, host=host)
         self._meters.observed(facts)
         return facts
 
@@ -215,6 +216,20 @@ class Node:
             libvirt_is_privileged=self._connection.is_privileged,
             has_domain_schema=has_schema(self._means.domain_schema),
         )
+
+    def _with_migrated(self, domain: Domain) -> Domain:
+        """Return the domain with whether it was migrated in this run.
+
+        Its process is looked up once for each run; what libvirt once said is remembered, for one that is not seen.
+        """
+        if domain.live is None:
+            return domain
+        run, migrated = self._migrated.get(domain.uuid, (None, False))
+        if run is None or run != domain.live.domain_id:
+            migrated = was_migrated(self._host_root, domain.uuid)
+        migrated = migrated or domain.migrated
+        self._migrated[domain.uuid] = domain.live.domain_id, migrated
+        return msgspec.structs.replace(domain, migrated=migrated)
 
     def _with_memlock(self, domain: Domain) -> Domain:
         """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""

@@ -24,6 +24,19 @@ def find_pid(root: Path, uuid: str) -> int | None:
     return None
 
 
+def was_migrated(root: Path, uuid: str) -> bool:
+    """Return whether the QEMU of this VM was started to take a VM that ran elsewhere; False where it is not seen.
+
+    libvirt forgets it at the first pause, the process never. Source: libvirt qemuMigrationDstPrepare, "-incoming
+    defer"; a VM that is restored from a file has another address there.
+    """
+    pid = find_pid(root, uuid)
+    if pid is None:
+        return False
+    arguments = (read_text(root / "proc" / str(pid) / "cmdline") or "").split("\0")
+    return ("-incoming", "defer") in itertools.pairwise(arguments)
+
+
 def read_memlock_bytes(root: Path, pid: int) -> int | None:
     """Return how much memory a process may lock at most: RLIMIT_MEMLOCK, to which its soft limit can be raised."""
     limits = read_text(root / "proc" / str(pid) / "limits") or ""

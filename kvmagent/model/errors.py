@@ -69,6 +69,8 @@ class Code(StrEnum):
     VM_NOT_FOUND = "VM_NOT_FOUND"
     VM_NOT_RUNNING = "VM_NOT_RUNNING"
     VM_PAUSED = "VM_PAUSED"
+    VM_SUSPENDED = "VM_SUSPENDED"
+    VM_SAVED = "VM_SAVED"
     VM_TRANSIENT = "VM_TRANSIENT"
     VM_MIGRATED = "VM_MIGRATED"
     VM_CRASHED = "VM_CRASHED"
@@ -128,6 +130,7 @@ class Code(StrEnum):
     GUEST_AGENT_DISCONNECTED = "GUEST_AGENT_DISCONNECTED"
     GUEST_AGENT_UNRESPONSIVE = "GUEST_AGENT_UNRESPONSIVE"
     GUEST_AGENT_INVALID = "GUEST_AGENT_INVALID"
+    GUEST_AGENT_FROZEN = "GUEST_AGENT_FROZEN"
     GUEST_AGENT_REFUSED = "GUEST_AGENT_REFUSED"
     GUEST_ONLINE_NOT_ASKED = "GUEST_ONLINE_NOT_ASKED"
     GUEST_CPU_NOT_SEEN = "GUEST_CPU_NOT_SEEN"
@@ -365,6 +368,17 @@ CODES: dict[Code, CodeInfo] = {
     Code.VM_PAUSED: CodeInfo(
         400, "The VM is paused, so the guest cannot take part.", "Resume the VM (virsh resume), then ask again."
     ),
+    Code.VM_SUSPENDED: CodeInfo(
+        400,
+        "The guest sleeps (suspended to memory). A vCPU plugged or removed now leaves it dead when it wakes up.",
+        "Wake the guest: virsh dompmwakeup VM (virsh resume does not). Memory may be plugged while it sleeps.",
+    ),
+    Code.VM_SAVED: CodeInfo(
+        400,
+        "The VM has a managed save image: its next start restores that, with the definition that the image holds.",
+        "Start the VM, power it off and start it again; or discard the saved state, and what the guest had in memory: "
+        "virsh managedsave-remove VM.",
+    ),
     Code.VM_TRANSIENT: CodeInfo(
         400,
         "The VM is transient: it has no persistent definition to change.",
@@ -373,7 +387,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.VM_MIGRATED: CodeInfo(
         200,
         "The VM came to this host by live migration: some guests cannot bring vCPUs online that are plugged after one.",
-        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on.",
+        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on, or send "
+        '"affect": "config" to have them at the next start.',
     ),
     Code.VM_CRASHED: CodeInfo(
         500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
@@ -628,6 +643,11 @@ CODES: dict[Code, CodeInfo] = {
         "guest says is believed until it answers properly.",
         "Look at what runs as the guest agent: install qemu-ga anew and restart it.",
     ),
+    Code.GUEST_AGENT_FROZEN: CodeInfo(
+        500,
+        "The guest's filesystems are frozen, as backups do, and its agent does nothing but thaw them.",
+        "Let the backup end, or run virsh domfsthaw VM, and send the command again.",
+    ),
     Code.GUEST_AGENT_REFUSED: CodeInfo(
         400,
         "The guest agent refused a command.",
@@ -734,6 +754,8 @@ LOOKS: dict[Code, str] = {
     Code.VM_NOT_FOUND: "virsh list --all --uuid --name",
     Code.VM_NOT_RUNNING: "virsh domstate VM --reason",
     Code.VM_PAUSED: "virsh domstate VM --reason",
+    Code.VM_SUSPENDED: "virsh domstate VM --reason",
+    Code.VM_SAVED: "virsh list --all --with-managed-save",
     Code.VM_TRANSIENT: "virsh dominfo VM",
     Code.VM_MIGRATED: "in the guest: lscpu -e",
     Code.VM_CRASHED: "tail -n 50 /var/log/libvirt/qemu/VM.log",

@@ -9,7 +9,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 
-VmState = Literal["running", "paused", "shutoff", "crashed", "pmsuspended", "other"]
+VmState = Literal["running", "paused", "shutoff", "crashed", "pmsuspended", "in shutdown", "other"]
 
 
 class Vcpu(msgspec.Struct, frozen=True):
@@ -107,7 +107,8 @@ class Definition(msgspec.Struct, frozen=True):
     `total_bytes` is libvirt's `<memory>`: boot memory and the full size of every device.
     `current_bytes` is `<currentMemory>`: what the balloon leaves.
     `hugepages` say what memory is backed with, dimms included.
-    `hard_limit_bytes` is memtune's, `vfio_devices` how many host devices are passed through by VFIO,
+    `hard_limit_bytes` is memtune's, `vfio_devices` how many devices of the host are passed
+    through so that all memory is pinned, `locked_copies` how often it is counted for them,
     `host_nodes` the host NUMA nodes that memory must come from (empty: any) and `cell_host_nodes` those of single guest
     nodes, `phys_bits` the vCPUs' physical address bits (None: those of the host), `phys_bits_limit` the most of the
     host's that they use, `pci_hole_bytes` what is kept for 64-bit PCI addresses (None: the machine's default),
@@ -137,6 +138,7 @@ class Definition(msgspec.Struct, frozen=True):
     locked: bool = False
     hard_limit_bytes: int | None = None
     vfio_devices: int = 0
+    locked_copies: int = 0
     launch_security: str | None = None
     host_nodes: frozenset[int] = frozenset()
     cell_host_nodes: tuple[tuple[int, frozenset[int]], ...] = ()
@@ -181,6 +183,11 @@ class Definition(msgspec.Struct, frozen=True):
         Source: libvirt 9.0, "vcpu granularity": QEMU plugs whole cores on POWER. Observed: single threads on x86.
         """
         return self.topology[3] if self.topology and self.arch in _WHOLE_CORE_ARCHES else 1
+
+    @property
+    def enabled_vcpus(self) -> frozenset[int]:
+        """The ids of the vCPUs that it has."""
+        return frozenset(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
 
     @property
     def virtio_mems(self) -> tuple[MemoryDevice, ...]:
@@ -238,8 +245,10 @@ def count_missing(listed: frozenset[int], spans: tuple[range, ...]) -> int:
 class Domain(msgspec.Struct, frozen=True):
     """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient.
 
-    `migrated` is true where libvirt says that the VM came here by live migration: a pause and a resume make it forget.
-    `memlock_bytes` is what its QEMU process may lock, where that matters and can be seen.
+    `migrated` is true where the VM came here by live migration, for as long as it runs: its QEMU was started for that.
+    `job` is a job of libvirt's that excludes changes. `saved` tells of a managed save image: the next start restores it
+    with the definition that it holds. `memlock_bytes` is what its QEMU process may lock, where that matters and can be
+    seen.
     """
 
     name: str
@@ -250,6 +259,7 @@ class Domain(msgspec.Struct, frozen=True):
     balloon_bytes: int | None = None
     job: str | None = None
     migrated: bool = False
+    saved: bool = False
     memlock_bytes: int | None = None
 
 

@@ -6,7 +6,7 @@ The last two are the guest's word. A guest that tells of more than its VM has, h
 from typing import NamedTuple
 
 from kvmagent.model.errors import CODES, CPU_ONLINE_HINT, MEMORY_ONLINE_HINT, Code
-from kvmagent.model.facts import Definition, Facts, Guest, GuestVcpu, dimm_blocks, pick_blocks
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, dimm_blocks, pick_blocks
 from kvmagent.model.policy import explain_not_asked
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import Resource
@@ -80,6 +80,11 @@ def _measure_balloon(facts: Facts, live: Definition) -> Use:
     actual = facts.domain.balloon_bytes
     told = find_mem_total(facts) is not None or bool(_measure_memory(facts, live).online)
     return Use(actual, actual if told else None, actual if told else None)
+
+
+def tell_saved(domain: Domain) -> str:
+    """Return what a managed save image means for whoever changes the persistent definition."""
+    return f"VM {domain.name} has a managed save image, and its next start will not have what is defined now"
 
 
 def warning(code: Code, message: str) -> Problem:

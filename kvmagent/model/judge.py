@@ -26,6 +26,7 @@ from kvmagent.model.guestuse import (
     find_mem_total,
     find_memory_warnings,
     measure,
+    tell_saved,
     warning,
 )
 from kvmagent.model.policy import find_mistakes, may_online
@@ -120,7 +121,10 @@ def drift(facts: Facts | None) -> list[Drift]:
         "slots": (live.slots, config.slots),
         "memoryDevices": (len(live.devices), len(config.devices)),
     }
-    return [Drift(field=name, live=a, config=b) for name, (a, b) in fields.items() if a != b]
+    found = [Drift(field=name, live=a, config=b) for name, (a, b) in fields.items() if a != b]
+    if live.vcpu_current == config.vcpu_current and live.enabled_vcpus != config.enabled_vcpus:
+        found.append(Drift("vcpus", format_ids(live.enabled_vcpus), format_ids(config.enabled_vcpus)))
+    return found
 
 
 def _find_outcome(ending: Ending, error: AgentError | None, *, is_same: bool) -> Outcome:
@@ -330,6 +334,7 @@ def _is_same_run(ending: Ending) -> bool | None:
 def _find_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
     """Return one warning of each code: what is so now, and in whose words it went wrong on the way."""
     found = find_mistakes(ending.after or ending.before) + _find_unknown(ending.after or ending.before)
+    found += _saved_warnings(ending, outcome)
     if outcome in ("refused", "planned"):
         return found + _planned_warnings(ending)
     told = {report.problem.code: report.problem for report in ending.reports if report.problem}
@@ -389,6 +394,14 @@ def _planned_warnings(ending: Ending) -> list[Problem]:
     if ending.request.affect == "config" or not any(_touches_vm(step) for step in ending.planned or ()):
         return []
     return [warning(Code.PLAN_NOT_WHOLE, "more steps may follow from what the guest shows after these")]
+
+
+def _saved_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
+    """Say that a changed definition is not what the next start has."""
+    facts = ending.after or ending.before
+    if facts is None or not facts.domain.saved or outcome not in ("configured", "partial", "planned"):
+        return []
+    return [warning(Code.VM_SAVED, tell_saved(facts.domain))]
 
 
 def _touches_vm(step: AnyStep) -> bool:

@@ -75,9 +75,19 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
 
 
 def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
-    """Return what is left to do: the hypervisor's part first, then the guest's; or the way back."""
+    """Return what is left to do: the hypervisor's part first, then the guest's; or the way back.
+
+    Raises:
+        AgentError: VM_MIGRATED, when the guest does not use the one vCPU that it was given first.
+    """
     if goal.failure is not None:
         return _undo_steps(goal, facts, spent)
+    if _is_one_first(goal, facts):
+        return _first_steps(goal, facts, spent)
+    return _plug_steps(goal, facts, spent)
+
+
+def _plug_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     live = goal.live and facts.get_live().vcpu_current < goal.cpu_num
     config = goal.config and facts.get_config().vcpu_current < goal.cpu_num
     steps: list[AnyStep] = []
@@ -94,7 +104,10 @@ def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuG
     There is none where the VM had other vCPUs than the former ones already when what failed was planned: these may be
     somebody else's.
     """
-    if goal.failure is not None or goal.former is None or not is_back(goal.former, seen):
+    if goal.failure is not None or goal.former is None:
+        return None
+    # What was planned last began from the first vCPU, which is the task's own.
+    if error.code is not Code.VM_MIGRATED and not is_back(goal.former, seen):
         return None
     way_back = msgspec.structs.replace(goal, failure=Problem.of(error), resumed=False)
     return way_back if advance(way_back, facts, frozenset()) else None
@@ -126,6 +139,35 @@ def _guest_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[An
     if offline and goal.guest_online and OnlineGuestVcpus.__name__ not in spent:
         return (OnlineGuestVcpus(ids=offline),)
     return ()
+
+
+def _is_one_first(goal: CpuGoal, facts: Facts) -> bool:
+    """Return whether a single vCPU is plugged, into the running VM alone, until the guest uses it.
+
+    After a live migration some guests never can. A single one that nobody can prove is plugged as any other.
+    """
+    known, listed = goal.known, facts.guest.vcpus or ()
+    if known is not None and any(cpu.online and cpu.id not in known for cpu in listed):
+        return False
+    return facts.domain.migrated and goal.added >= (1 if known is not None and goal.guest_online else 2)
+
+
+def _first_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    """Return what is left to do for the first vCPU of a VM that was migrated.
+
+    Raises:
+        AgentError: VM_MIGRATED, when that is nothing.
+    """
+    first = goal.cpu_num - goal.added + 1
+    alone = msgspec.structs.replace(goal, cpu_num=first, added=1, config=False, shares=())
+    if steps := _plug_steps(alone, facts, spent):
+        return steps
+    rest = f"; {goal.added - 1} more were not plugged" if goal.added > 1 else ""
+    raise AgentError(
+        Code.VM_MIGRATED,
+        f"VM {facts.domain.name} came to this host by live migration, and its guest does not use the first vCPU that "
+        f"was plugged since{rest}",
+    )
 
 
 def _undo_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -162,6 +204,7 @@ HOT_PLUG_CPU = Command(
     role="plug",
     refusals=(
         *STATE_REFUSALS,
+        Code.VM_SUSPENDED,
         Code.NOT_AS_EXPECTED,
         Code.TARGET_BELOW_CURRENT,
         Code.NO_ACPI,
@@ -171,6 +214,7 @@ HOT_PLUG_CPU = Command(
         Code.CPU_ABOVE_HOST_LIMIT,
         Code.CPU_TOPOLOGY_MISMATCH,
         Code.CPU_NOT_WHOLE_CORE,
+        Code.VM_MIGRATED,
     ),
     retreat=retreat,
     resume=resume,

@@ -19,6 +19,7 @@ from .checks import (
     check_dimm_room,
     check_dimm_support,
     check_expected,
+    check_hard_limit,
     check_host,
     check_memory_ceiling,
     check_state,
@@ -193,8 +194,7 @@ def _decide_resizes(
             added = min(wanted, align_down(device.room_bytes, block))
             if added <= 0:
                 continue
-            if target == "live":
-                refuse_first(check_host(facts, added))
+            refuse_first(check_host(facts, added) if target == "live" else check_hard_limit(facts, target, added))
             resizes.append(plan_resize(device, device.plugged_bytes + added, target))
             _take(missing, target, added)
     return tuple(resizes)

@@ -112,8 +112,11 @@ def _find_warnings(facts: Facts) -> list[Problem]:
 
 
 def _is_ready_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> bool:
-    """Return whether the same totals would be accepted once the VM was powered off and on."""
-    if facts.domain.config is None:
+    """Return whether the same totals would be accepted once the VM was powered off and on.
+
+    With a managed save image the next start has another definition than the persistent one.
+    """
+    if facts.domain.config is None or facts.domain.saved:
         return False
     anew = after_restart(facts)
     same = ReadyForHotplugRequest(vm_uuid=request.vm_uuid, cpu_num=request.cpu_num, memory_size=request.memory_size)

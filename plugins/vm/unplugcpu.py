@@ -10,7 +10,7 @@ from kvmagent.model.reply import VmReply
 from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, OnlineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
-from .checks import STATE_REFUSALS, check_cpu_removal, check_expected, check_state, refuse_first
+from .checks import STATE_REFUSALS, check_awake, check_cpu_removal, check_expected, check_state, refuse_first
 from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
 from .guestos import check_gives_up
 from .requests import HotUnplugCpuRequest
@@ -49,6 +49,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
             Code.TARGET_ABOVE_CURRENT, f"{request.cpu_num} vCPUs were asked for, VM {facts.domain.name} has {current}"
         )
     if live and request.cpu_num < current:
+        refuse_first(check_awake(facts.domain, request.affect))
         _refuse_unremovable(facts, request.cpu_num)
     wanted = request.cpu_num
     total = Total(
@@ -146,6 +147,7 @@ HOT_UNPLUG_CPU = Command(
     role="unplug",
     refusals=(
         *STATE_REFUSALS,
+        Code.VM_SUSPENDED,
         Code.NOT_AS_EXPECTED,
         Code.TARGET_ABOVE_CURRENT,
         Code.MACHINE_NOT_SUPPORTED,

@@ -104,6 +104,10 @@ _REMEDIES: dict[Code, str] = {
     Code.VM_NOT_RUNNING: "Change the offering while the VM is stopped; it takes effect at its start.",
     Code.VM_TRANSIENT: "Stop the VM and start it again from ZStack, then try again.",
     Code.VM_PAUSED: "Resume the VM, then try again.",
+    Code.VM_SUSPENDED: "Wake the guest, from its console, then try again.",
+    Code.VM_SAVED: "Start the VM, stop it and start it again.",
+    Code.VM_MIGRATED: "Stop the VM, choose the offering, and start it again.",
+    Code.GUEST_AGENT_FROZEN: "Wait for the VM's backup to end, then try again.",
     Code.LIBVIRT_BUSY: "Wait for the VM's migration, snapshot or backup to end, then try again.",
     Code.CPU_ABOVE_MAXIMUM: "Choose an offering with no more CPUs, or raise the global setting vm/vm.max.vcpu, then "
     "stop the VM and start it again.",

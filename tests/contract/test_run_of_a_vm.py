@@ -94,8 +94,8 @@ def test_what_the_owner_sets_as_metadata_is_read_in_each_definition_and_stays(
 
 
 @pytest.mark.guest
-def test_a_vm_that_came_by_live_migration_is_known_as_such_until_it_is_paused(tmp_path: Path) -> None:
-    """Over a restart of its libvirtd too; the run is another one on every host."""
+def test_a_vm_that_came_by_live_migration_is_known_as_such_until_it_is_powered_off(tmp_path: Path) -> None:
+    """Over a pause and restarts of its libvirtd and of the agent; the run is another one on every host."""
     with ExitStack() as stack:
         here, there = (stack.enter_context(make_daemon(uuid)) for uuid in HOST_UUIDS)
         connections = [stack.enter_context(daemon.connect()) for daemon in (here, there)]
@@ -115,6 +115,11 @@ def test_a_vm_that_came_by_live_migration_is_known_as_such_until_it_is_paused(tm
             arrived = connection.lookupByName("small")
             arrived.suspend()
             arrived.resume()
+            assert node.observe("small", frozenset()).domain.migrated is True
+            with open_node(there.uri, tmp_path) as restarted:
+                assert restarted.observe("small", frozenset()).domain.migrated is True
+            arrived.destroy()
+            arrived.create()
             assert node.observe("small", frozenset()).domain.migrated is False
             arrived.destroy()
 

@@ -51,6 +51,10 @@ DEBIAN = {
 }
 
 
+#: What an agent does while the filesystems are frozen. Source: QEMU qga/main.c, ga_freeze_allowlist.
+THAWING = {"guest-ping", "guest-info", "guest-sync", "guest-sync-delimited", "guest-fsfreeze-status"}
+
+
 @dataclass
 class FakeGuest:
     """What runs inside a domain: its kernel's CPUs and memory blocks, and its agent.
@@ -67,6 +71,7 @@ class FakeGuest:
     """
 
     agent: str = "running"
+    frozen: bool = False
     online_cpus: dict[int, bool] = field(default_factory=lambda: {0: True})
     blocks: dict[int, bool] = field(default_factory=lambda: {0: True, 1: True})
     block_bytes: int = 128 * MIB
@@ -96,6 +101,12 @@ class FakeGuest:
         """The answer of the guest agent to one command."""
         command, arguments = request["execute"], request.get("arguments", {})
         self.asked.append(command)
+        if self.frozen and command not in THAWING:
+            raise qemu_error(
+                libvirt.VIR_ERR_INTERNAL_ERROR,
+                f"internal error: unable to execute QEMU agent command '{command}': "
+                f"Command {command} has been disabled: the agent is in frozen state",
+            )
         if command in self.refuses:
             raise qemu_error(
                 libvirt.VIR_ERR_INTERNAL_ERROR,
@@ -177,6 +188,9 @@ class FakeGuest:
     def _guest_file_close(self, handle: int) -> Any:
         return {}
 
+    def _guest_fsfreeze_status(self) -> Any:
+        return "frozen" if self.frozen else "thawed"
+
     def _guest_get_osinfo(self) -> Any:
         return self.os
 
@@ -201,6 +215,9 @@ class FakeDomain:
         # What QEMU has and libvirt does not know, as query-memory-devices has it.
         self.unknown: list[dict[str, Any]] = []
         self.paused = False
+        self.unusual_state: int | None = None
+        self.saved = False
+        self.job: dict[str, int] = {"type": libvirt.VIR_DOMAIN_JOB_NONE}
         self.number, self.reason = 1, libvirt.VIR_DOMAIN_RUNNING_BOOTED
         self.calls: list[str] = []
         self.fail_next: dict[str, Exception] = {}
@@ -223,9 +240,14 @@ class FakeDomain:
     def isPersistent(self) -> bool:
         return self.config is not None
 
+    def hasManagedSaveImage(self, flags: int) -> int:
+        return int(self.saved)
+
     def state(self) -> tuple[int, int]:
         if self.live is None:
             return libvirt.VIR_DOMAIN_SHUTOFF, 0
+        if self.unusual_state is not None:
+            return self.unusual_state, 0
         return (libvirt.VIR_DOMAIN_PAUSED, 1) if self.paused else (libvirt.VIR_DOMAIN_RUNNING, self.reason)
 
     def connect(self) -> FakeConnection:
@@ -251,7 +273,7 @@ class FakeDomain:
         return {"actual": actual_kib} if self._has_balloon() else {"rss": 1}
 
     def jobStats(self, flags: int) -> dict[str, int]:
-        return {"type": libvirt.VIR_DOMAIN_JOB_NONE}
+        return self.job
 
     def power_cycle(self, *, start: bool = True) -> None:
         """Off, and on again from the persistent definition; each dimm has another place then."""

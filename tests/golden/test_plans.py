@@ -123,6 +123,30 @@ def take_vcpus_of_node_1(domain: FakeDomain) -> None:
         del second.attrib["cpus"]
 
 
+def sleep(domain: FakeDomain) -> None:
+    domain.unusual_state = libvirt.VIR_DOMAIN_PMSUSPENDED
+
+
+def shut_down(domain: FakeDomain) -> None:
+    domain.unusual_state = libvirt.VIR_DOMAIN_SHUTDOWN
+
+
+def save(domain: FakeDomain) -> None:
+    domain.saved = True
+
+
+def back_up(domain: FakeDomain) -> None:
+    domain.job = {"type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP}
+
+
+def change_ids(domain: FakeDomain) -> None:
+    """As many vCPUs live and persistent, but not the same ones."""
+    plug_vcpus(3)(domain)
+    domain.setVcpu("1", 0, 1)
+    domain.setVcpu("2", 0, 2)
+    domain.calls.clear()
+
+
 def then(*arrangements: Callable[[FakeDomain], None]) -> Callable[[FakeDomain], None]:
     def arrange(domain: FakeDomain) -> None:
         for one in arrangements:
@@ -237,9 +261,37 @@ CASES = {
     "cpu-guest-sees-nothing": Case(CPU, {"cpuNum": 2, "timeoutSec": 1}, guest={"sees_nothing": True}),
     "cpu-broken-in-guest": Case(CPU, {"cpuNum": 2}, guest={"broken_cpus": True}),
     "cpu-broken-in-guest-after-migration": Case(CPU, {"cpuNum": 2}, guest={"broken_cpus": True}, arrange=migrate),
-    "cpu-online-after-migration": Case(CPU, {"cpuNum": 2}, arrange=migrate),
+    "cpu-broken-in-guest-after-migration-undone": Case(
+        CPU, {"cpuNum": 3}, domain=KVM, guest={"broken_cpus": True}, arrange=migrate
+    ),
+    "cpu-silent-guest-after-migration": Case(CPU, {"cpuNum": 3}, guest={"agent": "stopped"}, arrange=migrate),
+    "cpu-silent-guest-after-migration-one": Case(CPU, {"cpuNum": 2}, guest={"agent": "stopped"}, arrange=migrate),
+    "cpu-online-after-migration": Case(CPU, {"cpuNum": 3}, arrange=migrate),
     "ready-after-migration": Case(READY, {}, arrange=migrate),
     "cpu-online-not-asked": Case(CPU, {"cpuNum": 2, "guestOnline": False}),
+    "cpu-refused-suspended": Case(CPU, {"cpuNum": 2}, arrange=sleep),
+    "cpu-config-only-suspended": Case(CPU, {"cpuNum": 2, "affect": "config"}, arrange=sleep),
+    "less-cpu-refused-suspended": Case(LESS_CPU, {"cpuNum": 2}, domain=KVM, arrange=then(plug_vcpus(3), sleep)),
+    "memory-suspended": Case(MEMORY, {"memorySize": 384 * MIB}, arrange=sleep),
+    "cpu-refused-in-shutdown": Case(CPU, {"cpuNum": 2}, arrange=shut_down),
+    "memory-refused-in-shutdown": Case(MEMORY, {"memorySize": 384 * MIB}, arrange=shut_down),
+    "cpu-config-only-saved": Case(CPU, {"cpuNum": 2, "affect": "config"}, domain={"running": False}, arrange=save),
+    "memory-config-only-saved": Case(
+        MEMORY, {"memorySize": 384 * MIB, "affect": "config"}, domain={"running": False}, arrange=save
+    ),
+    "prepare-saved": Case(READY, {"prepare": True, "maxCpuNum": 8}, spec=BARE, domain={"running": False}, arrange=save),
+    "cpu-frozen-filesystems": Case(CPU, {"cpuNum": 2}, guest={"frozen": True}),
+    "memory-frozen-filesystems": Case(MEMORY, {"memorySize": 384 * MIB}, guest={"frozen": True}),
+    "cpu-during-a-backup": Case(CPU, {"cpuNum": 2}, arrange=back_up),
+    "memory-during-a-backup": Case(MEMORY, {"memorySize": 384 * MIB}, arrange=back_up),
+    "ready-other-vcpus": Case(READY, {}, arrange=change_ids),
+    "memory-refused-hard-limit-of-the-next-start": Case(
+        MEMORY,
+        {"memorySize": 384 * MIB},
+        arrange=lambda domain: domain.config.append(
+            etree.fromstring("<memtune><hard_limit unit='MiB'>300</hard_limit></memtune>")
+        ),
+    ),
     "cpu-paused": Case(CPU, {"cpuNum": 2}, arrange=pause),
     "cpu-half-plugged-undone": Case(CPU, {"cpuNum": 4}, domain=KVM, arrange=fail_vcpu(3)),
     "cpu-half-plugged-and-used-undone": Case(
