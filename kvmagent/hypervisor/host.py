@@ -41,7 +41,7 @@ def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapa
         NodeCapacity(
             id=int(path.name.removeprefix("node")),
             memory_bytes=read_sizes(path / "meminfo").get("MemTotal", 0),
-            hugepages=_count_hugepages(path / "hugepages", "nr_hugepages"),
+            hugepages=_measure_hugepages(path / "hugepages"),
         )
         for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
     ]
@@ -51,18 +51,23 @@ def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapa
         reserve_bytes=reserve_bytes,
         overcommit=overcommit,
         default_page_bytes=meminfo.get("Hugepagesize"),
-        hugepages=_count_hugepages(root / "sys/kernel/mm/hugepages", "nr_hugepages"),
+        hugepages=_measure_hugepages(root / "sys/kernel/mm/hugepages"),
         nodes=tuple(nodes),
         limit_bytes=int(limit) if limit.isdigit() else None,
     )
 
 
-def _count_hugepages(directory: Path, count: str) -> dict[int, int]:
-    """Return the bytes in hugepages by their size: `nr_hugepages` counts all, `free_hugepages` the free ones."""
+def _measure_hugepages(directory: Path) -> dict[int, int]:
+    """Return the bytes in all hugepages by their size."""
+    return {size: count * size for size, count in _count_hugepages(directory, "nr_hugepages").items()}
+
+
+def _count_hugepages(directory: Path, file: str) -> dict[int, int]:
+    """Return the number of hugepages by their size: `nr_hugepages` counts all, `free_hugepages` the free ones."""
     found = {}
     for pages in directory.glob("hugepages-*kB"):
-        size_bytes = int(pages.name.removeprefix("hugepages-").removesuffix("kB")) * KIB
-        found[size_bytes] = int(read_text(pages / count) or 0) * size_bytes
+        size_kib = int(pages.name.removeprefix("hugepages-").removesuffix("kB"))
+        found[size_kib * KIB] = int(read_text(pages / file) or 0)
     return found
 
 
@@ -86,10 +91,7 @@ def read_host_load(root: Path) -> HostLoad:
 
 
 def _read_node(path: Path) -> HostNode:
-    free = {}
-    for pages in path.glob("hugepages/hugepages-*kB"):
-        size_kib = int(pages.name.removeprefix("hugepages-").removesuffix("kB"))
-        free[size_kib * KIB] = int(read_text(pages / "free_hugepages") or 0)
+    free = _count_hugepages(path / "hugepages", "free_hugepages")
     meminfo = read_sizes(path / "meminfo")
     # Page cache that can be dropped is free for a VM. Source: Linux mm/vmscan.c; the node has no MemAvailable.
     free_bytes = sum(meminfo.get(name, 0) for name in ("MemFree", "Inactive(file)", "SReclaimable"))

@@ -93,10 +93,6 @@ class Policy(msgspec.Struct, frozen=True):
     max_memory_bytes: int | None = None
     mistakes: tuple[str, ...] = ()
 
-    def allows_above(self, size_bytes: int) -> bool:
-        """Return whether the VM may have more memory than this."""
-        return self.hotplug and (self.max_memory_bytes is None or size_bytes < self.max_memory_bytes)
-
 
 _WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
 
@@ -332,11 +328,6 @@ class MemoryPool(msgspec.Struct, frozen=True):
     capacity_bytes: int
     promised_bytes: int
     most: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def left_bytes(self) -> int:
-        """What may still be promised; none where the host has more promised than it has."""
-        return max(0, self.capacity_bytes - self.promised_bytes)
 
 
 class Host(msgspec.Struct, frozen=True):

@@ -7,11 +7,10 @@ planner will not refuse.
 import re
 from collections.abc import Iterable, Iterator
 
-from kvmagent.model import policy
+from kvmagent.model import hostbudget, policy
 from kvmagent.model.command import Affect
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
-from kvmagent.model.hostbudget import NORMAL_PAGES, check_pool
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
@@ -69,8 +68,7 @@ def dimm_quantum(facts: Facts, node: int | None) -> int:
 def find_page_bytes(facts: Facts, node: int) -> int | None:
     """Return the size of the hugepages behind a guest node; None for normal pages."""
     definition = facts.domain.live or facts.domain.config
-    size = definition.find_hugepage_bytes(node) if definition else None
-    return facts.host.hugepage_bytes if size == 0 else size
+    return hostbudget.find_page_bytes(definition, node, facts.host.hugepage_bytes) or None if definition else None
 
 
 def _guest_nodes(definition: Definition, node: int | None) -> list[int]:
@@ -336,8 +334,8 @@ def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Itera
     else:
         yield from _check_available(host, sources, added_bytes)
     for pool in host.pools:
-        is_source = pool.page_bytes == (size or NORMAL_PAGES) and pool.nodes in (frozenset(), sources)
-        if is_source and (error := check_pool(pool, added_bytes)) is not None:
+        is_source = pool.page_bytes == (size or hostbudget.NORMAL_PAGES) and pool.nodes in (frozenset(), sources)
+        if is_source and (error := hostbudget.check_pool(pool, added_bytes)) is not None:
             yield blocker(error.code, error.message)
 
 
