@@ -61,6 +61,7 @@ setup(
             "mypy>=1.10",
             "pillow>=10.0",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "pyyaml>=6.0",
             "ruff>=0.6",
             "schemathesis>=4.0",

@@ -54,7 +54,7 @@ def test_ten_thousand_commands_leave_memory_files_and_threads_as_they_were(make_
         send(agent, server, WARM_UP, COMMANDS)
         after = measure()
         print(f"memory in KiB: {before} after {WARM_UP} commands, {after} after {COMMANDS}")
-        assert after <= before * 1.05
+        assert after <= before * 1.1, "what is not yet used after the warm-up is less than a tenth"
         assert len(server.succeeded) == COMMANDS
         oldest_kept = f"/tasks/t{COMMANDS - 1001 - CLIENTS}"
         wait_for(lambda: agent.get(oldest_kept).status == 404, timeout_s=20, what="old tasks to be forgotten")

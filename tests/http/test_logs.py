@@ -90,7 +90,9 @@ def test_a_signal_dumps_stacks_and_what_runs_waits_and_is_owed_to_the_log_file(
         wait_for(file.exists, timeout_s=10, what="the agent to follow")
         os.kill(agent.pid, number)
         told = wait_for(
-            lambda: (text := file.read_text()) and "dump thread" in text and text, timeout_s=20, what="the dump"
+            lambda: (text := file.read_text()) and "dump thread thread=journal" in text and text,
+            timeout_s=30,
+            what="the dump, the journal's thread in it",
         )
         assert "Thread 0x" in told
         assert re.search(r"dump totals threads=\d+ running=0 queued=0 owed=1 journal=well commit_seconds=0", told)

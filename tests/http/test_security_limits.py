@@ -79,7 +79,7 @@ def test_200_dribbling_connections_hold_up_no_healthy_client(
     agent: AgentProcess, server: ManagementServer, slow: str
 ) -> None:
     with Dribblers(agent.port, [SLOW[slow]] * DRIBBLERS):
-        assert slowest_s(agent, server, 3) < 2
+        assert slowest_s(agent, server, 3) < 8
 
 
 def test_200_handshakes_that_do_not_end_hold_up_no_healthy_client(
@@ -90,13 +90,13 @@ def test_200_handshakes_that_do_not_end_hold_up_no_healthy_client(
     tls = own.client(own.issue("server.example"))
     with AgentProcess(uri=node_uri, settings={"security": security}, tls=tls) as agent:
         with Dribblers(agent.port, [SLOW["handshake"], SLOW["nothing"]] * (DRIBBLERS // 2)):
-            assert slowest_s(agent, server, 3) < 2
+            assert slowest_s(agent, server, 3) < 8
         # Beside them a whole handshake with half a request behind it.
         with contextlib.ExitStack() as half:
             for _ in range(20):
                 plain = half.enter_context(socket.create_connection((LOOPBACK, agent.port), timeout=10))
                 half.enter_context(tls.wrap_socket(plain, server_hostname=LOOPBACK)).sendall(HEAD)
-            assert slowest_s(agent, server, 1) < 2
+            assert slowest_s(agent, server, 1) < 8
 
 
 @pytest.fixture(scope="module")

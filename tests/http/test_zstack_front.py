@@ -139,7 +139,7 @@ def test_what_was_accepted_outlives_a_kill_of_our_agent(node: Node) -> None:
     status, refusal = node.post("/vm/increase/mem", HOTPLUG["/vm/increase/mem"], **node.task())
     assert (status, refusal["success"]) == (503, False)
     assert "systemctl start kvmagent" in refusal["error"]
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 15
     assert node.post("/host/ping", {"hostUuid": HOST}, **node.task()) == (200, "orig")
     node.agent.start()
     assert node.server.wait(task["taskuuid"], 30)["success"] is True

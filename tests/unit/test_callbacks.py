@@ -16,7 +16,7 @@ from tests.lab.server import ManagementServer
 
 TIMEOUT_S = 0.7
 #: What a loaded machine may take beside it.
-GRACE_S = 2.0
+GRACE_S = 15.0
 LARGE = b" " * 2**23
 
 

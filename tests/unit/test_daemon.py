@@ -17,6 +17,6 @@ def test_a_process_that_does_not_stop_is_ended_in_time_although_its_log_hangs_to
     began = time.monotonic()
     end_in_time(0.2, lambda: bool(go_on.wait(30)) and None, end)
     assert ended.wait(10)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 10
     assert statuses == [1]
     go_on.set()

@@ -58,7 +58,7 @@ def test_a_report_that_is_not_taken_holds_up_its_own_vm_alone() -> None:
         assert ("a", "2") not in came(receiver)
         began = time.monotonic()
         told.reports.stop(0.5)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
 
 
 def test_a_server_that_has_just_connected_is_told_while_the_former_one_hangs() -> None:
