@@ -11,7 +11,8 @@ import ipaddress
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from kvmagent.logs import Log
@@ -21,6 +22,7 @@ log = Log(__name__, always=True)
 # Of a network that has proved nothing so many refusals in so many seconds are told one by one, and of so many networks.
 _TOLD, _EACH_S, _NETWORKS = 20, 60.0, 1000
 _OTHERS = "other addresses"
+_NO_TOTALS: Mapping[str, int] = MappingProxyType({})
 
 
 def audit(
@@ -33,14 +35,15 @@ def audit(
     task: str = "",
     outcome: str,
     error: str = "",
+    totals: Mapping[str, int] = _NO_TOTALS,
 ) -> None:
     """Write one line. `what` is the command's name, or what was tried; `outcome` a word, for a refusal its code.
 
-    `error` is what a refusal says in words.
+    `error` is what a refusal says in words, `totals` are those of the VM before and after.
     """
     known = {"caller": caller, "client": client, "what": what, "vm": vm, "task": task}
     known |= {"outcome": outcome, "error": error}
-    log.info("audit", event=event, **{name: value for name, value in known.items() if value})
+    log.info("audit", event=event, **{name: value for name, value in known.items() if value}, **totals)
 
 
 class Refusals:

@@ -28,11 +28,16 @@ from io import TextIOWrapper
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
 
+import msgspec
+
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.units import format_ids
 from kvmagent.settings import LogSection
 
 #: What no field may be called: the JSON line has these of its own.
 RESERVED = frozenset({"time", "level", "logger", "message", "traceback"})
+# What lines that tell of a request or a step have beside its own fields.
+_TAKEN = RESERVED | {"task", "vm", "command", "caller", "client", "step", "ms", "cut_off", "problem", "error"}
 
 _NO_CONTEXT: Mapping[str, str] = MappingProxyType({})
 _context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=_NO_CONTEXT)
@@ -98,6 +103,24 @@ class Log:
 def error_fields(error: AgentError) -> dict[str, object]:
     """Return what a line tells of an error: its code, its words, and the one thing to do about it."""
     return {"error_code": error.code, "error": error.message, "remedy": error.remedy}
+
+
+def struct_fields(struct: msgspec.Struct, *, omit: frozenset[str] = frozenset()) -> dict[str, object]:
+    """Return what a line tells of a request or a step: its fields by their names on the wire, but for defaults.
+
+    Lists of numbers are told as ranges, what is no single value as JSON. A name that the line has itself is put apart.
+    """
+    told = dict[str, object]()
+    for field in msgspec.structs.fields(struct):
+        value = getattr(struct, field.name)
+        if field.name in omit or value is None or value is msgspec.UNSET or value == field.default:
+            continue
+        if isinstance(value, tuple | frozenset) and value and all(type(one) is int for one in value):
+            value = format_ids(value)
+        elif not isinstance(value, bool | int | float | str):
+            value = msgspec.json.encode(value).decode()
+        told[f"own_{field.encode_name}" if field.encode_name in _TAKEN else field.encode_name] = value
+    return told
 
 
 @contextlib.contextmanager

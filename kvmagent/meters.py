@@ -27,6 +27,9 @@ class Meters:
     def ended(self, command: str, outcome: str, error_code: str | None) -> None:
         """A task ended, with its outcome and the error that it tells, if any."""
 
+    def ended_late(self, command: str, error_code: str | None) -> None:
+        """What was pending when its task ended has come to an end since, with the error that is told of it, if any."""
+
     def settled(self, command: str, state: str, seconds: float) -> None:
         """A callback was delivered, is gone or given up, so long after its task had finished."""
 

@@ -1,13 +1,13 @@
 """Takes a command in: checks it, stores it, and only then says that it is accepted; and takes it back, if in time."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
 from kvmagent.audit import audit
-from kvmagent.logs import Log, log_context
+from kvmagent.logs import Log, log_context, struct_fields
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
@@ -20,6 +20,8 @@ from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
+
+_TOLD_AS_VM = frozenset({"vm_uuid"})
 
 
 class Accepted(msgspec.Struct, rename="camel"):
@@ -61,7 +63,7 @@ class Intake:
         task_uuid, lane = headers.get("taskuuid", "")[:64], ""
 
         def tell(event: Literal["accepted", "refused"], outcome: str, error: str = "") -> None:
-            who = {"caller": caller, "client": client}
+            who: dict[str, Any] = {"caller": caller, "client": client}
             audit(event, **who, what=command.name, vm=lane, task=task_uuid, outcome=outcome, error=error)
 
         with log_context(task=task_uuid, command=command.name):
@@ -89,7 +91,7 @@ class Intake:
         with log_context(**task.log_fields):
             if is_new:
                 tell("accepted", "accepted")
-                log.info("task accepted", client=client)
+                log.info("task accepted", client=client, **struct_fields(request, omit=_TOLD_AS_VM))
                 return Accepted(task_uuid=task_uuid, state="accepted")
             tell("accepted", f"known:{task.state}")
             log.info("task sent again", client=client, state=task.state)
@@ -136,7 +138,7 @@ class Intake:
                 _check_content_type(headers.get("content-type", "application/json"))
                 request, _ = _read(query, body)
             except AgentError as error:
-                who = {"caller": caller, "client": client}
+                who: dict[str, Any] = {"caller": caller, "client": client}
                 audit("refused", **who, what=query.name, outcome=error.code, error=error.message)
                 raise
             reply, failure = self._questions.answer(query, request, client)

@@ -149,7 +149,11 @@ class Reads:
             raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {call.parts[0]!r}")
         steps = [
             msgspec.json.decode(step.step)
-            | {"elapsedMs": step.elapsed_ms, "problem": msgspec.Raw((step.problem or "null").encode())}
+            | {
+                "elapsedMs": step.elapsed_ms,
+                "cutOff": step.cut_off,
+                "problem": msgspec.Raw((step.problem or "null").encode()),
+            }
             for step in self._journal.steps(task.task_uuid)
         ]
         whole = _summary(task) | {

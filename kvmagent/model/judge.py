@@ -456,6 +456,8 @@ def _steps(ending: Ending) -> list[dict[str, Any]]:
     for report in ending.reports:
         elapsed_ms = None if report.elapsed_ms is None else round(report.elapsed_ms, 3)
         entry = msgspec.to_builtins(report.step) | {"elapsedMs": elapsed_ms}
+        if elapsed_ms is None:
+            entry["cutOff"] = True
         if report.problem:
             entry["problem"] = report.problem.code
         told.append(entry)

@@ -8,11 +8,14 @@ from kvmagent.logs import Log
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.judge import judge, reply_fields
-from kvmagent.model.reply import Judgement, VmReply
+from kvmagent.model.reply import Judgement, Numbers, VmReply
 
 log = Log(__name__)
 
 _JUDGED = frozenset(VmReply.__struct_fields__)
+# Of a VM's numbers a log line always has the first, and never those that follow from others or are not the agent's.
+_ALWAYS_TOLD = ("cpu_num", "memory_size")
+_NEVER_TOLD = ("guest_cpu_num", "guest_memory_size", "free_slots")
 
 
 def make_error(error: BaseException) -> AgentError:
@@ -41,6 +44,16 @@ def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
         outcome = "partial" if performed else judgement.outcome
         judgement = replace(judgement, outcome=outcome, error=judgement.error or failure)
         return _encode(command, ending, judgement, own=False), judgement
+
+
+def tell_totals(judgement: Judgement) -> dict[str, int]:
+    """Return what a log line tells of a VM's numbers: its vCPUs and memory, and what else is not as it was before."""
+    told = dict[str, int]()
+    for field in msgspec.structs.fields(Numbers):
+        before, after = getattr(judgement.before, field.name), getattr(judgement.after, field.name)
+        if field.name in _ALWAYS_TOLD or (before != after and field.name not in _NEVER_TOLD):
+            told |= {f"{field.encode_name}Before": before, f"{field.encode_name}After": after}
+    return {name: amount for name, amount in told.items() if amount is not None}
 
 
 def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool) -> bytes:

@@ -30,14 +30,15 @@ is away it waits, up to a limit; when the agent is stopped meanwhile it stays in
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import msgspec
 
 from kvmagent.audit import audit
-from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.logs import Log, error_fields, log_context, struct_fields
 from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
@@ -47,7 +48,7 @@ from kvmagent.model.hostbudget import find_target
 from kvmagent.model.ownerswill import ask_owner
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
-from kvmagent.tasks.answers import make_error, make_reply
+from kvmagent.tasks.answers import make_error, make_reply, tell_totals
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
@@ -114,6 +115,19 @@ class _Stopped(Exception):
     """The agent stops, and the task can go on after its next start. Raised while a task waits for libvirt."""
 
 
+class _Ended(NamedTuple):
+    """What came of a task: its reply as JSON, and the error that it tells.
+
+    `hooked`: the operator's hooks have been asked. `totals` are the VM's, before and after.
+    """
+
+    reply: bytes
+    outcome: str
+    error: AgentError | None
+    hooked: bool = False
+    totals: Mapping[str, int] = MappingProxyType({})
+
+
 class Executor:
     """Thread-safe: one call of `run` for each task, on its lane's thread.
 
@@ -167,7 +181,7 @@ class Executor:
             started = self._clock()
             log.info("task started", recovered=task.recovered or None)
             try:
-                reply, outcome, error, hooked, owed = self._finish(task)
+                ended, owed = self._finish(task)
             except _Stopped:
                 log.warning("task waits for libvirt at stop and stays in the journal")
                 return
@@ -181,28 +195,14 @@ class Executor:
             finally:
                 self._node.release(task.task_uuid)
             self._on_finished(owed)
-            self._meters.ended(task.command, outcome, error.code if error else None)
-            if outcome == PENDING:
+            self._meters.ended(task.command, ended.outcome, ended.error.code if ended.error else None)
+            if ended.outcome == PENDING:
                 self._on_pending(task.task_uuid)
-            audit(
-                "finished",
-                caller=task.caller,
-                client=task.client,
-                what=task.command,
-                vm=task.lane,
-                task=task.task_uuid,
-                outcome=outcome,
-            )
-            log.info(
-                "task finished",
-                outcome=outcome,
-                seconds=round(self._clock() - started, 3),
-                **(error_fields(error) if error else {}),
-            )
-            if hooked:
-                self._hooks.run_after(task, reply)
+            _tell_end(task, ended, seconds=round(self._clock() - started, 3))
+            if ended.hooked:
+                self._hooks.run_after(task, ended.reply)
 
-    def _finish(self, task: Task) -> tuple[bytes, str, AgentError | None, bool, Owed]:
+    def _finish(self, task: Task) -> tuple[_Ended, Owed]:
         """Carry a task out and record its reply: whatever is raised, also where nothing was to fail, there is one.
 
         Raises:
@@ -211,7 +211,7 @@ class Executor:
         try:
             self._journal.start_task(task.task_uuid)
             ended = self._carry_out(task)
-            return *ended, self._journal.finish(task.task_uuid, ended[0], ended[1])
+            return ended, self._journal.finish(task.task_uuid, ended.reply, ended.outcome)
         except (AgentError, _Stopped):
             raise
         except Exception as error:
@@ -219,9 +219,10 @@ class Executor:
             log.failure("task failed", failure, error_code=failure.code)
             known = self._journal.find(task.task_uuid) or task
             if known.state not in UNFINISHED and known.reply is not None:
-                return known.reply, known.outcome or "", failure, False, self._journal.owe_again(task.task_uuid)
-            reply, outcome, _ = bare_reply(known, failure)
-            return reply, outcome, failure, False, self._journal.finish(task.task_uuid, reply, outcome)
+                stored = _Ended(known.reply, known.outcome or "", failure)
+                return stored, self._journal.owe_again(task.task_uuid)
+            bare = _Ended(*bare_reply(known, failure))
+            return bare, self._journal.finish(task.task_uuid, bare.reply, bare.outcome)
 
     def ask(self, command: Command, request: VmRequest) -> msgspec.Raw:
         """Answer a command that changes nothing, without a task.
@@ -260,7 +261,8 @@ class Executor:
         except Exception as error:
             log.failure("pending removal cannot be looked at", error)
             return
-        log.info("task ended late", outcome=outcome, callback=owes)
+        self._meters.ended_late(task.command, judgement.error.code if judgement.error else None)
+        _tell_end(task, _Ended(reply, outcome, judgement.error, totals=tell_totals(judgement)), late=True)
         if owed is not None:
             self._on_finished(owed)
 
@@ -271,8 +273,8 @@ class Executor:
             return ()
         return tuple(step for step in run.command.advance(run.goal, run.after, spent) if step.follows)
 
-    def _carry_out(self, task: Task) -> tuple[bytes, str, AgentError | None, bool]:
-        """Return the reply as JSON, its outcome, the error that it tells, and whether the hooks have been asked.
+    def _carry_out(self, task: Task) -> _Ended:
+        """Carry a task out as far as it goes, and say what came of it.
 
         Raises:
             AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back;
@@ -283,7 +285,7 @@ class Executor:
             run = self._take_up(task)
         except AgentError as error:
             log.error("task cannot be read", **error_fields(error))
-            return *bare_reply(task, error), False
+            return _Ended(*bare_reply(task, error))
         if run.interrupted:
             log.info("task goes on from its recorded goal", steps=len(run.reports))
             self._recall(task, run)
@@ -300,7 +302,7 @@ class Executor:
                 log.failure("task failed", run.error, error_code=run.error.code)
             self._look_again(run)
         reply, judgement = make_reply(run.command, run.end())
-        return reply, judgement.outcome, judgement.error, run.hooked
+        return _Ended(reply, judgement.outcome, judgement.error, run.hooked, tell_totals(judgement))
 
     def _take_up(self, task: Task) -> Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
@@ -553,7 +555,7 @@ class Executor:
         Raises:
             AgentError: what a step that is not soft ended in; LIBVIRT_UNAVAILABLE from any.
         """
-        n, started, problem, told = len(run.reports), self._clock(), None, ""
+        n, started, problem, told, cut_off = len(run.reports), self._clock(), None, "", False
         # Nothing is touched that a crash would leave without a trace; the first step came to disk with the goal.
         if run.recorded != n:
             self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
@@ -561,10 +563,9 @@ class Executor:
         try:
             told = vm.perform(step)
         except AgentError as error:
-            if error.code is Code.LIBVIRT_UNAVAILABLE:
-                raise
-            problem = Problem.of(error)
-            if not step.soft:
+            cut_off = error.code is Code.LIBVIRT_UNAVAILABLE
+            problem = None if cut_off else Problem.of(error)
+            if cut_off or not step.soft:
                 raise
         except Exception as error:
             problem = Problem.of(make_error(error))
@@ -572,16 +573,13 @@ class Executor:
         finally:
             self._fault("step:done")
             ended = self._clock()
-            elapsed_ms = (ended - started) * 1000
+            elapsed_ms = None if cut_off else (ended - started) * 1000
             run.reports.append(StepReport(step, elapsed_ms, problem, (ended - run.started) * 1000, told))
-            self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem)
-            log.info(
-                "step",
-                step=type(step).__name__,
-                ms=round(elapsed_ms, 1),
-                problem=problem and problem.code,
-                error=problem and problem.message,
-            )
+            if elapsed_ms is None:
+                self._journal.cut_step(task.task_uuid, n)
+            else:
+                self._journal.finish_step(task.task_uuid, n, elapsed_ms, problem)
+            _tell_step(run.reports[-1])
         return problem
 
     def _look_again(self, run: Run) -> None:
@@ -594,6 +592,42 @@ class Executor:
         except Exception as error:
             log.warning("the VM cannot be read after the failure", **error_fields(make_error(error)))
             run.after = None
+
+
+def _tell_end(task: Task, ended: _Ended, *, seconds: float | None = None, late: bool = False) -> None:
+    """Write how a task ended, to the log and to the audit trail: with its error, whoever made it."""
+    audit(
+        "finished",
+        caller=task.caller,
+        client=task.client,
+        what=task.command,
+        vm=task.lane,
+        task=task.task_uuid,
+        outcome=ended.outcome,
+        totals=ended.totals,
+    )
+    (log.warning if ended.outcome == "partial" else log.info)(
+        "task finished",
+        outcome=ended.outcome,
+        seconds=seconds,
+        late=late or None,
+        **(error_fields(ended.error) if ended.error else {}),
+        **ended.totals,
+    )
+
+
+def _tell_step(report: StepReport) -> None:
+    """Write how a step ended, with its own fields; one that failed or was cut off is for somebody to look at."""
+    problem, cut_off = report.problem, report.elapsed_ms is None
+    (log.warning if problem is not None or cut_off else log.info)(
+        "step",
+        step=type(report.step).__name__,
+        ms=None if report.elapsed_ms is None else round(report.elapsed_ms, 1),
+        cut_off=cut_off or None,
+        problem=problem and problem.code,
+        error=problem and problem.message,
+        **struct_fields(report.step),
+    )
 
 
 def _identify(goal: Goal, facts: Facts) -> Goal:

@@ -97,15 +97,15 @@ class Task(TaskSummary, frozen=True, kw_only=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True):
-    """One step as the journal has it; `elapsed_ms` is None while it runs, or ran when the agent died.
-
-    `step` and `problem` are JSON.
+    """One step as the journal has it; `elapsed_ms` is None while it runs, and of one that was `cut_off`: by the end of
+    the agent or by libvirt's. `step` and `problem` are JSON.
     """
 
     step: bytes
     started_at: float
     elapsed_ms: float | None
     problem: str | None
+    cut_off: bool = False
 
 
 class Owed(msgspec.Struct, frozen=True):
@@ -187,6 +187,7 @@ class Journal:
         sql = "SELECT max(own_at) AS at FROM (SELECT own_at FROM tasks UNION ALL SELECT own_at FROM steps)"
         (last,) = self._file.read(sql)
         self._own_since = self._elapsed() - (last["at"] or 0.0)
+        self._file.write_later("cut_steps", lambda db: db.execute(_CUT_STEPS))
 
     def own_time(self) -> float:
         """Return the agent's own time."""
@@ -269,6 +270,11 @@ class Journal:
         words = None if problem is None else msgspec.json.encode(problem).decode()
         sql = "UPDATE steps SET elapsed_ms = ?, problem = ? WHERE task_uuid = ? AND n = ?"
         self._file.write_later("finish_step", lambda db: db.execute(sql, (elapsed_ms, words, task_uuid, n)))
+
+    def cut_step(self, task_uuid: str, n: int) -> None:
+        """Store that a step was cut off, and may have had its effect; does not wait for the disk."""
+        sql = "UPDATE steps SET cut_off = 1 WHERE task_uuid = ? AND n = ?"
+        self._file.write_later("cut_step", lambda db: db.execute(sql, (task_uuid, n)))
 
     def finish(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
         """-> finished: the result, and with it the callback that is owed.
@@ -448,8 +454,10 @@ class Journal:
 
     def steps(self, task_uuid: str) -> list[StepRecord]:
         """Return the steps of a task in order."""
-        sql = "SELECT step, started_at, elapsed_ms, problem FROM steps WHERE task_uuid = ? ORDER BY n"
-        return [StepRecord(**dict(row)) for row in self._file.read(sql, (task_uuid,))]
+        sql = "SELECT step, started_at, elapsed_ms, problem, cut_off FROM steps WHERE task_uuid = ? ORDER BY n"
+        return [
+            StepRecord(**dict(row) | {"cut_off": bool(row["cut_off"])}) for row in self._file.read(sql, (task_uuid,))
+        ]
 
     def _owed_since(self) -> dict[str, float]:
         """Return what is written of a callback that is owed from now on."""
@@ -482,6 +490,11 @@ _INSERT = (
     f" VALUES ({', '.join('?' * (len(_GIVEN) + 3))}) ON CONFLICT (task_uuid) DO NOTHING"
 )
 _UNFINISHED = "SELECT * FROM tasks WHERE state IN ('accepted', 'running') ORDER BY seq"
+# What ran when an earlier agent ended.
+_CUT_STEPS = (
+    "UPDATE steps SET cut_off = 1 WHERE elapsed_ms IS NULL AND task_uuid IN"
+    " (SELECT task_uuid FROM tasks WHERE state IN ('accepted', 'running'))"
+)
 _OWED = f"SELECT {', '.join(Owed.__struct_fields__)} FROM tasks WHERE state = 'finished' ORDER BY seq"
 # json_quote, for what is no text there is told as it is.
 _WRONG = ", ".join(

@@ -97,6 +97,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE tasks ADD COLUMN own_at REAL NOT NULL DEFAULT 0",
         "ALTER TABLE steps ADD COLUMN own_at REAL NOT NULL DEFAULT 0",
     ),
+    (
+        # Of a step that was cut off nobody knows whether it had its effect: its time and problem are null.
+        "ALTER TABLE steps ADD COLUMN cut_off INTEGER NOT NULL DEFAULT 0",
+        # The CPUs that the agent itself left offline in a guest, of the VM's present run.
+        """CREATE TABLE left_cpus (
+            vm_uuid TEXT NOT NULL,
+            run TEXT NOT NULL,
+            cpu INTEGER NOT NULL,
+            PRIMARY KEY (vm_uuid, run, cpu)
+        ) WITHOUT ROWID""",
+    ),
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256

@@ -68,6 +68,7 @@ class Questions:
                 log.error("task stays in the journal", **error_fields(error))
                 return
             self._on_finished(owed)
+            log.info("task finished", outcome=outcome, **(error_fields(failure) if failure else {}))
             audit(
                 "finished",
                 caller=task.caller,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
@@ -21,6 +22,8 @@ from kvmagent.tasks.answers import make_reply
 from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.run import bare_reply
+
+log = Log(__name__)
 
 OUTCOME = "refused"
 
@@ -58,13 +61,15 @@ class Withdrawal:
         def tell(owed: Owed) -> None:
             self._lanes.withdraw(task)
             self._on_finished(owed)
-            self._meters.ended(task.command, OUTCOME, Code.CANCELLED)
+            self._meters.ended(task.command, OUTCOME, error.code)
+            with log_context(**task.log_fields):
+                log.info("task finished", outcome=OUTCOME, **error_fields(error))
 
-        self._journal.cancel(task_uuid, self._make_reply(task), OUTCOME, then=tell)
+        error = AgentError(Code.CANCELLED, "the task was taken back before it touched anything")
+        self._journal.cancel(task_uuid, self._make_reply(task, error), OUTCOME, then=tell)
         return task
 
-    def _make_reply(self, task: Task) -> bytes:
-        error = AgentError(Code.CANCELLED, "the task was taken back before it touched anything")
+    def _make_reply(self, task: Task, error: AgentError) -> bytes:
         declared = self._declared.get(task.command)
         try:
             if isinstance(declared, Query):

@@ -44,6 +44,11 @@ def test_every_line_of_a_task_says_whose_it_is_those_of_libraries_too(
         "task finished",
         "task started",
     ]
+    said = {line["message"]: line for line in ours if line.get("event") != "accepted"}
+    assert said["task accepted"]["cpuNum"] == 2
+    assert (said["step"]["count"], said["step"]["target"]) == (2, "both")
+    for line in (said["task finished"], said["audit"]):
+        assert (line["cpuNumBefore"], line["cpuNumAfter"]) == (1, 2)
     # libvirt's own words, on the lane's thread.
     assert "kvmagent.hypervisor.connection" in {line["logger"] for line in ours}
     strangers = [line for line in lines if line["logger"].startswith("urllib3") and "task" not in line]

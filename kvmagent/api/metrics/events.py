@@ -91,6 +91,10 @@ class Metrics(Meters):
         if error_code is not None:
             self._errors(command, error_code).inc()
 
+    def ended_late(self, command: str, error_code: str | None) -> None:
+        if error_code is not None:
+            self._errors(command, error_code).inc()
+
     def settled(self, command: str, state: str, seconds: float) -> None:
         self._settled(state).inc()
         if state == "delivered":

@@ -106,10 +106,10 @@ function describe(task) {
   ];
 }
 
-function stepWords({ step, elapsedMs, problem, ...fields }) {
+function stepWords({ step, elapsedMs, cutOff, problem, ...fields }) {
   const told = Object.entries(fields)
     .filter(([, value]) => typeof value !== "object")
     .map(([name, value]) => `${name} ${name.endsWith("Bytes") ? size(value) : value}`);
-  const took = elapsedMs === null ? "under way" : duration(elapsedMs / 1000);
+  const took = cutOff ? "cut off" : elapsedMs === null ? "under way" : duration(elapsedMs / 1000);
   return [h("b", {}, step), ` ${told.join(", ")} · ${took}`, problem ? h("p", { class: "error" }, problem.message ?? problem.code) : null];
 }

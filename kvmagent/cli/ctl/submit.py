@@ -81,7 +81,7 @@ class Submission:
         if not self._terminal.shows_progress:
             return
         steps = printable(task["steps"])
-        done = [step for step in steps if step["elapsedMs"] is not None]
+        done = [step for step in steps if step["elapsedMs"] is not None or step.get("cutOff")]
         for step in done[self._shown :]:
             self._terminal.tell(f"  {format_step(step)}")
         self._shown = len(done)

@@ -260,10 +260,13 @@ def view_task(task: Json, now: float) -> list[str]:
 
 def format_step(step: Json) -> str:
     """Return one step on a line: its name, what it is about, how long it took."""
-    shown = {name: value for name, value in step.items() if name not in ("step", "elapsedMs", "problem", "shape")}
+    apart = ("step", "elapsedMs", "cutOff", "problem", "shape")
+    shown = {name: value for name, value in step.items() if name not in apart}
     words = [str(step["step"]), *(f"{name}={_value(name, value)}" for name, value in shown.items())]
     if step.get("elapsedMs") is not None:
         words.append(paint(f"{_duration(step['elapsedMs'] / 1000)}", DIM))
+    elif step.get("cutOff"):
+        words.append(paint("cut off", WARN))
     problem = step.get("problem")
     if problem:
         words.append(paint(problem if isinstance(problem, str) else problem["code"], WARN))
