@@ -15,11 +15,14 @@ from lxml import etree
 
 from kvmagent.hypervisor.domainxml import format_dimm, format_virtio_mem, parse_definition
 from kvmagent.model.facts import POLICY_NAMESPACE
+from kvmagent.model.units import format_ids, format_size
 from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
 
 PLANS = Path(__file__).parent / "plans"
+#: Characters in a line of a golden file.
+WIDTH = 120
 GIB = 1024 * MIB
 
 
@@ -786,14 +789,20 @@ def make_case(name: str) -> FakeDomain:
 @pytest.mark.parametrize("name", CASES)
 def test_plan_is_the_golden_one(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     case, domain = CASES[name], make_case(name)
-    before = xml_of(domain)
+    before, vm = xml_of(domain), summarize(domain, case)
     agent = FakeAgent(tmp_path, domain, **case.host)
     done = agent.run(case.command, vmUuid="vm1", **case.request)
     agent.stop()
     told = {name: value for name, value in done.reply.items() if name not in ("before", "vmUuid")}
     for timed in told["steps"] + told["stages"]:
         timed.pop("elapsedMs", None)
-    seen = {"request": case.request, "goal": done.goal, "reply": told, "libvirtCalls": domain.calls}
+    seen = {
+        "vm": vm,
+        "request": case.request,
+        "goal": done.goal,
+        "libvirtCalls": domain.calls,
+        "reply": told,
+    }
     if done.reply["outcome"] in ("refused", "unchanged", "planned"):
         if done.reply["details"].get("undone"):  # libvirt lists single vCPUs from then on, the same ones
             assert [parse_definition(xml) for xml in xml_of(domain) if xml] == [
@@ -802,10 +811,62 @@ def test_plan_is_the_golden_one(name: str, tmp_path: Path, request: pytest.Fixtu
         else:
             assert xml_of(domain) == before
         assert not domain.calls or done.goal
-    golden = PLANS / f"{name}.json"
+    golden, text = PLANS / f"{name}.json", render(shorten(seen)) + "\n"
     if request.config.getoption("--update-golden"):
-        golden.write_text(json.dumps(seen, indent=1) + "\n")
-    assert seen == json.loads(golden.read_text())
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def summarize(domain: FakeDomain, case: Case) -> dict[str, Any]:
+    """The VM before the command as a reviewer reads it: a line for each definition and each memory device."""
+    running, persistent = xml_of(domain)
+    told = {}
+    if domain.live is not None:
+        told["running"] = describe(running)
+    if persistent:
+        told["persistent"] = describe(persistent)
+    if told.get("running") == told.get("persistent"):
+        told = {"both": told["running"]}
+    return told | {name: sorted(it) if isinstance(it, frozenset) else it for name, it in case.guest.items()}
+
+
+def describe(xml: str) -> list[str]:
+    """A line for the definition and one for each of its memory devices."""
+    vm = parse_definition(xml)
+    most = "" if vm.max_memory_bytes is None else f" of {format_size(vm.max_memory_bytes)}"
+    return [
+        f"{vm.hypervisor} {vm.machine}, {vm.vcpu_current} of {vm.vcpu_maximum} vCPUs, {format_size(vm.boot_bytes)}{most}"
+        f", {vm.slots_used} of {vm.slots} slots, {len(vm.cells)} cells",
+        *(f"{it.model} {format_size(it.size_bytes)} node {it.node} slot {it.slot} {it.alias}" for it in vm.devices),
+    ]
+
+
+def shorten(value: Any) -> Any:
+    """The same with ids and block numbers as ranges."""
+    if isinstance(value, dict):
+        return {key: shorten(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) > 3 and all(type(part) is int for part in value):
+            return format_ids(tuple(value))
+        return [shorten(part) for part in value]
+    return value
+
+
+def render(value: Any, indent: str = "") -> str:
+    """JSON in lines that are full: what fits on one stays on it."""
+    flat = json.dumps(value)
+    if len(indent) + len(flat) < WIDTH or not isinstance(value, dict | list):
+        return flat
+    deeper, lines = indent + " ", [""]
+    names = [f"{json.dumps(key)}: " for key in value] if isinstance(value, dict) else [""] * len(value)
+    parts = value.values() if isinstance(value, dict) else value
+    for name, part in zip(names, parts, strict=True):
+        text = name + render(part, deeper)
+        if lines[-1] and ("\n" in text or "\n" in lines[-1] or len(deeper) + len(f"{lines[-1]} {text},") > WIDTH):
+            lines.append("")
+        lines[-1] += f" {text}," if lines[-1] else f"{text},"
+    opened, closed = "{}" if isinstance(value, dict) else "[]"
+    return f"{opened}\n{deeper}" + f"\n{deeper}".join(lines)[:-1] + f"\n{indent}{closed}"
 
 
 def test_no_golden_file_is_left_over() -> None:
