@@ -835,8 +835,8 @@ def describe(xml: str) -> list[str]:
     vm = parse_definition(xml)
     most = "" if vm.max_memory_bytes is None else f" of {format_size(vm.max_memory_bytes)}"
     return [
-        f"{vm.hypervisor} {vm.machine}, {vm.vcpu_current} of {vm.vcpu_maximum} vCPUs, {format_size(vm.boot_bytes)}{most}"
-        f", {vm.slots_used} of {vm.slots} slots, {len(vm.cells)} cells",
+        f"{vm.hypervisor} {vm.machine}, {vm.vcpu_current} of {vm.vcpu_maximum} vCPUs, "
+        f"{format_size(vm.boot_bytes)}{most}, {vm.slots_used} of {vm.slots} slots, {len(vm.cells)} cells",
         *(f"{it.model} {format_size(it.size_bytes)} node {it.node} slot {it.slot} {it.alias}" for it in vm.devices),
     ]
 
