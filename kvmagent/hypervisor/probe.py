@@ -12,7 +12,7 @@ import libvirt
 import libvirt_qemu
 import msgspec
 
-from kvmagent.hypervisor.domainxml import is_agent_connected
+from kvmagent.hypervisor.domainxml import is_agent_connected, parse_definition
 from kvmagent.hypervisor.guestagent import NOT_TEXT, clean
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.model.errors import AgentError, Code
@@ -25,11 +25,16 @@ Version = tuple[int, int, int]
 
 
 class ProbedVm(msgspec.Struct, frozen=True):
-    """A running VM: how it is run ("kvm", "qemu"), and why its guest agent says nothing (empty: it answers)."""
+    """A running VM: how it is run ("kvm", "qemu"), and why its guest agent says nothing (empty: it answers).
+
+    `boot_bytes` is the memory that it was started with, `plugged_bytes` what its memory devices give beside that.
+    """
 
     name: str
     hypervisor: str
     silence: str
+    boot_bytes: int = 0
+    plugged_bytes: int = 0
 
 
 class Probe(msgspec.Struct, frozen=True):
@@ -92,7 +97,7 @@ def _probe_vms(domains: list[libvirt.virDomain]) -> Iterator[ProbedVm]:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
                 continue  # gone since it was listed
             raise
-        hypervisor = "kvm" if "<domain type='kvm'" in xml else "qemu"
+        live = parse_definition(xml)
         connected = is_agent_connected(xml)
         if connected is None:
             silence = "the VM has no guest-agent channel"
@@ -100,7 +105,13 @@ def _probe_vms(domains: list[libvirt.virDomain]) -> Iterator[ProbedVm]:
             silence = "no guest agent is connected"
         else:
             silence = _ping(domain) if time.monotonic() < end_at else ""
-        yield ProbedVm(name=name, hypervisor=hypervisor, silence=silence)
+        yield ProbedVm(
+            name=name,
+            hypervisor=live.hypervisor,
+            silence=silence,
+            boot_bytes=live.boot_bytes,
+            plugged_bytes=live.memory_bytes - live.boot_bytes,
+        )
 
 
 def _ping(domain: libvirt.virDomain) -> str:

@@ -141,6 +141,7 @@ class Code(StrEnum):
     GUEST_CPU_IN_USE = "GUEST_CPU_IN_USE"
     GUEST_MEMORY_IN_USE = "GUEST_MEMORY_IN_USE"
     GUEST_FREE_SHOWS_LESS = "GUEST_FREE_SHOWS_LESS"
+    GUEST_MEMORY_IMBALANCED = "GUEST_MEMORY_IMBALANCED"
     GUEST_OS_UNABLE = "GUEST_OS_UNABLE"
     GUEST_OS_LIMITED = "GUEST_OS_LIMITED"
     DRIFT = "DRIFT"
@@ -159,7 +160,8 @@ class CodeInfo(msgspec.Struct, frozen=True):
 
 
 _USE_PREPARE = (
-    "Let ReadyForHotplug correct the persistent definition (prepare: true), then power the VM off and start it again."
+    'Send ReadyForHotplug with {"prepare": true} to correct the persistent definition, then power the VM off and start '
+    "it again."
 )
 _PREPARE = "Correct the VM's persistent definition as the message says, then power the VM off and start it again."
 
@@ -174,9 +176,17 @@ CPU_ONLINE_HINT = (
     "or start the guest agent (qemu-ga) and run in the guest: echo 1 > /sys/devices/system/cpu/cpuN/online."
 )
 MEMORY_ONLINE_HINT = (
-    "Let the guest online new memory by itself: kernel parameter memhp_default_state=online (it also lasts over a "
-    'reboot), or udev rule SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", ATTR{state}="online"; '
+    "Let the guest online new memory by itself: kernel parameters memhp_default_state=online "
+    "memory_hotplug.online_policy=auto-movable (they also last over a reboot, and keep memory removable), or "
+    ' udev rule SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", ATTR{state}="online"; '
     "or start the guest agent (qemu-ga) and run in the guest: echo online > /sys/devices/system/memory/memoryN/state."
+)
+
+# Memory that is online_movable can leave again, and the kernel cannot use it for itself: beyond some three times the
+# boot memory it ends processes while much is free. Source: Linux admin-guide/mm/memory-hotplug.rst, "Zone Imbalances"
+# and auto-movable (from 5.16 on; 301 % is its default). Observed by users: neondatabase/autoscaling 1204.
+MOVABLE_PARAMETERS = (
+    "memhp_default_state=online memory_hotplug.online_policy=auto-movable memory_hotplug.auto_movable_ratio=301"
 )
 
 CODES: dict[Code, CodeInfo] = {
@@ -355,15 +365,17 @@ CODES: dict[Code, CodeInfo] = {
     Code.NOT_VERIFIED: CodeInfo(
         500,
         "libvirt said yes, but read again the VM does not have what was asked.",
-        "Look at the numbers in 'after' and at QEMU's log of the VM, then send the command again.",
+        "Look at the reply's numbers and at QEMU's log of the VM, then send the command again.",
     ),
     Code.VM_NOT_FOUND: CodeInfo(
-        404, "This host has no VM of that name or UUID.", "Check vmUuid against virsh list --all on this host."
+        404,
+        "This host has no VM of that name or UUID.",
+        "Check the VM's name or UUID against virsh list --all on this host.",
     ),
     Code.VM_NOT_RUNNING: CodeInfo(
         400,
         "The VM is off, and the running VM was to be changed.",
-        'Start the VM, or send "affect": "config" to change its persistent definition alone.',
+        'Start the VM, or use "affect": "config" to change its persistent definition alone.',
     ),
     Code.VM_PAUSED: CodeInfo(
         400, "The VM is paused, so the guest cannot take part.", "Resume the VM (virsh resume), then ask again."
@@ -382,12 +394,12 @@ CODES: dict[Code, CodeInfo] = {
     Code.VM_TRANSIENT: CodeInfo(
         400,
         "The VM is transient: it has no persistent definition to change.",
-        'Send "affect": "live", or define the VM persistently (virsh define).',
+        'Use "affect": "live", or define the VM persistently (virsh define).',
     ),
     Code.VM_MIGRATED: CodeInfo(
         200,
         "The VM came to this host by live migration: some guests cannot bring vCPUs online that are plugged after one.",
-        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on, or send "
+        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on, or use "
         '"affect": "config" to have them at the next start.',
     ),
     Code.VM_CRASHED: CodeInfo(
@@ -396,12 +408,12 @@ CODES: dict[Code, CodeInfo] = {
     Code.VM_REPLACED: CodeInfo(
         404,
         "The VM that the task began with is gone, and another VM has its name. The other one was not touched.",
-        "Send the command again, with a task id of its own, if it is meant for the VM that has the name now.",
+        "Send the command with a fresh taskuuid if it is meant for the VM that has the name now.",
     ),
     Code.VM_RESTARTED: CodeInfo(
         409,
         "The VM was powered off and on while the task went on: what is told is of the run that there is now.",
-        "Compare before and after; send the command again, with a task id of its own, if something is missing.",
+        "Compare the numbers before and after; send the command with a fresh taskuuid if something is missing.",
     ),
     Code.VM_OPTED_OUT: CodeInfo(
         400,
@@ -421,8 +433,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.NOT_AS_EXPECTED: CodeInfo(
         409,
         "The VM has not what the caller said that it has now (expectedCpuNum, expectedMemorySize).",
-        "Read the VM again (the reply's numbers, or GET /vms/{vmUuid}), work out the target anew, and send it with a "
-        "fresh taskuuid.",
+        "Read the VM again (GET /vms/{vmUuid}), work out the target anew, and send it with a fresh taskuuid.",
     ),
     Code.TARGET_BELOW_CURRENT: CodeInfo(
         400,
@@ -478,12 +489,12 @@ CODES: dict[Code, CodeInfo] = {
     Code.CPU_NOT_REMOVABLE: CodeInfo(
         400,
         "vCPUs that the VM was started with as not hotpluggable cannot be removed while it runs.",
-        'Ask for no less than the message names; or send "affect": "config" and power the VM off and on.',
+        'Ask for no less than the message names; or use "affect": "config" and power the VM off and on.',
     ),
     Code.CPU_REMOVAL_UNSAFE: CodeInfo(
         400,
         "The VM is emulated (domain type qemu): QEMU never confirms the removal of a vCPU there, and crashes later.",
-        'Send "affect": "config" and power the VM off and on, or run the VM with KVM.',
+        'Use "affect": "config" and power the VM off and on, or run the VM with KVM.',
     ),
     Code.CPU_SHARES_NOT_SET: CodeInfo(
         200,
@@ -503,7 +514,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.CPU_REMOVAL_UNFINISHED: CodeInfo(
         200,
         "The guest gave up the vCPUs that it was asked for, and the time was over before it was asked for the others.",
-        "Send the command again to go on, with a longer timeoutSec if the guest is slow.",
+        'Send the command again to go on, with a longer "timeoutSec" if the guest is slow.',
     ),
     Code.REMOVAL_LOST: CodeInfo(
         200,
@@ -525,12 +536,12 @@ CODES: dict[Code, CodeInfo] = {
     Code.NO_NUMA_CELL: CodeInfo(400, "The VM has no guest NUMA cell, which memory hotplug needs.", _USE_PREPARE),
     Code.NUMA_CELLS_INCOMPLETE: CodeInfo(400, "The guest NUMA cells do not cover all possible vCPUs.", _USE_PREPARE),
     Code.NUMA_NODE_NOT_FOUND: CodeInfo(
-        400, "The guest has no such NUMA node.", "Ask for a node that the message lists, or leave node out."
+        400, "The guest has no such NUMA node.", 'Ask for a node that the message lists, or leave "node" out.'
     ),
     Code.MEMORY_NOT_ALIGNED: CodeInfo(
         400,
         "The amount to add is not a multiple of the guest's memory block, so the guest could never use it.",
-        "Ask for an amount that the message names, or leave strict out to have it rounded up.",
+        'Ask for an amount that the message names, or leave "strict" out to have it rounded up.',
     ),
     Code.MEMORY_DEVICE_MISALIGNED: CodeInfo(
         400,
@@ -565,7 +576,7 @@ CODES: dict[Code, CodeInfo] = {
         "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
     ),
     Code.MEMORY_LOCKED: CodeInfo(
-        400, "The VM's memory is locked, and virtio-mem cannot be used with that.", "Use method dimm."
+        400, "The VM's memory is locked, and virtio-mem cannot be used with that.", 'Use "method": "dimm".'
     ),
     Code.MEMORY_LOCK_LIMIT: CodeInfo(
         400,
@@ -591,30 +602,31 @@ CODES: dict[Code, CodeInfo] = {
     Code.MEMORY_REMOVAL_REFUSED: CodeInfo(
         409,
         "The guest refused to give up a memory device: it holds memory that the kernel cannot move.",
-        "Reboot the guest with kernel parameter memhp_default_state=online_movable, so that plugged memory stays "
-        "removable, or shrink what uses memory in it and try again.",
+        f"Reboot the guest with the kernel parameters {MOVABLE_PARAMETERS} (Linux 5.16 and later), so that plugged "
+        "memory stays removable as far as the kernel can bear it, or shrink what uses memory in it and try again.",
     ),
     Code.MEMORY_REMOVAL_PENDING: CodeInfo(
         200,
         "The guest has neither given up a memory device nor refused: it may still do so later.",
-        "Look at the guest (is it running, busy, still booting?) and at the VM again, or send lateCallback: true.",
+        "Look at the guest (is it running, busy, still booting?) and at the VM again. For a second callback at its "
+        'end, use "lateCallback": true.',
     ),
     Code.VIRTIO_MEM_STALLED: CodeInfo(
         500,
         "The guest did not bring its virtio-mem device to the requested size.",
         "Check in the guest that the virtio_mem driver is loaded (Linux 5.8 and later) and its kernel log; to shrink, "
-        "plugged memory must be movable (kernel parameter memhp_default_state=online_movable).",
+        f"plugged memory must be movable (kernel parameters {MOVABLE_PARAMETERS}, Linux 5.16 and later).",
     ),
     Code.NO_BALLOON: CodeInfo(
         400,
         "The VM has no memory balloon device.",
-        "Use method dimm, or add <memballoon model='virtio'/> to the persistent definition and power the VM off "
+        'Use "method": "dimm", or add <memballoon model="virtio"/> to the persistent definition and power the VM off '
         "and on.",
     ),
     Code.BALLOON_ABOVE_TOTAL: CodeInfo(
         400,
         "The balloon can give back no more than the VM's boot memory and plugged devices.",
-        "Use method dimm to go above it.",
+        'Use "method": "dimm" to go above it.',
     ),
     Code.BALLOON_NOT_ANSWERING: CodeInfo(
         500,
@@ -655,7 +667,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.GUEST_ONLINE_NOT_ASKED: CodeInfo(
         400,
-        "guestOnline was false, or off in the VM's policy: nothing was brought online in the guest.",
+        "The request had guestOnline false, or the VM's policy has it off: nothing was brought online in the guest.",
         "Bring it online in the guest.",
     ),
     Code.GUEST_CPU_NOT_SEEN: CodeInfo(
@@ -686,8 +698,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.GUEST_MEMORY_IN_USE: CodeInfo(
         409,
         "The guest would not take memory blocks offline: they hold memory that its kernel cannot move.",
-        "Reboot the guest with kernel parameter memhp_default_state=online_movable, so that plugged memory stays "
-        "removable, or shrink what uses memory in it and try again.",
+        f"Reboot the guest with the kernel parameters {MOVABLE_PARAMETERS} (Linux 5.16 and later), so that plugged "
+        "memory stays removable as far as the kernel can bear it, or shrink what uses memory in it and try again.",
     ),
     Code.GUEST_FREE_SHOWS_LESS: CodeInfo(
         200,
@@ -695,10 +707,17 @@ CODES: dict[Code, CodeInfo] = {
         "kernel take their part before MemTotal is counted.",
         "Nothing to do: compare growth, not totals.",
     ),
+    Code.GUEST_MEMORY_IMBALANCED: CodeInfo(
+        200,
+        "The plugged memory is more than three times the boot memory. Where the guest has it online as movable, its "
+        "kernel cannot use it for itself, and ends processes for lack of memory while much is free.",
+        f"Start the guest with the kernel parameters {MOVABLE_PARAMETERS} (Linux 5.16 and later) and not with "
+        "online_movable, or give the VM more boot memory.",
+    ),
     Code.GUEST_OS_UNABLE: CodeInfo(
         400,
         "The guest's operating system cannot do this while it runs.",
-        'Send "affect": "config" and power the VM off and on.',
+        'Use "affect": "config" and power the VM off and on.',
     ),
     Code.GUEST_OS_LIMITED: CodeInfo(
         200,
@@ -713,7 +732,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.DRIFT: CodeInfo(
         200,
         "The running VM and its persistent definition differ.",
-        "Send the command again with affect both, or correct the persistent definition, before the next start.",
+        'Send the command again with "affect": "both", or correct the persistent definition, before the next start.',
     ),
     Code.RESTART_REQUIRED: CodeInfo(
         200,
@@ -812,6 +831,8 @@ LOOKS: dict[Code, str] = {
     Code.GUEST_CPU_IN_USE: "in the guest: dmesg | tail; ps -eLo psr,pid,cls,comm",
     Code.GUEST_MEMORY_IN_USE: "in the guest: lsmem --all; dmesg | grep -i offline",
     Code.GUEST_FREE_SHOWS_LESS: "in the guest: grep MemTotal /proc/meminfo; dmesg | grep Memory:",
+    Code.GUEST_MEMORY_IMBALANCED: "in the guest: grep . /sys/module/memory_hotplug/parameters/*; "
+    "grep -e zone -e managed /proc/zoneinfo",
     Code.RESTART_REQUIRED: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
     Code.DRIFT: "diff <(virsh dumpxml VM) <(virsh dumpxml VM --inactive)",
     Code.MEMORY_UNKNOWN_TO_LIBVIRT: "virsh qemu-monitor-command VM --hmp info memory-devices; virsh dumpxml VM",

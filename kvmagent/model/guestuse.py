@@ -6,11 +6,24 @@ The last two are the guest's word. A guest that tells of more than its VM has, h
 from typing import NamedTuple
 
 from kvmagent.model.errors import CODES, CPU_ONLINE_HINT, MEMORY_ONLINE_HINT, Code
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, dimm_blocks, pick_blocks
+from kvmagent.model.facts import (
+    Definition,
+    Domain,
+    Facts,
+    Guest,
+    GuestOs,
+    GuestVcpu,
+    device_blocks,
+    dimm_blocks,
+    pick_blocks,
+)
 from kvmagent.model.policy import explain_not_asked
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import Resource
 from kvmagent.model.units import format_ids, format_size
+
+# Source: Linux admin-guide/mm/memory-hotplug.rst: ratios of 3:1 to 4:1 are bearable, what is above is not.
+MOST_MOVABLE_RATIO = 3
 
 
 class Use(NamedTuple):
@@ -151,6 +164,25 @@ def idle_warnings(vcpus: tuple[GuestVcpu, ...], count: int, known: frozenset[int
         whose = f"; {format_ids(kept)} were so before and are left to the guest's owner" if kept else ""
         found.append(warning(Code.GUEST_CPU_OFFLINE, f"CPUs {format_ids(offline)} are offline in the guest{whose}"))
     return found
+
+
+def find_imbalance(facts: Facts, os: GuestOs | None) -> list[Problem]:
+    """Return that the guest's kernel may lack memory for itself, beside more than three times as much movable.
+
+    Movable is what the guest could take offline, and plugged memory that it does not list, or does not tell of.
+    """
+    live, guest = facts.domain.live, facts.guest
+    if live is None or (os is not None and os.family not in (None, "linux")):
+        return []
+    plugged = live.memory_bytes - live.boot_bytes
+    if guest.blocks is not None and guest.block_bytes is not None:
+        fixed = frozenset(block.index for block in guest.blocks if block.online and not block.can_offline)
+        spans = tuple(device_blocks(device, guest.block_bytes) for device in live.devices)
+        plugged -= len(pick_blocks(fixed, spans)) * guest.block_bytes
+    if plugged <= MOST_MOVABLE_RATIO * live.boot_bytes:
+        return []
+    words = f"{format_size(plugged)} are plugged that may be movable, more than {MOST_MOVABLE_RATIO} times the"
+    return [warning(Code.GUEST_MEMORY_IMBALANCED, f"{words} {format_size(live.boot_bytes)} of boot memory")]
 
 
 def find_memory_warnings(facts: Facts, *, asked_online: bool, hint: str = MEMORY_ONLINE_HINT) -> list[Problem]:

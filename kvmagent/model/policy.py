@@ -56,7 +56,7 @@ def may_online(facts: Facts) -> bool:
 
 def explain_not_asked(facts: Facts) -> Problem:
     """Return the warning of what was left offline, and whose will that was."""
-    words = "guestOnline was false" if may_online(facts) else "guestOnline is off in the VM's policy"
+    words = '"guestOnline" was false' if may_online(facts) else "guestOnline is off in the VM's policy"
     return Problem(code=Code.GUEST_ONLINE_NOT_ASKED, message=words, remedy=CODES[Code.GUEST_ONLINE_NOT_ASKED].remedy)
 
 

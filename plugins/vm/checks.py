@@ -93,9 +93,9 @@ def refuse_first(blockers: Iterable[Blocker]) -> None:
 def check_state(domain: Domain, affect: Affect) -> Iterator[Blocker]:
     """The VM must be there in the form that is to be changed, its owner allow it, and no other job hold it."""
     if affect != "config" and (domain.live is None or domain.state == "in shutdown"):
-        yield blocker(Code.VM_NOT_RUNNING, f"VM {domain.name} is {domain.state}, and affect is {affect}")
+        yield blocker(Code.VM_NOT_RUNNING, f'VM {domain.name} is {domain.state}, and "affect" is {affect}')
     if affect != "live" and domain.config is None:
-        yield blocker(Code.VM_TRANSIENT, f"VM {domain.name} is transient, and affect is {affect}")
+        yield blocker(Code.VM_TRANSIENT, f'VM {domain.name} is transient, and "affect" is {affect}')
     yield from check_opted_out(domain, affect)
     if domain.job is not None:
         yield blocker(Code.LIBVIRT_BUSY, f"VM {domain.name} has a {domain.job} job in progress")
@@ -139,7 +139,7 @@ def check_expected(facts: Facts, affect: Affect, cpu_num: int | None, memory_siz
     if memory_size is not None and memory_size != definition.memory_bytes:
         yield blocker(
             Code.NOT_AS_EXPECTED,
-            f"{memory_size} bytes of memory were expected, VM {facts.domain.name} has {definition.memory_bytes}",
+            f"{memory_size} bytes of memory were expected, VM {facts.domain.name} has {definition.memory_bytes} bytes",
         )
 
 
@@ -439,7 +439,7 @@ def round_up_addition(request: HotPlugMemoryRequest, wanted_bytes: int, quantum_
             Code.MEMORY_NOT_ALIGNED,
             f"{format_size(wanted_bytes)} more were asked for, the guest takes multiples of "
             f"{format_size(quantum_bytes)}",
-            remedy=f"Ask for a total of {upper - quantum_bytes} or {upper} bytes, or leave strict out to have it "
+            remedy=f'Ask for a total of {upper - quantum_bytes} or {upper} bytes, or leave "strict" out to have it '
             "rounded up.",
         )
     return aligned

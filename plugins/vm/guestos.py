@@ -17,7 +17,7 @@ from kvmagent.model.reply import Problem
 from .requests import Blocker
 
 _VIRTIO_MEM_FROM, _VIRTIO_MEM_ADVISED = (5, 8), (5, 16)
-_USE_RESTART = 'Send "affect": "config" and power the VM off and on.'
+_USE_RESTART = 'Use "affect": "config" and power the VM off and on.'
 
 
 def check_plugs_memory(os: GuestOs | None) -> Iterator[Blocker]:
@@ -30,7 +30,7 @@ def check_virtio_mem(os: GuestOs | None) -> Iterator[Blocker]:
     """The guest must be able to take virtio-mem."""
     yield from check_plugs_memory(os)
     if os is not None and os.family == "linux" and os.kernel is not None and os.kernel < _VIRTIO_MEM_FROM:
-        yield _unable(f"{os.name} runs Linux {_words(os.kernel)}, virtio-mem needs 5.8", "Use method dimm.")
+        yield _unable(f"{os.name} runs Linux {_words(os.kernel)}, virtio-mem needs 5.8", 'Use "method": "dimm".')
 
 
 def check_gives_up(os: GuestOs | None) -> Iterator[Blocker]:

@@ -8,6 +8,7 @@ import msgspec
 from kvmagent.model.command import Affect, Command, Ending, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.guestuse import find_imbalance
 from kvmagent.model.policy import may_online
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import Target
@@ -131,12 +132,13 @@ def conclude(ending: Ending) -> Mapping[str, Any]:
 
 def explain(ending: Ending) -> list[Problem]:
     """Return what is to be said of plugged memory that is no failing: of its system, and why free shows less."""
-    goal, before = ending.goal, ending.before
+    goal, before, after = ending.goal, ending.before, ending.after
     if goal is None or before is None or not goal.changes_live:
         return explain_free(ending)
+    imbalance = find_imbalance(after, before.guest.os) if after is not None and goal.plugs else []
     virtio_mem = goal.virtio_mem is not None or any(resize.target == "live" for resize in goal.resizes)
     limits = find_limits(before.guest.os, dimm=any(dimm.live for dimm in goal.dimms), virtio_mem=virtio_mem)
-    return limits + explain_free(ending)
+    return limits + imbalance + explain_free(ending)
 
 
 def _added_bytes(
@@ -313,7 +315,7 @@ def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
     if dimm_bytes % quantum:
         raise AgentError(
             Code.MEMORY_NOT_ALIGNED,
-            f"dimmSize is {format_size(dimm_bytes)}, the guest takes multiples of {format_size(quantum)}",
+            f'"dimmSize" is {format_size(dimm_bytes)}, the guest takes multiples of {format_size(quantum)}',
             remedy=f"Ask for dimms of {align_up(dimm_bytes, quantum)} bytes.",
         )
     whole, rest = divmod(added_bytes, dimm_bytes)

@@ -96,7 +96,7 @@ def _plan_vcpus(
     if asked is not None and asked < config.vcpu_current:
         raise AgentError(
             Code.TARGET_BELOW_CURRENT,
-            f"maxCpuNum is {asked}, VM {facts.domain.name} has {config.vcpu_current} vCPUs",
+            f'"maxCpuNum" is {asked}, VM {facts.domain.name} has {config.vcpu_current} vCPUs',
             remedy="Ask for a maximum that is not below what the VM has.",
         )
     limit, ceiling = vcpu_limit(facts.host, config), config.policy.max_cpu_num
@@ -152,7 +152,7 @@ def _plan_memory(
     if asked is not None and asked < config.total_bytes:
         raise AgentError(
             Code.TARGET_BELOW_CURRENT,
-            f"maxMemorySize is {format_size(asked)}, VM {facts.domain.name} has {format_size(config.total_bytes)}",
+            f'"maxMemorySize" is {format_size(asked)}, VM {facts.domain.name} has {format_size(config.total_bytes)}',
             remedy="Ask for a maximum that is not below what the VM has.",
         )
     if asked is None:

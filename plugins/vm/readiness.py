@@ -9,7 +9,7 @@ from typing import Any
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts
-from kvmagent.model.guestuse import find_memory_warnings, idle_warnings, migration_warnings, warning
+from kvmagent.model.guestuse import find_imbalance, find_memory_warnings, idle_warnings, migration_warnings, warning
 from kvmagent.model.judge import drift
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
@@ -107,6 +107,7 @@ def _find_warnings(facts: Facts) -> list[Problem]:
         *_find_drift(facts),
         *_find_restart(facts),
         *_os_warnings(facts),
+        *find_imbalance(facts, facts.guest.os),
         *migration_warnings(facts),
     ]
 

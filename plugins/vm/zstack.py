@@ -71,7 +71,7 @@ def decide_both(request: ChangeCpuMemoryRequest, facts: Facts, task_uuid: str) -
         AgentError: MISSING_FIELD, and what HotPlugCpuMemory is refused with.
     """
     missing = [
-        name for name, number in (("cpuNum", request.cpu_num), ("memorySize", request.memory_size)) if not number
+        f'"{name}"' for name, number in (("cpuNum", request.cpu_num), ("memorySize", request.memory_size)) if not number
     ]
     if missing:
         raise AgentError(Code.MISSING_FIELD, f"the command has no {' and no '.join(missing)}")

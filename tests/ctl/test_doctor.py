@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvmagent.cli.ctl.doctor import examine, examine_guests, examine_versions
+from kvmagent.cli.ctl.doctor import examine, examine_guests, examine_memory_balance, examine_versions
 from kvmagent.cli.ctl.findings import Finding, is_healthy, view_findings
 from kvmagent.cli.ctl.hostchecks import (
     ask_kernel_clock,
@@ -185,6 +185,20 @@ def test_guests_that_can_confirm_nothing_are_named() -> None:
     ]
     told = found(examine_versions(probe), "qemu")
     assert ("warning", "libvirt offers no KVM: VMs are emulated") in told
+
+
+def test_guests_with_more_plugged_than_their_kernels_can_bear_are_named() -> None:
+    vms = (("db-7", 512, 1537), ("web", 512, 1536), ("small", 512, 0))
+    running = tuple(
+        ProbedVm(name=name, hypervisor="kvm", silence="", boot_bytes=boot * MIB, plugged_bytes=plugged * MIB)
+        for name, boot, plugged in vms
+    )
+    probe = Probe(libvirt=(9, 0, 0), hypervisor=(7, 2, 0), driver="QEMU", offers_kvm=True, running=running, vms=3)
+    told = list(examine_memory_balance(probe))
+    assert [(one.level, one.message) for one in told] == [
+        ("note", "db-7: more than 3 times the boot memory is plugged")
+    ]
+    assert "memory_hotplug.online_policy=auto-movable memory_hotplug.auto_movable_ratio=301" in told[0].remedy
 
 
 def test_findings_are_shown_with_their_remedies_and_counted() -> None:

@@ -77,7 +77,7 @@ def test_a_partial_reply_tells_how_far_it_came_and_what_differs() -> None:
         "  vCPUs         1    3             -              -        -",
         "  free slots    4    4",
         "  rounded  from 130.0 MiB (136314881 bytes) to 256 MiB",
-        "  drift  maxMemorySize: 1GiB running, none in the definition",
+        "  drift  max memory: 1GiB running, none in the definition",
     ]
 
 
@@ -102,10 +102,10 @@ def test_readiness_tells_room_blockers_and_limits() -> None:
         "           remedy: Online them.",
         "",
         "prepare would change, from the next start on:",
-        "  WHAT       WAS   IS",
-        "  numaCells  none  0:0-7",
-        "  acpi       no    yes",
-        "  limited  maxMemorySize: 1TiB instead of 1024TiB: 40 address bits",
+        "  WHAT        WAS   IS",
+        "  NUMA cells  none  0:0-7",
+        "  ACPI        no    yes",
+        "  limited  max memory: 1TiB instead of 1024TiB: 40 address bits",
         "",
         "Nothing was changed: --apply does it, --diff shows the XML.",
     ]

@@ -442,6 +442,7 @@ CASES = {
         MEMORY, {"memorySize": 384 * MIB, "timeoutSec": 1}, guest={"sees_nothing": True}
     ),
     "memory-dimm-large-blocks": Case(MEMORY, {"memorySize": 1 * GIB}, guest={"block_bytes": 1 * GIB}),
+    "memory-movable-beyond-three-times-boot-memory": Case(MEMORY, {"memorySize": 1152 * MIB}),
     "memory-unchanged": Case(MEMORY, {"memorySize": 256 * MIB}),
     "memory-balloon": Case(MEMORY, {"memorySize": 256 * MIB, "method": "balloon"}, arrange=inflate_balloon(200)),
     "memory-balloon-no-driver": Case(

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from kvmagent.cli.ctl.declared import find_commands, make_body, make_params
+from kvmagent.cli.ctl.declared import load_commands, make_body, make_params
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
@@ -12,8 +12,6 @@ from kvmagent.cli.ctl.terminal import printable
 from kvmagent.cli.ctl.views import view_readiness, view_reply
 from kvmagent.cli.ctl.vmnames import complete_vm
 from kvmagent.model.command import Command
-from kvmagent.model.errors import AgentError
-from kvmagent.plugins import installed_plugins, load_plugins
 
 _READY = "ready"
 # What says how to prepare.
@@ -22,25 +20,15 @@ _PREPARING = ("max_cpu_num", "max_memory_size", "slots", "free_page_reporting")
 
 def names() -> list[str]:
     """Return the subcommands of all plugins that can be loaded, in the order in which they are declared."""
-    return list(_commands())
+    return list(load_commands())
 
 
 def find(name: str) -> click.Command | None:
     """Return the subcommand of that name."""
-    command = _commands().get(name)
+    command = load_commands().get(name)
     if command is None:
         return None
     return _make_ready(command) if name == _READY else _make(command)
-
-
-def _commands() -> dict[str, Command]:
-    plugins = []
-    for name in installed_plugins():
-        try:
-            plugins += load_plugins([name])
-        except AgentError:
-            continue  # a broken one takes only its own subcommands away; doctor tells of it
-    return find_commands(plugins)
 
 
 def _make(command: Command) -> click.Command:

@@ -5,6 +5,7 @@ A required field is an argument, an optional one an option. Names are those of t
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, NamedTuple
 
 import click
@@ -12,7 +13,9 @@ import msgspec
 from msgspec import inspect
 
 from kvmagent.model.command import Command
+from kvmagent.model.errors import AgentError
 from kvmagent.model.units import format_size, parse_size
+from kvmagent.plugins import installed_plugins, load_plugins
 
 # Fields that say nothing to whom waits for one answer and goes.
 _NOT_OFFERED = {"late_callback"}
@@ -45,6 +48,30 @@ class _Shape(NamedTuple):
 def find_commands(plugins: Iterable[Any]) -> dict[str, Command]:
     """Return the commands that kvmagentctl offers, by subcommand."""
     return {command.subcommand: command for plugin in plugins for command in plugin.commands if command.subcommand}
+
+
+@cache
+def load_commands() -> dict[str, Command]:
+    """Return the commands of all plugins that can be loaded, by subcommand, in the order in which they are declared."""
+    plugins = []
+    for name in installed_plugins():
+        try:
+            plugins += load_plugins([name])
+        except AgentError:
+            continue  # a broken one takes only its own subcommands away; doctor tells of it
+    return find_commands(plugins)
+
+
+def find_options(request: type[msgspec.Struct]) -> dict[str, str | None]:
+    """Return what each field is here, by its name on the wire: an option, an argument, or None: not offered."""
+    return {
+        field.encode_name: None
+        if field.name in _NOT_OFFERED
+        else _word(field).upper()
+        if field.required
+        else f"--{_word(field)}"
+        for field in _all_fields(request)
+    }
 
 
 def make_params(request: type[msgspec.Struct], *, complete_vm: Any) -> list[click.Parameter]:
@@ -82,9 +109,13 @@ def make_body(request: type[msgspec.Struct], values: dict[str, Any]) -> dict[str
 
 
 def _fields(request: type[msgspec.Struct]) -> list[inspect.Field]:
+    return [field for field in _all_fields(request) if field.name not in _NOT_OFFERED]
+
+
+def _all_fields(request: type[msgspec.Struct]) -> tuple[inspect.Field, ...]:
     shape = inspect.type_info(request)
     assert isinstance(shape, inspect.StructType)
-    return [field for field in shape.fields if field.name not in _NOT_OFFERED]
+    return shape.fields
 
 
 def _shape(field: inspect.Field) -> _Shape:

@@ -28,7 +28,8 @@ from kvmagent.cli.ctl.hostchecks import (
 )
 from kvmagent.cli.ctl.local import target_of
 from kvmagent.hypervisor.probe import Probe, Version, probe
-from kvmagent.model.errors import AgentError
+from kvmagent.model.errors import CODES, AgentError, Code
+from kvmagent.model.guestuse import MOST_MOVABLE_RATIO
 from kvmagent.model.units import format_size
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings
@@ -99,6 +100,7 @@ def _examine_libvirt(uri: str) -> Iterator[Finding]:
     yield Finding("libvirt", "good", f"{uri} lets {user} in: libvirt {_dotted(found.libvirt)}, {running}")
     yield from examine_versions(found)
     yield from examine_guests(found)
+    yield from examine_memory_balance(found)
 
 
 def examine_versions(found: Probe) -> Iterator[Finding]:
@@ -149,6 +151,14 @@ def examine_guests(found: Probe) -> Iterator[Finding]:
             else "In the guest: install qemu-guest-agent and start it (systemctl enable --now qemu-guest-agent)."
         )
         yield Finding("guest agents", "warning", f"{reason}: {_names(names)}", remedy)
+
+
+def examine_memory_balance(found: Probe) -> Iterator[Finding]:
+    """Look whose guests have so much plugged memory that their kernels may lack some for themselves."""
+    names = [vm.name for vm in found.running if vm.plugged_bytes > MOST_MOVABLE_RATIO * vm.boot_bytes]
+    if names:
+        message = f"{_names(names)}: more than {MOST_MOVABLE_RATIO} times the boot memory is plugged"
+        yield Finding("guest memory", "note", message, CODES[Code.GUEST_MEMORY_IMBALANCED].remedy)
 
 
 def _examine_agent(target: Target) -> Iterator[Finding]:

@@ -98,14 +98,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _tell(failure: CtlError, wants_json: bool) -> int:
+    from kvmagent.cli.ctl.inoptions import in_options
+
     context = click.Context(click.Command(NAME))
     terminal = session_of(context).terminal
     if wants_json:
         terminal.print_json(failure.body())
     else:
         words: dict[str, Any] = printable(failure.body())
-        line = " ".join(f"{words['errorCode']}: {words['error']}".split())
-        remedy = " ".join(words["remedy"].split())
+        line = " ".join(f"{words['errorCode']}: {in_options(words['error'])}".split())
+        remedy = " ".join(in_options(words["remedy"]).split())
         terminal.tell(f"{paint(NAME, BAD)}: {line}" + (f"; remedy: {remedy}" if remedy else ""))
     return failure.status
 

@@ -3,10 +3,12 @@
 JSON comes in as the agent wrote it but for `printable`. A field that an older agent does not have is a dash.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from kvmagent.cli.ctl.inoptions import in_options
 from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint, prose
 from kvmagent.model.units import format_ids, format_size
 
@@ -22,6 +24,8 @@ _OUTCOME_COLOURS = {
     "partial": BAD,
     "refused": BAD,
 }
+_CAPITAL = re.compile("[A-Z]")
+_LABELS = {"cpu num": "vCPUs", "memory size": "memory", "numa": "NUMA", "acpi": "ACPI"}
 _STATE_COLOURS = {"accepted": DIM, "running": WARN, "gone": WARN, "given_up": BAD}
 
 
@@ -121,7 +125,7 @@ def view_reply(reply: Json) -> list[str]:
     lines += _rounding(reply)
     lines += _warnings(reply)
     lines += [
-        f"  {paint('drift', WARN)}  {one['field']}: {_value(one['field'], one['live'])} running, "
+        f"  {paint('drift', WARN)}  {_label(one['field'])}: {_value(one['field'], one['live'])} running, "
         f"{_value(one['field'], one['config'])} in the definition"
         for one in reply.get("drift") or []
     ]
@@ -180,7 +184,7 @@ def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
     if changes := reply.get("changes"):
         verb = "would change" if reply["outcome"] == "planned" else "changed"
         rows = [
-            [f"  {one['field']}", _value(one["field"], one["former"]), _value(one["field"], one["prepared"])]
+            [f"  {_label(one['field'])}", _value(one["field"], one["former"]), _value(one["field"], one["prepared"])]
             for one in changes
         ]
         lines += ["", f"prepare {verb}, from the next start on:", *format_table(("  WHAT", "WAS", "IS"), rows)]
@@ -188,7 +192,8 @@ def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
         lines += ["", "the persistent definition is prepared: nothing to change"]
     for one in reply.get("clamped") or []:
         asked, prepared = (_value(one["field"], one[key]) for key in ("asked", "prepared"))
-        lines.append(f"  {paint('limited', WARN)}  {one['field']}: {prepared} instead of {asked}: {one['why']}")
+        why = f"{_label(one['field'])}: {prepared} instead of {asked}: {one['why']}"
+        lines.append(prose(f"  {paint('limited', WARN)}  ", why))
     if with_diff and reply.get("diff"):
         lines += ["", *view_diff(reply["diff"])]
     if reply.get("outcome") == "configured" and reply.get("restartRequired"):
@@ -279,9 +284,10 @@ def _warnings(reply: Json) -> list[str]:
 
 def _problem(kind: str, colour: str, problem: Json) -> list[str]:
     restart = " (needs a restart)" if problem.get("needsRestart") else ""
-    lines: list[str] = [prose(f"  {paint(kind, colour)}  ", f"{problem['code']}: {problem['message']}{restart}")]
+    message = in_options(problem["message"])
+    lines: list[str] = [prose(f"  {paint(kind, colour)}  ", f"{problem['code']}: {message}{restart}")]
     if problem["remedy"]:
-        lines.append(prose(f"  {' ' * len(kind)}  {paint('remedy', DIM)}: ", problem["remedy"]))
+        lines.append(prose(f"  {' ' * len(kind)}  {paint('remedy', DIM)}: ", in_options(problem["remedy"])))
     return lines
 
 
@@ -307,6 +313,14 @@ def _duration(seconds: float) -> str:
         if seconds < below:
             return f"{seconds / unit:.{digits}f} {'s' if unit == 1 else 'min' if unit == 60 else 'h'}"
     return f"{seconds / 86400:.0f} d"
+
+
+def _label(field: str) -> str:
+    """Return a field of the wire in words: `maxCpuNum` is "max vCPUs"."""
+    words = _CAPITAL.sub(lambda found: f" {found[0].lower()}", field)
+    for ours, said in _LABELS.items():
+        words = words.replace(ours, said)
+    return words
 
 
 def _count(number: int, noun: str) -> str:
