@@ -21,10 +21,10 @@ from kvmagent.api.metrics.events import Metrics
 from kvmagent.api.metrics.sampler import Sampler
 from kvmagent.api.metrics.state import StateMetrics
 from kvmagent.api.metrics.vms import VmMetrics
-from kvmagent.api.page import PUBLIC_PATHS, page_routes
+from kvmagent.api.page import page_routes
 from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
-from kvmagent.api.server import Answer, Call, Handler, Server
+from kvmagent.api.server import Answer, Call, Handler, Route, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.connection import Connection
@@ -69,6 +69,13 @@ class Process(Protocol):
 
     def tick(self, *, well: bool) -> None:
         """Is called every second with whether everything makes progress."""
+
+    def read_settings(self) -> Settings:
+        """Return what the configuration file says now.
+
+        Raises:
+            AgentError: BAD_CONFIGURATION.
+        """
 
     def read_log_settings(self) -> None:
         """Log as the configuration file says now.
@@ -200,13 +207,20 @@ class Agent:
         metrics.add(state)
         metrics.add_vms(vms)
         self._sampler = Sampler(node, vms.running, interval_s=settings.metrics.sample_sec)
-        posts = {("POST", one.path): _handle(intake, one) for one in declared}
-        posts["POST", "/tasks/*/cancel"] = lambda call: Answer(
-            encode(intake.cancel(call.parts[0], client=call.client, caller=call.caller))
+        posts = {
+            ("POST", one.path): Route(_handle(intake, one), one.role, host=isinstance(one, Query)) for one in declared
+        }
+        reads_and_cancel = reads.routes(
+            lambda call: Answer(encode(intake.cancel(call.parts[0], client=call.client, access=call.access)))
         )
         self._security = Security(settings.security)
-        routes = {**posts, **reads.routes(), **page_routes()}
-        self._server = Server(settings.http, self._security, routes, public=PUBLIC_PATHS, meters=metrics)
+        self._server = Server(
+            settings.http,
+            self._security,
+            {**posts, **reads_and_cancel, **page_routes()},
+            opens_tcp=settings.security.opens_tcp,
+            meters=metrics,
+        )
 
     def start(self) -> None:
         """Start, and take up what the journal left.
@@ -270,7 +284,8 @@ class Agent:
     def run_until_signal(self, process: Process, signals: "queue.SimpleQueue[int]") -> None:
         """Look after the agent until SIGTERM or SIGINT comes. `signals` takes the numbers of what comes in.
 
-        SIGHUP: certificates, tokens and how to log are read anew. SIGUSR1, SIGUSR2: the state is dumped to the log.
+        SIGHUP: [security] with its certificates and tokens, and how to log, are read anew. SIGUSR1, SIGUSR2: the state
+        is dumped to the log.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # What a handler may touch: this queue takes an entry even in the middle of its own `get`.
@@ -286,7 +301,7 @@ class Agent:
             if asked in (signal.SIGTERM, signal.SIGINT):
                 return
             if asked == signal.SIGHUP:
-                self._reload(process.read_log_settings)
+                self._reload(process)
             else:
                 dump_state(self._lanes, self._delivery, self._journal)
 
@@ -312,9 +327,13 @@ class Agent:
         self._stalls = stalls
         return not stalls
 
-    def _reload(self, read_log_settings: Callable[[], None]) -> None:
-        """Read certificates, tokens and how to log anew; where one cannot be used, what was in force stays."""
-        loads = {"security": self._security.load, "callback": self._callbacks.load, "log": read_log_settings}
+    def _reload(self, process: Process) -> None:
+        """Read [security], its files and how to log anew; where one cannot be used, what was in force stays."""
+        loads: dict[str, Callable[[], None]] = {
+            "security": lambda: self._security.load(process.read_settings().security),
+            "callback": self._callbacks.load,
+            "log": process.read_log_settings,
+        }
         for section, load in loads.items():
             try:
                 load()
@@ -389,8 +408,8 @@ def _by_name(plugins: list[Plugin]) -> tuple[dict[str, Command], dict[str, Query
 def _handle(intake: Intake, declared: Command | Query) -> Handler:
     def handle(call: Call) -> Answer:
         if isinstance(declared, Query) and declared.sync:
-            reply = intake.answer(declared, call.headers, call.body, client=call.client, caller=call.caller)
+            reply = intake.answer(declared, call.headers, call.body, client=call.client, access=call.access)
             return Answer(encode(reply))
-        return Answer(encode(intake.accept(declared, call.headers, call.body, client=call.client, caller=call.caller)))
+        return Answer(encode(intake.accept(declared, call.headers, call.body, client=call.client, access=call.access)))
 
     return handle

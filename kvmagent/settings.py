@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.roles import parse_rule
 
 DEFAULT_PATH = "/etc/kvmagent/kvmagent.conf"
 
@@ -20,6 +21,10 @@ DEFAULT_PATH = "/etc/kvmagent/kvmagent.conf"
 _HOST_NAME = re.compile(
     r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?\.)*(?!\d+$)[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 )
+
+
+# Source: unix(7), sun_path without its closing zero.
+_MAX_SOCKET_PATH = 107
 
 
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,11 +64,19 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the agent listens."""
+    """Where the agent listens. Who may connect and what they may do, [security] says."""
 
-    host: Annotated[str, Meta(description="Address to listen on; other than loopback needs the [security] section")] = (
-        "127.0.0.1"
-    )
+    socket: Annotated[
+        str, Meta(description="UNIX socket for callers on this host, who are known by their user; empty: none")
+    ] = "/run/kvmagent/kvmagent.sock"
+    socket_group: Annotated[
+        str,
+        Meta(description="Group that may connect to it; without such a group: root and the agent's user"),
+    ] = "kvmagent-admin"
+    host: Annotated[
+        str,
+        Meta(description="Address to listen on by TCP; nothing listens there before [security] says who may connect"),
+    ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535, description="TCP port to listen on")] = 7070
     max_body_bytes: Annotated[int, Meta(ge=256, le=64 * 2**20, description="Largest request body, bytes")] = 1048576
     request_timeout_sec: Annotated[
@@ -121,6 +134,9 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tls_cert: Annotated[str, Meta(description="PEM certificate chain of the agent; empty: plain HTTP")] = ""
     tls_key: Annotated[str, Meta(description="PEM key of tls_cert, mode 0600; empty: in tls_cert")] = ""
     client_ca: Annotated[str, Meta(description="PEM file of the CA that client certificates must come from")] = ""
+    client_crl: Annotated[
+        str, Meta(description="PEM file of that CA's revocation list; empty: no certificate is taken back")
+    ] = ""
     allowed_names: Annotated[
         tuple[str, ...],
         Meta(description="Subject alternative names that are let in; empty: any name that client_ca has signed"),
@@ -129,14 +145,11 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         str, Meta(description="File of bearer tokens, mode 0600, one NAME:SHA256 a line (kvmagent --new-token NAME)")
     ] = ""
     allow_unauthenticated: Annotated[
-        bool, Meta(description="Listen beyond loopback without client authentication; needs allowed_clients")
+        bool, Meta(description="Let in by TCP whoever has one of the addresses in allowed_clients, loopback too")
     ] = False
     allowed_clients: Annotated[
         tuple[str, ...],
-        Meta(
-            description="Addresses and networks that may connect; empty: any address where clients are authenticated, "
-            "else loopback alone"
-        ),
+        Meta(description="Addresses and networks that may connect by TCP; empty: any, where clients are authenticated"),
     ] = ()
     allowed_callbacks: Annotated[
         tuple[str, ...],
@@ -145,11 +158,31 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "caller: the address that sent the command"
         ),
     ] = ("caller",)
+    roles: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Who may do what: token:NAME, certificate:NAME, group:NAME or unix:NAME (of the UNIX socket's "
+            "caller), or anonymous; then roles (read, plug, unplug, prepare, host, admin) and, for some VMs only, "
+            "vm=PATTERN. * stands for any text; the first entry that fits counts. Root may do everything"
+        ),
+    ] = ("group:kvmagent-admin admin", "certificate:* admin", "token:* admin", "anonymous admin")
+    host_names: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Host names by which clients without credentials may address the agent, beside addresses, "
+            "names without a dot and this host's own: a web page cannot have one of these"
+        ),
+    ] = ()
 
     @property
     def authenticates(self) -> bool:
-        """Whether clients have to say who they are."""
+        """Whether clients have to say who they are by TCP."""
         return bool(self.client_ca or self.tokens_file)
+
+    @property
+    def opens_tcp(self) -> bool:
+        """Whether anybody could be let in by TCP: an address of this host is no credential."""
+        return self.authenticates or self.allow_unauthenticated
 
 
 class HostSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -293,22 +326,42 @@ def _check_security(settings: Settings) -> None:
         raise _bad("security.client_ca is set and security.tls_cert is not: client certificates need TLS")
     if security.allowed_names and not security.client_ca:
         raise _bad("security.allowed_names is set and security.client_ca is not")
+    for entry in security.roles:
+        try:
+            parse_rule(entry)
+        except ValueError as error:
+            raise _bad(f"security.roles: {entry!r}: {error}") from error
+    if security.client_crl and not security.client_ca:
+        raise _bad("security.client_crl is set and security.client_ca is not")
     if security.allow_unauthenticated and security.authenticates:
         raise _bad("security.allow_unauthenticated contradicts security.client_ca and security.tokens_file")
+    if security.allow_unauthenticated and not security.allowed_clients:
+        raise AgentError(
+            Code.BAD_CONFIGURATION,
+            "security.allow_unauthenticated would let any address in",
+            remedy="List the addresses or networks that may connect in security.allowed_clients.",
+        )
+    if security.tls_cert and not security.opens_tcp:
+        raise _bad("security.tls_cert is set and neither security.client_ca nor security.tokens_file is")
+    _check_socket(settings.http.socket)
+    if not (settings.http.socket or security.opens_tcp):
+        raise _bad("http.socket is empty and [security] lets nobody in by TCP: the agent could not be reached")
     if not _is_loopback(settings.http.host):
         _check_beyond_loopback(settings.http.host, security)
+
+
+def _check_socket(path: str) -> None:
+    if path and not path.startswith("/"):
+        raise _bad(f"http.socket must be an absolute path, got {path!r}")
+    if len(path.encode()) > _MAX_SOCKET_PATH:
+        raise _bad(f"http.socket must have at most {_MAX_SOCKET_PATH} bytes, it has {len(path.encode())}")
 
 
 def _check_beyond_loopback(host: str, security: SecuritySection) -> None:
     found = f"http.host is {host}, which is not loopback, and"
     if security.allow_unauthenticated:
-        if not security.allowed_clients:
-            raise AgentError(
-                Code.BAD_CONFIGURATION,
-                f"{found} security.allow_unauthenticated would let any address in",
-                remedy="List the addresses or networks that may connect in security.allowed_clients.",
-            )
-    elif not security.authenticates:
+        return
+    if not security.authenticates:
         raise AgentError(
             Code.BAD_CONFIGURATION,
             f"{found} clients would not be authenticated",
@@ -316,7 +369,7 @@ def _check_beyond_loopback(host: str, security: SecuritySection) -> None:
             "security.tokens_file (bearer tokens), or http.host = 127.0.0.1, or security.allow_unauthenticated = true "
             "with security.allowed_clients.",
         )
-    elif not security.tls_cert:
+    if not security.tls_cert:
         raise AgentError(
             Code.BAD_CONFIGURATION,
             f"{found} tokens would cross the network in clear text",

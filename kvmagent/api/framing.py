@@ -22,6 +22,8 @@ _MAX_CHUNK_LINE = 256
 _ONCE = frozenset(
     {b"authorization", b"callbackurl", b"content-length", b"content-type", b"host", b"taskuuid", b"transfer-encoding"}
 )
+# RFC 9112 3: method, target and version. Of versions, those whose framing this is.
+_REQUEST_LINE = re.compile(rb"[A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]* [!-~\x80-\xff]+ HTTP/1\.[01]")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
 
@@ -98,6 +100,8 @@ class Framing:
             self._searched = max(0, len(self._buffer) - len(_END) + 1)
             return False
         request_line, *lines = bytes(self._buffer[:end]).split(b"\r\n")
+        if not _REQUEST_LINE.fullmatch(request_line):
+            raise AgentError(Code.BAD_HTTP, "the request line is not METHOD TARGET HTTP/1.1 (or 1.0)")
         headers = _parse_headers(lines)
         encoding, length = headers.get(b"transfer-encoding"), headers.get(b"content-length")
         if encoding is not None and (length is not None or encoding.lower() != b"chunked"):

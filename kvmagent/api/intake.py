@@ -11,10 +11,11 @@ from kvmagent.logs import Log, log_context, struct_fields
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.roles import Access, Role
 from kvmagent.model.vmname import parse_uuid
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
-from kvmagent.tasks.journal import UNFINISHED, Journal, Task
+from kvmagent.tasks.journal import UNFINISHED, Journal, Task, task_not_yours
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.withdrawal import Withdrawal
@@ -51,16 +52,16 @@ class Intake:
         self._callbacks = callbacks
 
     def accept(
-        self, command: Command | Query, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
+        self, command: Command | Query, headers: Mapping[str, str], body: bytes, *, client: str, access: Access
     ) -> Accepted:
         """Store a command and return its state; the same task sent again is answered, not done again.
 
-        `client` is the address that sent it, `caller` who that proved to be.
+        `client` is the address that sent it, `access` who that proved to be and what that may.
 
         Raises:
             AgentError: everything that refuses a request at once; nothing was stored.
         """
-        task_uuid, lane = headers.get("taskuuid", "")[:64], ""
+        task_uuid, lane, caller = headers.get("taskuuid", "")[:64], "", access.caller
 
         def tell(event: Literal["accepted", "refused"], outcome: str, error: str = "") -> None:
             who: dict[str, Any] = {"caller": caller, "client": client}
@@ -72,6 +73,7 @@ class Intake:
                 callback_url = _parse_callback_url(command, headers)
                 _check_content_type(headers.get("content-type", "application/json"))
                 request, lane = _read(command, body)
+                role = _check_access(command, request, access)
                 task = Task(
                     task_uuid=task_uuid,
                     command=command.name,
@@ -81,14 +83,14 @@ class Intake:
                     client=client,
                     caller=caller,
                 )
-                with log_context(**task.log_fields):
+                with log_context(**task.log_fields, role=role):
                     if callback_url != NO_CALLBACK:
                         self._callbacks.check(callback_url, client)
-                    task, is_new = self._store(task)
+                    task, is_new = self._store(task, for_all=access.is_admin)
             except AgentError as error:
                 tell("refused", error.code, error.message)
                 raise
-        with log_context(**task.log_fields):
+        with log_context(**task.log_fields, role=role):
             if is_new:
                 tell("accepted", "accepted")
                 log.info("task accepted", client=client, **struct_fields(request, omit=_TOLD_AS_VM))
@@ -101,14 +103,16 @@ class Intake:
                 self._delivery.put(self._journal.owe_again(task_uuid))
             return Accepted(task_uuid=task_uuid, state=task.state)
 
-    def cancel(self, task_uuid: str, *, client: str, caller: str) -> Accepted:
+    def cancel(self, task_uuid: str, *, client: str, access: Access) -> Accepted:
         """Take a task back that has not touched anything yet; again changes nothing.
 
         Raises:
-            AgentError: UNKNOWN_TASK; TASK_NOT_CANCELLABLE, with what the task is doing.
+            AgentError: UNKNOWN_TASK; TASK_NOT_YOURS; TASK_NOT_CANCELLABLE, with what the task is doing.
         """
-        what = f"cancel {task_uuid}"
+        what, caller = f"cancel {task_uuid}", access.caller
         try:
+            if (known := self._journal.find(task_uuid)) is not None:
+                check_owner(known, access)
             task = self._withdrawal.withdraw(task_uuid)
         except AgentError as error:
             audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
@@ -120,13 +124,14 @@ class Intake:
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(
-        self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, caller: str
+        self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, access: Access
     ) -> msgspec.Struct:
         """Answer a question at once.
 
         Raises:
             AgentError: everything that refuses a request at once.
         """
+        caller = access.caller
         with log_context(command=query.name):
             try:
                 if "taskuuid" in headers:
@@ -146,18 +151,41 @@ class Intake:
             audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
             return reply
 
-    def _store(self, task: Task) -> tuple[Task, bool]:
+    def _store(self, task: Task, *, for_all: bool) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none."""
         try:
             if task.callback_url != NO_CALLBACK:
                 self._delivery.check_room(task.client)
             with self._lanes.hold_place(task):
-                return self._journal.accept(task)
+                return self._journal.accept(task, for_all=for_all)
         except AgentError as error:
             no_room = error.code in (Code.QUEUE_FULL, Code.STOPPING)
             if not no_room or self._journal.find(task.task_uuid) is None:
                 raise
-        return self._journal.accept(task)
+        return self._journal.accept(task, for_all=for_all)
+
+
+def check_owner(task: Task, access: Access) -> None:
+    """Refuse another caller's task, and tell nothing of it.
+
+    Raises:
+        AgentError: TASK_NOT_YOURS.
+    """
+    if task.caller != access.caller and not access.is_admin:
+        raise task_not_yours(task.task_uuid)
+
+
+def _check_access(declared: Command | Query, request: Any, access: Access) -> Role:
+    """Return the role that lets a caller in, now that it is known which VM and what of it the request is about.
+
+    Raises:
+        AgentError: ROLE_MISSING.
+    """
+    if isinstance(declared, Query):
+        return access.check(declared.role, host=True)
+    role = access.check(declared.role, vm=request.vm_uuid)
+    needed = declared.needs_also(request)
+    return role if needed is None else access.check(needed, vm=request.vm_uuid)
 
 
 def _parse_callback_url(declared: Command | Query, headers: Mapping[str, str]) -> str:

@@ -12,12 +12,17 @@ many clients dribble, a whole request finds a worker at once.
 Source: cheroot 11 server.HTTPConnection.communicate, connections.ConnectionManager.
 """
 
+import contextlib
+import errno
+import grp
 import io
 import ipaddress
 import logging
+import os
 import select
 import socket
 import ssl
+import stat
 import sys
 import threading
 import time
@@ -29,13 +34,15 @@ from typing import Any
 import cheroot.server
 
 from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
-from kvmagent.api.security import Security, certificate_names
+from kvmagent.api.localpeer import find_local_user
+from kvmagent.api.security import Peer, Security, certificate_end, certificate_names
 from kvmagent.api.wire import encode_error
 from kvmagent.audit import Refusals, network_of
 from kvmagent.logs import Log
 from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.roles import LOCAL
 from kvmagent.settings import HttpSection
 
 log = Log(__name__)
@@ -47,6 +54,8 @@ Response = tuple[bytes, list[tuple[bytes, bytes]], bytes]
 _THREADS = 16
 # So many of them may stay with their clients, for so long at a time.
 _STAYING, _STAY_S = 8, 0.25
+# Of the UNIX socket, whose clients are a few tools.
+_LOCAL_THREADS, _LOCAL_STAYING = 6, 2
 # Connects beyond the backlog wait a second or more for the kernel to try again.
 _BACKLOG = 1024
 # A connection that says nothing for so long is closed, and a client that does not read its answer given up.
@@ -60,7 +69,10 @@ _STRANGERS, _MAX_STRANGERS = "strangers", 64
 
 
 class Listener(cheroot.server.HTTPServer):
-    """Serves those whom `security` lets in with what `respond` makes of their requests."""
+    """Serves those whom `security` lets in with what `respond` makes of their requests.
+
+    By TCP, or where a `path` is given by a UNIX socket there.
+    """
 
     def __init__(
         self,
@@ -69,10 +81,14 @@ class Listener(cheroot.server.HTTPServer):
         respond: Callable[["Request"], Response],
         meters: Meters,
         refusals: Refusals,
+        *,
+        path: str = "",
     ) -> None:
+        threads, staying = (_LOCAL_THREADS, _LOCAL_STAYING) if path else (_THREADS, _STAYING)
         super().__init__(
-            (http.host, http.port), _Gateway, minthreads=_THREADS, maxthreads=_THREADS, server_name="kvmagent"
+            path or (http.host, http.port), _Gateway, minthreads=threads, maxthreads=threads, server_name="kvmagent"
         )
+        self.path = path
         self.request_queue_size = _BACKLOG
         self.timeout = _IDLE_S
         self.respond = respond
@@ -87,7 +103,7 @@ class Listener(cheroot.server.HTTPServer):
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
         self._held_bytes = 0
-        self._staying = threading.BoundedSemaphore(_STAYING)
+        self._staying = threading.BoundedSemaphore(staying)
 
     def stay(self, connection: "_Connection") -> bool:
         """Wait for more from a client for a moment, where enough workers are free; return whether there is."""
@@ -97,6 +113,37 @@ class Listener(cheroot.server.HTTPServer):
             return bool(self.ready) and connection.wait_readable(_STAY_S)
         finally:
             self._staying.release()
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        if self.path:
+            return f"unix://{self.path}"
+        host = f"[{self.http.host}]" if ":" in self.http.host else self.http.host
+        return f"http{'' if self.context is None else 's'}://{host}:{self.http.port}"
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """The TLS context of new connections; None for plain HTTP."""
+        return None if self.path else self.security.context
+
+    def bind_unix_socket(self, bind_addr: str) -> None:
+        """Listen at a path, for a group; cheroot's own opens it to everybody.
+
+        Raises:
+            OSError: another process listens there, or something else is there.
+        """
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(bind_addr), 0o755)
+        _remove_old_socket(bind_addr)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            os.fchmod(self.socket.fileno(), 0o600)  # of the file that bind makes. Source: Linux, unix_bind_bsd
+            self.socket.bind(bind_addr)
+            _open_to_group(bind_addr, self.http.socket_group)
+        except OSError:
+            self.socket.close()
+            raise
 
     def enter(self, address: str) -> None:
         """Count a connection in.
@@ -138,7 +185,7 @@ class Listener(cheroot.server.HTTPServer):
         log.write(level, "http server", sys.exc_info()[1] if traceback else None, error=msg.strip())
 
     def _limit(self, address: str) -> tuple[str, int]:
-        if not self.security.is_allowed_address(address):
+        if not self.path and not self.security.is_allowed_address(address):
             return _STRANGERS, _MAX_STRANGERS
         return network_of(address), self.http.max_connections_per_client
 
@@ -149,6 +196,8 @@ class _Gateway(cheroot.server.Gateway):
     def respond(self) -> None:
         req = self.req
         req.status, req.outheaders, body = req.server.respond(req)
+        if req.conn.is_outdated:
+            req.close_connection = True
         req.ensure_headers_sent()
         req.write(body)
 
@@ -201,18 +250,24 @@ class _Connection(cheroot.server.HTTPConnection):
 
     RequestHandlerClass = Request
     server: Listener
-    #: The names of the client's certificate.
-    names: tuple[str, ...] = ()
+    #: The other end, as far as the connection tells.
+    peer: Peer
 
     def __init__(self, server: Listener, sock: socket.socket, makefile: Any = None) -> None:
         super().__init__(server, sock, _make_file)
         self._framing = Framing(server.http.max_body_bytes)
-        self._context = server.security.context
+        self._context = server.context
+        self._generation = server.security.generation
         self._has_shaken_hands = self._context is None
         self._is_counted = False
         self._held_bytes = 0
         # By when the request must be whole that is under way, if one is; the first one with its handshake.
         self._deadline: float | None = time.monotonic() + server.http.request_timeout_sec
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether who may do what has been read anew since: what this connection has proved counts no longer."""
+        return self._generation != self.server.security.generation
 
     def communicate(self) -> bool:
         """Go on with what has come in; return whether the connection stays open."""
@@ -279,7 +334,7 @@ class _Connection(cheroot.server.HTTPConnection):
         self._hold(0)
         if self._is_counted:
             self._is_counted = False
-            self.server.leave(self.remote_addr)
+            self.server.leave(self._counted_as)
         super().close()
 
     def _wait(self) -> None:
@@ -299,10 +354,16 @@ class _Connection(cheroot.server.HTTPConnection):
             self.server.hold(before, size)
 
     def _enter(self) -> None:
-        address = ipaddress.ip_address(self.remote_addr)
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-            self.remote_addr = str(address.ipv4_mapped)
-        self.server.enter(self.remote_addr)
+        if self.server.path:
+            self.remote_addr, self.remote_port = LOCAL, 0
+            self.peer = Peer(LOCAL, user=find_local_user(self.socket))
+            self._counted_as = f"unix:{self.peer.user.name if self.peer.user else ''}"
+        else:
+            address = ipaddress.ip_address(self.remote_addr)
+            if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
+                self.remote_addr = str(address.ipv4_mapped)
+            self.peer, self._counted_as = Peer(self.remote_addr), self.remote_addr
+        self.server.enter(self._counted_as)
         self._is_counted = True
 
     def _receive(self) -> bool:
@@ -315,8 +376,8 @@ class _Connection(cheroot.server.HTTPConnection):
         self.socket.settimeout(0)
         if not self._has_shaken_hands and not self._shake_hands():
             return False
-        if self._context is not self.server.security.context and self._framing.is_empty:
-            return False  # shaken under certificates that have been replaced: the client connects anew
+        if self.is_outdated and self._framing.is_empty:
+            return False  # who may do what has been read anew: the client connects anew
         while (request := self._framing.take()) is None:
             if self._framing.take_expectation():
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -353,7 +414,8 @@ class _Connection(cheroot.server.HTTPConnection):
             self.server.refusals.tell(self.remote_addr, what="TLS", outcome=error.reason or "TLS_FAILED")
             return False
         self._has_shaken_hands = True
-        self.names = certificate_names(self.socket.getpeercert())
+        shown = self.socket.getpeercert()
+        self.peer = self.peer._replace(names=certificate_names(shown), not_after=certificate_end(shown))
         return True
 
     def _read_away(self) -> None:
@@ -365,6 +427,36 @@ class _Connection(cheroot.server.HTTPConnection):
                 pass
         except OSError:
             pass
+
+
+def _remove_old_socket(path: str) -> None:
+    """Remove the socket that an earlier agent left.
+
+    Raises:
+        OSError: somebody listens there, or it is no socket.
+    """
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise FileExistsError(errno.EEXIST, "is there and no socket", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "another process listens there", path)
+
+
+def _open_to_group(path: str, group: str) -> None:
+    """Let a group connect; without such a group, or where it may not be given away, root and the agent's user alone."""
+    try:
+        os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        os.chmod(path, 0o660)
+    except (KeyError, PermissionError) as error:
+        log.info("socket open to root and the agent's user alone", path=path, group=group, error=str(error))
 
 
 def _make_file(sock: socket.socket, mode: str = "rb", _bufsize: int = 0) -> Any:

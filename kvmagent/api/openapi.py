@@ -11,6 +11,7 @@ from kvmagent.api.intake import Accepted
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.host import Query
+from kvmagent.model.roles import Open, Role
 
 _SCHEMES = {"token": {"type": "http", "scheme": "bearer"}, "certificate": {"type": "mutualTLS"}}
 _REF = "#/components/schemas/{name}"
@@ -30,10 +31,15 @@ class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class OwnPath(NamedTuple):
-    """A path that no plugin declares, what it answers, the schemas of its query's parameters, and of its answer."""
+    """A path that no plugin declares, what it answers, the role that it needs, and the schemas of its query and answer.
+
+    `host`: it concerns the whole host, so that a role for some VMs is not enough.
+    """
 
     path: str
     summary: str
+    needs: Role | Open
+    host: bool = False
     query: Mapping[str, Any] = MappingProxyType({})
     method: str = "get"
     content: Mapping[str, Any] = MappingProxyType({"application/json": {"schema": {}}})
@@ -56,7 +62,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
         },
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": _SCHEMES},
-        # Which of them an agent asks for is its configuration's; on loopback it may be none.
+        # Which of them an agent asks for is its configuration's; its UNIX socket asks for none.
         "security": [{}, *({name: []} for name in _SCHEMES)],
         "x-error-codes": {
             code.value: {"status": info.status, "meaning": info.meaning, "remedy": info.remedy}
@@ -72,6 +78,7 @@ def _operation(command: Command | Query) -> dict[str, Any]:
     return {
         "operationId": command.name,
         "summary": command.summary,
+        "x-role": command.role,
         "parameters": [
             _header("taskuuid", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}),
             _header("callbackurl", {"type": "string", "pattern": f"^(https?://|{NO_CALLBACK}$)"}),
@@ -103,6 +110,7 @@ def _sync_operation(query: Query) -> dict[str, Any]:
     return {
         "operationId": query.name,
         "summary": query.summary,
+        "x-role": query.role,
         "requestBody": {"required": False, "content": _json(query.request)},
         "responses": {
             "200": {"description": "The answer", "content": _json(query.reply)},
@@ -115,6 +123,7 @@ def _own(own: OwnPath) -> dict[str, Any]:
     names = [segment[1:-1] for segment in own.path.split("/") if segment.startswith("{")]
     return {
         "summary": own.summary,
+        "x-role": own.needs,
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
             *({"name": name, "in": "query", "schema": schema} for name, schema in own.query.items()),

@@ -1,5 +1,6 @@
 """The GET paths: VMs, tasks, health and the OpenAPI document, which tells of all paths."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, get_args
@@ -8,49 +9,61 @@ import msgspec
 
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
+from kvmagent.api.intake import check_owner
 from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
 from kvmagent.api.openapi import OwnPath, build_openapi
-from kvmagent.api.server import Answer, Call, Handler
+from kvmagent.api.server import Answer, Call, Handler, Route
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.roles import Access
+from kvmagent.model.urls import shown_url
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal, State, TaskSummary
 from kvmagent.tasks.lanes import Lanes
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
+# A segment of a path that stands for any text.
+_VARIABLE = re.compile(r"\{\w+\}")
 _PATHS = (
-    OwnPath("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug"),
-    OwnPath("/vms/{vmUuid}", "One VM: facts, headroom, blockers"),
+    OwnPath("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug", "read"),
+    OwnPath("/vms/{vmUuid}", "One VM: facts, headroom, blockers", "read"),
     OwnPath(
         "/tasks",
-        "Tasks, newest first",
-        {
+        "Tasks, newest first: the caller's own, and with the role read for all VMs those of all",
+        "caller",
+        query={
             "vm": {"type": "string"},
             "state": {"enum": list(get_args(State))},
             "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT},
         },
     ),
-    OwnPath("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery"),
+    OwnPath("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery", "caller"),
     OwnPath(
         "/tasks/{taskUuid}/cancel",
         "Take a task back that has not touched its VM yet: it ends as refused, code CANCELLED, and its callback is "
         "sent; 409 with what it is doing where it is too late",
+        "caller",
         method="post",
     ),
     OwnPath(
         "/host/reclaimable",
         "What the guests of running VMs do not use, and by which means it could leave; nothing is taken",
+        "read",
+        host=True,
     ),
-    OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not"),
+    OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not", "read", host=True),
     OwnPath(
         "/metrics",
         "Metrics of the agent and its VMs, in Prometheus' text format",
+        "read",
+        host=True,
         content={CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}},
     ),
-    OwnPath("/openapi.json", "This document"),
+    OwnPath("/whoami", "Who the caller is to the agent, and which roles that has, for which VMs", "caller"),
+    OwnPath("/openapi.json", "This document", "caller"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
 # once, so that commands are accepted whatever hangs.
@@ -85,39 +98,52 @@ class Reads:
         self._asker = Asker(at_once=_AT_ONCE)
         self._openapi = encode(build_openapi(declared, _PATHS))
 
-    def routes(self) -> Mapping[tuple[str, str], Handler]:
-        """Return the GET paths and what answers them."""
+    def routes(self, cancel: Handler) -> Mapping[tuple[str, str], Route]:
+        """Return the paths of the OpenAPI document that no plugin declares; `cancel` takes a task back."""
+        handlers: Mapping[str, Handler] = {
+            "/vms": self._vms,
+            "/vms/{vmUuid}": self._vm,
+            "/tasks": self._tasks,
+            "/tasks/{taskUuid}": self._task,
+            "/tasks/{taskUuid}/cancel": cancel,
+            "/host/reclaimable": self._reclaimable,
+            "/healthz": self._health,
+            "/metrics": self._render_metrics,
+            "/whoami": _whoami,
+            "/openapi.json": lambda _call: Answer(self._openapi),
+        }
         return {
-            ("GET", "/vms"): self._vms,
-            ("GET", "/vms/*"): self._vm,
-            ("GET", "/tasks"): self._tasks,
-            ("GET", "/tasks/*"): self._task,
-            ("GET", "/host/reclaimable"): self._reclaimable,
-            ("GET", "/healthz"): self._health,
-            ("GET", "/metrics"): self._render_metrics,
-            ("GET", "/openapi.json"): lambda _call: Answer(self._openapi),
+            (own.method.upper(), _VARIABLE.sub("*", own.path)): Route(
+                handlers[own.path], own.needs, own.host, frozenset(own.query)
+            )
+            for own in _PATHS
         }
 
     def _vms(self, call: Call) -> Answer:
-        _check_query(call, ())
         uuids = self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs")
         # Made JSON one by one: what cannot be said of one VM is said of no other.
-        questions = {uuid: partial(self._encode_vm, uuid) for uuid in uuids}
+        questions = {uuid: partial(self._encode_vm, uuid, call.access) for uuid in uuids}
         answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
         # One VM that hangs is told as such, and hides no other; one that is gone since it was listed is left out.
         vms = [
             {"vmUuid": uuid} | msgspec.json.decode(encode_error(answer)) if isinstance(answer, AgentError) else answer
             for uuid, answer in answers.items()
-            if not (isinstance(answer, AgentError) and answer.code is Code.VM_NOT_FOUND)
+            if answer is not None
+            and not (
+                isinstance(answer, AgentError) and (answer.code is Code.VM_NOT_FOUND or not call.access.covers(uuid))
+            )
         ]
         return Answer(encode({"vms": vms}))
 
-    def _encode_vm(self, uuid: str) -> msgspec.Raw:
-        return msgspec.Raw(encode(self._describe_vm(uuid)))
+    def _encode_vm(self, uuid: str, access: Access) -> msgspec.Raw | None:
+        """Return a VM as JSON; None for one that the caller's roles are not for."""
+        described = self._describe_vm(uuid)
+        if not access.covers(uuid, getattr(described, "name", None) or ""):
+            return None
+        return msgspec.Raw(encode(described))
 
     def _reclaimable(self, call: Call) -> Answer:
         """Ask each running VM's guest; one that cannot be read is left out, and so is one that is off."""
-        _check_query(call, ())
         budget = self._asker.ask(self._node.view_budget, timeout_s=_CHECK_WAIT_S, about="reading the host's memory")
         questions = {uuid: partial(self._node.find_reclaimable, uuid) for uuid in budget.promises}
         answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
@@ -125,28 +151,33 @@ class Reads:
         return Answer(encode({"host": budget.host, "vms": sorted(found, key=lambda one: -one.reclaimable)}))
 
     def _vm(self, call: Call) -> Answer:
-        _check_query(call, ())
+        call.access.check("read", vm=call.parts[0])
         return Answer(encode(self._describe(call.parts[0])))
 
     def _describe(self, vm: str) -> Any:
         return self._asker.ask(lambda: self._describe_vm(vm), timeout_s=_VM_WAIT_S, about=f"reading VM {vm}")
 
     def _tasks(self, call: Call) -> Answer:
-        _check_query(call, ("vm", "state", "limit"))
         limit = call.query.get("limit", str(_DEFAULT_LIMIT))
         if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LIMIT:
             raise AgentError(Code.BAD_QUERY, f"limit is {limit!r}, needed is 1 to {_MAX_LIMIT}")
         state = call.query.get("state")
         if state is not None and state not in get_args(State):
             raise AgentError(Code.BAD_QUERY, f"state is {state!r}, needed is one of {', '.join(get_args(State))}")
-        tasks = self._journal.newest(state=state, lane=call.query.get("vm"), limit=int(limit))  # type: ignore[arg-type]
+        tasks = self._journal.newest(
+            state=state,  # type: ignore[arg-type]
+            lane=call.query.get("vm"),
+            caller=None if call.access.may("read") else call.access.caller,
+            limit=int(limit),
+        )
         return Answer(encode({"tasks": [_summary(task) for task in tasks]}))
 
     def _task(self, call: Call) -> Answer:
-        _check_query(call, ())
         task = self._journal.find(call.parts[0])
         if task is None:
             raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {call.parts[0]!r}")
+        if not call.access.may("read"):
+            check_owner(task, call.access)
         steps = [
             msgspec.json.decode(step.step)
             | {
@@ -165,7 +196,6 @@ class Reads:
         return Answer(encode(whole))
 
     def _render_metrics(self, call: Call) -> Answer:
-        _check_query(call, ())
         return Answer(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     def _look_at_libvirt(self) -> None:
@@ -229,11 +259,11 @@ def _summary(task: TaskSummary) -> dict[str, Any]:
         "startedAt": task.started_at,
         "finishedAt": task.finished_at,
         "client": task.client,
-        "delivery": {"url": task.callback_url, "attempts": task.attempts, "error": task.delivery_error},
+        "delivery": {"url": shown_url(task.callback_url), "attempts": task.attempts, "error": task.delivery_error},
     }
 
 
-def _check_query(call: Call, known: tuple[str, ...]) -> None:
-    unknown = [name for name in call.query if name not in known]
-    if unknown:
-        raise AgentError(Code.BAD_QUERY, f"unknown query parameter {unknown[0]!r}")
+def _whoami(call: Call) -> Answer:
+    access = call.access
+    told = {"caller": access.caller, "client": call.client, "roles": sorted(access.roles)}
+    return Answer(encode({**told, "vms": list(access.vms) or None}))

@@ -1,7 +1,8 @@
-"""Who a client is, and whether it may come in: its address, its certificate's names, its token.
+"""Who a client is, and what it may do: its address, its certificate's names, its token, its user on this host.
 
-Certificates and tokens are files of the operator; `load` reads them all or changes nothing, so that a reload with a
-broken file leaves in force what was there. Nobody's name is ever looked up.
+Certificates, tokens and roles are the operator's; `load` reads them all or changes nothing, so that a reload with a
+broken file leaves in force what was there. Each load begins a new `generation`: connections of an earlier one end with
+the request that is under way. No name of the network is ever looked up.
 
 A token is 256 bits of chance, which nobody can guess from its hash: a slow hash, made for passwords that people
 think up, would only make each request slow. Source: NIST SP 800-63B 5.1.2.2 (look-up secrets of 112 bits or more).
@@ -10,19 +11,22 @@ think up, would only make each request slow. Source: NIST SP 800-63B 5.1.2.2 (lo
 import hashlib
 import hmac
 import ipaddress
+import os
 import re
 import secrets
+import socket
 import ssl
-from collections.abc import Iterable, Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+from kvmagent.api.localpeer import LocalUser
 from kvmagent.certificates import find_end
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.roles import ANONYMOUS, ROLES, Access, find_access, parse_rule
 from kvmagent.private import read_private
 from kvmagent.settings import SecuritySection
 
-# A caller that nobody asked who it is.
-ANONYMOUS = "anonymous"
 TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TOKEN_LINE = re.compile(rf"(?P<name>{TOKEN_NAME.pattern}):(?P<digest>[0-9a-f]{{64}})")
 # How the Host header writes an address; no name ends in a label that is all digits.
@@ -31,55 +35,79 @@ _ADDRESS = re.compile(r"[0-9.]+|\[[0-9A-Fa-f:.]+\]")
 _NAME_KINDS = frozenset({"DNS", "URI", "IP Address", "email"})
 
 
-class Security:
-    """Thread-safe: what `load` read is replaced whole."""
+class Peer(NamedTuple):
+    """The other end of a connection, as far as the connection itself tells.
 
-    def __init__(self, section: SecuritySection) -> None:
-        self._section = section
-        self._networks = tuple(ipaddress.ip_network(network) for network in section.allowed_clients)
-        self._allowed_names = frozenset(_normal_name(name) for name in section.allowed_names)
+    `names` and `not_after` (seconds since the epoch) are those of the certificate that the TLS handshake verified;
+    `user` is the local user at the other end of a UNIX socket.
+    """
+
+    address: str
+    names: tuple[str, ...] = ()
+    not_after: float | None = None
+    user: LocalUser | None = None
+
+
+class Security:
+    """Thread-safe: what `load` read is replaced whole. `clock` tells seconds since the epoch."""
+
+    def __init__(self, section: SecuritySection, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._own_name = socket.gethostname().lower()
         self._tokens: tuple[tuple[str, bytes], ...] = ()
         #: The TLS context for new connections; None for plain HTTP.
         self.context: ssl.SSLContext | None = None
         #: Until when the certificate in force is good; None without one.
         self.certificate_end: float | None = None
+        #: Counts the loads.
+        self.generation = 0
+        self._use(section)
 
-    def load(self) -> None:
-        """Read certificates and tokens.
+    def load(self, section: SecuritySection | None = None) -> None:
+        """Read certificates and tokens, of another section than before where one is given.
 
         Raises:
             AgentError: BAD_CONFIGURATION; what was in force stays.
         """
-        section = self._section
+        section = section or self._section
         tokens = parse_tokens(read_private(section.tokens_file, "security.tokens_file")) if section.tokens_file else ()
         context = make_server_context(section) if section.tls_cert else None
+        self._use(section)
         self._tokens, self.context = tokens, context
         self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
+        self.generation += 1
+
+    def _use(self, section: SecuritySection) -> None:
+        self._section = section
+        self._networks = tuple(ipaddress.ip_network(network) for network in section.allowed_clients)
+        self._allowed_names = frozenset(_normal_name(name) for name in section.allowed_names)
+        self._host_names = frozenset({self._own_name, *(name.lower().rstrip(".") for name in section.host_names)})
+        self._rules = tuple(map(parse_rule, section.roles))
 
     def is_allowed_address(self, client: str) -> bool:
-        """Whether an address may connect at all."""
-        address = ipaddress.ip_address(client)
+        """Whether an address of the network may connect at all."""
         if not self._networks:
-            return self._section.authenticates or address.is_loopback
+            return self._section.authenticates
+        address = ipaddress.ip_address(client)
         return any(address in network for network in self._networks)
 
-    def admit(self, client: str) -> str:
+    def admit(self, peer: Peer) -> Access:
         """Return who asks for what holds no secret: "anonymous", from an allowed address.
 
         Raises:
             AgentError: CLIENT_NOT_ALLOWED.
         """
-        if not self.is_allowed_address(client):
-            raise AgentError(Code.CLIENT_NOT_ALLOWED, f"{client} is not an allowed client")
-        return ANONYMOUS
+        if peer.user is None and not self.is_allowed_address(peer.address):
+            raise AgentError(Code.CLIENT_NOT_ALLOWED, f"{peer.address} is not an allowed client")
+        return Access(ANONYMOUS)
 
-    def check_browser(self, method: str, headers: Mapping[str, str]) -> None:
+    def check_browser(self, method: str, headers: Mapping[str, str], peer: Peer) -> None:
         """Refuse what a web page of others made a browser send. Header names are in lower case.
 
-        A browser shows its user's certificate, and reaches loopback, for any page that it has open. The agent's own
-        page only reads; on all else a browser puts Origin. What another page reads is kept from it, unless its name
-        was made to resolve to the agent after it had been loaded: where nobody has to say who they are (which is on
-        loopback alone, but for `allow_unauthenticated`), a name that may be the page's is refused.
+        A browser shows its user's certificate, and reaches what its host reaches, for any page that it has open. The
+        agent's own page only reads; on all else a browser puts Origin. What another page reads is kept from it, unless
+        its name was made to resolve to the agent after it had been loaded: where the request itself carries nothing
+        that says who sent it, a name that may be the page's is refused.
         Source: Fetch Standard, "append a request Origin header"; RFC 9110 7.2.
 
         Raises:
@@ -87,32 +115,52 @@ class Security:
         """
         if method != "GET" and "origin" in headers:
             raise AgentError(Code.WEB_PAGE_NOT_ALLOWED, f"a page of {headers['origin']} sent a {method}")
-        if self._section.authenticates or self._section.allow_unauthenticated:
+        if self._section.authenticates and peer.user is None:
             return
-        host = re.sub(r":[0-9]*\Z", "", headers.get("host", ""))
-        if "." in host and not _ADDRESS.fullmatch(host):
-            raise AgentError(Code.WEB_PAGE_NOT_ALLOWED, f"the Host header is {host!r}, which is no address")
+        host = re.sub(r":[0-9]*\Z", "", headers.get("host", "")).lower().rstrip(".")
+        if "." in host and not _ADDRESS.fullmatch(host) and host not in self._host_names:
+            message = f"the Host header is {host!r}, neither an address nor a name in security.host_names"
+            raise AgentError(Code.WEB_PAGE_NOT_ALLOWED, message)
 
-    def identify(self, client: str, names: Iterable[str], authorization: str | None) -> str:
-        """Return who asks: "certificate:NAME", "token:NAME" or "anonymous".
-
-        `names` are those of the certificate that the TLS handshake verified.
+    def identify(self, peer: Peer, authorization: str | None) -> Access:
+        """Return who asks and what that may: "unix:NAME", "certificate:NAME", "token:NAME" or "anonymous".
 
         Raises:
             AgentError: CLIENT_NOT_ALLOWED, CREDENTIALS_MISSING, CREDENTIALS_WRONG, CERTIFICATE_NOT_ALLOWED.
         """
-        self.admit(client)
-        if not self._section.authenticates:
-            return ANONYMOUS
-        if authorization is not None and self._section.tokens_file:
-            return f"token:{self._find_token(authorization)}"
-        names = list(names)
-        if not names:
+        if peer.user is not None:
+            return self._identify_user(peer.user)
+        self.admit(peer)
+        section = self._section
+        if not section.authenticates:
+            return find_access(ANONYMOUS, (ANONYMOUS,), self._rules)
+        if authorization is not None and section.tokens_file:
+            caller = f"token:{self._find_token(authorization)}"
+        else:
+            caller = f"certificate:{self._find_name(peer)}"
+        return find_access(caller, (caller,), self._rules)
+
+    def _identify_user(self, user: LocalUser) -> Access:
+        caller = f"unix:{user.name}"
+        # Whoever could replace the agent, or read its memory, need not be kept from asking it.
+        if user.uid in (0, os.geteuid()):
+            return Access(caller, frozenset(ROLES))
+        return find_access(caller, (caller, *(f"group:{group}" for group in user.groups)), self._rules)
+
+    def _find_name(self, peer: Peer) -> str:
+        if not peer.names:
             raise AgentError(Code.CREDENTIALS_MISSING, "the request has neither a token nor a certificate with a name")
-        allowed = [name for name in names if not self._allowed_names or _normal_name(name) in self._allowed_names]
+        if peer.not_after is not None and self._clock() >= peer.not_after:
+            ended = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(peer.not_after))
+            raise AgentError(
+                Code.CERTIFICATE_NOT_ALLOWED,
+                f"the certificate for {', '.join(peer.names)} expired at {ended}",
+                remedy="Connect with a certificate that is in date.",
+            )
+        allowed = [name for name in peer.names if not self._allowed_names or _normal_name(name) in self._allowed_names]
         if not allowed:
-            raise AgentError(Code.CERTIFICATE_NOT_ALLOWED, f"the certificate is for {', '.join(names)}")
-        return f"certificate:{allowed[0]}"
+            raise AgentError(Code.CERTIFICATE_NOT_ALLOWED, f"the certificate is for {', '.join(peer.names)}")
+        return allowed[0]
 
     def _find_token(self, authorization: str) -> str:
         scheme, _, token = authorization.partition(" ")
@@ -136,7 +184,7 @@ def make_server_context(section: SecuritySection) -> ssl.SSLContext:
     read_private(key_file, "security.tls_key" if section.tls_key else "security.tls_cert")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # A resumed session would skip the check of a certificate that has expired or lost its CA since.
+    # A resumed session would skip the check of a certificate that has lost its CA since.
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
     context.num_tickets = 0
     try:
@@ -144,16 +192,26 @@ def make_server_context(section: SecuritySection) -> ssl.SSLContext:
         if section.client_ca:
             context.load_verify_locations(section.client_ca)
             context.verify_mode = ssl.CERT_OPTIONAL if section.tokens_file else ssl.CERT_REQUIRED
+        if section.client_crl:
+            context.load_verify_locations(section.client_crl)
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
     except (OSError, ValueError) as error:
-        files = ", ".join(filter(None, (section.tls_cert, section.tls_key, section.client_ca)))
-        raise AgentError(Code.BAD_CONFIGURATION, f"security.tls_cert, tls_key, client_ca ({files}): {error}") from error
+        files = ", ".join(filter(None, (section.tls_cert, section.tls_key, section.client_ca, section.client_crl)))
+        message = f"security.tls_cert, tls_key, client_ca, client_crl ({files}): {error}"
+        raise AgentError(Code.BAD_CONFIGURATION, message) from error
     return context
 
 
 def certificate_names(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Return the subject alternative names of a verified certificate, as ssl.SSLSocket.getpeercert has it."""
     found = (certificate or {}).get("subjectAltName", ())
-    return tuple(value for kind, value in found if kind in _NAME_KINDS)
+    return tuple(_as_written(value) if kind == "IP Address" else value for kind, value in found if kind in _NAME_KINDS)
+
+
+def certificate_end(certificate: Mapping[str, Any] | None) -> float | None:
+    """Return until when such a certificate is good, seconds since the epoch; None without one."""
+    not_after = (certificate or {}).get("notAfter")
+    return None if not_after is None else ssl.cert_time_to_seconds(not_after)
 
 
 def parse_tokens(text: str) -> tuple[tuple[str, bytes], ...]:
@@ -197,7 +255,15 @@ def _digest(token: str) -> bytes:
 
 
 def _normal_name(name: str) -> str:
-    return name.lower()
+    return _as_written(name.lower())
+
+
+def _as_written(text: str) -> str:
+    """Return an address as Python writes it: OpenSSL writes all eight groups of IPv6, others leave zeros out."""
+    try:
+        return str(ipaddress.ip_address(text.strip()))
+    except ValueError:
+        return text
 
 
 def _refuse_passphrase() -> str:

@@ -1,10 +1,12 @@
 """The HTTP server: the listener hands whole requests in, CherryPy dispatches them. The only user of CherryPy.
 
-    listener -> CherryPy request -> who is it? -> Routes -> handler -> Answer
+    listener -> CherryPy request -> who is it? -> route -> has it the role? -> query -> handler -> Answer
                   nobody 401, not allowed 403, unknown path 404, other method 405, AgentError its own status, all JSON
                   a public path: an allowed address is enough
 
-Routes come from the declared commands; a handler is a function from `Call` to `Answer` and knows no CherryPy.
+Here alone a caller's role is asked for, before anything of the body is looked at; which VM a command is for, its body
+says, and the same `Access` is asked again when that is known. Routes come from the declared commands; a handler is a
+function from `Call` to `Answer` and knows no CherryPy.
 """
 
 import threading
@@ -12,17 +14,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import parse_qsl
 
 import cherrypy
 
 from kvmagent.api.listener import Listener, Request, Response
-from kvmagent.api.security import ANONYMOUS, Security
-from kvmagent.api.wire import encode, encode_error
+from kvmagent.api.security import Security
+from kvmagent.api.wire import encode_error
 from kvmagent.audit import Refusals, audit
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
-from kvmagent.model.errors import CODES, AgentError, Code
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.roles import ANONYMOUS, OPEN, ROLES, Access, Open, Role, check_role
 from kvmagent.settings import HttpSection
 
 log = Log(__name__)
@@ -32,7 +36,7 @@ log = Log(__name__)
 class Call:
     """One request: header names are in lower case, `parts` are the path's variable segments.
 
-    `client` is the address that it came from, `caller` who it proved to be.
+    `client` is the address that it came from, `access` who it proved to be and what that may.
     """
 
     headers: Mapping[str, str]
@@ -40,7 +44,7 @@ class Call:
     parts: tuple[str, ...]
     body: bytes
     client: str
-    caller: str
+    access: Access
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,20 @@ class Answer:
 
 Handler = Callable[[Call], Answer]
 
+
+@dataclass(frozen=True)
+class Route:
+    """What answers a path, the role that its callers need, and the query parameters that it takes.
+
+    `host`: it concerns the whole host, so that a role for some VMs is not enough.
+    """
+
+    handler: Handler
+    needs: Role | Open
+    host: bool = False
+    query: frozenset[str] = frozenset()
+
+
 # Of every answer that does not say otherwise: what the agent tells is of this moment, and is never run or shown by
 # a browser as something else.
 _HEADERS: Mapping[str, str] = MappingProxyType(
@@ -62,45 +80,48 @@ _HEADERS: Mapping[str, str] = MappingProxyType(
 
 
 class Server:
-    """Serves `routes`: (method, path) to handler; a segment of a path that is `*` matches any text.
-
-    The paths of `public` ask nobody for credentials.
-    """
+    """Serves `routes` by (method, path); a segment of a path that is `*` matches any text."""
 
     def __init__(
         self,
         http: HttpSection,
         security: Security,
-        routes: Mapping[tuple[str, str], Handler],
+        routes: Mapping[tuple[str, str], Route],
         *,
-        public: frozenset[str] = frozenset(),
+        opens_tcp: bool = True,
         meters: Meters | None = None,
     ) -> None:
         meters = meters or Meters()
-        self._http = http
-        self._security = security
         self._refusals = Refusals()
-        application = _Application(_Dispatcher(security, routes, public, meters, self._refusals))
-        self._server = Listener(http, security, application.respond, meters, self._refusals)
-        self._thread = threading.Thread(target=self._server.serve, name="http", daemon=True)
+        application = _Application(_Dispatcher(security, routes, meters, self._refusals))
+        self._opens_tcp = opens_tcp
+        paths = ([http.socket] if http.socket else []) + ([""] if opens_tcp else [])
+        self._listeners = [
+            Listener(http, security, application.respond, meters, self._refusals, path=path) for path in paths
+        ]
+        self._threads = [
+            threading.Thread(target=listener.serve, name="http", daemon=True) for listener in self._listeners
+        ]
 
     def bind(self) -> None:
         """Listen: clients can connect, and wait for `start` to be answered.
 
         Raises:
-            AgentError: BAD_CONFIGURATION, when the address cannot be bound.
+            AgentError: BAD_CONFIGURATION, when an address cannot be bound.
         """
-        try:
-            self._server.prepare()
-        except OSError as error:
-            address = f"{self._http.host}:{self._http.port}"
-            raise AgentError(Code.BAD_CONFIGURATION, f"cannot listen on {address}: {error}") from error
+        for listener in self._listeners:
+            try:
+                listener.prepare()
+            except OSError as error:
+                raise AgentError(Code.BAD_CONFIGURATION, f"cannot listen on {listener.url}: {error}") from error
 
     def start(self) -> None:
         """Serve."""
-        self._thread.start()
-        scheme = "http" if self._security.context is None else "https"
-        log.info("listening", url=f"{scheme}://{self._http.host}:{self._http.port}")
+        for listener, thread in zip(self._listeners, self._threads, strict=True):
+            thread.start()
+            log.info("listening", url=listener.url)
+        if not self._opens_tcp:
+            log.info("nothing listens by TCP", reason="[security] lets nobody in: SECURITY.md says how to")
 
     def look_after(self) -> None:
         """Tell what was only counted. To be called every second or so."""
@@ -108,9 +129,11 @@ class Server:
 
     def stop(self) -> None:
         """Answer what came in, then close."""
-        self._server.stop()
-        if self._thread.ident is not None:
-            self._thread.join()
+        for listener in self._listeners:
+            listener.stop()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 class _Application:
@@ -127,11 +150,11 @@ class _Application:
     def respond(self, asked: Request) -> Response:
         """Return the answer to a request."""
         connection, server = asked.conn, asked.server
-        local = cherrypy.lib.httputil.Host(*server.bind_addr[:2])
+        local = cherrypy.lib.httputil.Host(server.http.host, server.http.port)
         remote = cherrypy.lib.httputil.Host(connection.remote_addr, connection.remote_port)
-        scheme = "http" if server.security.context is None else "https"
+        scheme = "http" if server.context is None else "https"
         request, response = self._application.get_serving(local, remote, scheme, "HTTP/1.1")
-        request.names = connection.names
+        request.peer = connection.peer
         try:
             request.run(
                 asked.method.decode("latin-1"),
@@ -142,27 +165,27 @@ class _Application:
                 asked.rfile,
             )
             return response.output_status, response.header_list, b"".join(response.body)
+        except Exception as error:
+            log.failure("request failed before it was one", error, client=connection.remote_addr)
+            body = encode_error(AgentError(Code.INTERNAL_ERROR, type(error).__name__, expected=False))
+            return b"500 Internal Server Error", [(b"Content-Type", JSON_TYPE.encode())], body
         finally:
             self._application.release_serving()
 
 
 class _Request(cherrypy.Application.request_class):  # type: ignore[misc]
-    """CherryPy's request without what nothing here has: tools, hooks, forms. Everything that it refuses is JSON.
+    """CherryPy's request without what nothing here has: tools, hooks, forms, cookies, error pages.
 
     Source: CherryPy 18 _cprequest.Request.respond.
     """
 
+    throw_errors = True
+
     def respond(self, path_info: str) -> None:
         response = cherrypy.serving.response
         response.headers["Server"] = "kvmagent"  # and no version of CherryPy
-        self.error_page = {"default": _unexpected}
-        try:
-            self.process_headers()
-            self.get_resource(path_info)
-            self.process_query_string()
-            response.body = self.handler()
-        except cherrypy.HTTPError as error:
-            error.set_response()
+        self.get_resource(path_info)
+        response.body = self.handler()
         response.finalize()
 
 
@@ -172,18 +195,17 @@ class _Dispatcher:
     def __init__(
         self,
         security: Security,
-        routes: Mapping[tuple[str, str], Handler],
-        public: frozenset[str],
+        routes: Mapping[tuple[str, str], Route],
         meters: Meters,
         refusals: Refusals,
     ) -> None:
         self._refusals = refusals
         self._security = security
-        self._public = public
         self._meters = meters
-        self._routes: dict[tuple[str, ...], dict[str, Handler]] = {}
-        for (method, path), handler in routes.items():
-            self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = handler
+        self._routes: dict[tuple[str, ...], dict[str, Route]] = {}
+        for (method, path), route in routes.items():
+            check_role(f"{method} {path}", route.needs, (*ROLES, *OPEN))
+            self._routes.setdefault(tuple(path.strip("/").split("/")), {})[method] = route
 
     def __call__(self, path_info: str) -> None:
         cherrypy.serving.request.handler = self._handle
@@ -205,42 +227,90 @@ class _Dispatcher:
         return answer.body
 
     def _answer(self, request: Any) -> Answer:
-        headers = {name.lower(): value for name, value in request.headers.items()}
-        client, caller = request.remote.ip, ""
+        client, path, access = request.remote.ip, request.path_info, Access("")
         try:
-            self._security.check_browser(request.method, headers)
-            if request.path_info in self._public:
-                caller = self._security.admit(client)
+            headers = _read_headers(request)
+            self._security.check_browser(request.method, headers, request.peer)
+            methods, parts = self._find(path)
+            if any(route.needs == "public" for route in methods.values()):
+                access = self._security.admit(request.peer)
             else:
-                caller = self._security.identify(client, request.names, headers.get("authorization"))
-            methods, parts = self._find(request.path_info)
-            handler = methods.get(request.method)
-            if handler is None:
-                allow = ", ".join(sorted(methods))
-                message = f"{request.path_info} takes {allow}, not {request.method}"
-                raise AgentError(Code.METHOD_NOT_ALLOWED, message, details={"allow": allow})
+                access = self._security.identify(request.peer, headers.get("authorization"))
+            route = _choose(methods, request.method, path)
+            role = _check_role(access, route)
+            query = _read_query(request.query_string, route.query)
         except AgentError as error:
-            what = f"{request.method} {request.path_info}"
+            what, caller = f"{request.method} {path}", access.caller
             if caller in ("", ANONYMOUS):
                 self._refusals.tell(client, what=what, outcome=error.code, error=error.message)
             else:
                 audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
-        repeated = [name for name, value in request.params.items() if not isinstance(value, str)]
-        if repeated:
-            raise AgentError(Code.BAD_QUERY, f"query parameter {repeated[0]!r} stands more than once")
         body = request.rfile.read() if request.method == "POST" else b""
-        with log_context(caller=caller):
-            return handler(Call(headers, request.params, parts, body, client, caller))
+        with log_context(caller=access.caller, role=role):
+            return route.handler(Call(headers, query, parts, body, client, access))
 
-    def _find(self, path: str) -> tuple[dict[str, Handler], tuple[str, ...]]:
+    def _find(self, path: str) -> tuple[dict[str, Route], tuple[str, ...]]:
+        """Return the routes of a path by method, none where nothing is there, and the path's variable segments."""
         segments = tuple(path.strip("/").split("/"))
         if segments in self._routes:
             return self._routes[segments], ()
         for pattern, methods in self._routes.items():
             if len(pattern) == len(segments) and all(p in ("*", s) for p, s in zip(pattern, segments, strict=True)):
                 return methods, tuple(s for p, s in zip(pattern, segments, strict=True) if p == "*")
+        return {}, ()
+
+
+def _choose(methods: Mapping[str, Route], method: str, path: str) -> Route:
+    if not methods:
         raise AgentError(Code.UNKNOWN_PATH, f"nothing is served at {path!r}")
+    if method not in methods:
+        allow = ", ".join(sorted(methods))
+        raise AgentError(Code.METHOD_NOT_ALLOWED, f"{path} takes {allow}, not {method}", details={"allow": allow})
+    return methods[method]
+
+
+def _check_role(access: Access, route: Route) -> str:
+    """Return the role that lets a caller in, none where it needs none.
+
+    Raises:
+        AgentError: ROLE_MISSING.
+    """
+    if route.needs == "public" or route.needs == "caller":
+        return ""
+    return access.check(route.needs, host=route.host)
+
+
+def _read_headers(request: Any) -> dict[str, str]:
+    """Return the headers as they came, by name in lower case: nothing in them is decoded to something else.
+
+    Raises:
+        AgentError: BAD_HTTP.
+    """
+    headers = {name.lower(): value.strip() for name, value in request.header_list}
+    if "host" not in headers and request.protocol >= (1, 1):
+        raise AgentError(Code.BAD_HTTP, "an HTTP/1.1 request needs a Host header")
+    return headers
+
+
+def _read_query(text: str, known: frozenset[str]) -> dict[str, str]:
+    """Return the query parameters, each of which is known and stands once.
+
+    Raises:
+        AgentError: BAD_QUERY.
+    """
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=bool(text), errors="strict", max_num_fields=100)
+    except ValueError as error:
+        raise AgentError(Code.BAD_QUERY, "the query is not NAME=VALUE&... in UTF-8") from error
+    query = dict(pairs)
+    if unknown := [name for name in query if name not in known]:
+        raise AgentError(Code.BAD_QUERY, f"unknown query parameter {unknown[0]!r}")
+    if len(query) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise AgentError(Code.BAD_QUERY, f"query parameter {repeated!r} stands more than once")
+    return query
 
 
 def _decode_path(path: bytes) -> str:
@@ -260,10 +330,3 @@ def _refusal(error: AgentError) -> Answer:
     if error.code is Code.METHOD_NOT_ALLOWED:
         headers["Allow"] = str(error.details["allow"])
     return Answer(encode_error(error), status=error.status, headers=headers)
-
-
-def _unexpected(status: str, message: str, traceback: str, version: str) -> bytes:
-    """Return the body of what CherryPy refused before a handler was reached: a query string that is not UTF-8, say."""
-    cherrypy.serving.response.headers["Content-Type"] = JSON_TYPE
-    code = Code.INTERNAL_ERROR if status.startswith("5") else Code.BAD_HTTP
-    return encode({"success": False, "error": message, "errorCode": code, "remedy": CODES[code].remedy})

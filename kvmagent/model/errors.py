@@ -47,6 +47,7 @@ class Code(StrEnum):
     CLIENT_NOT_ALLOWED = "CLIENT_NOT_ALLOWED"
     CERTIFICATE_NOT_ALLOWED = "CERTIFICATE_NOT_ALLOWED"
     ROLE_MISSING = "ROLE_MISSING"
+    TASK_NOT_YOURS = "TASK_NOT_YOURS"
     CALLBACK_NOT_ALLOWED = "CALLBACK_NOT_ALLOWED"
     WEB_PAGE_NOT_ALLOWED = "WEB_PAGE_NOT_ALLOWED"
     TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
@@ -291,6 +292,12 @@ CODES: dict[Code, CodeInfo] = {
         "Add the role to the caller's entry of security.roles, then: systemctl reload kvmagent. GET /whoami shows what "
         "a caller has.",
     ),
+    Code.TASK_NOT_YOURS: CodeInfo(
+        403,
+        "The task id belongs to a task of another caller.",
+        "Use an id of your own. The task is shown to its caller, and to who has the role read for all VMs; only its "
+        "caller and admin send it again or take it back.",
+    ),
     Code.CALLBACK_NOT_ALLOWED: CodeInfo(
         403,
         "The callback URL leads to where callbacks may not go.",
@@ -299,10 +306,10 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.WEB_PAGE_NOT_ALLOWED: CodeInfo(
         403,
-        "A browser sent a command, or reached an agent without authentication by a host name: a web page of others may "
-        "have made it do so.",
-        "Send commands from something other than a browser; open the status page by address, "
-        "http://127.0.0.1:7070/, or set up authentication (SECURITY.md).",
+        "A browser sent a command, or a request without credentials named the agent by an unknown host name: a web "
+        "page of others may have made it do so.",
+        "Send commands from something other than a browser; open the status page by address, as "
+        "http://127.0.0.1:7070/, or add the agent's name to security.host_names.",
     ),
     Code.TOO_MANY_CONNECTIONS: CodeInfo(
         503,

@@ -20,6 +20,8 @@ Open = Literal["caller", "public"]
 OPEN: tuple[Open, ...] = get_args(Open)
 
 _KINDS = ("unix", "group", "token", "certificate")
+#: The address of a caller on this host's UNIX socket.
+LOCAL = "local"
 #: A caller that nobody asked who it is.
 ANONYMOUS = "anonymous"
 _VM_PREFIX = "vm="

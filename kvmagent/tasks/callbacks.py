@@ -32,6 +32,7 @@ from kvmagent.certificates import find_end
 from kvmagent.logs import Log
 from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.roles import LOCAL
 from kvmagent.private import read_private
 from kvmagent.settings import CallbackRule, CallbackSection
 from kvmagent.shares import Shares
@@ -42,6 +43,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Returns the addresses of a host, or raises OSError.
 Resolve = Callable[[str], Iterable[str]]
 
+_LOCALHOST = ipaddress.ip_address("127.0.0.1")
 _PORTS = {"http": 80, "https": 443}
 # More of a receiver's answer is not read: it says nothing to the agent.
 _MAX_ANSWER_BYTES = 16384
@@ -156,7 +158,7 @@ class Callbacks:
                     address.is_loopback or address.is_link_local or address.is_multicast or address.is_unspecified
                 )
             else:
-                caller = _parse_address(client)
+                caller = _LOCALHOST if client == LOCAL else _parse_address(client)
                 allowed = address == caller or (caller is not None and caller.is_loopback and address.is_loopback)
             if allowed:
                 return True

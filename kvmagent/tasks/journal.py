@@ -215,11 +215,14 @@ class Journal:
 
     # -- writes: each returns when it is on disk, except where it says otherwise
 
-    def accept(self, task: Task) -> tuple[Task, bool]:
+    def accept(self, task: Task, *, for_all: bool = False) -> tuple[Task, bool]:
         """Store a new task, or find the one that has its id; return it and whether it is new.
 
+        `for_all`: by who may act for all callers.
+
         Raises:
-            AgentError: TASK_CONFLICT, when the id belongs to another request; JOURNAL_UNAVAILABLE, at once.
+            AgentError: TASK_NOT_YOURS, when the id belongs to another caller's task; TASK_CONFLICT, when it belongs to
+                another request; JOURNAL_UNAVAILABLE, at once.
         """
 
         def tell(stored: tuple[Task, bool]) -> None:
@@ -232,7 +235,11 @@ class Journal:
         # Given up it may yet be stored and done; sent again it is the same task.
         with _given_up_in_time("the task"):
             stored: tuple[Task, bool] = self._file.write_now(
-                "accept", lambda db: self._accept(db, task), keep=False, then=tell, timeout_s=_ACCEPT_WAIT_S
+                "accept",
+                lambda db: self._accept(db, task, for_all=for_all),
+                keep=False,
+                then=tell,
+                timeout_s=_ACCEPT_WAIT_S,
             )
         return stored
 
@@ -442,10 +449,12 @@ class Journal:
         """Return the callbacks that are owed, in order of acceptance."""
         return [Owed(**dict(row)) for row in self._file.read(_OWED)]
 
-    def newest(self, *, state: State | None = None, lane: str | None = None, limit: int) -> list[TaskSummary]:
+    def newest(
+        self, *, state: State | None = None, lane: str | None = None, caller: str | None = None, limit: int
+    ) -> list[TaskSummary]:
         """Return tasks, newest first; of each reply what went wrong (error, errorCode, remedy), and no more is read."""
         where, values = ["1"], list[Any]()
-        for column, value in (("state", state), ("lane", lane)):
+        for column, value in (("state", state), ("lane", lane), ("caller", caller)):
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(value)
@@ -463,7 +472,7 @@ class Journal:
         """Return what is written of a callback that is owed from now on."""
         return {"owed_at": self._clock(), "own_at": self.own_time()}
 
-    def _accept(self, db: Database, task: Task) -> tuple[Task, bool]:
+    def _accept(self, db: Database, task: Task, *, for_all: bool) -> tuple[Task, bool]:
         if self._max_bytes is not None and _count_bytes(db) > self._max_bytes:
             _make_room(db, self._max_bytes, task.task_uuid)
         values = {name: getattr(task, name) for name in _GIVEN} | {
@@ -475,6 +484,8 @@ class Journal:
         if not cursor.rowcount:
             row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
             known = Task(**dict(row))
+            if known.caller != task.caller and not for_all:
+                raise task_not_yours(task.task_uuid)
             if (known.command, known.request, known.callback_url) != (task.command, task.request, task.callback_url):
                 raise AgentError(
                     Code.TASK_CONFLICT, f"task {task.task_uuid} is a {known.command} with another body or callback URL"
@@ -514,6 +525,11 @@ def _read_unfinished(row: Row) -> Task:
 def _find_left(db: Database) -> Left:
     unfinished = [_read_unfinished(row) for row in db.execute(_UNFINISHED)]
     return Left(unfinished, [Owed(**dict(row)) for row in db.execute(_OWED)])
+
+
+def task_not_yours(task_uuid: str) -> AgentError:
+    """Return the refusal of what is asked about another caller's task: it says nothing of it."""
+    return AgentError(Code.TASK_NOT_YOURS, f"the task id {task_uuid} is another caller's")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import pytest
 
 from kvmagent.agent import Agent
 from kvmagent.plugins import load_plugins
-from kvmagent.settings import AgentSection, HttpSection, LibvirtSection, Settings
+from kvmagent.settings import AgentSection, HttpSection, LibvirtSection, SecuritySection, Settings
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task
 from tests.crash.conftest import Host, StartAgent
@@ -71,7 +71,7 @@ class TestStart:
                 command = [*find_command(), "--config", str(other.config_file), "--set", f"http.port={first.port}"]
                 ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
                 assert ended.returncode == 1
-                assert f"BAD_CONFIGURATION: cannot listen on 127.0.0.1:{first.port}" in ended.stderr
+                assert f"BAD_CONFIGURATION: cannot listen on http://127.0.0.1:{first.port}" in ended.stderr
                 assert "task started" not in ended.stderr
             finally:
                 other.remove()
@@ -228,7 +228,8 @@ def start_in_process(
 ) -> Agent:
     settings = Settings(
         agent=AgentSection(state_dir=str(state)),
-        http=HttpSection(port=port or find_free_port()),
+        http=HttpSection(port=port or find_free_port(), socket=str(state.with_name("agent.sock"))),
+        security=SecuritySection(allow_unauthenticated=True, allowed_clients=("127.0.0.1",)),
         libvirt=LibvirtSection(uri=uri),
     )
     agent = Agent(settings, load_plugins(("vm",)), fault=fault, stalled_s=stalled_s)

@@ -54,7 +54,8 @@ def test_every_illness_ends_in_status_7_and_has_a_remedy(ctl: Ctl, tmp_path: Pat
     config = tmp_path / "kvmagent.conf"
     config.write_text(
         f"[agent]\nstate_dir = {state}\nplugins = vm, nowhere\n[http]\nport = 1\n"
-        "[libvirt]\nuri = qemu+unix:///system?socket=/nonexistent\n[security]\ntls_cert = /nonexistent\n"
+        "[libvirt]\nuri = qemu+unix:///system?socket=/nonexistent\n"
+        "[security]\ntls_cert = /nonexistent\nclient_ca = /nonexistent\n"
     )
     done = ctl("doctor", "--config", str(config), "--json", environment={"KVMAGENT_URL": "", "LIBVIRT_AUTOSTART": "0"})
     assert (done.status, done.json["healthy"], done.err) == (7, False, "")

@@ -189,11 +189,11 @@ def test_the_commands_of_a_zstack_server_are_not_offered() -> None:
 
 @pytest.mark.parametrize(
     ("conf", "target"),
-    [(None, ("http://127.0.0.1:7070", "")), ("[http]\nprot = 1\n", ("http://127.0.0.1:7070", "")),
-     ("[http]\nhost = ::\n[security]\ntls_cert = /a\nclient_ca = /c\n", ("https://[::1]:7070", "/c"))],
+    [(None, ("unix:///run/kvmagent/kvmagent.sock",)), ("[http]\nprot = 1\n", ("unix:///run/kvmagent/kvmagent.sock",)),
+     ("[http]\nhost = ::\nsocket =\n[security]\ntls_cert = /a\nclient_ca = /c\n", ("https://[::1]:7070", "/c"))],
 )  # fmt: skip
 def test_the_local_agent_is_where_the_configuration_says(
-    tmp_path: Path, conf: str | None, target: tuple[str, str]
+    tmp_path: Path, conf: str | None, target: tuple[str, ...]
 ) -> None:
     file = tmp_path / "kvmagent.conf"
     if conf is not None:

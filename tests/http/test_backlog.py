@@ -17,7 +17,7 @@ def test_200_clients_that_connect_at_once_are_all_connected_before_one_is_served
     """A connect beyond the backlog is dropped, and tried again by the kernel a second later: with nobody serving it
     would never come about."""
     port = find_free_port()
-    server = Server(HttpSection(port=port), Security(SecuritySection()), {})
+    server = Server(HttpSection(port=port, socket=""), Security(SecuritySection()), {})
     server.bind()
     with ExitStack() as stack, select.epoll() as poll:
         stack.callback(server.stop)

@@ -91,7 +91,9 @@ def test_what_is_no_http_is_answered_in_json(agent: AgentProcess, line: bytes) -
         ("/tasks?state=lost", 400, "BAD_QUERY"),
         ("/tasks?order=asc", 400, "BAD_QUERY"),
         ("/tasks?limit=1&limit=2", 400, "BAD_QUERY"),
-        ("/vms?x=%ff", 404, "BAD_HTTP"),
+        ("/vms?x=%ff", 400, "BAD_QUERY"),
+        ("/vms?x=1", 400, "BAD_QUERY"),
+        ("/openapi.json?x=1", 400, "BAD_QUERY"),
     ],
 )
 def test_bad_reads_are_refused_by_code(agent: AgentProcess, path: str, status: int, code: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmagent.api.page import PUBLIC_PATHS
+from kvmagent.api.page import FILES
 from kvmagent.api.security import new_token
 from tests.lab.agent import AgentProcess, new_task_uuid
 
@@ -34,7 +34,7 @@ def ask(
         connection.close()
 
 
-@pytest.mark.parametrize("path", sorted(PUBLIC_PATHS))
+@pytest.mark.parametrize("path", sorted(FILES))
 def test_the_page_is_served_without_a_token_under_a_strict_policy(guarded: AgentProcess, path: str) -> None:
     response, body = ask(guarded, path)
     assert response.status == 200
@@ -107,7 +107,9 @@ def test_where_everybody_says_who_they_are_any_name_will_do(guarded: AgentProces
 
 
 def test_an_address_that_may_not_connect_gets_no_page_either(node_uri: str) -> None:
-    agent = AgentProcess(uri=node_uri, settings={"security": {"allowed_clients": "127.0.0.2"}})
+    agent = AgentProcess(
+        uri=node_uri, settings={"security": {"allow_unauthenticated": "true", "allowed_clients": "127.0.0.2"}}
+    )
     try:
         agent.start(health=403)
         assert ask(agent, "/")[0].status == 403

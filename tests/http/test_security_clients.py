@@ -290,7 +290,7 @@ def test_who_came_is_on_each_audit_line(site: Site) -> None:
         timeout_s=5,
         what="the audit of the end",
     )
-    assert f"event=accepted {of_task} outcome=accepted command=HotPlugCpu" in lines
+    assert f"event=accepted {of_task} outcome=accepted command=HotPlugCpu role=admin" in lines
     assert any(line.startswith(f"event=finished {of_task} outcome=") for line in lines)
     refused = "event=refused caller=token:t0 client=127.0.0.1 what=HotPlugCpu task=t2 outcome=MISSING_FIELD error="
     assert any(line.startswith(refused) for line in lines)

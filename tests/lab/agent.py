@@ -27,6 +27,10 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 REQUEST_TIMEOUT_S = 30.0
 
+#: Whoever reaches this host's loopback gets in: an agent says so, or asks for credentials.
+OPEN_TO_LOOPBACK = {"allow_unauthenticated": "true", "allowed_clients": "127.0.0.0/8"}
+CREDENTIALS = frozenset({"client_ca", "tokens_file", "allow_unauthenticated"})
+
 Settings = Mapping[str, Mapping[str, str]]
 
 
@@ -62,6 +66,7 @@ class AgentProcess:
         self.port = find_free_port()
         self.config_file = self.directory / "kvmagent.conf"
         self.log_file = self.directory / "kvmagent.log"
+        self.socket = self.directory / "agent.sock"
         self._child: subprocess.Popen[bytes] | None = None
         self._guard = Guard(self.directory)
         self._write_configuration(uri, settings or {})
@@ -195,10 +200,12 @@ class AgentProcess:
         configuration.read_dict(
             {
                 "agent": {"state_dir": str(state_directory)},
-                "http": {"host": LOOPBACK, "port": str(self.port)},
+                "http": {"host": LOOPBACK, "port": str(self.port), "socket": str(self.socket)},
                 "libvirt": {"uri": uri},
             }
         )
+        if not settings.get("security", {}).keys() & CREDENTIALS:
+            configuration.read_dict({"security": OPEN_TO_LOOPBACK})
         configuration.read_dict(settings)
         with self.config_file.open("w") as file:
             configuration.write(file)

@@ -7,6 +7,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 LOOPBACK = "127.0.0.1"
 
@@ -28,6 +31,20 @@ class Authority:
         issued.private_key_and_cert_chain_pem.write_to_path(file)
         file.chmod(0o600)
         return file
+
+    def revoke(self, *certificates: Path) -> bytes:
+        """A revocation list of this CA, PEM, with these certificates on it."""
+        own = x509.load_pem_x509_certificate(self._ca.cert_pem.bytes())
+        key = serialization.load_pem_private_key(self._ca.private_key_pem.bytes(), None)
+        now = datetime.now(UTC)
+        builder = x509.CertificateRevocationListBuilder().issuer_name(own.subject)
+        builder = builder.last_update(now - timedelta(days=1)).next_update(now + timedelta(days=1))
+        for file in certificates:
+            serial = x509.load_pem_x509_certificate(file.read_bytes()).serial_number
+            one = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(one)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def client(self, certificate: Path | None = None) -> ssl.SSLContext:
         """How a client that trusts this CA connects, with its own certificate if it has one."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.crash.conftest import find_dimms
-from tests.lab.agent import find_free_port
+from tests.lab.agent import OPEN_TO_LOOPBACK, find_free_port
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.libvirtd import PrivateLibvirtd
@@ -108,7 +108,7 @@ def in_use(machine: Machine, lab: PrivateLibvirtd) -> Machine:
     # The lab's libvirtd lets in its own user alone.
     machine.tree.run("usermod", "--non-unique", f"--uid={lab.user.pw_uid}", "kvmagent")
     uri = f"qemu+unix:///session?socket={SOCKETS}/{socket}"
-    machine.configure(port=str(machine.port), uri=uri, stop_timeout_sec="3")
+    machine.configure(port=str(machine.port), uri=uri, stop_timeout_sec="3", **OPEN_TO_LOOPBACK)
     machine.start()
     return machine
 

@@ -9,9 +9,9 @@ from email.utils import formatdate
 from types import TracebackType
 from typing import Any
 
-from kvmagent.api.page import PUBLIC_PATHS, page_routes
+from kvmagent.api.page import page_routes
 from kvmagent.api.security import Security
-from kvmagent.api.server import Answer, Call, Server
+from kvmagent.api.server import Answer, Call, Route, Server
 from kvmagent.api.wire import encode
 from kvmagent.settings import HttpSection, SecuritySection
 from tests.lab.agent import LOOPBACK, find_free_port
@@ -53,12 +53,11 @@ class Stage:
 
     def start(self) -> None:
         """Listen; on the earlier port, if there was one."""
-        routes = {("GET", path): self._answer(path) for path in self.answers}
+        routes = {("GET", path): Route(self._answer(path), "read") for path in self.answers}
         self._server = Server(
-            HttpSection(host=LOOPBACK, port=self._port),
-            Security(SecuritySection()),
+            HttpSection(host=LOOPBACK, port=self._port, socket=""),
+            Security(SecuritySection(allow_unauthenticated=True, allowed_clients=(LOOPBACK,))),
             {**routes, **page_routes()},
-            public=PUBLIC_PATHS,
         )
         self._server.bind()
         self._server.start()

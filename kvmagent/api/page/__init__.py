@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from importlib.resources import files
 
-from kvmagent.api.server import Answer, Call, Handler
+from kvmagent.api.server import Answer, Call, Handler, Route
 
 #: Path to file and content type.
 FILES = {
@@ -36,13 +36,10 @@ _HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-#: The paths that need no credentials.
-PUBLIC_PATHS = frozenset(FILES)
 
-
-def page_routes() -> Mapping[tuple[str, str], Handler]:
+def page_routes() -> Mapping[tuple[str, str], Route]:
     """Return the GET paths of the page's files and what answers them."""
-    return {("GET", path): _serve(name, kind) for path, (name, kind) in FILES.items()}
+    return {("GET", path): Route(_serve(name, kind), "public") for path, (name, kind) in FILES.items()}
 
 
 def _serve(name: str, kind: str) -> Handler:

@@ -4,6 +4,7 @@ Every answer is JSON. What cannot be reached, or not be trusted, ends in a CtlEr
 """
 
 import http.client
+import ipaddress
 import json
 import socket
 import ssl
@@ -29,7 +30,7 @@ _UNREACHABLE = (
 )
 
 # No connection was made, so that nothing was sent: no agent has the task.
-_NO_CONNECTION = (ConnectionRefusedError, socket.gaierror)
+_NO_CONNECTION = (ConnectionRefusedError, FileNotFoundError, PermissionError, socket.gaierror)
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ class Agent:
         parts = _split(target.url)
         self.url = target.url.rstrip("/")
         self.is_tls = parts.scheme == "https"
-        self._host = parts.hostname or ""
+        self._host = parts.hostname or "localhost"
         self._port = parts.port or (443 if self.is_tls else 80)
-        self._prefix = parts.path.rstrip("/")
+        self._socket = parts.path if parts.scheme == "unix" else ""
+        self._prefix = "" if self._socket else parts.path.rstrip("/")
         self._context = _make_context(target) if self.is_tls else None
         self._headers = {"Authorization": f"Bearer {_read_token(target.token_file)}"} if target.token_file else {}
+        #: Whether a token crosses a network in clear text.
+        self.shows_token = bool(target.token_file) and parts.scheme == "http" and not _is_loopback(self._host)
 
     def get(self, *segments: str, query: str = "", timeout_s: float = _READ_S) -> Any:
         """Return what a GET path answers; /healthz also where it answers that the agent is not ready.
@@ -153,6 +157,8 @@ class Agent:
         )
 
     def _open(self) -> http.client.HTTPConnection:
+        if self._socket:
+            return _UnixConnection(self._socket)
         if self._context is None:
             return http.client.HTTPConnection(self._host, self._port, timeout=_CONNECT_S)
         return http.client.HTTPSConnection(self._host, self._port, timeout=_CONNECT_S, context=self._context)
@@ -186,8 +192,24 @@ class Agent:
         return _explain(self.url, self._find_refusal(error) or error)
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection to the agent of this host, by its socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_CONNECT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CONNECT_S)
+        self.sock.connect(self._path)
+
+
 def _explain(url: str, error: Exception) -> CtlError:
     """Return the error of an agent that does not answer, or that cannot be trusted, or does not trust us."""
+    if isinstance(error, PermissionError):
+        remedy = "Run it as root, join the socket's group (ls -l shows it), or name an address with --url."
+        return CtlError(Exit.UNREACHABLE, "SOCKET_NOT_ALLOWED", f"{url}: {_words(error)}", remedy)
     if isinstance(error, ssl.SSLCertVerificationError):
         remedy = "Name the CA that signed its certificate with --ca or KVMAGENT_CA, and the agent as it is named there."
         return CtlError(Exit.UNREACHABLE, "AGENT_NOT_TRUSTED", f"{url}: {error.verify_message}", remedy)
@@ -221,9 +243,19 @@ def _split(url: str) -> Any:
         has_port = parts.port is None or parts.port > 0
     except ValueError:
         parts, has_port = None, False
+    if parts is not None and parts.scheme == "unix" and parts.path.startswith("/") and not parts.netloc:
+        return parts
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or not has_port or parts.query:
-        raise CtlError(Exit.USAGE, "BAD_URL", f"{url!r} is no agent's URL", "Write it as https://node1.example:7070.")
+        remedy = "Write it as https://node1.example:7070, or unix:///run/kvmagent/kvmagent.sock."
+        raise CtlError(Exit.USAGE, "BAD_URL", f"{url!r} is no agent's URL", remedy)
     return parts
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _make_context(target: Target) -> ssl.SSLContext:

@@ -150,7 +150,8 @@ def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]
     }
     if not any(files.values()):
         words = "tokens" if security.tokens_file else "neither certificates nor tokens"
-        yield Finding("certificates", "note", f"none: plain HTTP on {settings.http.host}, {words}")
+        where = f"plain HTTP on {settings.http.host}" if security.opens_tcp else "nothing listens by TCP"
+        yield Finding("certificates", "note", f"none: {where}, {words}")
     for key, name in files.items():
         if name:
             yield from _examine_file(key, Path(name), now)

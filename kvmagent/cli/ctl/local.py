@@ -11,7 +11,10 @@ _OWN = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def find_local_target(config: Path = Path(DEFAULT_PATH)) -> dict[str, str]:
-    """Return the local agent's URL and CA; those of a configuration without a change where it cannot be read."""
+    """Return the local agent's URL and CA; those of a configuration without a change where it cannot be read.
+
+    Its socket where it has one: that takes no credentials, however the agent is reached from elsewhere.
+    """
     try:
         return target_of(read_settings(config))
     except AgentError:
@@ -20,6 +23,8 @@ def find_local_target(config: Path = Path(DEFAULT_PATH)) -> dict[str, str]:
 
 def target_of(settings: Settings) -> dict[str, str]:
     """Return how an agent with these settings is reached. The CA that signs clients often signs the agent too."""
+    if settings.http.socket:
+        return {"url": f"unix://{settings.http.socket}"}
     host = _OWN.get(settings.http.host, settings.http.host)
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if settings.security.tls_cert else "http"

@@ -7,7 +7,7 @@ import click
 
 from kvmagent.cli.ctl.agent import Agent, Target
 from kvmagent.cli.ctl.local import find_local_target
-from kvmagent.cli.ctl.terminal import Terminal
+from kvmagent.cli.ctl.terminal import WARN, Terminal, paint
 from kvmagent.settings import DEFAULT_PATH
 
 CommandT = TypeVar("CommandT", bound=click.Command)
@@ -41,6 +41,9 @@ class Session:
         if self._agent is None:
             local = {} if "url" in self.given else find_local_target()
             self._agent = Agent(Target(**local | self.given))
+            if self._agent.shows_token:
+                words = f"kvmagentctl: {self._agent.url} is plain HTTP: the token can be read on the way; use https://"
+                self.terminal.tell(paint(words, WARN))
         return self._agent
 
 
