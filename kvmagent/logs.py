@@ -32,6 +32,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.units import format_ids
+from kvmagent.model.urls import shown_url
 from kvmagent.settings import LogSection
 
 #: What no field may be called: the JSON line has these of its own.
@@ -199,8 +200,11 @@ class LogOutput:
             self._file.follow()
 
 
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
 class _LogFile(logging.handlers.WatchedFileHandler):
-    """Appends to a file, which is the agent's alone (0600).
+    """Appends to a file, which is the agent's alone (0600) and no link to another's.
 
     What the file does not take goes to standard error: no caller fails because of its log.
     """
@@ -210,7 +214,7 @@ class _LogFile(logging.handlers.WatchedFileHandler):
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def _open(self) -> TextIOWrapper:
-        file = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = os.open(self.baseFilename, _APPEND, 0o600)
         stream = TextIOWrapper(os.fdopen(file, "ab"), encoding=self.encoding, errors=self.errors)
         os.dup2(stream.fileno(), self._dump_fd, inheritable=False)
         return stream
@@ -281,8 +285,9 @@ class _JsonFormatter(logging.Formatter):
 def _event(record: logging.LogRecord) -> tuple[str, Mapping[str, object]]:
     """Return a line's event and fields; of a library's line its text is a field, for who knows what is in it."""
     if isinstance(record.msg, Event):
-        return record.msg.name, record.msg.fields
-    return record.name, {"message": _QUERY.sub("?...", record.getMessage())}
+        fields = record.msg.fields.items()
+        return record.msg.name, {name: shown_url(one) if isinstance(one, str) else one for name, one in fields}
+    return record.name, {"message": shown_url(_QUERY.sub("?...", record.getMessage()))}
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -36,8 +36,11 @@ def read_private(path: str, key: str) -> str:
         AgentError: BAD_CONFIGURATION, naming the `key` of the setting: it cannot be read, or others can read it.
     """
     try:
-        with open(path, encoding="ascii") as file:
+        # A pipe would be waited for, with all that its other end wants to be waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="ascii") as file:
             found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise AgentError(Code.BAD_CONFIGURATION, f"{key} {path} must be a file")
             if found.st_mode & _OTHERS:
                 raise AgentError(
                     Code.BAD_CONFIGURATION,

@@ -154,6 +154,9 @@ class Hooks:
         """Run one hook. `until` is on the monotonic clock, seconds."""
         started, output = time.monotonic(), b""
         try:
+            # Once more, at the moment that it is run: those before it took their time.
+            _check_trusted(hook.parent, self._owners)
+            _check_trusted(hook, self._owners)
             status, output = self._execute(hook, document, until)
         except OSError as error:
             failure: str | None = str(error)

@@ -356,3 +356,16 @@ def test_a_refused_query_leaves_an_audit_line(agent: AgentProcess, path: str) ->
 )
 def test_a_url_is_shown_without_its_secrets(url: str, shown: str) -> None:
     assert shown_url(url).removesuffix(" refused") == shown
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokens", 0o600)
+    with pytest.raises(AgentError, match="must be a file"):
+        Security(SecuritySection(tokens_file=str(tmp_path / "tokens"))).load()
+
+
+def test_a_log_file_that_is_a_link_stops_the_start(node_uri: str, tmp_path: Path) -> None:
+    (tmp_path / "log").symlink_to(tmp_path / "other")
+    with pytest.raises(RuntimeError, match=r"log\.file"):
+        AgentProcess(uri=node_uri, settings={"log": {"file": str(tmp_path / "log")}}).__enter__()
+    assert not (tmp_path / "other").exists()
