@@ -138,9 +138,8 @@ class Reads:
     def _encode_vm(self, uuid: str, access: Access) -> msgspec.Raw | None:
         """Return a VM as JSON; None for one that the caller's roles are not for."""
         described = self._describe_vm(uuid)
-        if not access.covers(uuid, getattr(described, "name", None) or ""):
-            return None
-        return msgspec.Raw(encode(described))
+        name = _NAMED.decode(described).name if access.vms else None
+        return described if access.covers(uuid, name or "") else None
 
     def _reclaimable(self, call: Call) -> Answer:
         """Ask each running VM's guest; one that cannot be read is left out, and so is one that is off."""
@@ -240,8 +239,15 @@ class _Told(msgspec.Struct, rename="camel"):
     remedy: Any = None
 
 
+class _Named(msgspec.Struct):
+    """What a VM is called."""
+
+    name: str | None = None
+
+
 # Made here and once, for the reason that model.shapes gives.
 _TOLD = msgspec.json.Decoder(_Told)
+_NAMED = msgspec.json.Decoder(_Named)
 
 
 def _summary(task: TaskSummary) -> dict[str, Any]:

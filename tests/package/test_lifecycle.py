@@ -40,7 +40,7 @@ class Machine:
         file = self.tree.path / CONF
         text = file.read_text()
         for key, value in values.items():
-            text, count = re.subn(rf"(?m)^{key} = .*$", f"{key} = {value}", text)
+            text, count = re.subn(rf"(?m)^{key} =.*$", f"{key} = {value}", text)
             assert count == 1, key
         file.write_text(f"# edited by an operator\n{text}")
 

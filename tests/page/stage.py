@@ -53,7 +53,7 @@ class Stage:
 
     def start(self) -> None:
         """Listen; on the earlier port, if there was one."""
-        routes = {("GET", path): Route(self._answer(path), "read") for path in self.answers}
+        routes = {("GET", path): Route(self._answer(path), "read", query=frozenset({"limit"})) for path in self.answers}
         self._server = Server(
             HttpSection(host=LOOPBACK, port=self._port, socket=""),
             Security(SecuritySection(allow_unauthenticated=True, allowed_clients=(LOOPBACK,))),
