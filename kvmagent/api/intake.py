@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid
+from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid, parse_traceparent
 from kvmagent.audit import audit
 from kvmagent.logs import Log, log_context, struct_fields
 from kvmagent.model.command import NO_CALLBACK, Command
@@ -82,6 +82,7 @@ class Intake:
                     callback_url=callback_url,
                     client=client,
                     caller=caller,
+                    traceparent=parse_traceparent(headers.get("traceparent")),
                 )
                 with log_context(**task.log_fields, role=role):
                     if callback_url != NO_CALLBACK:

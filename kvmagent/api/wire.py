@@ -16,6 +16,10 @@ from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError, Code
 
 _TASK_UUID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+# Source: W3C Trace Context, traceparent: version, trace id, parent id, flags; of version 00 nothing follows.
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[!-~]{1,200})?"
+)
 _MAX_URL = 2048
 # What a request's own limits leave open: no string of any field is longer.
 _LONGEST_STRING = 4096
@@ -63,6 +67,12 @@ def parse_callback_url(value: str | None) -> str:
     if parts.username is not None or parts.password is not None or parts.fragment:
         raise AgentError(Code.BAD_CALLBACK_URL, "callbackurl holds a user name, a password or a fragment")
     return value
+
+
+def parse_traceparent(value: str | None) -> str:
+    """Return the traceparent header; empty where there is none, or none that can be read: a trace is no condition."""
+    found = _TRACEPARENT.fullmatch(value or "")
+    return "" if found is None or (found[0].startswith("00-") and len(found[0]) > 55) else found[0]
 
 
 def decode_request(body: bytes, shape: type[RequestT]) -> RequestT:

@@ -409,7 +409,7 @@ class Delivery:
         attempts = task.attempts + 1
         with log_context(**task.log_fields):
             url = task.callback_url.partition("?")[0]  # a query may hold what is nobody's business
-            headers = {"taskuuid": task_uuid}
+            headers = {"taskuuid": task_uuid} | ({"traceparent": task.traceparent} if task.traceparent else {})
             status, error = destination.channel.post(task.callback_url, task.reply, headers, self._timeout_s)
             if status is not None and 200 <= status < 300:
                 self._fault("callback:taken")

@@ -74,8 +74,9 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
 class Task(TaskSummary, frozen=True, kw_only=True):
     """One task as the journal has it; request, goal and before are JSON, the reply is whole.
 
-    `own_at` is when it was accepted, or its callback last came to be owed, in the agent's own time. `recovered`: it was
-    left unfinished and is taken up again. Not in the file: it is so of what `unfinished` returns.
+    `own_at` is when it was accepted, or its callback last came to be owed, in the agent's own time. `traceparent`: the
+    trace that its caller named, or nothing. `recovered`: it was left unfinished and is taken up again. Not in the file:
+    it is so of what `unfinished` returns.
     """
 
     request: bytes
@@ -83,16 +84,19 @@ class Task(TaskSummary, frozen=True, kw_only=True):
     before: bytes | None = None
     owed_at: float | None = None
     own_at: float = 0.0
+    traceparent: str = ""
     recovered: bool = False
 
     @property
     def log_fields(self) -> dict[str, str]:
         """What every line carries that is logged while somebody works on the task."""
+        trace = {"traceparent": self.traceparent} if self.traceparent else {}
         return {
             "task": self.task_uuid,
             "vm": self.lane,
             "command": self.command,
             "caller": self.caller or "unknown",
+            **trace,
         }
 
 
@@ -495,7 +499,7 @@ class Journal:
 
 
 # What a caller gives with a task, and what is written of a new one.
-_GIVEN = ("task_uuid", "command", "lane", "request", "callback_url", "client", "caller")
+_GIVEN = ("task_uuid", "command", "lane", "request", "callback_url", "client", "caller", "traceparent")
 _INSERT = (
     f"INSERT INTO tasks ({', '.join(_GIVEN)}, state, accepted_at, own_at)"
     f" VALUES ({', '.join('?' * (len(_GIVEN) + 3))}) ON CONFLICT (task_uuid) DO NOTHING"

@@ -108,6 +108,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (vm_uuid, run, cpu)
         ) WITHOUT ROWID""",
     ),
+    (
+        # Which of the caller's traces the task is a part of; empty: it named none.
+        "ALTER TABLE tasks ADD COLUMN traceparent TEXT NOT NULL DEFAULT ''",
+    ),
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256

@@ -55,6 +55,33 @@ def test_every_line_of_a_task_says_whose_it_is_those_of_libraries_too(
     assert not strangers
 
 
+def test_a_trace_is_kept_over_a_restart_and_handed_on_in_every_line_and_with_the_callback(node_uri: str) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    task, other = new_task_uuid(), new_task_uuid()
+    with ManagementServer() as server, AgentProcess(uri=node_uri, settings={"log": {"format": "json"}}) as agent:
+        server.stop()
+        body = {"vmUuid": "vm1", "cpuNum": 2}
+        for uuid, given in ((task, trace), (other, "00-nonsense")):
+            sent = {"traceparent": given}
+            reply = agent.post(CPU, body, task_uuid=uuid, callback_url=server.url, headers=sent)
+            assert reply.status == 200
+        wait_for(lambda: agent.log().count("task finished") == 2, timeout_s=60, what="both tasks")
+        agent.kill()
+        server.start()
+        agent.start()
+        # One that is sent again belongs to the trace that it was accepted in.
+        agent.post(CPU, body, task_uuid=task, callback_url=server.url, headers={"traceparent": ""})
+        for uuid, expected in ((task, trace), (other, None)):
+            server.wait(uuid, 60)
+            assert server.callbacks(uuid)[0].headers.get("traceparent") == expected
+        wait_for(lambda: agent.log().count("callback delivered") >= 2, timeout_s=60, what="both callbacks")
+        lines = json_lines(agent)
+    ours = [line for line in lines if line.get("task") == task and "client" not in line]
+    assert {"task started", "task finished", "callback delivered"} <= {line["message"] for line in ours}
+    assert {line.get("traceparent") for line in ours} == {trace}
+    assert {line.get("traceparent") for line in lines if line.get("task") == other} == {None}
+
+
 def test_a_refused_command_is_one_line_with_the_reason(agent: AgentProcess, server: ManagementServer) -> None:
     task = new_task_uuid()
     agent.post(CPU, {"vmUuid": "vm1"}, task_uuid=task, callback_url=server.url)

@@ -97,7 +97,7 @@ def boot(made: Made, tmp_path: Path) -> Iterator[Callable[[str], Booted]]:
         tree.run("apt-get", "install", "--yes", "--quiet", "--download-only", "--no-install-recommends", "haproxy")
         (tmp_path / made.deb.name).write_bytes(made.deb.read_bytes())
         tree.bind(tmp_path, CONTROLLER)
-        tree.bind(ROOT / "conf/ansible", "/srv/ansible")
+        tree.bind(ROOT / "conf/ansible", "/srv/collections/ansible_collections/kvmagent/hotplug")
         for prefix in {sys.prefix, sys.base_prefix} - {"/usr"}:
             tree.bind(Path(prefix), prefix)
         machine = Booted(tree)
@@ -177,12 +177,14 @@ def test_the_role_makes_the_same_node_and_changes_nothing_the_second_time(
     }
     (tmp_path / "inventory.yml").write_text(json.dumps({"kvmagent": {"hosts": {"node1": variables}}}))
     play = [
+        "env",
+        "ANSIBLE_COLLECTIONS_PATH=/srv/collections",
         sys.executable,
         "-m",
         "ansible",
         "playbook",
         f"--inventory={CONTROLLER}/inventory.yml",
-        "/srv/ansible/site.yml",
+        "kvmagent.hotplug.site",
     ]
     first = machine.run(*play)
     assert re.search(r"node1 .* failed=0 ", first), first

@@ -1,7 +1,7 @@
 import msgspec
 import pytest
 
-from kvmagent.api.wire import decode_request, encode_error, parse_callback_url, parse_task_uuid
+from kvmagent.api.wire import decode_request, encode_error, parse_callback_url, parse_task_uuid, parse_traceparent
 from kvmagent.model.errors import AgentError, Code
 from kvmagent_plugins.vm.requests import HotPlugCpuRequest, HotPlugMemoryRequest
 
@@ -121,3 +121,22 @@ def test_a_refusal_has_the_contract_s_fields() -> None:
         "errorCode": "STOPPING",
         "remedy": "Send it again in a few seconds.",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
+        ("cc-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-what-comes-later", True),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more", False),
+        ("ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", False),
+        ("00-00000000000000000000000000000000-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01", False),
+        ("00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", False),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\nx: y", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_a_trace_is_taken_where_it_can_be_read_and_no_condition(given: str | None, taken: bool) -> None:
+    assert parse_traceparent(given) == (given if taken else "")
