@@ -22,6 +22,7 @@ from kvmagent.api.metrics.sampler import Sampler
 from kvmagent.api.metrics.state import StateMetrics
 from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.api.page import page_routes
+from kvmagent.api.planning import Planning
 from kvmagent.api.reads import Reads
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Route, Server
@@ -47,9 +48,11 @@ from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import JOURNAL, Journal, Left, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.late import LateRemovals
+from kvmagent.tasks.planner import Planner
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.reports import Reports
 from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent.tasks.times import StepTimes
 from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
@@ -210,14 +213,16 @@ class Agent:
         posts = {
             ("POST", one.path): Route(_handle(intake, one), one.role, host=isinstance(one, Query)) for one in declared
         }
-        reads_and_cancel = reads.routes(
-            lambda call: Answer(encode(intake.cancel(call.parts[0], client=call.client, access=call.access)))
+        planner = Planner(node, self._commands.values(), find_took=StepTimes(self._journal).find)
+        own_paths = reads.routes(
+            cancel=lambda call: Answer(encode(intake.cancel(call.parts[0], client=call.client, access=call.access))),
+            plan=Planning(planner).answer,
         )
         self._security = Security(settings.security)
         self._server = Server(
             settings.http,
             self._security,
-            {**posts, **reads_and_cancel, **page_routes()},
+            {**posts, **own_paths, **page_routes()},
             opens_tcp=settings.security.opens_tcp,
             meters=metrics,
         )

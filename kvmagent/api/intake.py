@@ -71,7 +71,7 @@ class Intake:
             try:
                 task_uuid = parse_task_uuid(headers.get("taskuuid"))
                 callback_url = _parse_callback_url(command, headers)
-                _check_content_type(headers.get("content-type", "application/json"))
+                check_content_type(headers.get("content-type", "application/json"))
                 request, lane = _read(command, body)
                 role = _check_access(command, request, access)
                 task = Task(
@@ -141,7 +141,7 @@ class Intake:
                         f"{query.path} answers at once and takes no taskuuid header",
                         remedy="Leave the taskuuid header out; the answer is in the body.",
                     )
-                _check_content_type(headers.get("content-type", "application/json"))
+                check_content_type(headers.get("content-type", "application/json"))
                 request, _ = _read(query, body)
             except AgentError as error:
                 who: dict[str, Any] = {"caller": caller, "client": client}
@@ -195,7 +195,12 @@ def _parse_callback_url(declared: Command | Query, headers: Mapping[str, str]) -
     return parse_callback_url(headers.get("callbackurl", default))
 
 
-def _check_content_type(value: str) -> None:
+def check_content_type(value: str) -> None:
+    """Refuse what does not say that it is JSON: a form that a browser sends from elsewhere does not.
+
+    Raises:
+        AgentError: BAD_CONTENT_TYPE.
+    """
     content_type = value.partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise AgentError(Code.BAD_CONTENT_TYPE, f"Content-Type is {content_type!r}")

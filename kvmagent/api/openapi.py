@@ -34,6 +34,7 @@ class OwnPath(NamedTuple):
     """A path that no plugin declares, what it answers, the role that it needs, and the schemas of its query and answer.
 
     `host`: it concerns the whole host, so that a role for some VMs is not enough.
+    `request` and `reply` are the shapes of bodies that have one.
     """
 
     path: str
@@ -43,12 +44,15 @@ class OwnPath(NamedTuple):
     query: Mapping[str, Any] = MappingProxyType({})
     method: str = "get"
     content: Mapping[str, Any] = MappingProxyType({"application/json": {"schema": {}}})
+    request: type[msgspec.Struct] | None = None
+    reply: type[msgspec.Struct] | None = None
 
 
 def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -> dict[str, Any]:
     """Return the document."""
-    declared = list(declared)
+    declared, own = list(declared), list(own)
     shapes = [Accepted, Refusal, *(shape for one in declared for shape in (one.request, one.reply))]
+    shapes += [shape for one in own for shape in (one.request, one.reply) if shape is not None]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
     paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
     paths |= {one.path: {one.method: _own(one)} for one in own}
@@ -128,8 +132,9 @@ def _own(own: OwnPath) -> dict[str, Any]:
             *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
             *({"name": name, "in": "query", "schema": schema} for name, schema in own.query.items()),
         ],
+        **({"requestBody": {"required": True, "content": _json(own.request)}} if own.request else {}),
         "responses": {
-            "200": {"description": own.summary, "content": dict(own.content)},
+            "200": {"description": own.summary, "content": _json(own.reply) if own.reply else dict(own.content)},
             **_refusals(_ANY + _READ + (_COMMAND if own.method == "post" else ())),
         },
     }

@@ -12,12 +12,14 @@ from kvmagent.api.deadline import Asker
 from kvmagent.api.intake import check_owner
 from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
 from kvmagent.api.openapi import OwnPath, build_openapi
+from kvmagent.api.planning import PATH as PLAN_PATH
 from kvmagent.api.server import Answer, Call, Handler, Route
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.plans import PlanReply, PlanRequest
 from kvmagent.model.roles import Access
 from kvmagent.model.urls import shown_url
 from kvmagent.tasks.delivery import Delivery
@@ -47,6 +49,15 @@ _PATHS = (
         "sent; 409 with what it is doing where it is too late",
         "caller",
         method="post",
+    ),
+    OwnPath(
+        PLAN_PATH,
+        "What resizes of a VM would mean: now or after a restart, why, how exactly, how long. Answered at once; "
+        "nothing is changed or reserved",
+        "read",
+        method="post",
+        request=PlanRequest,
+        reply=PlanReply,
     ),
     OwnPath(
         "/host/reclaimable",
@@ -98,14 +109,15 @@ class Reads:
         self._asker = Asker(at_once=_AT_ONCE)
         self._openapi = encode(build_openapi(declared, _PATHS))
 
-    def routes(self, cancel: Handler) -> Mapping[tuple[str, str], Route]:
-        """Return the paths of the OpenAPI document that no plugin declares; `cancel` takes a task back."""
+    def routes(self, *, cancel: Handler, plan: Handler) -> Mapping[tuple[str, str], Route]:
+        """Return the paths of the OpenAPI document that no plugin declares, and what answers them."""
         handlers: Mapping[str, Handler] = {
             "/vms": self._vms,
             "/vms/{vmUuid}": self._vm,
             "/tasks": self._tasks,
             "/tasks/{taskUuid}": self._task,
             "/tasks/{taskUuid}/cancel": cancel,
+            PLAN_PATH: plan,
             "/host/reclaimable": self._reclaimable,
             "/healthz": self._health,
             "/metrics": self._render_metrics,

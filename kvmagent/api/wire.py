@@ -180,9 +180,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _CAUSES = (
     ("Object contains unknown field", Code.UNKNOWN_FIELD),
     ("Object missing required field", Code.MISSING_FIELD),
+    ("a target needs", Code.MISSING_FIELD),
     ("Expected `int` <=", Code.OUT_OF_RANGE),
     ("Expected `int` >=", Code.OUT_OF_RANGE),
     ("Expected `str` of", Code.OUT_OF_RANGE),
+    ("Expected `array` of", Code.OUT_OF_RANGE),
     ("Expected `str` matching", Code.OUT_OF_RANGE),
     ("Invalid enum value", Code.OUT_OF_RANGE),
     ("Integer value out of range", Code.OUT_OF_RANGE),

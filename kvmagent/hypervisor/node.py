@@ -18,7 +18,7 @@ from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
-from kvmagent.hypervisor.performers import perform, preview
+from kvmagent.hypervisor.performers import foresee, perform, preview
 from kvmagent.hypervisor.qemumemory import AskQemu
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes, was_migrated
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
@@ -27,7 +27,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
 from kvmagent.model.reclaim import Reclaimable, find_reclaimable
-from kvmagent.model.steps import AnyStep
+from kvmagent.model.steps import AnyStep, DefineShape
 
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
 _SAME_LOOK_S = 0.05
@@ -324,3 +324,12 @@ class HeldVm:
         """
         with phase("libvirt"):
             return preview(self._handle, step)
+
+    def foresee(self, step: DefineShape) -> tuple[str, Definition]:
+        """Return the diff of a definition that is not made, and what it would be.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE and other libvirt errors; DEFINITION_REFUSED.
+        """
+        with phase("libvirt"):
+            return foresee(self._handle, step)

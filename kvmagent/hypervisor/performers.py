@@ -14,10 +14,12 @@ from typing import Any
 
 from kvmagent.hypervisor.deviceevents import DeviceEvent
 from kvmagent.hypervisor.domain import VmHandle
+from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.guestagent import CommandRefused
 from kvmagent.hypervisor.shapexml import edit_shape, format_diff
 from kvmagent.meters import phase
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -62,12 +64,19 @@ def preview(vm: VmHandle, step: AnyStep) -> str:
     Raises:
         AgentError: when the VM cannot be read; DEFINITION_REFUSED, where libvirt's schema would not let it pass.
     """
-    if not isinstance(step, DefineShape):
-        return ""
+    return foresee(vm, step)[0] if isinstance(step, DefineShape) else ""
+
+
+def foresee(vm: VmHandle, step: DefineShape) -> tuple[str, Definition]:
+    """Return the diff that a definition would tell, and what it would be, without making it.
+
+    Raises:
+        AgentError: as `preview`.
+    """
     former = vm.config_xml()
     edited = edit_shape(former, step.shape)
     vm.check_definition(edited)
-    return format_diff(former, edited)
+    return format_diff(former, edited), parse_definition(edited)
 
 
 def _set_vcpus(vm: VmHandle, step: SetVcpus) -> None:

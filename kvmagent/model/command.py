@@ -84,9 +84,33 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     run: str | None = None
     failure: Problem | None = None
 
+    @property
+    def slots(self) -> int:
+        """How many memory slots of the running VM it takes."""
+        return 0
+
     def find_total(self, resource: Resource) -> Total | None:
         """Return the total of a resource."""
         return next((total for total in self.totals if total.resource == resource), None)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """What a command resizes, all of it at once, and in which direction."""
+
+    resources: frozenset[Literal["cpu", "memory"]]
+    direction: Literal["up", "down"]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a VM's next start is to allow for: totals, or maxima; None leaves it to the command that prepares."""
+
+    vm: str
+    cpu_num: int | None = None
+    memory_size: int | None = None
+    max_cpu_num: int | None = None
+    max_memory_size: int | None = None
 
 
 class StepReport(msgspec.Struct, frozen=True, rename="camel"):
@@ -165,7 +189,8 @@ class Command:
     offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `conclude`
     returns fields of `reply` that are not VmReply's, and `warnings` to be told beside the judge's. With
     `remedies_in_error` the reply's `error` says what to do as well, for a caller that shows nothing else: of
-    some codes in words of its own.
+    some codes in words of its own. `resizes` is what plans are made with: the first command that resizes something in
+    a direction is the one for it. `prepares` makes a request that prepares the persistent definition for a wish.
     """
 
     name: str
@@ -187,6 +212,8 @@ class Command:
     find_progress_context: Callable[[Any], dict[str, Any] | None] = lambda _request: None
     subcommand: str = ""
     remedies_in_error: Mapping[Code, str] | None = None
+    resizes: Resize | None = None
+    prepares: Callable[[Wish], VmRequest] | None = None
 
     def __post_init__(self) -> None:
         check_role(self.name, self.role)

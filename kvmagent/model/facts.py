@@ -390,6 +390,18 @@ class Facts(msgspec.Struct, frozen=True):
             raise AgentError(Code.VM_TRANSIENT, f"VM {self.domain.name} is transient")
         return self.domain.config
 
+    def after_restart(self, config: "Definition | None" = None) -> "Facts":
+        """Return what would be so after a power cycle: the VM runs as its definition says, its guest unknown.
+
+        `config` is what the persistent definition would be by then; None: what it is.
+        """
+        domain, config = self.domain, config or self.domain.config
+        return Facts(
+            domain=Domain(name=domain.name, uuid=domain.uuid, state="running", live=config, config=config),
+            guest=Guest(os=self.guest.os),
+            host=self.host,
+        )
+
     @property
     def restart_required(self) -> bool:
         """Whether the persistent definition has what the running VM lacks until it is powered off and on."""

@@ -3,6 +3,7 @@
 The last two are the guest's word. A guest that tells of more than its VM has, has told nothing: None.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from kvmagent.model.errors import CODES, CPU_ONLINE_HINT, MEMORY_ONLINE_HINT, Code
@@ -24,6 +25,13 @@ from kvmagent.model.units import format_ids, format_size
 
 # Source: Linux admin-guide/mm/memory-hotplug.rst: ratios of 3:1 to 4:1 are bearable, what is above is not.
 MOST_MOVABLE_RATIO = 3
+
+
+#: What the guest's part is done with, by resource.
+AGENT_COMMANDS: Mapping[Resource, frozenset[str]] = {
+    "cpu": frozenset({"guest-get-vcpus", "guest-set-vcpus"}),
+    "memory": frozenset({"guest-get-memory-blocks", "guest-get-memory-block-info", "guest-set-memory-blocks"}),
+}
 
 
 class Use(NamedTuple):

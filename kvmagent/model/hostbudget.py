@@ -145,6 +145,15 @@ def find_target(totals: Iterable[Total], facts: Facts) -> int | None:
     return own.guest_bytes + grown if grown else None
 
 
+def find_reserved(totals: Iterable[Total], facts: Facts) -> int:
+    """Return what would be reserved of the host's memory for a goal: for the guest, and for QEMU's tables of it."""
+    live, guest_bytes = facts.domain.live, find_target(totals, facts)
+    if live is None or guest_bytes is None:
+        return 0
+    own = make_promise(facts.domain.uuid, facts.domain.name, live, default_page_bytes=facts.host.hugepage_bytes)
+    return own.grown_to(guest_bytes).size_bytes - own.size_bytes
+
+
 def find_page_bytes(live: Definition, node: int, default_page_bytes: int | None) -> int:
     """Return the size of the pages behind a guest NUMA node; 0 for normal ones."""
     size = live.find_hugepage_bytes(node)

@@ -40,15 +40,15 @@ import msgspec
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context, struct_fields
 from kvmagent.meters import Meters, phase
-from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
+from kvmagent.model.command import Command, Ending, StepReport, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
 from kvmagent.model.hostbudget import find_target
-from kvmagent.model.ownerswill import ask_owner
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.answers import make_error, make_reply, tell_totals
+from kvmagent.tasks.decision import decide
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
@@ -450,11 +450,7 @@ class Executor:
         run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
         if run.goal is None:
             run.before = run.after
-            goal = _identify(command.decide(run.request, run.after, task.task_uuid), run.after)
-            steps = command.advance(goal, run.after, frozenset())
-            if steps or goal.totals:
-                ask_owner(run.after, run.request.affect, goal)
-            run.goal = goal
+            run.goal, steps = decide(command, run.request, run.after, task.task_uuid)
             return steps
         return command.advance(run.goal, run.after, frozenset())
 
@@ -628,11 +624,6 @@ def _tell_step(report: StepReport) -> None:
         error=problem and problem.message,
         **struct_fields(report.step),
     )
-
-
-def _identify(goal: Goal, facts: Facts) -> Goal:
-    """Return a goal with the VM and the run that it is for: no plugin has to remember it."""
-    return msgspec.structs.replace(goal, vm=facts.domain.uuid, run=facts.run)
 
 
 def _refuse_undeclared(run: Run, steps: tuple[AnyStep, ...]) -> None:

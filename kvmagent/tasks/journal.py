@@ -112,6 +112,15 @@ class StepRecord(msgspec.Struct, frozen=True):
     cut_off: bool = False
 
 
+class StepTime(NamedTuple):
+    """How long one step of a task took that has reached its goal."""
+
+    task_uuid: str
+    command: str
+    kind: str
+    elapsed_ms: float | None
+
+
 class Owed(msgspec.Struct, frozen=True):
     """A callback that is owed since `owed_at`, without its body: what delivery keeps in memory.
 
@@ -168,6 +177,8 @@ class Journal:
         # When the agent's own time began, as `elapsed` counts.
         self._own_since = 0.0
         self._pruned_at: float | None = None
+        #: Counts the results that were recorded since the start.
+        self.results = 0
 
     def lock(self) -> None:
         """Keep every other process away until `unlock`.
@@ -299,6 +310,7 @@ class Journal:
 
         now, since = self._clock(), self._owed_since()
         owed: Owed = self._file.write_now("finish", change)
+        self.results += 1
         return owed
 
     def cancel(self, task_uuid: str, reply: bytes, outcome: str, *, then: Callable[[Owed], None]) -> None:
@@ -471,6 +483,15 @@ class Journal:
         return [
             StepRecord(**dict(row) | {"cut_off": bool(row["cut_off"])}) for row in self._file.read(sql, (task_uuid,))
         ]
+
+    def recent_steps(self, *, limit: int) -> list[StepTime]:
+        """Return the steps, in order, of the newest tasks that reached their goal by some."""
+        sql = (
+            "SELECT task_uuid, command, json_extract(CAST(step AS TEXT), '$.step') AS kind, elapsed_ms FROM"
+            " (SELECT seq, task_uuid, command FROM tasks WHERE outcome IN ('online', 'plugged', 'configured')"
+            " ORDER BY seq DESC LIMIT ?) JOIN steps USING (task_uuid) ORDER BY seq DESC, n"
+        )
+        return [StepTime(*row) for row in self._file.read(sql, (limit,))]
 
     def _owed_since(self) -> dict[str, float]:
         """Return what is written of a callback that is owed from now on."""

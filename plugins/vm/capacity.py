@@ -14,7 +14,8 @@ import msgspec
 
 from kvmagent.model.command import Affect, Goal
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Domain, Facts, Guest
+from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.fields import Method
 from kvmagent.model.ownerswill import ask_owner
 from kvmagent.model.units import align_up
 
@@ -31,7 +32,7 @@ from .checks import (
 )
 from .guestos import check_gives_up, check_plugs_memory
 from .placement import check_placement
-from .requests import Blocker, Headroom, HotPlugCpuRequest, HotPlugMemoryRequest, Method, ReadyForHotplugRequest
+from .requests import Blocker, Headroom, HotPlugCpuRequest, HotPlugMemoryRequest, ReadyForHotplugRequest
 
 # Nothing is wrong with a VM that has all that it can have without a restart.
 _AT_MAXIMUM = frozenset({Code.CPU_ABOVE_MAXIMUM, Code.MEMORY_ABOVE_MAXIMUM, Code.SLOTS_EXHAUSTED})
@@ -158,16 +159,6 @@ def find_largest(accepts: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if accepts(middle) else (low, middle)
     return low
-
-
-def after_restart(facts: Facts) -> Facts:
-    """Return what would be so after a power cycle: the VM runs as its persistent definition says, its guest unknown."""
-    domain = facts.domain
-    return Facts(
-        domain=Domain(name=domain.name, uuid=domain.uuid, state="running", live=domain.config, config=domain.config),
-        guest=Guest(os=facts.guest.os),
-        host=facts.host,
-    )
 
 
 def _current(facts: Facts, affect: Affect) -> Definition | None:

@@ -11,6 +11,7 @@ from kvmagent.model import hostbudget, policy
 from kvmagent.model.command import Affect
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
+from kvmagent.model.guestuse import AGENT_COMMANDS
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
@@ -30,16 +31,6 @@ _CPU_REMOVAL_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le"})
 _DIMM_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le", "aarch64"})
 # Others tell their guests by firmware calls (POWER) or channel reports (s390x).
 _ACPI_ARCHES = frozenset({"x86_64", "aarch64"})
-# What the guest's part is done with.
-_NEEDED_AGENT_COMMANDS = frozenset(
-    {
-        "guest-get-vcpus",
-        "guest-set-vcpus",
-        "guest-get-memory-blocks",
-        "guest-get-memory-block-info",
-        "guest-set-memory-blocks",
-    }
-)
 _MACHINE_VERSION, _MEMORY_FROM_MACHINE = re.compile(r"pc-(?:i440fx-|q35-)?(\d+)\.(\d+)"), (2, 1)
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
@@ -420,7 +411,7 @@ def check_guest(guest: Guest) -> Iterator[Blocker]:
             remedy=CODES[guest.silence].remedy,
             needs_restart=guest.silence is Code.GUEST_AGENT_ABSENT,
         )
-    for command in sorted(guest.disabled & _NEEDED_AGENT_COMMANDS - guest.refused.keys()):
+    for command in sorted(guest.disabled & frozenset().union(*AGENT_COMMANDS.values()) - guest.refused.keys()):
         yield blocker(Code.GUEST_AGENT_REFUSED, f"{command} is disabled in the guest agent's configuration")
     for command, words in guest.refused.items():
         yield blocker(Code.GUEST_AGENT_REFUSED, f"{command}: {words}")

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Command, Ending, Goal, Total
+from kvmagent.model.command import Command, Ending, Goal, Resize, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.policy import may_online
@@ -202,6 +202,7 @@ HOT_PLUG_CPU = Command(
     advance=advance,
     conclude=conclude,
     role="plug",
+    resizes=Resize(frozenset({"cpu"}), "up"),
     refusals=(
         *STATE_REFUSALS,
         Code.VM_SUSPENDED,

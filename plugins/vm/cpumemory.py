@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Command, Ending, Goal
+from kvmagent.model.command import Command, Ending, Goal, Resize
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.reply import Problem
@@ -27,6 +27,10 @@ class CpuMemoryGoal(Goal, frozen=True, rename="camel"):
     memory: MemoryGoal
     cpu: CpuGoal
     undo_memory: ShrinkGoal | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.memory.slots
 
 
 def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> CpuMemoryGoal:
@@ -137,6 +141,7 @@ HOT_PLUG_CPU_MEMORY = Command(
     advance=advance,
     conclude=conclude,
     role="plug",
+    resizes=Resize(frozenset({"cpu", "memory"}), "up"),
     refusals=tuple(dict.fromkeys((*memory.HOT_PLUG_MEMORY.refusals, *cpu.HOT_PLUG_CPU.refusals))),
     retreat=retreat,
     resume=resume,

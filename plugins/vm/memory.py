@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Affect, Command, Ending, Total
+from kvmagent.model.command import Affect, Command, Ending, Resize, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice
 from kvmagent.model.guestuse import find_imbalance
@@ -392,6 +392,7 @@ HOT_PLUG_MEMORY = Command(
     advance=advance,
     conclude=conclude,
     role="plug",
+    resizes=Resize(frozenset({"memory"}), "up"),
     refusals=(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,

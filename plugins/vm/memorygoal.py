@@ -86,6 +86,12 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
         return self.balloon_live or plugs or resizes or bool(self.back_online)
 
     @property
+    def slots(self) -> int:
+        """How many memory slots of the running VM it takes."""
+        devices = (*self.dimms, *([self.virtio_mem] if self.virtio_mem else []))
+        return sum(device.live for device in devices)
+
+    @property
     def plugs(self) -> bool:
         """Whether memory devices are to be attached or to grow."""
         return bool(self.dimms or self.resizes or self.virtio_mem)

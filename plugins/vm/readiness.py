@@ -6,7 +6,7 @@ With `prepare` the persistent definition is edited so that the next start is rea
 from collections.abc import Mapping
 from typing import Any
 
-from kvmagent.model.command import Command, Ending
+from kvmagent.model.command import Command, Ending, Wish
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.guestuse import find_imbalance, find_memory_warnings, idle_warnings, migration_warnings, warning
@@ -15,7 +15,7 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import format_size
 
-from .capacity import after_restart, find_headroom, judge_readiness
+from .capacity import find_headroom, judge_readiness
 from .checks import check_guest
 from .guestmemory import find_online_bytes
 from .guestos import check_gives_up, find_limits
@@ -33,6 +33,17 @@ def decide(request: ReadyForHotplugRequest, facts: Facts, task_uuid: str) -> Pre
         AgentError: what `plan_preparation` refuses.
     """
     return plan_preparation(request, facts) if request.prepare else PrepareGoal()
+
+
+def _prepare_for(wish: Wish) -> ReadyForHotplugRequest:
+    return ReadyForHotplugRequest(
+        vm_uuid=wish.vm,
+        cpu_num=wish.cpu_num,
+        memory_size=wish.memory_size,
+        max_cpu_num=wish.max_cpu_num,
+        max_memory_size=wish.max_memory_size,
+        prepare=True,
+    )
 
 
 def advance(goal: PrepareGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -119,7 +130,7 @@ def _is_ready_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> bo
     """
     if facts.domain.config is None or facts.domain.saved:
         return False
-    anew = after_restart(facts)
+    anew = facts.after_restart()
     same = ReadyForHotplugRequest(vm_uuid=request.vm_uuid, cpu_num=request.cpu_num, memory_size=request.memory_size)
     return judge_readiness(same, anew, find_headroom(same, anew)).ready
 
@@ -206,6 +217,7 @@ READY_FOR_HOTPLUG = Command(
     advance=advance,
     conclude=conclude,
     role="read",
+    prepares=_prepare_for,
     needs_also=lambda request: "prepare" if request.prepare else None,
     refusals=(
         Code.VM_NOT_FOUND,

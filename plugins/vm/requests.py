@@ -7,11 +7,9 @@ import msgspec
 from kvmagent.model.command import VmRequest
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import GuestOs, VmState
+from kvmagent.model.fields import CpuNum, DimmSize, GuestNode, MemoryMethod, MemorySize, ScaleShares, Strict
 from kvmagent.model.reply import VmReply
 
-CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
-MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
-Method = Literal["auto", "dimm", "virtio-mem", "balloon"]
 LateCallback = Annotated[
     bool, msgspec.Meta(description="Send a second callback when a removal that was pending completes later")
 ]
@@ -30,10 +28,6 @@ ExpectedMemorySize = (
     | None
 )
 
-ScaleShares = Annotated[
-    bool, msgspec.Meta(description="Scale the VM's CPU shares, where it has its own, with the number of vCPUs")
-]
-
 
 class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
     """Bring a VM up to a number of vCPUs."""
@@ -48,16 +42,10 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
 
     memory_size: MemorySize
     expected_memory_size: ExpectedMemorySize = None
-    method: Annotated[
-        Method,
-        msgspec.Meta(
-            description="auto gives back the balloon first, then grows a virtio-mem device that is there, then "
-            "attaches dimms; virtio-mem attaches a device where there is none with room"
-        ),
-    ] = "auto"
-    node: Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that is to have it")] | None = None
-    dimm_size: Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Size of each dimm, bytes")] | None = None
-    strict: Annotated[bool, msgspec.Meta(description="Refuse an amount that had to be rounded")] = False
+    method: MemoryMethod = "auto"
+    node: GuestNode | None = None
+    dimm_size: DimmSize | None = None
+    strict: Strict = False
 
 
 class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):

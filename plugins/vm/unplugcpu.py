@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kvmagent.model.command import Command, Ending, Goal, Total
+from kvmagent.model.command import Command, Ending, Goal, Resize, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.reply import VmReply
@@ -145,6 +145,7 @@ HOT_UNPLUG_CPU = Command(
     advance=advance,
     conclude=conclude,
     role="unplug",
+    resizes=Resize(frozenset({"cpu"}), "down"),
     refusals=(
         *STATE_REFUSALS,
         Code.VM_SUSPENDED,

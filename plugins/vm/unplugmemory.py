@@ -6,7 +6,7 @@ virtio-mem devices shrink, dimms leave where that is not enough, and below the b
 from collections.abc import Mapping
 from typing import Any
 
-from kvmagent.model.command import Affect, Command, Ending, Total
+from kvmagent.model.command import Affect, Command, Ending, Resize, Total
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
 from kvmagent.model.reply import Problem
@@ -108,7 +108,8 @@ def conclude(ending: Ending) -> Mapping[str, Any]:
     goal = ending.goal
     not_exact = [] if goal is None or goal.total_bytes <= ending.request.memory_size else [_not_exact(ending)]
     return {
-        "warnings": not_exact + explain_free(ending) if ending.is_done else [],
+        "warnings": (not_exact if ending.is_done or ending.planned is not None else [])
+        + (explain_free(ending) if ending.is_done else []),
         "requested": ending.request.memory_size,
         "aligned": None if goal is None else goal.total_bytes,
         "applied": _applied(ending),
@@ -294,6 +295,7 @@ HOT_UNPLUG_MEMORY = Command(
     advance=advance,
     conclude=conclude,
     role="unplug",
+    resizes=Resize(frozenset({"memory"}), "down"),
     refusals=(
         *STATE_REFUSALS,
         Code.NOT_AS_EXPECTED,

@@ -12,6 +12,7 @@ import msgspec
 from kvmagent.model.command import Goal, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.fields import Method, ScaleShares
 
 from .cpu import HOT_PLUG_CPU
 from .cpumemory import HOT_PLUG_CPU_MEMORY
@@ -21,8 +22,6 @@ from .requests import (
     ExpectedMemorySize,
     HotPlugCpuRequest,
     HotPlugMemoryRequest,
-    Method,
-    ScaleShares,
 )
 
 # The server's own thread of work, where the request is to be followed step by step; echoed as it came.
@@ -160,6 +159,7 @@ INCREASE_CPU = replace(
     summary="HotPlugCpu, as a ZStack management server sends it",
     request=IncreaseCpuRequest,
     remedies_in_error=_REMEDIES,
+    resizes=None,
     find_progress_context=find_progress_context,
 )
 INCREASE_MEMORY = replace(
@@ -170,6 +170,7 @@ INCREASE_MEMORY = replace(
     summary="HotPlugMemory by dimm, as a ZStack management server sends it",
     request=IncreaseMemoryRequest,
     remedies_in_error=_REMEDIES,
+    resizes=None,
     find_progress_context=find_progress_context,
 )
 CHANGE_CPU_MEMORY = replace(
@@ -180,6 +181,7 @@ CHANGE_CPU_MEMORY = replace(
     summary="HotPlugCpuMemory, as a ZStack management server sends it",
     request=ChangeCpuMemoryRequest,
     remedies_in_error=_REMEDIES,
+    resizes=None,
     decide=decide_both,
     refusals=(Code.MISSING_FIELD, *HOT_PLUG_CPU_MEMORY.refusals),
     find_progress_context=find_progress_context,

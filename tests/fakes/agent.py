@@ -18,9 +18,11 @@ from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA
 from kvmagent.model.command import Command
+from kvmagent.model.plans import PlanRequest
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Journal, Task
+from kvmagent.tasks.planner import Planner
 from kvmagent_plugins.vm_plugin import PLUGIN
 from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, ask_qemu, send_to_agent
 from tests.lab.domainxml import GuestSpec, format_domain
@@ -214,3 +216,11 @@ def carry_out(node: Node, command: str, task_uuid: str = "task-1", /, **fields: 
         Task(task_uuid=task_uuid, command=command, lane=fields["vmUuid"], request=request, callback_url="", client="")
     )
     return journal.reply
+
+
+def plan(node: Node, *targets: dict[str, Any], vm: str = "vm1") -> list[dict[str, Any]]:
+    """What resizes would mean, as the agent answers it."""
+    planner = Planner(node, COMMANDS.values(), find_took=lambda _command, _steps: None)
+    request = decode_request(encode({"vmUuid": vm, "targets": targets}), PlanRequest)
+    plans: list[dict[str, Any]] = msgspec.to_builtins(planner.plan(request))["plans"]
+    return plans

@@ -1,0 +1,121 @@
+"""What a plan asks and answers: what resizes of one VM would mean, before anybody does them. Sizes are bytes."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from kvmagent.model.command import Affect, VmName
+from kvmagent.model.facts import VmState
+from kvmagent.model.fields import CpuNum, DimmSize, GuestNode, MemoryMethod, MemorySize, ScaleShares, Strict
+from kvmagent.model.reply import Outcome, Problem
+from kvmagent.model.shapes import settle
+
+MOST_TARGETS = 64
+
+#: live...: the command would be accepted now. restart: it would be once the VM was powered off and on, prepared first
+#: where `prepare` says so. never: neither, as things are.
+Verdict = Literal["live", "live-unconfirmed", "live-rounded", "live-partial", "restart", "never"]
+VERDICTS: tuple[Verdict, ...] = ("live", "live-unconfirmed", "live-rounded", "live-partial", "restart", "never")
+
+
+class PlanTarget(
+    msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True
+):
+    """Totals to come to, up or down, as the commands take them; what is left out is as their fields' defaults.
+
+    `method`, `node`, `dimmSize` and `strict` are of memory that is added.
+    """
+
+    cpu_num: CpuNum | None = None
+    memory_size: MemorySize | None = None
+    method: MemoryMethod | None = None
+    node: GuestNode | None = None
+    dimm_size: DimmSize | None = None
+    strict: Strict | None = None
+    scale_shares: ScaleShares | None = None
+    affect: Affect | None = None
+    guest_online: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpu_num is None and self.memory_size is None:
+            raise ValueError("a target needs cpuNum, memorySize or both")
+        of_memory = {"method": self.method, "node": self.node, "dimmSize": self.dimm_size, "strict": self.strict}
+        given = [name for name, value in of_memory.items() if value is not None]
+        if given and self.memory_size is None:
+            raise ValueError(f"{given[0]} is for a target with memorySize")
+        if self.scale_shares is not None and self.cpu_num is None:
+            raise ValueError("scaleShares is for a target with cpuNum")
+
+
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
+    """One VM, and what it might be brought to."""
+
+    vm_uuid: VmName
+    targets: Annotated[tuple[PlanTarget, ...], msgspec.Meta(min_length=1, max_length=MOST_TARGETS)]
+
+
+class Reason(Problem, frozen=True, rename="camel", omit_defaults=True):
+    """Why a verdict is what it is, with the one thing to do about it."""
+
+    needs_restart: bool = False
+
+
+class PlannedCommand(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """A command to send, and what it would do; the steps as far as they are known before.
+
+    `diff` is that of the persistent XML, where the command edits it.
+    """
+
+    command: str
+    path: str
+    request: dict[str, Any]
+    steps: list[dict[str, Any]]
+    diff: str | None = None
+
+
+class Reserved(msgspec.Struct, frozen=True, rename="camel"):
+    """What a plan takes: memory slots of the running VM, and bytes of the host's memory, QEMU's tables included."""
+
+    slots: int
+    host_memory: int
+
+
+class Took(msgspec.Struct, frozen=True, rename="camel"):
+    """How long such steps took on this host lately, in milliseconds, over so many tasks."""
+
+    median_ms: float
+    worst_ms: float
+    tasks: int
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What one target would mean.
+
+    `cpuNum` and `memorySize` are what the VM would have then, null for what is not to change or cannot be had.
+    `outcome` is what the command would answer if all goes well, null where it would be refused. `commands` are to be
+    sent now, or after `prepare` and a restart; there are several where no single command does it. `took` is null where
+    fewer than three such tasks are known.
+    """
+
+    target: PlanTarget
+    verdict: Verdict
+    outcome: Outcome | None
+    cpu_num: int | None
+    memory_size: int | None
+    reasons: list[Reason]
+    commands: list[PlannedCommand]
+    prepare: list[PlannedCommand]
+    reserved: Reserved
+    took: Took | None
+
+
+class PlanReply(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The plans, in the order of their targets, all of one look at the VM. Nothing was changed or reserved."""
+
+    vm_uuid: str
+    name: str
+    state: VmState
+    plans: list[Plan]
+
+
+settle(PlanRequest)

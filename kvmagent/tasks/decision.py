@@ -1,0 +1,22 @@
+"""The decision of a command: a plugin's own, and the VM's owner asked. Whoever asks before a task does, asks this."""
+
+import msgspec
+
+from kvmagent.model.command import Command, Goal, VmRequest
+from kvmagent.model.facts import Facts
+from kvmagent.model.ownerswill import ask_owner
+from kvmagent.model.steps import AnyStep
+
+
+def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -> tuple[Goal, tuple[AnyStep, ...]]:
+    """Return the goal of a request, for this VM in this run of it, and the first steps towards it.
+
+    Raises:
+        AgentError: what the command or the owner refuses.
+    """
+    # No plugin has to remember which VM and which run it was.
+    goal = msgspec.structs.replace(command.decide(request, facts, task_uuid), vm=facts.domain.uuid, run=facts.run)
+    steps = command.advance(goal, facts, frozenset())
+    if steps or goal.totals:
+        ask_owner(facts, request.affect, goal)
+    return goal, steps
