@@ -31,6 +31,7 @@ from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
+from kvmagent.hypervisor.host import read_boot_id
 from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.vmevents import VmEvents
 from kvmagent.logs import Log, error_fields
@@ -253,6 +254,8 @@ class Agent:
         self._reports.start()
         self._connection.start()
         self._events.start()
+        if boot_id := read_boot_id(Path("/")):
+            self._journal.forget_runs(boot_id)
         left = Left(self._journal.unfinished(), self._journal.owed())
         for task in left.unfinished:
             self._executor.recall(task)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import libvirt
+import msgspec
 
 from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents, has_vcpu_removals
 from kvmagent.hypervisor.domainxml import (
@@ -25,6 +26,7 @@ from kvmagent.hypervisor.domainxml import (
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
+from kvmagent.hypervisor.qemuballoon import ask_balloon_pages
 from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices
 from kvmagent.hypervisor.schema import check_definition
 from kvmagent.meters import Meters
@@ -91,11 +93,12 @@ class VmHandle:
         """The VM's UUID, with dashes."""
         return str(self._domain.UUIDString())
 
-    def read(self, *, ask_balloon: bool) -> tuple[Domain, bool | None]:
+    def read(self, *, ask_balloon: bool, ask_target: bool = False) -> tuple[Domain, bool | None]:
         """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel).
 
         The balloon's size is what QEMU last told libvirt, which it does once a second at most, unless it is to be
         asked: that takes longer than all the rest. Source: libvirt qemuDomainGetXMLDesc, QEMU's BALLOON_CHANGE.
+        What the balloon was asked to come to QEMU alone knows.
         """
         with libvirt_errors("reading the VM"):
             number, reason = self._domain.state()
@@ -123,6 +126,12 @@ class VmHandle:
             saved=bool(config_xml) and self._has_saved_state(),
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
         )
+        if ask_target and live is not None and live.balloon and domain.balloon_bytes is not None:
+            held = ask_balloon_pages(self._domain, self._means.ask_qemu)
+            # What QEMU says of the present must be what libvirt says: else it was read from another place.
+            if held is not None and live.balloon_total_bytes - held.actual_bytes == domain.balloon_bytes:
+                target_bytes = live.balloon_total_bytes - held.target_bytes
+                domain = msgspec.structs.replace(domain, balloon_target_bytes=target_bytes)
         return domain, connected
 
     def ask_guest(self, domain: Domain, connected: bool | None, parts: frozenset[str]) -> Guest:
@@ -282,7 +291,14 @@ class VmHandle:
             self._domain.attachDeviceFlags(xml, flags)
 
     def resize_virtio_mem(
-        self, *, alias: str | None, node: int, size_bytes: int, requested_bytes: int, target: Target
+        self,
+        *,
+        alias: str | None,
+        node: int,
+        size_bytes: int,
+        requested_bytes: int,
+        target: Target,
+        address: str | None = None,
     ) -> None:
         """Ask for another size of a virtio-mem device. The call returns before the guest has done anything.
 
@@ -290,7 +306,8 @@ class VmHandle:
         Observed: libvirt 9.0, alias alone and LIVE|CONFIG without a user alias are refused.
         """
         doing = f"resizing virtio-mem {alias or ''} ({target})"
-        xml = self._find_memory(target, model="virtio-mem", alias=alias, slot=None, node=node, size_bytes=size_bytes)
+        device: dict[str, Any] = {"alias": alias, "node": node, "size_bytes": size_bytes, "address": address}
+        xml = self._find_memory(target, model="virtio-mem", **device)
         if xml is None:
             raise AgentError(Code.LIBVIRT_REFUSED, f"{doing}: the device is gone")
         with libvirt_errors(doing):

@@ -152,9 +152,16 @@ def format_virtio_mem(*, alias: str, size_bytes: int, block_bytes: int, requeste
 
 
 def find_memory_xml(
-    domain_xml: str, *, model: str, alias: str | None, slot: int | None, node: int, size_bytes: int
+    domain_xml: str,
+    *,
+    model: str,
+    alias: str | None,
+    node: int,
+    size_bytes: int,
+    slot: int | None = None,
+    address: str | None = None,
 ) -> str | None:
-    """Return the XML of one memory device: by its alias, else by slot (where given), node and size.
+    """Return the XML of one memory device: by its alias, else by slot or address (where given), node and size.
 
     libvirt keeps user aliases in the persistent XML, its own ones in the live XML alone.
     """
@@ -168,7 +175,7 @@ def find_memory_xml(
     for device, element in devices:
         named = device.alias is not None and device.alias.startswith(USER_ALIAS)
         same = device.node == node and device.size_bytes == size_bytes and slot in (None, device.slot)
-        if same and not named:
+        if same and not named and address in (None, device.address):
             return etree.tostring(element, encoding="unicode", with_tail=False)
     return None
 
@@ -374,7 +381,17 @@ def _parse_device(element: etree._Element) -> MemoryDevice:
         current_bytes=None if current is None else _size(current),
         block_bytes=None if block is None else _size(block),
         label_bytes=_size(element.find("./target/label/size")),
+        address=None if address is None or address.get("type") == "dimm" else _format_address(address),
     )
+
+
+def _format_address(address: etree._Element) -> str | None:
+    """Return a device's place on its bus as one text, the same in both definitions; None for one without."""
+    places = {name: int(value, 0) for name, value in address.items() if name in _PLACES}
+    return " ".join([address.get("type", ""), *(f"{name}={places[name]:#x}" for name in _PLACES if name in places)])
+
+
+_PLACES = ("domain", "bus", "slot", "function", "cssid", "ssid", "devno")
 
 
 def _size(element: etree._Element | None) -> int:

@@ -282,13 +282,13 @@ class HeldVm:
     def observe(self, parts: frozenset[str]) -> Facts:
         """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
 
-        The host's memory is looked at where the guest's is.
+        The host's memory is looked at where the guest's is, "budget" and "balloon target" as they are asked for.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
         with phase("libvirt"):
-            domain, connected = self._handle.read(ask_balloon="memory" in parts)
+            domain, connected = self._handle.read(ask_balloon="memory" in parts, ask_target="balloon target" in parts)
             guest = self._handle.ask_guest(domain, connected, parts)
             return self._complete(domain, guest, parts)
 

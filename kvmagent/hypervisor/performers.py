@@ -25,6 +25,7 @@ from kvmagent.model.steps import (
     AttachMemory,
     AttachVirtioMem,
     AwaitBalloon,
+    AwaitGuestBlocks,
     AwaitGuestMemory,
     AwaitGuestVcpus,
     AwaitVirtioMem,
@@ -131,6 +132,21 @@ def _await_guest_memory(vm: VmHandle, step: AwaitGuestMemory) -> None:
         raise AgentError(
             Code.GUEST_MEMORY_NOT_SEEN,
             f"after {step.timeout_sec:g} s the guest does not list memory blocks {format_ids(step.blocks)}",
+        )
+
+
+def _await_guest_blocks(vm: VmHandle, step: AwaitGuestBlocks) -> None:
+    listed = 0
+
+    def are_listed() -> bool:
+        nonlocal listed
+        listed = len(vm.agent.blocks())
+        return listed >= step.count
+
+    if not _wait(are_listed, step.timeout_sec):
+        raise AgentError(
+            Code.GUEST_MEMORY_NOT_SEEN,
+            f"after {step.timeout_sec:g} s the guest lists {listed} memory blocks, it was to list {step.count}",
         )
 
 
@@ -250,6 +266,7 @@ def _resize_virtio_mem(vm: VmHandle, step: ResizeVirtioMem) -> None:
         size_bytes=step.size_bytes,
         requested_bytes=step.requested_bytes,
         target=step.target,
+        address=step.address,
     )
 
 
@@ -310,6 +327,7 @@ PERFORMERS: dict[type, Callable[[VmHandle, Any], str | None]] = {
     OnlineGuestVcpus: _online_guest_vcpus,
     AttachMemory: _attach_memory,
     AwaitGuestMemory: _await_guest_memory,
+    AwaitGuestBlocks: _await_guest_blocks,
     OnlineGuestMemory: _online_guest_memory,
     SetBalloon: _set_balloon,
     AwaitBalloon: _await_balloon,

@@ -12,7 +12,7 @@ which needs to know the effect of an earlier one is simply planned in the next r
 on from its recorded goal.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -127,6 +127,20 @@ class StepReport(msgspec.Struct, frozen=True, rename="camel"):
     told: str = ""
 
 
+def find_unreached(goal: Goal, reports: Iterable[StepReport], facts: Facts) -> tuple[AnyStep, ...]:
+    """Return what takes back that which a task asked of the guest and did not see reached; what ended with the run of
+    the VM is gone."""
+    if goal.run is not None and facts.run is not None and goal.run != facts.run:
+        return ()
+    asked: dict[str, AnyStep] = {}
+    for report in reports:
+        if report.problem is None and report.step.asks is not None:
+            asked[report.step.asks] = report.step
+        if report.problem is None and report.elapsed_ms is not None and report.step.awaits is not None:
+            asked.pop(report.step.awaits, None)
+    return tuple(step for one in asked.values() for step in one.take_back(facts))
+
+
 @dataclass(frozen=True)
 class Ending:
     """Everything that a reply can be made from.
@@ -179,11 +193,11 @@ class Command:
     """One command, declared once: route, validation, OpenAPI, lane and planning all come from here.
 
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
-    memory is looked at too, with "budget" what of it is promised to all VMs; `observe_first` what is asked besides,
-    once, before the decision. `spent` (of advance) holds the keys of the soft steps that failed in this run and are not
-    to be tried again, each also followed by its error code. A failed soft step ends its round: what follows it in the
-    plan may count on its success. `seen` (of retreat) is what was so when the steps were planned of which one failed,
-    `facts` what is so since.
+    memory is looked at too, with "budget" what of it is promised to all VMs, with "balloon target" what was asked of
+    the balloon; `observe_first` what is asked besides at the first look, before the decision. `spent` (of advance)
+    holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
+    error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
+    retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
     `find_progress_context` returns what a request carries for the management server to recognise reports of its
     progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
     offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `conclude`

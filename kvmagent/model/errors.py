@@ -150,6 +150,7 @@ class Code(StrEnum):
     MEMORY_UNKNOWN_TO_LIBVIRT = "MEMORY_UNKNOWN_TO_LIBVIRT"
     # the plan
     PLAN_NOT_WHOLE = "PLAN_NOT_WHOLE"
+    LEFTOVER_TAKEN_BACK = "LEFTOVER_TAKEN_BACK"
 
 
 class CodeInfo(msgspec.Struct, frozen=True):
@@ -620,9 +621,10 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VIRTIO_MEM_STALLED: CodeInfo(
         500,
-        "The guest did not bring its virtio-mem device to the requested size.",
-        "Check in the guest that the virtio_mem driver is loaded (Linux 5.8 and later) and its kernel log; to shrink, "
-        f"plugged memory must be movable (kernel parameters {MOVABLE_PARAMETERS}, Linux 5.16 and later).",
+        "The guest did not bring its virtio-mem device to the requested size. The request was set to what it has.",
+        "Load the virtio_mem driver in the guest (Linux 5.8 and later) and look at its kernel log; to shrink, plugged "
+        f"memory must be movable (kernel parameters {MOVABLE_PARAMETERS}, Linux 5.16 and later). Then send the command "
+        "again.",
     ),
     Code.NO_BALLOON: CodeInfo(
         400,
@@ -637,8 +639,9 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.BALLOON_NOT_ANSWERING: CodeInfo(
         500,
-        "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory.",
-        "Check in the guest that the virtio_balloon driver is loaded.",
+        "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory. "
+        "The target was taken back.",
+        "Load the virtio_balloon driver in the guest, or free memory there, then send the command again.",
     ),
     Code.BALLOON_BELOW_FLOOR: CodeInfo(
         400,
@@ -735,6 +738,12 @@ CODES: dict[Code, CodeInfo] = {
         200,
         "The plan ends where only the guest can tell what comes next, such as what it has to bring online.",
         "Nothing to do: the reply of the command itself has all steps.",
+    ),
+    Code.LEFTOVER_TAKEN_BACK: CodeInfo(
+        200,
+        "The guest had been asked for another amount before (a balloon target, a virtio-mem size), by whomever, and "
+        "had not reached it. The plug set the request to what the guest has: it could have been followed at any time.",
+        "Nothing to do; if the VM is to shrink, use the unplug path.",
     ),
     Code.DRIFT: CodeInfo(
         200,

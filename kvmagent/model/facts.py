@@ -33,6 +33,7 @@ class MemoryDevice(msgspec.Struct, frozen=True):
 
     A virtio-mem device has `size_bytes` at most, was asked for `requested_bytes` and has `current_bytes` plugged.
     Of an nvdimm `label_bytes` are no memory of the guest's.
+    `address` is where it sits on its bus (PCI), which tells two of a kind apart in the running VM and its definition.
     `known` is false of one that QEMU has and libvirt does not know: it gives what it gives, and cannot be changed.
     """
 
@@ -46,7 +47,17 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     current_bytes: int | None = None
     block_bytes: int | None = None
     label_bytes: int = 0
+    address: str | None = None
     known: bool = True
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a virtio-mem device of a running VM has what was requested of it; others always do."""
+        return (
+            self.model != "virtio-mem"
+            or None in (self.current_bytes, self.requested_bytes)
+            or (self.current_bytes == self.requested_bytes)
+        )
 
     @property
     def room_bytes(self) -> int:
@@ -244,7 +255,8 @@ class Domain(msgspec.Struct, frozen=True):
     `migrated` is true where the VM came here by live migration, for as long as it runs: its QEMU was started for that.
     `job` is a job of libvirt's that excludes changes. `saved` tells of a managed save image: the next start restores it
     with the definition that it holds. `memlock_bytes` is what its QEMU process may lock, where that matters and can be
-    seen.
+    seen. `balloon_target_bytes` is what the guest was asked to come to by balloon last, whoever asked, where it was
+    looked at: the guest may follow it at any later time.
     """
 
     name: str
@@ -257,6 +269,7 @@ class Domain(msgspec.Struct, frozen=True):
     migrated: bool = False
     saved: bool = False
     memlock_bytes: int | None = None
+    balloon_target_bytes: int | None = None
 
 
 class GuestVcpu(msgspec.Struct, frozen=True):
@@ -355,11 +368,16 @@ class Host(msgspec.Struct, frozen=True):
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """All that a planner may look at."""
+    """All that a planner may look at.
+
+    `left_offline` are the guest's CPUs that the agent plugged, or took offline, in this run of the VM, and that it has
+    not seen in use since: others that are offline are so by their owner's will.
+    """
 
     domain: Domain
     guest: Guest
     host: Host
+    left_offline: frozenset[int] = frozenset()
 
     @property
     def run(self) -> str | None:

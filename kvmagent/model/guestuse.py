@@ -147,7 +147,8 @@ def find_cpu_warnings(
         words = f"the guest lists {len(guest.vcpus)} CPUs, {guest.cpus_online} online, the VM has {live.vcpu_current}"
         return [warning(Code.GUEST_AGENT_INVALID, words)]
     known = before.guest.vcpus if before is not None else None
-    found = idle_warnings(guest.vcpus, live.vcpu_current, frozenset(cpu.id for cpu in known or ()))
+    owners = frozenset(cpu.id for cpu in known or ()) - (before.left_offline if before is not None else frozenset())
+    found = idle_warnings(guest.vcpus, live.vcpu_current, owners)
     if found:
         found += migration_warnings(facts)
     if not asked_online and any(not cpu.online for cpu in guest.vcpus):

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvmagent.model.command import Ending, StepReport, Total
+from kvmagent.model.command import Ending, StepReport, Total, find_unreached
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import (
@@ -131,15 +131,13 @@ def _find_outcome(ending: Ending, error: AgentError | None, *, is_same: bool) ->
     if error is not None:
         if error.code in _PENDING:
             return "pending"
-        return (
-            "refused" if is_same and not _is_left_asked(ending, error) and not _find_left_offline(ending) else "partial"
-        )
+        return "refused" if is_same and not _is_left_asked(ending) and not _find_left_offline(ending) else "partial"
     if ending.planned is not None:
         return "planned"
     if is_same and not any(map(_is_done, ending.reports)):
         return "unchanged"
     if not _is_live_changed(ending):
-        return "configured" if ending.request.affect != "live" else "unchanged"
+        return "configured" if any(_is_done(report) and report.step.saves for report in ending.reports) else "unchanged"
     wanted = [total for total in ending.goal.totals if total.live is not None]
     return "online" if wanted and all(_covers(total, ending) for total in wanted) else "plugged"
 
@@ -149,9 +147,11 @@ def _is_done(report: StepReport) -> bool:
     return report.problem is None
 
 
-def _is_left_asked(ending: Ending, error: AgentError) -> bool:
-    """Whether libvirt still asks the guest for what it did not do."""
-    return bool(ending.reports) and error.code in _SHORT_UP
+def _is_left_asked(ending: Ending) -> bool:
+    """Whether the guest is still asked for what it did not do."""
+    if ending.goal is None or ending.after is None:
+        return False
+    return bool(find_unreached(ending.goal, ending.reports, ending.after))
 
 
 def _is_same(ending: Ending) -> bool:

@@ -5,12 +5,15 @@ a guest that does not answer is no error of the hypervisor's change. A soft step
 run: `key` names what is given up with it.
 
 A step that changes a `resource` says so, and how far it brings it (`stage`): it is performed only for a goal that has
-a total of it.
+a total of it. A step that asks the guest for an amount names what is asked, another that waits for it names the same,
+and where the wait does not end well the first says what takes it back: the guest could follow it at any later time.
 """
 
 from typing import ClassVar, Literal
 
 import msgspec
+
+from kvmagent.model.facts import Facts
 
 Target = Literal["live", "config"]
 Resource = Literal["cpu", "memory", "balloon"]
@@ -34,6 +37,29 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
         """Whether it only brings the persistent definition to what the running VM is: it may be done late, too."""
         return False
 
+    @property
+    def saves(self) -> bool:
+        """Whether it changes the persistent definition."""
+        return False
+
+    @property
+    def asks(self) -> str | None:
+        """What the guest is asked to bring to another size, which it does in its own time: a device of the VM's."""
+        return None
+
+    @property
+    def awaits(self) -> str | None:
+        """What of that it waits for."""
+        return None
+
+    def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
+        """Return what sets a request to what the guest has; nothing where it has what was asked."""
+        return ()
+
+    def leaves_offline(self, facts: Facts) -> frozenset[int]:
+        """Return the guest's CPUs that are the agent's to bring online from then on, until the guest has used them."""
+        return frozenset()
+
 
 class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
     """Set the number of vCPUs, of the running VM, of its persistent definition (there hotpluggable), or of both."""
@@ -47,6 +73,19 @@ class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
     def follows(self) -> bool:
         return self.target == "config"
 
+    @property
+    def saves(self) -> bool:
+        return self.target != "live"
+
+    def leaves_offline(self, facts: Facts) -> frozenset[int]:
+        """The guest gives a new CPU the lowest number that is free; one that says nothing has numbered all it had."""
+        live, listed = facts.domain.live, facts.guest.vcpus
+        if self.target == "config" or live is None or self.count <= live.vcpu_current:
+            return frozenset()
+        taken = set(range(live.vcpu_current)) if listed is None else {cpu.id for cpu in listed}
+        free = (n for n in range(len(taken) + self.count) if n not in taken)
+        return frozenset(next(free) for _ in range(self.count - live.vcpu_current))
+
 
 class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
     """Set what the whole VM weighs against others for CPU time, of the running VM or of its definition."""
@@ -59,6 +98,10 @@ class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
     @property
     def key(self) -> str:
         return f"{type(self).__name__} {self.target}"
+
+    @property
+    def saves(self) -> bool:
+        return self.target == "config"
 
 
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
@@ -80,6 +123,9 @@ class OnlineGuestVcpus(Step, frozen=True, tag="OnlineGuestVcpus", rename="camel"
     soft: ClassVar[bool] = True
     ids: tuple[int, ...]
 
+    def leaves_offline(self, facts: Facts) -> frozenset[int]:
+        return frozenset(self.ids)
+
 
 class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
     """Attach a dimm under a user alias, to the running VM, its persistent definition, or both."""
@@ -92,6 +138,10 @@ class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
     live: bool
     config: bool
 
+    @property
+    def saves(self) -> bool:
+        return self.config
+
 
 class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"):
     """Wait until the guest lists these memory blocks."""
@@ -100,6 +150,16 @@ class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"
     stage: ClassVar[StageName | None] = "visible"
     soft: ClassVar[bool] = True
     blocks: tuple[int, ...]
+    timeout_sec: float
+
+
+class AwaitGuestBlocks(Step, frozen=True, tag="AwaitGuestBlocks", rename="camel"):
+    """Wait until the guest lists so many memory blocks in all: of virtio-mem it alone knows which are new."""
+
+    resource: ClassVar[Resource | None] = "memory"
+    stage: ClassVar[StageName | None] = "visible"
+    soft: ClassVar[bool] = True
+    count: int
     timeout_sec: float
 
 
@@ -120,6 +180,18 @@ class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
     size_bytes: int
     target: Target
 
+    @property
+    def saves(self) -> bool:
+        return self.target == "config"
+
+    @property
+    def asks(self) -> str | None:
+        return "balloon" if self.target == "live" else None
+
+    def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
+        actual = None if facts.domain.live is None else facts.domain.balloon_bytes
+        return () if actual is None or actual == self.size_bytes else (SetBalloon(size_bytes=actual, target="live"),)
+
 
 class AwaitBalloon(Step, frozen=True, tag="AwaitBalloon", rename="camel"):
     """Wait until the balloon's actual size reached the target."""
@@ -130,6 +202,10 @@ class AwaitBalloon(Step, frozen=True, tag="AwaitBalloon", rename="camel"):
     size_bytes: int
     timeout_sec: float
 
+    @property
+    def awaits(self) -> str | None:
+        return "balloon"
+
 
 class OfflineGuestVcpus(Step, frozen=True, tag="OfflineGuestVcpus", rename="camel"):
     """Take CPUs offline in the guest through its agent."""
@@ -138,6 +214,9 @@ class OfflineGuestVcpus(Step, frozen=True, tag="OfflineGuestVcpus", rename="came
     stage: ClassVar[StageName | None] = "online"
     soft: ClassVar[bool] = True
     ids: tuple[int, ...]
+
+    def leaves_offline(self, facts: Facts) -> frozenset[int]:
+        return frozenset(self.ids)
 
 
 class UnplugVcpus(Step, frozen=True, tag="UnplugVcpus", rename="camel"):
@@ -191,6 +270,10 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
     def follows(self) -> bool:
         return True
 
+    @property
+    def saves(self) -> bool:
+        return True
+
 
 class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
     """Attach a virtio-mem device under a user alias, of which the guest is asked to plug `requested_bytes`."""
@@ -205,9 +288,28 @@ class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
     live: bool
     config: bool
 
+    @property
+    def saves(self) -> bool:
+        return self.config
+
+    @property
+    def asks(self) -> str | None:
+        return self.alias if self.live else None
+
+    def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
+        """The definition, too, was given what was requested."""
+        live, config = facts.domain.live, facts.domain.config
+        has = None if live is None else live.find_device(self.alias)
+        saved = None if config is None else config.find_device(self.alias)
+        back = _take_back_request(self, facts)
+        if not self.config or has is None or has.current_bytes is None or saved is None:
+            return back
+        is_saved = saved.requested_bytes == self.requested_bytes != has.current_bytes
+        return (*back, _request(self, has.current_bytes, "config")) if is_saved else back
+
 
 class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
-    """Set what is requested of a virtio-mem device: found by its alias, in the persistent one else by node and size."""
+    """Set what is requested of a virtio-mem device: found by alias, in the definition else by place, node and size."""
 
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "plugged"
@@ -216,6 +318,36 @@ class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
     size_bytes: int
     requested_bytes: int
     target: Target
+    address: str | None = None
+
+    @property
+    def saves(self) -> bool:
+        return self.target == "config"
+
+    @property
+    def asks(self) -> str | None:
+        return self.alias if self.target == "live" else None
+
+    def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
+        return _take_back_request(self, facts)
+
+
+def _take_back_request(step: AttachVirtioMem | ResizeVirtioMem, facts: Facts) -> "tuple[AnyStep, ...]":
+    live = facts.domain.live
+    device = None if live is None or step.alias is None else live.find_device(step.alias)
+    if device is None or device.current_bytes is None or device.is_settled:
+        return ()
+    return (_request(step, device.current_bytes, "live"),)
+
+
+def _request(step: AttachVirtioMem | ResizeVirtioMem, size_bytes: int, target: Target) -> ResizeVirtioMem:
+    return ResizeVirtioMem(
+        alias=step.alias,
+        node=step.node,
+        size_bytes=step.size_bytes,
+        requested_bytes=size_bytes,
+        target=target,
+    )
 
 
 class AwaitVirtioMem(Step, frozen=True, tag="AwaitVirtioMem", rename="camel"):
@@ -231,6 +363,10 @@ class AwaitVirtioMem(Step, frozen=True, tag="AwaitVirtioMem", rename="camel"):
     @property
     def key(self) -> str:
         return f"{type(self).__name__} {self.alias}"
+
+    @property
+    def awaits(self) -> str | None:
+        return self.alias
 
 
 class CellShape(msgspec.Struct, frozen=True, rename="camel"):
@@ -262,6 +398,10 @@ class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):
 
     shape: Shape
 
+    @property
+    def saves(self) -> bool:
+        return True
+
 
 AnyStep = (
     SetVcpus
@@ -270,6 +410,7 @@ AnyStep = (
     | OnlineGuestVcpus
     | AttachMemory
     | AwaitGuestMemory
+    | AwaitGuestBlocks
     | OnlineGuestMemory
     | SetBalloon
     | AwaitBalloon

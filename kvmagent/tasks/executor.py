@@ -13,6 +13,7 @@
         vm.perform each                  a soft step's failure is a warning, any other ends the task
         vm.observe, advance again
       command.retreat     -> goal        after a failure: where to go instead, by the same loop
+      take back                          what was asked of the guest and not reached, however it ended
       command.resume      -> goal        after an interruption, in place of the decision: what may still be pursued
       judge, command.conclude -> reply   what was proven; a command adds its own fields
       journal.finish                     the result and the owed callback
@@ -40,7 +41,7 @@ import msgspec
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context, struct_fields
 from kvmagent.meters import Meters, phase
-from kvmagent.model.command import Command, Ending, StepReport, VmRequest
+from kvmagent.model.command import Command, Ending, StepReport, VmRequest, find_unreached
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
@@ -52,6 +53,7 @@ from kvmagent.tasks.decision import decide
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
+from kvmagent.tasks.left import LeftOffline
 from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
 from kvmagent.tasks.vmlocks import VmLocks
 
@@ -160,6 +162,7 @@ class Executor:
         self._clock = clock
         self._fault = fault
         self._meters = meters or Meters()
+        self._left = LeftOffline(journal)
         self._locks = VmLocks()
         self._stopping = threading.Event()
 
@@ -230,7 +233,7 @@ class Executor:
         Raises:
             AgentError: when the VM cannot be read.
         """
-        facts = self._node.observe(request.vm_uuid, command.observe_guest)
+        facts = self._left.add(self._node.observe(request.vm_uuid, command.observe_guest))
         goal = command.decide(request, facts, "")
         ending = Ending(request, goal, before=facts, after=facts, reports=(), error=None)
         return msgspec.Raw(make_reply(command, ending)[0])
@@ -245,10 +248,10 @@ class Executor:
             run.late = True
             spent = {word for report in run.reports if report.problem for word in spent_by(report)}
             with self._hold(run) as vm, self._locks.hold(vm.uuid):
-                run.after = vm.observe(run.command.observe_guest)
+                run.after = self._observe(vm, run.command.observe_guest)
                 steps = self._find_following(run, frozenset(spent))
                 self._perform_round(task, run, vm, steps, spent, set())
-                run.after = vm.observe(run.command.observe_guest)
+                run.after = self._observe(vm, run.command.observe_guest)
             reply, judgement = make_reply(run.command, run.end())
             outcome = judgement.outcome
             if outcome == PENDING:
@@ -422,7 +425,9 @@ class Executor:
             failure = make_error(error)
             if failure.code not in _NO_WAY_BACK:
                 self._retreat(task, run, vm, failure)
+                self._take_back(task, run, vm)
             raise
+        self._take_back(task, run, vm)
 
     def _recall(self, task: Task, run: Run) -> None:
         """Have reserved what the recorded goal of a task adds: it was judged when the goal was made."""
@@ -446,8 +451,8 @@ class Executor:
 
     def _plan(self, task: Task, run: Run, vm: HeldVm) -> tuple[AnyStep, ...]:
         """Look, decide where there is no goal yet, and return the steps towards it."""
-        command, fresh = run.command, run.goal is None
-        run.after = vm.observe(command.observe_guest | (command.observe_first if fresh else frozenset()))
+        command = run.command
+        run.after = self._observe(vm, command.observe_guest | command.observe_first)
         if run.goal is None:
             run.before = run.after
             run.goal, steps = decide(command, run.request, run.after, task.task_uuid)
@@ -474,7 +479,7 @@ class Executor:
             _refuse_repetition(confirmed, steps)
             _refuse_undeclared(run, steps)
             self._perform_round(task, run, vm, steps, spent, confirmed)
-            run.after = vm.observe(run.command.observe_guest)
+            run.after = self._observe(vm, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
 
     def _perform_round(
@@ -507,7 +512,7 @@ class Executor:
         """
         try:
             assert run.after is not None
-            seen, run.after = run.after, vm.observe(run.command.observe_guest)
+            seen, run.after = run.after, self._observe(vm, run.command.observe_guest)
             goal = run.command.retreat(run.goal, seen, run.after, error)
             if goal is None:
                 return
@@ -525,9 +530,34 @@ class Executor:
             else:
                 log.failure("task cannot retreat", failure, error_code=failure.code)
 
+    def _take_back(self, task: Task, run: Run, vm: HeldVm) -> None:
+        """Take back what was asked of the guest and not reached: whatever the command, and however it ended.
+
+        Raises:
+            AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the task goes on later.
+        """
+        if run.goal is None or not any(report.step.asks for report in run.reports):
+            return
+        try:
+            run.after = self._observe(vm, run.command.observe_guest)
+            for step in find_unreached(run.goal, run.reports, run.after):
+                self._perform(task, run, vm, step)
+                run.after = self._observe(vm, run.command.observe_guest)
+        except Exception as error:
+            failure = make_error(error)
+            if failure.code in _NO_WAY_BACK:
+                raise
+            log.warning("what was asked of the guest cannot be taken back", **error_fields(failure))
+
+    def _observe(self, vm: HeldVm, parts: frozenset[str]) -> Facts:
+        """Return what is so now, with what the agent itself knows of the guest."""
+        return self._left.add(vm.observe(parts))
+
     def _record_goal(self, task: Task, run: Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
         run.recorded = len(run.reports)
+        assert run.after is not None
+        self._left.keep(run.after, steps[0])
         self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), run.recorded)
 
     def _is_done_anyway(self, run: Run, vm: HeldVm, step: AnyStep, error: AgentError, spent: frozenset[str]) -> bool:
@@ -539,7 +569,7 @@ class Executor:
         """
         if not run.interrupted or error.code is Code.LIBVIRT_UNAVAILABLE:
             return False
-        facts = vm.observe(run.command.observe_guest)
+        facts = self._observe(vm, run.command.observe_guest)
         if step in run.command.advance(run.goal, facts, spent):
             return False
         log.info("step failed and is there already", step=type(step).__name__, error=error.message)
@@ -554,6 +584,8 @@ class Executor:
         n, started, problem, told, cut_off = len(run.reports), self._clock(), None, "", False
         # Nothing is touched that a crash would leave without a trace; the first step came to disk with the goal.
         if run.recorded != n:
+            if run.after is not None:
+                self._left.keep(run.after, step)
             self._journal.start_step(task.task_uuid, n, msgspec.json.encode(step), wait=n > 0 and not step.soft)
         self._fault("step:begun")
         try:
@@ -584,7 +616,7 @@ class Executor:
             return
         try:
             with self._hold(run) as vm:
-                run.after = vm.observe(run.command.observe_guest)
+                run.after = self._observe(vm, run.command.observe_guest)
         except Exception as error:
             log.warning("the VM cannot be read after the failure", **error_fields(make_error(error)))
             run.after = None

@@ -293,6 +293,28 @@ class Journal:
         sql = "UPDATE steps SET elapsed_ms = ?, problem = ? WHERE task_uuid = ? AND n = ?"
         self._file.write_later("finish_step", lambda db: db.execute(sql, (elapsed_ms, words, task_uuid, n)))
 
+    def keep_left(self, vm_uuid: str, run: str, cpus: frozenset[int], *, instead: bool = False) -> None:
+        """Store which CPUs of its guest the agent has left offline in that run of a VM; those of its other runs go.
+
+        Beside those that are stored, or `instead` of them. Does not wait for the disk: the next change that does has it
+        on disk.
+        """
+
+        def change(db: Database) -> None:
+            db.execute(
+                f"DELETE FROM left_cpus WHERE vm_uuid = ? AND {'1' if instead else 'run != ?'}",
+                ((vm_uuid,) if instead else (vm_uuid, run)),
+            )
+            rows = [(vm_uuid, run, cpu) for cpu in cpus]
+            db.executemany("INSERT OR IGNORE INTO left_cpus (vm_uuid, run, cpu) VALUES (?, ?, ?)", rows)
+
+        self._file.write_later("keep_left", change)
+
+    def forget_runs(self, boot_id: str) -> None:
+        """Forget what was left offline before the host's present boot, with which every run ended; does not wait."""
+        sql = "DELETE FROM left_cpus WHERE run NOT LIKE '%@' || ?"
+        self._file.write_later("forget_runs", lambda db: db.execute(sql, (boot_id,)))
+
     def cut_step(self, task_uuid: str, n: int) -> None:
         """Store that a step was cut off, and may have had its effect; does not wait for the disk."""
         sql = "UPDATE steps SET cut_off = 1 WHERE task_uuid = ? AND n = ?"
@@ -456,6 +478,11 @@ class Journal:
         )
         rows = self._file.read(sql, (vm_uuid,))
         return rows[0]["task_uuid"] if rows else None
+
+    def find_left(self, vm_uuid: str) -> tuple[str | None, frozenset[int]]:
+        """Return the run of a VM in which CPUs of its guest were left offline, and those."""
+        rows = self._file.read("SELECT run, cpu FROM left_cpus WHERE vm_uuid = ?", (vm_uuid,))
+        return (rows[0]["run"] if rows else None), frozenset(row["cpu"] for row in rows)
 
     def pending(self) -> list[str]:
         """Return the tasks that answered `pending`: what they removed may still leave."""

@@ -24,7 +24,8 @@ from .vcpus import FormerVcpus, find_former, is_back, undo_steps
 
 
 class CpuGoal(Goal, frozen=True, rename="camel"):
-    """A total of vCPUs. `known` are the guest's CPUs before the change: only others are brought online.
+    """A total of vCPUs. `known` are the guest's CPUs before the change: only others are brought online, and those that
+    an earlier task left offline (`back`).
 
     With a `failure` the goal is to have the former vCPUs again. `resumed`: the task was interrupted since it has this
     goal, and what the guest uses by now may be somebody else's doing.
@@ -40,6 +41,7 @@ class CpuGoal(Goal, frozen=True, rename="camel"):
     shares: tuple[PlannedShares, ...] = ()
     former: FormerVcpus | None = None
     resumed: bool = False
+    back: tuple[int, ...] = ()
 
 
 def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
@@ -68,6 +70,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         timeout_sec=request.timeout_sec,
         shares=plan_shares(facts, request.affect, wanted, scale=request.scale_shares, direction="up"),
         former=find_former(facts, live=live, config=config),
+        back=tuple(sorted(facts.left_offline)) if live else (),
     )
     if advance(goal, facts, frozenset()):
         refuse_first(check_cpu(facts, request.affect, request.cpu_num))
@@ -130,11 +133,13 @@ def _keep(cpu_num: int, facts: Facts) -> int:
 
 def _guest_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
     guest = facts.guest
-    if not goal.added or goal.known is None or guest.vcpus is None:
+    added = goal.added + len(goal.back)
+    if not added or goal.known is None or guest.vcpus is None:
         return ()
-    new = [cpu for cpu in guest.vcpus if cpu.id not in goal.known]
-    if len(new) < goal.added and AwaitGuestVcpus.__name__ not in spent:
-        return (_await_guest(goal, goal.known),)
+    others = tuple(n for n in goal.known if n not in goal.back)
+    new = [cpu for cpu in guest.vcpus if cpu.id not in others]
+    if len(new) < added and AwaitGuestVcpus.__name__ not in spent:
+        return (AwaitGuestVcpus(known=others, added=added, timeout_sec=goal.timeout_sec),)
     offline = tuple(sorted(cpu.id for cpu in new if not cpu.online))
     if offline and goal.guest_online and OnlineGuestVcpus.__name__ not in spent:
         return (OnlineGuestVcpus(ids=offline),)

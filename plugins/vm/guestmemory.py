@@ -2,7 +2,16 @@
 
 from kvmagent.model.command import Ending
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Facts, Guest, MemoryDevice, count_missing, device_blocks, dimm_blocks, pick_blocks
+from kvmagent.model.facts import (
+    Definition,
+    Facts,
+    Guest,
+    MemoryDevice,
+    count_missing,
+    device_blocks,
+    dimm_blocks,
+    pick_blocks,
+)
 from kvmagent.model.guestuse import find_mem_total, warning
 from kvmagent.model.policy import explain_not_asked
 from kvmagent.model.reply import Problem
@@ -16,6 +25,8 @@ from kvmagent.model.units import MIB, align_down, format_size
 # Memory that is added costs the guest a page map of 64 bytes for each page of 4 KiB, out of what it has free by then.
 # Source: Linux struct page. Observed by users: kata-containers 4847, 12 GiB need about 190 MiB.
 MAP_DIVISOR = 64
+# The aliases of what the agent attaches begin so.
+OWN_ALIAS = "ua-kvmagent-"
 # What a guest must have left for itself when memory is added, removed or ballooned.
 GUEST_RESERVE_BYTES = 32 * MIB
 # What the balloon must leave of memory that is online in the guest.
@@ -23,12 +34,34 @@ BALLOON_FLOOR_BYTES = 128 * MIB
 
 
 def find_idle(facts: Facts) -> tuple[int, ...]:
-    """Return the blocks of plugged dimms that the guest lists and does not use: after it has rebooted, say."""
+    """Return the blocks of plugged memory that the guest does not use: after it has rebooted, say.
+
+    Of what it does not list at all those of the agent's own dimms: they were plugged while it could not take them in.
+    """
     live, guest = facts.domain.live, facts.guest
-    if live is None or guest.blocks is None or guest.block_bytes is None:
+    if live is None or guest.blocks is None or (quantum := guest.block_bytes) is None:
         return ()
-    offline = frozenset(block.index for block in guest.blocks if not block.online)
-    return tuple(sorted(pick_blocks(offline, dimm_blocks(live, guest.block_bytes))))
+    listed = listed_blocks(guest)
+    offline = listed - online_blocks(guest)
+    idle = pick_blocks(offline, dimm_blocks(live, quantum))
+    for device in live.devices:
+        if device.model == "dimm" and device.alias is not None and device.alias.startswith(OWN_ALIAS):
+            idle |= frozenset(device_blocks(device, quantum)) - listed
+    if any(device.plugged_bytes for device in live.virtio_mems):
+        floor = _find_device_floor(live)
+        idle |= frozenset(index for index in offline if floor is not None and index * quantum >= floor)
+    return tuple(sorted(idle))
+
+
+def _find_device_floor(live: Definition) -> int | None:
+    """Return an address above which there is no boot memory; None where it is not known.
+
+    Source: QEMU 7.2, pc_q35_init and pc_init1 (what lies below 4 GiB), pc_memory_init (devices behind the rest).
+    """
+    if live.arch != "x86_64":
+        return None
+    least, most = (2816 * MIB, 2048 * MIB) if "q35" in live.machine else (3584 * MIB, 3072 * MIB)
+    return 4096 * MIB + (live.boot_bytes - most if live.boot_bytes >= least else 0)
 
 
 def online_steps(

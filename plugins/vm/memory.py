@@ -31,12 +31,14 @@ from .checks import (
     round_up_addition,
 )
 from .guestmemory import (
+    OWN_ALIAS,
     explain_free,
     find_growth,
     find_idle,
     split_for_guest,
 )
 from .guestos import check_plugs_memory, check_virtio_mem, find_limits
+from .leftovers import explain_leftovers, find_balloon_leftover, find_other_half, settle
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance
 from .placement import check_placement
 from .requests import HotPlugMemoryRequest, MemoryReply
@@ -61,10 +63,15 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
     request = msgspec.structs.replace(request, guest_online=request.guest_online and may_online(facts))
+    found, facts = facts, settle(facts, request.affect)
     balloon_bytes = _decide_balloon(request, facts)
+    holds_balloon = balloon_bytes is None and request.affect != "config" and find_balloon_leftover(facts) is not None
+    if holds_balloon:
+        balloon_bytes = facts.domain.balloon_bytes
     missing = {} if request.method == "balloon" else _find_missing(request, facts)
     refuse_first(check_virtio_mem(facts.guest.os) if request.method == "virtio-mem" else ())
     resizes = _decide_resizes(request, facts, missing) if _may_resize(request, facts) else ()
+    resizes += _settle_others(found, facts, resizes)
     virtio_mem = _decide_virtio_mem(request, facts, missing, task_uuid) if request.method == "virtio-mem" else None
     dimms, one_by_one = _decide_dimms(request, facts, missing, task_uuid)
     plugs = bool(dimms or resizes or virtio_mem)
@@ -73,11 +80,15 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         size_bytes = current_definition(facts, target).memory_bytes + added[target]
         refuse_first(check_memory_ceiling(facts, target, size_bytes))
     main: Target = "config" if request.affect == "config" else "live"
+    saves_hold = holds_balloon and _is_saved(facts, request.affect)
     return MemoryGoal(
-        totals=_find_totals(request.affect, facts, added, balloon_bytes, dimms),
+        totals=_find_totals(
+            request.affect, facts, added, balloon_bytes, dimms, with_config=not holds_balloon or saves_hold
+        ),
         balloon_bytes=balloon_bytes,
         balloon_live=balloon_bytes is not None and request.affect != "config",
-        balloon_config=balloon_bytes is not None and request.affect != "live",
+        balloon_config=balloon_bytes is not None and request.affect != "live" and (not holds_balloon or saves_hold),
+        holds_balloon=holds_balloon,
         former_balloon_bytes=balloon_actual(facts, request.affect),
         dimms=dimms,
         one_by_one=one_by_one,
@@ -97,6 +108,8 @@ def _find_totals(
     added: dict[Target, int],
     balloon_bytes: int | None,
     dimms: tuple[PlannedDimm, ...],
+    *,
+    with_config: bool,
 ) -> tuple[Total, ...]:
     """Return what each definition is to have in all; the balloon counts dimms as soon as they are attached."""
     has = {target: current_definition(facts, target).memory_bytes for target in TARGETS if affect in ("both", target)}
@@ -108,7 +121,7 @@ def _find_totals(
                 "balloon",
                 live=balloon_bytes + sum(dimm.size_bytes for dimm in dimms if dimm.live) if "live" in has else None,
                 config=balloon_bytes + sum(dimm.size_bytes for dimm in dimms if dimm.config)
-                if "config" in has
+                if "config" in has and with_config
                 else None,
             )
         )
@@ -120,7 +133,7 @@ def conclude(ending: Ending) -> Mapping[str, Any]:
     goal = ending.goal
     aligned = None
     if goal is not None:
-        aligned = goal.total_bytes if goal.balloon_bytes is None or goal.plugs else goal.balloon_bytes
+        aligned = goal.balloon_bytes if _is_balloon_s(goal) else goal.total_bytes
     return {
         "warnings": explain(ending) if ending.is_done else [],
         "requested": ending.request.memory_size,
@@ -135,10 +148,11 @@ def explain(ending: Ending) -> list[Problem]:
     goal, before, after = ending.goal, ending.before, ending.after
     if goal is None or before is None or not goal.changes_live:
         return explain_free(ending)
+    leftovers = explain_leftovers(ending)
     imbalance = find_imbalance(after, before.guest.os) if after is not None and goal.plugs else []
     virtio_mem = goal.virtio_mem is not None or any(resize.target == "live" for resize in goal.resizes)
     limits = find_limits(before.guest.os, dimm=any(dimm.live for dimm in goal.dimms), virtio_mem=virtio_mem)
-    return limits + imbalance + explain_free(ending)
+    return leftovers + limits + imbalance + explain_free(ending)
 
 
 def _added_bytes(
@@ -184,22 +198,50 @@ def _may_resize(request: HotPlugMemoryRequest, facts: Facts) -> bool:
 def _decide_resizes(
     request: HotPlugMemoryRequest, facts: Facts, missing: dict[Target, int]
 ) -> tuple[PlannedResize, ...]:
-    """Return how the virtio-mem devices that are there grow, and take that from what is missing."""
-    resizes = []
+    """Return how the virtio-mem devices that are there grow, and take that from what is missing.
+
+    Of the persistent definition first to what their other halves have, so that both definitions come to the same.
+    """
+    resizes: list[PlannedResize] = []
     for target in [name for name in TARGETS if name in missing]:
-        definition = facts.get_live() if target == "live" else facts.get_config()
-        for device in definition.virtio_mems:
-            block = device.block_bytes or VIRTIO_MEM_BLOCK_BYTES
-            if target not in missing or (request.node is not None and device.node != request.node):
-                continue
-            wanted = round_up_addition(request, missing[target], block)
-            added = min(wanted, align_down(device.room_bytes, block))
-            if added <= 0:
-                continue
-            refuse_first(check_host(facts, added) if target == "live" else check_hard_limit(facts, target, added))
-            resizes.append(plan_resize(device, device.plugged_bytes + added, target))
-            _take(missing, target, added)
+        devices = _virtio_mems(facts, target)
+        sizes = [device.plugged_bytes for device in devices]
+        for limits in (find_halves(devices, target, facts, resizes), [device.size_bytes for device in devices]):
+            for n, (device, most) in enumerate(zip(devices, limits, strict=True)):
+                block = device.block_bytes or VIRTIO_MEM_BLOCK_BYTES
+                if target not in missing or (request.node is not None and device.node != request.node):
+                    continue
+                wanted = round_up_addition(request, missing[target], block)
+                added = min(wanted, align_down(min(most, device.size_bytes) - sizes[n], block))
+                if added <= 0:
+                    continue
+                refuse_first(check_host(facts, added) if target == "live" else check_hard_limit(facts, target, added))
+                sizes[n] += added
+                _take(missing, target, added)
+        resizes += plan_resizes(devices, sizes, target)
     return tuple(resizes)
+
+
+def find_halves(
+    devices: tuple[MemoryDevice, ...], target: Target, facts: Facts, resizes: list[PlannedResize]
+) -> list[int]:
+    """Return what the other half of each persistent virtio-mem device has once the running VM's are resized.
+
+    Where there is none, and for the running VM: what the device has itself.
+    """
+    live = facts.domain.live
+    halves = [None if target == "live" or live is None else find_other_half(device, live) for device in devices]
+    planned = {(one.alias, one.address): one.requested_bytes for one in resizes if one.target == "live"}
+    return [
+        device.plugged_bytes if half is None else planned.get((half.alias, half.address), half.plugged_bytes)
+        for device, half in zip(devices, halves, strict=True)
+    ]
+
+
+def plan_resizes(devices: tuple[MemoryDevice, ...], sizes_bytes: list[int], target: Target) -> list[PlannedResize]:
+    """Return the resizes of those devices that are to have another size than they have."""
+    sized = zip(devices, sizes_bytes, strict=True)
+    return [plan_resize(device, size, target) for device, size in sized if size != device.plugged_bytes]
 
 
 def plan_resize(device: MemoryDevice, requested_bytes: int, target: Target) -> PlannedResize:
@@ -211,7 +253,37 @@ def plan_resize(device: MemoryDevice, requested_bytes: int, target: Target) -> P
         former_bytes=device.plugged_bytes,
         requested_bytes=requested_bytes,
         target=target,
+        address=device.address,
     )
+
+
+def _settle_others(found: Facts, settled: Facts, resizes: tuple[PlannedResize, ...]) -> tuple[PlannedResize, ...]:
+    """Return what takes back the requests that were not reached of the devices that do not grow."""
+    grow = {(resize.target, resize.alias, resize.address) for resize in resizes}
+    others = []
+    for target in TARGETS:
+        for was, device in zip(_virtio_mems(found, target), _virtio_mems(settled, target), strict=True):
+            if was != device and (target, device.alias, device.address) not in grow:
+                others.append(plan_resize(device, device.plugged_bytes, target))
+    return tuple(others)
+
+
+def _virtio_mems(facts: Facts, target: Target) -> tuple[MemoryDevice, ...]:
+    definition = facts.domain.live if target == "live" else facts.domain.config
+    return () if definition is None else definition.virtio_mems
+
+
+def _is_saved(facts: Facts, affect: Affect) -> bool:
+    """Whether what was asked of the balloon and not reached is in the persistent definition, too."""
+    config, actual = facts.domain.config, facts.domain.balloon_bytes
+    if affect != "both" or config is None or actual is None:
+        return False
+    return config.current_bytes == find_balloon_leftover(facts) and actual <= config.balloon_total_bytes
+
+
+def _is_balloon_s(goal: MemoryGoal) -> bool:
+    """Whether the balloon alone brings the memory that was asked for."""
+    return goal.balloon_bytes is not None and not goal.holds_balloon and not goal.plugs
 
 
 def _decide_virtio_mem(
@@ -234,7 +306,7 @@ def _decide_virtio_mem(
         if definition is not None and name in missing
     ]
     planned = PlannedVirtioMem(
-        alias=f"ua-kvmagent-{task_uuid}-0",
+        alias=f"{OWN_ALIAS}{task_uuid}-0",
         size_bytes=align_down(min(rooms), block),
         node=node,
         live="live" in missing,
@@ -302,7 +374,7 @@ def _decide_dimms(
         live_bytes = sum(size for (size, live, _), place in zip(parts, nodes, strict=True) if live and place == node)
         refuse_first(check_host(facts, live_bytes, node))
     dimms = tuple(
-        PlannedDimm(alias=f"ua-kvmagent-{task_uuid}-{n}", size_bytes=size, node=node, live=live, config=config)
+        PlannedDimm(alias=f"{OWN_ALIAS}{task_uuid}-{n}", size_bytes=size, node=node, live=live, config=config)
         for n, ((size, live, config), node) in enumerate(zip(parts, nodes, strict=True))
     )
     return dimms, one_by_one
@@ -345,7 +417,7 @@ def _applied(affect: Affect, ending: Ending) -> int | None:
     if ending.after is None:
         return None
     goal = ending.goal
-    if goal is not None and goal.balloon_live and not goal.plugs:
+    if goal is not None and goal.balloon_live and _is_balloon_s(goal):
         return ending.after.domain.balloon_bytes
     definition = ending.after.domain.config if affect == "config" else ending.after.domain.live
     return definition.memory_bytes if definition else None
@@ -387,7 +459,7 @@ HOT_PLUG_MEMORY = Command(
     reply=MemoryReply,
     goal=MemoryGoal,
     observe_guest=frozenset({"memory"}),
-    observe_first=frozenset({"os", "budget"}),
+    observe_first=frozenset({"os", "budget", "balloon target"}),
     decide=decide,
     advance=advance,
     conclude=conclude,

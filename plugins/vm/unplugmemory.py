@@ -23,7 +23,15 @@ from .guestmemory import (
     offline_bytes,
 )
 from .guestos import check_gives_up
-from .memory import BALLOON_PAGE_BYTES, TARGETS, VIRTIO_MEM_BLOCK_BYTES, balloon_actual, current_definition, plan_resize
+from .memory import (
+    BALLOON_PAGE_BYTES,
+    TARGETS,
+    VIRTIO_MEM_BLOCK_BYTES,
+    balloon_actual,
+    current_definition,
+    find_halves,
+    plan_resizes,
+)
 from .memorygoal import PlannedResize
 from .requests import HotUnplugMemoryRequest, MemoryReply
 from .shrink import PlannedRemoval, ShrinkGoal, advance, plan_removal
@@ -119,18 +127,19 @@ def conclude(ending: Ending) -> Mapping[str, Any]:
 
 def _decide_resizes(affect: Affect, facts: Facts, surplus: int) -> tuple[tuple[PlannedResize, ...], int]:
     """Return how far the virtio-mem devices shrink, and what is then still too much of the definition that counts."""
-    resizes, left = [], surplus
+    resizes, left = list[PlannedResize](), surplus
     for target in TARGETS:
         if affect not in ("both", target):
             continue
-        definition = facts.get_live() if target == "live" else facts.get_config()
-        rest = surplus
-        for device in definition.virtio_mems:
-            block = device.block_bytes or VIRTIO_MEM_BLOCK_BYTES
-            taken = min(align_down(rest, block), device.plugged_bytes)
-            if taken:
-                resizes.append(plan_resize(device, device.plugged_bytes - taken, target))
+        devices = (facts.get_live() if target == "live" else facts.get_config()).virtio_mems
+        sizes, rest = [device.plugged_bytes for device in devices], surplus
+        for limits in (find_halves(devices, target, facts, resizes), [0] * len(devices)):
+            for n, (device, least) in enumerate(zip(devices, limits, strict=True)):
+                block = device.block_bytes or VIRTIO_MEM_BLOCK_BYTES
+                taken = max(0, min(align_down(rest, block), sizes[n] - least))
+                sizes[n] -= taken
                 rest -= taken
+        resizes += plan_resizes(devices, sizes, target)
         if target == _main(affect):
             left = rest
     return tuple(resizes), left

@@ -442,7 +442,7 @@ ROWS = {
     "virtio-mem in a guest that does not answer": Row(
         MEMORY,
         {"memorySize": 512 * MIB, "method": "virtio-mem", "timeoutSec": 1},
-        "partial",
+        "refused",
         "VIRTIO_MEM_STALLED",
         "ua-vm was asked for 256 MiB, after 1 s it is at 0 B",
         "virtio_mem driver",

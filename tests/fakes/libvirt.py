@@ -65,7 +65,8 @@ class FakeGuest:
     `unplugs` is what it does when a device is to leave: let it go, refuse, not answer, or "slow": a vCPU goes after
     so many `looks` at the number of vCPUs since it was asked for, or refuses if it is one of `kept_cpus`. A virtio-mem
     device comes to `virtio_mem_limit` at most. `broken_cpus` will go neither online nor offline. So many times
-    (`late_cpus`) it is asked for its CPUs before it lists a plugged one. It numbers CPUs as they come: `numbers` has
+    (`late_cpus`) it is asked for its CPUs before it lists a plugged one, and so many times (`late_blocks`) for its
+    blocks before it lists those of virtio-mem. It numbers CPUs as they come: `numbers` has
     those of vCPUs that are not its own. `says` is told how many commands were answered before, and the command; what it
     returns, text or bytes, is answered in place of what is so.
     """
@@ -91,6 +92,7 @@ class FakeGuest:
     virtio_mem_limit: int = 1 << 60
     broken_cpus: bool = False
     late_cpus: int = 0
+    late_blocks: int = 0
     coming: list[int] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
     os: dict[str, str] = field(default_factory=lambda: dict(DEBIAN))
@@ -155,8 +157,13 @@ class FakeGuest:
         return len(done)
 
     def _guest_get_memory_blocks(self) -> Any:
+        first = VIRTIO_MEM_BASE // self.block_bytes
+        is_late = self.late_blocks > 0 and any(n >= first for n in self.blocks)
+        self.late_blocks -= is_late
         return [
-            {"online": online, "can-offline": n not in self.fixed, "phys-index": n} for n, online in self.blocks.items()
+            {"online": online, "can-offline": n not in self.fixed, "phys-index": n}
+            for n, online in self.blocks.items()
+            if n < first or not is_late
         ]
 
     def _guest_get_memory_block_info(self) -> Any:
@@ -224,6 +231,8 @@ class FakeDomain:
         self.tell: Callable[[int, str], None] = lambda event_id, alias: None
         self.connection: FakeConnection | None = None
         self.leaving: dict[int, int] = {}
+        # What the balloon was asked to hold back last.
+        self.held_kib: int | None = None
         self._uuid = _root(self).findtext("uuid") or "11111111-2222-3333-4444-555555555555"
 
     # reads
@@ -278,6 +287,7 @@ class FakeDomain:
     def power_cycle(self, *, start: bool = True) -> None:
         """Off, and on again from the persistent definition; each dimm has another place then."""
         self.live = copy.deepcopy(self.config) if start else None
+        self.held_kib = None
         self.number += 1
         base = FIRST_DIMM_BASE + 1024 * MIB
         for device in self.live.iterfind("./devices/memory[@model='dimm']") if start else ():
@@ -399,8 +409,25 @@ class FakeDomain:
                 raise qemu_error(
                     libvirt.VIR_ERR_INVALID_ARG, "invalid argument: cannot set memory higher than max memory"
                 )
+            if name == "live":
+                self.held_kib = self._balloon_total_kib() - size_kib
             if name == "persistent" or self.guest.balloon_driver:
                 root.find("currentMemory").text = str(size_kib)
+
+    def load_balloon_driver(self) -> None:
+        """The guest's driver is there, and follows what was asked of it before."""
+        self.guest.balloon_driver = True
+        if self.held_kib is not None:
+            self._running().find("currentMemory").text = str(self._balloon_total_kib() - self.held_kib)
+
+    def balloon_pages(self) -> tuple[int, int]:
+        """What the balloon's registers say: pages that were asked for, pages that the guest has given."""
+        given = self._balloon_total_kib() - int(self._running().findtext("currentMemory"))
+        return (given if self.held_kib is None else self.held_kib) // 4, given // 4
+
+    def _balloon_total_kib(self) -> int:
+        virtio_mem = self._running().iterfind("./devices/memory[@model='virtio-mem']/target/size")
+        return int(self._running().findtext("memory")) - sum(map(_size, virtio_mem)) // KIB
 
     def setSchedulerParametersFlags(self, parameters: dict[str, int], flags: int) -> None:
         self._called("setSchedulerParametersFlags", f"setSchedulerParametersFlags({parameters}, {flags})")
@@ -450,7 +477,8 @@ class FakeDomain:
             root.find(name).text = str(int(root.findtext(name)) + size // KIB)
 
     def _attach_virtio_mem(self, root: Any, device: Any, *, live: bool) -> None:
-        etree.SubElement(device, "address", type="pci", slot="0x09")
+        slot = 9 + len(root.findall("./devices/memory[@model='virtio-mem']"))
+        etree.SubElement(device, "address", type="pci", slot=f"{slot:#04x}")
         size = device.find("./target/size")
         root.find("devices").append(device)
         root.find("memory").text = str(int(root.findtext("memory")) + _size(size) // KIB)
@@ -463,8 +491,9 @@ class FakeDomain:
         target = device.find("target")
         current = min(_size(target.find("requested")), self.guest.virtio_mem_limit)
         target.find("current").text = str(current // KIB)
-        first = VIRTIO_MEM_BASE // self.guest.block_bytes
-        have = {n for n in self.guest.blocks if n >= first}
+        place = int(device.find("address").get("slot"), 0) - 9
+        first = VIRTIO_MEM_BASE * (1 + place) // self.guest.block_bytes
+        have = {n for n in self.guest.blocks if n >= first and n - first < VIRTIO_MEM_BASE // self.guest.block_bytes}
         want = {first + n for n in range(-(-current // self.guest.block_bytes))}
         for n in want - have:
             self.guest.blocks[n] = self.guest.auto_online
@@ -649,8 +678,18 @@ class FakeConnection:
 
 
 def ask_qemu(domain: FakeDomain, request: str, flags: int) -> str:
-    """Stand for libvirt_qemu.qemuMonitorCommand and the one command that is asked of QEMU."""
-    assert json.loads(request) == {"execute": "query-memory-devices"}
+    """Stand for libvirt_qemu.qemuMonitorCommand and the few commands that are asked of QEMU."""
+    asked = json.loads(request)
+    if asked["execute"] == "query-pci":
+        region = {"type": "memory", "address": 0xFE800000, "size": 16 * KIB, "bar": 4}
+        balloon = {"qdev_id": "balloon0", "id": {"vendor": 0x1AF4, "device": 0x1045}, "regions": [region]}
+        bridge = {"qdev_id": "pci.4", "id": {"vendor": 0x1B36, "device": 12}, "regions": []}
+        return json.dumps({"return": [{"bus": 0, "devices": [bridge | {"pci_bridge": {"devices": [balloon]}}]}]})
+    if asked["execute"] == "human-monitor-command":
+        assert asked["arguments"] == {"command-line": "xp /8bx 0xfe802000"}
+        held = b"".join(pages.to_bytes(4, "little") for pages in domain.balloon_pages())
+        return json.dumps({"return": f"fe802000: {' '.join(f'0x{one:02x}' for one in held)}\r\n"})
+    assert asked == {"execute": "query-memory-devices"}
     devices = [
         {
             "type": "dimm",

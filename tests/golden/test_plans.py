@@ -582,6 +582,9 @@ CASES = {
         guest={"available_bytes": 40 * MIB, "refuses": frozenset({"guest-set-memory-blocks"})},
     ),
     "memory-virtio-mem-attach": Case(MEMORY, {"memorySize": 400 * MIB, "method": "virtio-mem"}),
+    "memory-virtio-mem-listed-late": Case(
+        MEMORY, {"memorySize": 400 * MIB, "method": "virtio-mem"}, guest={"late_blocks": 2}
+    ),
     "memory-virtio-mem-grow": Case(MEMORY, {"memorySize": 640 * MIB}, arrange=plug(128, model="virtio-mem")),
     "memory-virtio-mem-then-dimm": Case(
         MEMORY, {"memorySize": 256 * MIB + 1152 * MIB}, arrange=plug(512, model="virtio-mem")
