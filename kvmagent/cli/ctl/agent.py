@@ -82,6 +82,21 @@ class Agent:
             return reply.body
         raise _refusal(reply)
 
+    def ask(self, path: str, body: Mapping[str, Any], *, timeout_s: float = _READ_S) -> Any:
+        """Return the answer of a POST that changes nothing.
+
+        Raises:
+            CtlError: no answer; a refusal.
+        """
+        headers = {"Content-Type": "application/json"}
+        try:
+            reply = self._request("POST", path, json.dumps(body).encode(), headers, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        if reply.status == 200:
+            return reply.body
+        raise _refusal(reply)
+
     def post(
         self,
         path: str,

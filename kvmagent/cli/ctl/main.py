@@ -19,7 +19,7 @@ from kvmagent.cli.ctl.terminal import BAD, paint, printable
 from kvmagent.model.errors import AgentError
 
 NAME = "kvmagentctl"
-_PKI = "pki"
+_PKI, _VMS, _PLAN, _READY = "pki", "vms", "plan", "ready"
 
 
 class _Cli(click.Group):
@@ -29,7 +29,8 @@ class _Cli(click.Group):
         """Return all subcommands, in the order in which an operator comes to need them."""
         from kvmagent.cli.ctl import changes, reads
 
-        return [*reads.COMMANDS, *changes.names(), _PKI]
+        status, *others = reads.COMMANDS
+        return [status, _VMS, *others, _PLAN, *changes.names(), _PKI]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a subcommand."""
@@ -41,9 +42,18 @@ class _Cli(click.Group):
             from kvmagent.cli.ctl.pki import pki
 
             return pki
-        from kvmagent.cli.ctl import changes
+        if cmd_name == _VMS:
+            from kvmagent.cli.ctl.fleet import VMS
 
-        return changes.find(cmd_name)
+            return VMS
+        if cmd_name == _PLAN:
+            from kvmagent.cli.ctl.plan import PLAN
+
+            return PLAN
+        from kvmagent.cli.ctl import changes, fleet
+
+        found = changes.find(cmd_name)
+        return fleet.make_ready(found) if found is not None and cmd_name == _READY else found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of subcommands, then the exit statuses."""

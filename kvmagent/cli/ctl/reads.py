@@ -12,7 +12,7 @@ import msgspec
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.terminal import GOOD, WARN, paint, printable
-from kvmagent.cli.ctl.views import view_change, view_reclaimable, view_status, view_task, view_tasks, view_vms
+from kvmagent.cli.ctl.views import view_change, view_reclaimable, view_status, view_task, view_tasks
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 
 _TASK_STATES = ("accepted", "running", "finished", "delivered", "gone", "given_up")
@@ -47,23 +47,6 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
     session = session_of(context)
     answer = session.agent.get("host", "reclaimable", timeout_s=_VMS_S)
     _print(session, answer, view_reclaimable)
-
-
-@click.command()
-@click.option(
-    "--pending-restart", is_flag=True, help="Those alone that must be powered off and on to have what is new."
-)
-@click.pass_context
-def vms(context: click.Context, pending_restart: bool) -> None:
-    """All VMs: vCPUs, memory, slots; ready, or what hinders.
-
-    GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
-    the first blocker; `kvmagentctl ready VM` tells all of them.
-    """
-    session = session_of(context)
-    found = session.agent.get("vms", timeout_s=_VMS_S)["vms"]
-    wanted = [vm for vm in found if vm.get("restartRequired") or not pending_restart]
-    _print(session, {"vms": wanted}, lambda body: view_vms(body["vms"]))
 
 
 @click.command()
@@ -220,5 +203,5 @@ def _print(session: Session, body: Any, view: Any) -> None:
 
 COMMANDS = {
     command.name or "": shared_options(command)
-    for command in (status, vms, reclaim, tasks, task, doctor, config, openapi, completion)
+    for command in (status, reclaim, tasks, task, doctor, config, openapi, completion)
 }

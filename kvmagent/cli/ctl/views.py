@@ -4,7 +4,7 @@ JSON comes in as the agent wrote it but for `printable`. A field that an older a
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -75,8 +75,122 @@ def view_reclaimable(answer: Json) -> list[str]:
 def view_vms(vms: Iterable[Json]) -> list[str]:
     """Return a table of VMs, by name: what each has, may have, and what its guest uses of it."""
     headers = ("VM", "STATE", ">VCPUS", ">MAX", ">GUEST", ">MEMORY", ">MAX", ">GUEST", ">SLOTS", "HOTPLUG")
-    rows = [_vm_row(vm) for vm in sorted(vms, key=lambda vm: str(vm.get("name") or vm["vmUuid"]))]
-    return format_table(headers, rows) if rows else ["no VMs"]
+    return _vm_table(headers, vms, _vm_row)
+
+
+def _vm_table(headers: tuple[str, ...], vms: Iterable[Json], make_row: Callable[[Json], list[str]]) -> list[str]:
+    """Return a table of VMs by name, with a column for their host where there are several."""
+    vms = sorted(vms, key=lambda vm: (str(vm.get("host") or ""), str(vm.get("name") or vm["vmUuid"])))
+    if not vms:
+        return ["no VMs"]
+    if not any("host" in vm for vm in vms):
+        return format_table(headers, map(make_row, vms))
+    return format_table(("HOST", *headers), [[str(vm.get("host", "")), *make_row(vm)] for vm in vms])
+
+
+_VERDICT_COLOURS = {
+    "live": GOOD,
+    "live-unconfirmed": WARN,
+    "live-rounded": GOOD,
+    "live-partial": WARN,
+    "restart": WARN,
+    "never": BAD,
+}
+
+
+def view_plan(reply: Json) -> list[str]:
+    """Return the plans of one VM: a grid where vCPUs and memory were asked for, else a line each; then the reasons."""
+    plans = reply["plans"]
+    cpus = list(dict.fromkeys(plan["target"].get("cpuNum") for plan in plans))
+    sizes = list(dict.fromkeys(plan["target"].get("memorySize") for plan in plans))
+    lines = [f"{reply['name']}: {reply['state']}"]
+    if None not in cpus and None not in sizes and len(plans) > 1:
+        by_target = {(plan["target"]["cpuNum"], plan["target"]["memorySize"]): plan for plan in plans}
+        rows = [[format_size(size), *(_verdict(by_target[number, size]) for number in cpus)] for size in sizes]
+        lines += format_table(("MEMORY", *(_count(number, "vCPU") for number in cpus)), rows)
+    else:
+        lines += format_table(
+            ("TARGET", "VERDICT", ">TOOK LATELY"),
+            [[_target(plan), _verdict(plan), _took_lately(plan)] for plan in plans],
+        )
+    reasons = {reason["code"]: reason for plan in plans for reason in plan["reasons"]}
+    lines += [line for reason in reasons.values() for line in _problem("reason", WARN, reason)]
+    prepares = {one["path"]: one for plan in plans for one in plan["prepare"]}
+    if prepares:
+        lines.append(
+            f"  prepare first: kvmagentctl ready {reply['name']} --prepare --diff; a plan's JSON has each request"
+        )
+    return lines
+
+
+def view_plans(vms: Iterable[Json]) -> list[str]:
+    """Return the plans of many VMs: a row for each target of each."""
+
+    def rows(vm: Json) -> list[list[str]]:
+        if "plans" not in vm:
+            return [["-", paint(str(vm.get("errorCode")), BAD), "-", "-"]]
+        return [
+            [
+                _target(plan),
+                _verdict(plan),
+                _took_lately(plan),
+                ", ".join(one["code"] for one in plan["reasons"]) or "-",
+            ]
+            for plan in vm["plans"]
+        ]
+
+    flat = [{**vm, "row": row} for vm in vms for row in rows(vm)]
+    return _vm_table(
+        ("VM", "TARGET", "VERDICT", ">TOOK LATELY", "WHY"),
+        flat,
+        lambda vm: [str(vm.get("name") or vm["vmUuid"]), *vm["row"]],
+    )
+
+
+def _target(plan: Json) -> str:
+    target = plan["target"]
+    cpus = None if target.get("cpuNum") is None else _count(target["cpuNum"], "vCPU")
+    size = None if target.get("memorySize") is None else format_size(target["memorySize"])
+    return ", ".join(filter(None, (cpus, size)))
+
+
+def _verdict(plan: Json) -> str:
+    verdict = str(plan["verdict"])
+    told = f" {format_size(plan['memorySize'])}" if verdict in ("live-rounded", "live-partial") else ""
+    return paint(verdict, _VERDICT_COLOURS.get(verdict, BOLD)) + told
+
+
+def _took_lately(plan: Json) -> str:
+    took = plan["took"]
+    return (
+        "-" if took is None else f"{_duration(took['medianMs'] / 1000)}, at worst {_duration(took['worstMs'] / 1000)}"
+    )
+
+
+def view_preparations(vms: Iterable[Json], *, with_diff: bool) -> list[str]:
+    """Return what was, or would be, prepared of many VMs; with the XML where it is asked for."""
+    vms = list(vms)
+
+    def row(vm: Json) -> list[str]:
+        outcome = str(vm.get("outcome") or vm.get("errorCode") or "failed")
+        code = f" {vm['errorCode']}" if vm.get("errorCode") and vm.get("outcome") else ""
+        changes = ", ".join(
+            f"{one['field']} {_value(one['field'], one['former'])} to {_value(one['field'], one['prepared'])}"
+            for one in vm.get("changes") or []
+            if one["field"] != "numaCells"
+        )
+        return [
+            str(vm.get("name") or vm["vmUuid"]),
+            paint(outcome, _OUTCOME_COLOURS.get(outcome, BAD)) + code,
+            changes or "-",
+            "yes" if vm.get("restartRequired") else "-",
+        ]
+
+    lines = _vm_table(("VM", "OUTCOME", "CHANGES", "RESTART"), vms, row)
+    for vm in vms if with_diff else ():
+        if vm.get("diff"):
+            lines += ["", str(vm.get("name") or vm["vmUuid"]), *view_diff(vm["diff"])]
+    return lines
 
 
 def _vm_row(vm: Json) -> list[str]:

@@ -1,0 +1,381 @@
+"""Many VMs, of one host or of several side by side: vms, ready --all, plan --all. The agents have all state.
+
+--hosts FILE      a URL, or NAME URL, a line; anything else is an Ansible inventory, which ansible-inventory reads
+ask_hosts         the hosts side by side; of each its VMs one after another
+                  a host that fails is told and fails no other; Ctrl-C ends with what is known by then
+"""
+
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
+from kvmagent.cli.ctl.session import Session, session_of, shared_options
+from kvmagent.cli.ctl.submit import Submission
+from kvmagent.cli.ctl.terminal import BAD, Terminal, paint, printable
+from kvmagent.cli.ctl.views import view_preparations, view_vms
+
+_SIDE_BY_SIDE = 16
+# Many VMs take their time, each of whose guests is asked.
+_VMS_S = 120.0
+_LOOK_S = 0.2
+# So few VMs or hosts take a moment, in which nobody needs to be told how far they are.
+_AT_A_GLANCE = 10
+_INVENTORY_S = 60.0
+_PORT = 7070
+# From what nobody has to look at to what somebody has to first.
+_WORSE = (
+    Exit.REACHED,
+    Exit.PLUGGED,
+    Exit.NOT_READY,
+    Exit.PENDING,
+    Exit.UNFINISHED,
+    Exit.PARTIAL,
+    Exit.FAILED,
+    Exit.UNREACHABLE,
+    Exit.INTERRUPTED,
+)
+
+Json = dict[str, Any]
+
+
+class Host(NamedTuple):
+    """One agent, by the name that the operator has for its host; empty for the one that the options name."""
+
+    name: str
+    url: str
+
+
+class Progress:
+    """How far the hosts have come; whether to go on. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self.done = self.known = 0
+
+    def expect(self, vms: int) -> None:
+        """Note that so many VMs more are to be asked."""
+        with self._lock:
+            self.known += vms
+
+    def each(self, vms: Iterable[Json]) -> Iterable[Json]:
+        """Give the VMs one after another, until it is stopped."""
+        for vm in vms:
+            if self._stopped.is_set():
+                return
+            yield vm
+            with self._lock:
+                self.done += 1
+
+    def stop(self) -> None:
+        """Begin with no VM more."""
+        self._stopped.set()
+
+
+class Answers(NamedTuple):
+    """What the hosts answered: of each VM an entry, with its host where there are several."""
+
+    vms: list[Json]
+    failures: list[Json]
+    statuses: list[Exit]
+
+    @property
+    def status(self) -> Exit:
+        """The worst of all."""
+        return max(self.statuses, key=_WORSE.index, default=Exit.REACHED)
+
+
+Question = Callable[[Agent, Progress], list[tuple[Json, Exit]]]
+
+
+def hosts_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --hosts to a subcommand."""
+    return click.option(
+        "--hosts",
+        metavar="FILE",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Ask the agents of several hosts: a file with a URL, or NAME URL, a line; or an Ansible inventory.",
+    )(command)
+
+
+def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> Answers:
+    """Return what the agents answer: this session's alone, or those of a file of hosts, side by side."""
+    if hosts_file is None:
+        progress = Progress()
+        answers = Answers([], [], [])
+        _ask_side_by_side(session, {Host("", ""): session.agent}, question, progress, answers)
+        if answers.failures and isinstance(error := answers.failures[0]["raised"], CtlError):
+            raise error
+        return answers
+    agents: dict[Host, Agent] = {}
+    answers = Answers([], [], [])
+    for host in read_hosts(Path(hosts_file)):
+        agents[host] = Agent(Target(**{**session.given, "url": host.url}))
+    _ask_side_by_side(session, agents, question, Progress(), answers)
+    for failure in answers.failures:
+        failure.pop("raised")
+        words = printable(f"{failure['host']}: {failure['errorCode']}: {failure['error']}; remedy: {failure['remedy']}")
+        session.terminal.tell(f"{paint('kvmagentctl', BAD)}: {words}")
+    answers.vms.sort(key=lambda vm: (vm["host"], str(vm.get("name") or vm.get("vmUuid"))))
+    return answers
+
+
+def _ask_side_by_side(
+    session: Session, agents: dict[Host, Agent], question: Question, progress: Progress, answers: Answers
+) -> None:
+    pool = ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(agents) or 1))
+    asked: dict[Future[list[tuple[Json, Exit]]], Host] = {
+        pool.submit(question, agent, progress): host for host, agent in agents.items()
+    }
+    open_futures = set(asked)
+    try:
+        while open_futures:
+            open_futures = wait(open_futures, timeout=_LOOK_S, return_when=FIRST_COMPLETED).not_done
+            if open_futures and max(len(asked), progress.known) > _AT_A_GLANCE:
+                _show(session.terminal, len(asked) - len(open_futures), len(asked), progress)
+    except KeyboardInterrupt:
+        progress.stop()
+        for future in asked:
+            future.cancel()
+        wait(future for future in asked if not future.cancelled())
+        answers.statuses.append(Exit.INTERRUPTED)
+        words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs were asked, and no more are"
+        session.terminal.tell(f"kvmagentctl: {words}")
+    finally:
+        session.terminal.clear()
+        pool.shutdown()
+    for future, host in asked.items():
+        if future.cancelled():
+            continue
+        try:
+            found = future.result()
+        except CtlError as error:
+            answers.failures.append({"host": host.name, **error.body(), "raised": error})
+            answers.statuses.append(error.status)
+            continue
+        for vm, status in found:
+            answers.vms.append({"host": host.name, **vm} if host.name else vm)
+            answers.statuses.append(status)
+
+
+def _show(terminal: Terminal, done: int, hosts: int, progress: Progress) -> None:
+    words = f"  {progress.done} of {progress.known} VMs" if progress.known else "  asking"
+    terminal.show(f"{words}, {done} of {hosts} hosts" if hosts > 1 else words)
+
+
+def print_answers(session: Session, answers: Answers, view: Callable[[list[Json]], list[str]]) -> Exit:
+    """Print what the hosts answered, whole, and return the worst of their statuses."""
+    if session.as_json:
+        body: Json = {"vms": answers.vms}
+        if answers.failures or any("host" in vm for vm in answers.vms):
+            body["failures"] = answers.failures
+        if Exit.INTERRUPTED in answers.statuses:
+            body["interrupted"] = True
+        session.terminal.print_json(body)
+    else:
+        session.terminal.print(*view(printable(answers.vms)))
+    return answers.status
+
+
+def read_hosts(path: Path) -> list[Host]:
+    """Return the hosts of a file.
+
+    Raises:
+        CtlError: it names none, or is an inventory that cannot be read.
+    """
+    lines = [line.split("#", 1)[0].split() for line in path.read_text().splitlines()]
+    lines = [words for words in lines if words]
+    if lines and all(len(words) <= 2 and "://" in words[-1] for words in lines):
+        return [Host(words[0], words[-1]) for words in lines]
+    hosts = _read_inventory(path)
+    if not hosts:
+        raise CtlError(Exit.USAGE, "NO_HOSTS", f"{path} names no host", "Write a URL a line: https://node1:7070.")
+    return hosts
+
+
+def _read_inventory(path: Path) -> list[Host]:
+    """Ansible's own reader knows ranges, groups, variables and plugins; whoever has an inventory has it."""
+    reader = shutil.which("ansible-inventory")
+    if reader is None:
+        raise CtlError(
+            Exit.USAGE,
+            "NO_ANSIBLE",
+            f"{path} is no list of URLs, and there is no ansible-inventory that could read it",
+            "Install ansible-core, or write a URL a line: https://node1:7070.",
+        )
+    command = [reader, "-i", str(path), "--list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_INVENTORY_S, check=False)
+    try:
+        found = json.loads(done.stdout) if done.returncode == 0 else None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        words = " ".join(done.stderr.split())[:300]
+        raise CtlError(Exit.USAGE, "BAD_HOSTS", f"{path}: {words}", "Try it with: ansible-inventory --list -i FILE.")
+    variables = found.get("_meta", {}).get("hostvars", {})
+    names = {name for group in found.values() for name in group.get("hosts", ())} | set(variables)
+    return [Host(name, _make_url(name, variables.get(name, {}))) for name in sorted(names)]
+
+
+def _make_url(name: str, variables: Json) -> str:
+    given = variables.get("kvmagent_url")
+    address = variables.get("ansible_host", name)
+    return str(given or f"https://{address}:{variables.get('kvmagent_port', _PORT)}")
+
+
+# -- subcommands
+
+
+@click.command()
+@click.option(
+    "--pending-restart", is_flag=True, help="Those alone that must be powered off and on to have what is new."
+)
+@click.option("--not-ready", is_flag=True, help="Those alone to which hotplug can add nothing, and that are not full.")
+@hosts_option
+@click.pass_context
+def vms(context: click.Context, pending_restart: bool, not_ready: bool, hosts: str | None) -> int:
+    """All VMs: vCPUs, memory, slots; ready, or what hinders.
+
+    GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
+    the first blocker; `kvmagentctl ready VM` tells all of them.
+    """
+    session = session_of(context)
+
+    def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
+        found = agent.get("vms", timeout_s=_VMS_S)["vms"]
+        progress.expect(len(found))
+        return [
+            (vm, Exit.REACHED)
+            for vm in progress.each(found)
+            if (vm.get("restartRequired") or not pending_restart)
+            and (not not_ready or not (vm.get("ready") or vm.get("atMaximum")))
+        ]
+
+    return print_answers(session, ask_hosts(session, hosts, question), view_vms)
+
+
+def parse_amount(text: str, parse: Callable[[str], int]) -> Callable[[int], int]:
+    """Return what makes an amount of what a VM has: x4 is four times that, anything else is what it says.
+
+    Raises:
+        click.UsageError: it is neither.
+    """
+    if text[:1] in ("x", "X") and text[1:].isdecimal() and int(text[1:]) > 0:
+        factor = int(text[1:])
+        return lambda has: has * factor
+    try:
+        amount = parse(text)
+    except ValueError as error:
+        raise click.UsageError(f"{text}: {error}") from None
+    return lambda _has: amount
+
+
+def make_ready(ready: click.Command) -> click.Command:
+    """Return `ready` with --all and --hosts; without them it is what it was."""
+    one_vm = ready.callback
+    assert one_vm is not None
+
+    def run(**values: Any) -> Any:
+        context = click.get_current_context()
+        hosts, every = values.pop("hosts"), values.pop("all")
+        if not every and hosts is None:
+            if values["vm_uuid"] is None:
+                raise click.UsageError("Missing argument 'VM', or --all.", context)
+            for name, kind in (
+                ("max_cpu_num", own_types["max_cpu_num"]),
+                ("max_memory_size", own_types["max_memory_size"]),
+            ):
+                if values[name] is not None:
+                    values[name] = kind.convert(values[name], None, context)
+            return one_vm(**values)
+        if values["vm_uuid"] is not None:
+            raise click.UsageError("--all and --hosts are for all VMs: leave the VM out", context)
+        return _ready_all(session_of(context), hosts, values, own_types)
+
+    own_types: dict[str, click.ParamType[Any]] = {}
+    for param in ready.params:
+        if param.name == "vm_uuid":
+            param.required = False
+        if param.name in ("max_cpu_num", "max_memory_size"):
+            own_types[param.name] = param.type
+            param.type = click.STRING
+    ready.callback = run
+    ready.params += [
+        click.Option(["--all"], is_flag=True, help="All VMs. --max-cpus and --max-memory may be x4: four times."),
+        click.Option(
+            ["--hosts"],
+            metavar="FILE",
+            type=click.Path(exists=True, dir_okay=False),
+            help="All VMs of several hosts: a file with a URL, or NAME URL, a line; or an Ansible inventory.",
+        ),
+    ]
+    return ready
+
+
+def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[str, Any]) -> int:
+    apply, diff = bool(values["apply"]), bool(values["diff"])
+    prepares = bool(values.get("prepare") or diff or apply)
+    maxima: dict[str, Callable[[int], int]] = {}
+    for name in types:
+        if (text := values.get(name)) is not None:
+            if not prepares:
+                raise click.UsageError("--max-cpus and --max-memory are for --prepare")
+            maxima[name] = parse_amount(text, partial(_convert, types[name]))
+
+    def prepare(agent: Agent, vm: Json) -> tuple[Json, Exit]:
+        has = vm.get("after") or {}
+        body: Json = {"vmUuid": vm["vmUuid"], "prepare": True, "dryRun": not apply}
+        for name, field, wire in (
+            ("max_cpu_num", "configCpuNum", "maxCpuNum"),
+            ("max_memory_size", "configMemorySize", "maxMemorySize"),
+        ):
+            if name in maxima and has.get(field) is not None:
+                body[wire] = maxima[name](has[field])
+        try:
+            reply = Submission(agent, _Silent()).run("/vm/hotplug/ready", body, wait_s=values.get("wait"))
+        except CtlError as error:
+            return {"vmUuid": vm["vmUuid"], "name": vm.get("name"), **error.body()}, error.status
+        return {**reply, "name": reply.get("name") or vm.get("name")}, exit_of(reply)
+
+    def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
+        found = agent.get("vms", timeout_s=_VMS_S)["vms"]
+        progress.expect(len(found))
+        if prepares:
+            return [prepare(agent, vm) for vm in progress.each(found)]
+        return [
+            (vm, Exit.REACHED if vm.get("ready") or vm.get("atMaximum") else Exit.NOT_READY)
+            for vm in progress.each(found)
+        ]
+
+    answers = ask_hosts(session, hosts, question)
+    return print_answers(
+        session, answers, (lambda vms: view_preparations(vms, with_diff=diff)) if prepares else view_vms
+    )
+
+
+def _convert(kind: click.ParamType[Any], text: str) -> int:
+    return int(kind.convert(text, None, None))
+
+
+class _Silent(Terminal):
+    """Where many tasks go on at once, their single steps are not shown."""
+
+    @property
+    def shows_progress(self) -> bool:
+        return False
+
+    def tell(self, line: str) -> None:
+        return
+
+
+VMS = shared_options(vms)

@@ -1,0 +1,104 @@
+"""Many VMs and several hosts: three agents, of which one is dead, and two hundred VMs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ctl.ctl import Ctl
+from tests.fakes.agent import format_spec
+from tests.lab.agent import LOOPBACK, AgentProcess, find_free_port
+from tests.lab.domainxml import GuestSpec
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def other_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
+    """A second host, with two hundred VMs."""
+    file = tmp_path_factory.mktemp("many") / "node.xml"
+    specs = [GuestSpec(name=f"many-{n:03}") for n in range(200)]
+    file.write_text(f"<node>{''.join(format_spec(spec, 'test') for spec in specs)}</node>")
+    with AgentProcess(uri=f"test://{file}", settings={"host": {"memory_overcommit": "100"}}) as running:
+        yield running
+
+
+@pytest.fixture
+def hosts(agent: AgentProcess, other_agent: AgentProcess, tmp_path: Path) -> Path:
+    """Three hosts, the second of which has no agent."""
+    file = tmp_path / "hosts"
+    dead = f"http://{LOOPBACK}:{find_free_port()}"
+    file.write_text(f"# the lab\nnode1 {agent.url}\nnode2 {dead}\nnode3 {other_agent.url}\n")
+    return file
+
+
+def test_a_plan_is_a_grid_and_says_why(ctl: Ctl) -> None:
+    done = ctl("plan", "db-7", "--cpus", "2,4,8", "--memory", "512M,700M,64G")
+    assert done.status == 0
+    lines = done.out.splitlines()
+    assert lines[1].split() == ["MEMORY", "2", "vCPUs", "4", "vCPUs", "8", "vCPUs"]
+    assert lines[2].split()[:4] == ["512", "MiB", "live-unconfirmed", "live-unconfirmed"]
+    assert "live-rounded 768 MiB" in lines[3]
+    assert lines[2].endswith(("restart", "never"))
+    assert "reason  CPU_ABOVE_MAXIMUM: " in done.out
+    told = ctl("plan", "db-7", "--cpus", "x2", "--json").json
+    assert [plan["target"] for plan in told["plans"]] == [{"cpuNum": 2}]
+
+
+def test_a_wrong_plan_sends_nothing(ctl: Ctl) -> None:
+    for arguments in (
+        ("plan",),
+        ("plan", "db-7"),
+        ("plan", "db-7", "--all", "--cpus", "2"),
+        ("plan", "db-7", "--cpus", "two"),
+        ("plan", "db-7", "--cpus", ",".join(map(str, range(1, 10))), "--memory", "1G,2G,3G,4G,5G,6G,7G,8G"),
+        ("ready", "db-7", "--all"),
+        ("ready",),
+    ):
+        assert ctl(*arguments).status == 2, arguments
+
+
+def test_one_dead_host_is_told_and_is_not_fatal(ctl: Ctl, hosts: Path) -> None:
+    done = ctl("vms", "--hosts", str(hosts))
+    assert done.status == 4, "that of the worst"
+    header, *rows = done.out.splitlines()
+    assert header.split()[:2] == ["HOST", "VM"]
+    assert [row.split()[0] for row in rows] == ["node1"] * 2 + ["node3"] * 200
+    assert done.err.startswith("kvmagentctl: node2: AGENT_UNREACHABLE: ")
+    told = ctl("vms", "--hosts", str(hosts), "--not-ready", "--json").json
+    assert [(vm["host"], vm["name"]) for vm in told["vms"]] == [("node1", "old")]
+    assert [failure["host"] for failure in told["failures"]] == ["node2"]
+
+
+def test_two_hundred_vms_are_planned_and_prepared(ctl: Ctl, other_agent: AgentProcess) -> None:
+    began = time.monotonic()
+    told = ctl("--url", other_agent.url, "plan", "--all", "--cpus", "x2", "--memory", "x2,x64", "--json")
+    print(f"200 VMs with two targets each: {time.monotonic() - began:.2f} s")
+    assert told.status == 0
+    verdicts = [[plan["verdict"] for plan in vm["plans"]] for vm in told.json["vms"]]
+    assert verdicts == [["live-unconfirmed", verdicts[0][1]]] * 200
+    shown = ctl("--url", other_agent.url, "ready", "--all", "--prepare", "--max-cpus", "x8", "--max-memory", "x32")
+    assert shown.status == 0
+    assert shown.out.count("maxCpuNum 4 to 8") == 200
+
+
+def test_prepares_all_vms_of_a_host_and_says_what_waits_for_a_restart(ctl: Ctl, agent: AgentProcess) -> None:
+    assert ctl("ready", "--all").status == 7, "old is not"
+    done = ctl("ready", "--all", "--apply", "--max-cpus", "x8", "--max-memory", "8G", "--json")
+    assert {vm["name"]: vm["outcome"] for vm in done.json["vms"]} == {"db-7": "configured", "old": "configured"}
+    assert done.status == 0
+    assert {vm["name"] for vm in ctl("vms", "--pending-restart", "--json").json["vms"]} == {"db-7", "old"}
+    assert ctl("ready", "db-7", "--prepare", "--max-cpus", "16").status == 0, "one VM, as ever"
+
+
+def test_an_ansible_inventory_names_the_hosts(ctl: Ctl, agent: AgentProcess, tmp_path: Path) -> None:
+    inventory = tmp_path / "hosts.ini"
+    inventory.write_text(
+        f"[nodes]\nalpha kvmagent_url={agent.url}\nbeta ansible_host={LOOPBACK} kvmagent_url={agent.url}\n"
+    )
+    path = f"{ctl.script.parent}:{ctl.environment['PATH']}"
+    done = ctl("vms", "--hosts", str(inventory), "--json", environment={"PATH": path})
+    assert sorted({vm["host"] for vm in done.json["vms"]}) == ["alpha", "beta"]
