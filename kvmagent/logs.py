@@ -32,7 +32,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.units import format_ids
-from kvmagent.model.urls import shown_url
+from kvmagent.model.urls import shown_line, shown_text
 from kvmagent.settings import LogSection
 
 #: What no field may be called: the JSON line has these of its own.
@@ -46,8 +46,6 @@ _context: ContextVar[Mapping[str, str]] = ContextVar("log_context", default=_NO_
 _LONGEST_VALUE = 1000
 # What needs no quotes; all that is not printable does.
 _PLAIN = re.compile(r'[^\s"=]+')
-# The query of a callback URL may hold what is nobody's business, and libraries print URLs.
-_QUERY = re.compile(r"""\?[^\s"']+""")
 # Source: sd-daemon(3), syslog(3): a line on standard error that begins with <3> is an error to the journal.
 _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6, logging.DEBUG: 7}
 
@@ -258,7 +256,7 @@ class _TextFormatter(logging.Formatter):
         if not record.exc_info:
             return line
         told = format_fields(**context)
-        traceback = self.formatException(record.exc_info).splitlines()
+        traceback = shown_line(self.formatException(record.exc_info)).splitlines()
         return "\n".join([line, *(f"{prefix} | {_printable(part)} {told}".rstrip() for part in traceback)])
 
 
@@ -278,7 +276,7 @@ class _JsonFormatter(logging.Formatter):
             **{name: _bounded(value) for name, value in fields.items() if value is not None},
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = shown_line(self.formatException(record.exc_info))
         return _priority(record, self._to_journal) + json.dumps(line, default=str)
 
 
@@ -286,8 +284,8 @@ def _event(record: logging.LogRecord) -> tuple[str, Mapping[str, object]]:
     """Return a line's event and fields; of a library's line its text is a field, for who knows what is in it."""
     if isinstance(record.msg, Event):
         fields = record.msg.fields.items()
-        return record.msg.name, {name: shown_url(one) if isinstance(one, str) else one for name, one in fields}
-    return record.name, {"message": shown_url(_QUERY.sub("?...", record.getMessage()))}
+        return record.msg.name, {name: shown_text(one) if isinstance(one, str) else one for name, one in fields}
+    return record.name, {"message": shown_line(record.getMessage())}
 
 
 def _timestamp(record: logging.LogRecord) -> str:

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import cheroot.server
@@ -43,6 +44,7 @@ from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import LOCAL
+from kvmagent.private import check_trusted, owners_of
 from kvmagent.settings import HttpSection
 
 log = Log(__name__)
@@ -89,6 +91,7 @@ class Listener(cheroot.server.HTTPServer):
             path or (http.host, http.port), _Gateway, minthreads=threads, maxthreads=threads, server_name="kvmagent"
         )
         self.path = path
+        self._bound: os.stat_result | None = None
         self.request_queue_size = _BACKLOG
         self.timeout = _IDLE_S
         self.respond = respond
@@ -131,19 +134,29 @@ class Listener(cheroot.server.HTTPServer):
         """Listen at a path, for a group; cheroot's own opens it to everybody.
 
         Raises:
-            OSError: another process listens there, or something else is there.
+            OSError: another process listens there, something else is there, or others could put something there.
         """
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.dirname(bind_addr), 0o755)
+        # Who could put another socket there would be taken for the agent.
+        check_trusted(Path(bind_addr).parent, owners_of())
         _remove_old_socket(bind_addr)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             os.fchmod(self.socket.fileno(), 0o600)  # of the file that bind makes. Source: Linux, unix_bind_bsd
             self.socket.bind(bind_addr)
             _open_to_group(bind_addr, self.http.socket_group)
+            self._bound = os.lstat(bind_addr)
         except OSError:
             self.socket.close()
             raise
+
+    def stop(self) -> None:
+        """Close, and leave no socket behind that nobody listens at."""
+        super().stop()
+        with contextlib.suppress(OSError):
+            if self._bound is not None and os.path.samestat(os.lstat(self.path), self._bound):
+                os.unlink(self.path)
 
     def enter(self, address: str) -> None:
         """Count a connection in.

@@ -21,7 +21,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.model.plans import PlanReply, PlanRequest
 from kvmagent.model.roles import Access
-from kvmagent.model.urls import shown_url
+from kvmagent.model.urls import shown_json, shown_text, shown_url
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import Journal, State, TaskSummary
 from kvmagent.tasks.lanes import Lanes
@@ -199,7 +199,7 @@ class Reads:
             for step in self._journal.steps(task.task_uuid)
         ]
         whole = _summary(task) | {
-            "request": msgspec.Raw(task.request),
+            "request": shown_json(msgspec.json.decode(task.request)),
             "goal": msgspec.Raw(task.goal or b"null"),
             "steps": steps,
             "reply": msgspec.Raw(task.reply or b"null"),
@@ -264,6 +264,8 @@ _NAMED = msgspec.json.Decoder(_Named)
 
 def _summary(task: TaskSummary) -> dict[str, Any]:
     told = _TOLD.decode(task.reply) if task.reply else _Told()
+    # An older agent may have written it with the URL's query.
+    error = task.delivery_error and shown_text(task.delivery_error)
     return {
         "taskUuid": task.task_uuid,
         "command": task.command,
@@ -277,7 +279,7 @@ def _summary(task: TaskSummary) -> dict[str, Any]:
         "startedAt": task.started_at,
         "finishedAt": task.finished_at,
         "client": task.client,
-        "delivery": {"url": shown_url(task.callback_url), "attempts": task.attempts, "error": task.delivery_error},
+        "delivery": {"url": shown_url(task.callback_url), "attempts": task.attempts, "error": error},
     }
 
 

@@ -24,7 +24,7 @@ from kvmagent.api.localpeer import LocalUser
 from kvmagent.certificates import find_end
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import ANONYMOUS, ROLES, Access, find_access, parse_rule
-from kvmagent.private import read_private
+from kvmagent.private import check_file, read_private
 from kvmagent.settings import SecuritySection
 
 TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -33,6 +33,8 @@ _TOKEN_LINE = re.compile(rf"(?P<name>{TOKEN_NAME.pattern}):(?P<digest>[0-9a-f]{{
 _ADDRESS = re.compile(r"[0-9.]+|\[[0-9A-Fa-f:.]+\]")
 # The kinds of subject alternative names that name a client, as Python's ssl calls them.
 _NAME_KINDS = frozenset({"DNS", "URI", "IP Address", "email"})
+# The settings that name a file by which somebody is let in, or the agent known.
+_FILES = ("tls_cert", "tls_key", "client_ca", "client_crl", "tokens_file")
 
 
 class Peer(NamedTuple):
@@ -49,10 +51,16 @@ class Peer(NamedTuple):
 
 
 class Security:
-    """Thread-safe: what `load` read is replaced whole. `clock` tells seconds since the epoch."""
+    """Thread-safe: what `load` read is replaced whole. `clock` tells seconds since the epoch.
 
-    def __init__(self, section: SecuritySection, *, clock: Callable[[], float] = time.time) -> None:
+    `user_id` is the agent's user, this process's where none is given: who beside root may own its files.
+    """
+
+    def __init__(
+        self, section: SecuritySection, *, clock: Callable[[], float] = time.time, user_id: int | None = None
+    ) -> None:
         self._clock = clock
+        self._user_id = user_id
         self._own_name = socket.gethostname().lower()
         self._tokens: tuple[tuple[str, bytes], ...] = ()
         #: The TLS context for new connections; None for plain HTTP.
@@ -70,6 +78,9 @@ class Security:
             AgentError: BAD_CONFIGURATION; what was in force stays.
         """
         section = section or self._section
+        for name in _FILES:
+            if path := getattr(section, name):
+                check_file(path, f"security.{name}", user_id=self._user_id)
         tokens = parse_tokens(read_private(section.tokens_file, "security.tokens_file")) if section.tokens_file else ()
         context = make_server_context(section) if section.tls_cert else None
         self._use(section)

@@ -14,6 +14,7 @@ import simplejson
 from kvmagent.logs import cut
 from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.urls import shown_url
 
 _TASK_UUID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Source: W3C Trace Context, traceparent: version, trace id, parent id, flags; of version 00 nothing follows.
@@ -60,10 +61,10 @@ def parse_callback_url(value: str | None) -> str:
         parts = urlsplit(value)
         port = parts.port
     except ValueError as error:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(value)}: {error}") from error
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(shown_url(value))}: not a URL") from error
     plain = value.isascii() and value.isprintable() and " " not in value
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain or len(value) > _MAX_URL:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(value)}")
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(shown_url(value))}")
     if parts.username is not None or parts.password is not None or parts.fragment:
         raise AgentError(Code.BAD_CALLBACK_URL, "callbackurl holds a user name, a password or a fragment")
     return value

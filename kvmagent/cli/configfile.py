@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.private import read_file
 from kvmagent.settings import Settings, parse_settings
 
 
@@ -14,11 +15,11 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
         AgentError: BAD_CONFIGURATION: the file cannot be read, or what it says is wrong.
     """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_file(str(path), "the configuration")
+    except AgentError as error:
         raise AgentError(
             Code.BAD_CONFIGURATION,
-            f"{path}: {error}",
+            error.message,
             remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name "
             "another with --config.",
         ) from error

@@ -21,6 +21,7 @@ from kvmagent.cli.configfile import read_settings
 from kvmagent.logs import Log, LogOutput, error_fields
 from kvmagent.model.errors import AgentError
 from kvmagent.plugins import load_plugins
+from kvmagent.private import check_file
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 from kvmagent.systemd import ServiceManager
 from kvmagent.tasks.faults import Fault, no_fault
@@ -112,9 +113,11 @@ class _Process:
         """Return what the configuration file says now.
 
         Raises:
-            AgentError: BAD_CONFIGURATION.
+            AgentError: BAD_CONFIGURATION; also where others can change it.
         """
-        return read_settings(self._path, self._overrides)
+        settings = read_settings(self._path, self._overrides)
+        check_file(str(self._path), "the configuration")
+        return settings
 
     def read_log_settings(self) -> None:
         self.log_output.open(self.read_settings().log)

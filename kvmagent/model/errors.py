@@ -10,6 +10,8 @@ from enum import StrEnum
 
 import msgspec
 
+from kvmagent.model.urls import shown_text
+
 
 class Code(StrEnum):
     """The stable words."""
@@ -858,7 +860,8 @@ LOOKS: dict[Code, str] = {
 class AgentError(Exception):
     """A failure that the caller is told of: `code`, `message` (observed against needed), `remedy`, `details`.
 
-    `expected` failures are the caller's or the VM's doing and log one line; others log a traceback once.
+    `expected` failures are the caller's or the VM's doing and log one line; others log a traceback once. URLs in the
+    message are without their secrets: it goes into answers, the log and the journal.
     """
 
     def __init__(
@@ -870,9 +873,9 @@ class AgentError(Exception):
         details: dict[str, object] | None = None,
         expected: bool = True,
     ) -> None:
-        super().__init__(message)
+        self.message = shown_text(message)
+        super().__init__(self.message)
         self.code = code
-        self.message = message
         self.remedy = CODES[code].remedy if remedy is None else remedy
         self.details = details or {}
         self.expected = expected

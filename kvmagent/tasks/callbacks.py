@@ -33,7 +33,8 @@ from kvmagent.logs import Log
 from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import LOCAL
-from kvmagent.private import read_private
+from kvmagent.model.urls import shown_line, shown_url
+from kvmagent.private import check_file, read_private
 from kvmagent.settings import CallbackRule, CallbackSection
 from kvmagent.shares import Shares
 
@@ -43,6 +44,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Returns the addresses of a host, or raises OSError.
 Resolve = Callable[[str], Iterable[str]]
 
+# The settings that name a file by which receivers are known, or the agent to them.
+_FILES = ("server_ca", "tls_cert", "tls_key")
 _LOCALHOST = ipaddress.ip_address("127.0.0.1")
 _PORTS = {"http": 80, "https": 443}
 # More of a receiver's answer is not read: it says nothing to the agent.
@@ -61,11 +64,17 @@ def resolve_by_system(host: str) -> Iterable[str]:
 
 
 class Callbacks:
-    """Thread-safe."""
+    """Thread-safe. `user_id` is the agent's user, this process's where none is given: who may own its files."""
 
     def __init__(
-        self, rules: Iterable[CallbackRule], section: CallbackSection, *, resolve: Resolve = resolve_by_system
+        self,
+        rules: Iterable[CallbackRule],
+        section: CallbackSection,
+        *,
+        resolve: Resolve = resolve_by_system,
+        user_id: int | None = None,
     ) -> None:
+        self._user_id = user_id
         self._rules = tuple(rules)
         self._section = section
         self._resolve = resolve
@@ -82,6 +91,9 @@ class Callbacks:
             AgentError: BAD_CONFIGURATION; what was in force stays.
         """
         section = self._section
+        for name in _FILES:
+            if path := getattr(section, name):
+                check_file(path, f"callback.{name}", user_id=self._user_id)
         self._context = self._make_context() if section.server_ca or section.tls_cert else None
         self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
 
@@ -191,7 +203,7 @@ class Channel:
         except (HTTPError, HTTPException, OSError, ValueError) as error:
             connection.close()
             late = f" (the receiver has {timeout_s:g} s in all)" if isinstance(error, TimeoutError) else ""
-            return None, f"{type(error).__name__}: {error}{late}"[:_MAX_WORDS]
+            return None, shown_line(f"{type(error).__name__}: {error}{late}")[:_MAX_WORDS]
         return status, f"HTTP {status}"
 
     def close(self) -> None:
@@ -414,10 +426,10 @@ def _host_and_port(url: str) -> tuple[str, int]:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"the URL is {url!r}: {error}") from error
+        raise AgentError(Code.BAD_CALLBACK_URL, f"the URL {shown_url(url)!r} cannot be read") from error
     plain = url.isascii() and url.isprintable() and " " not in url
     if parts.scheme not in _PORTS or not host or port == 0 or not plain or parts.username is not None:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"{url!r} is no absolute http or https URL")
+        raise AgentError(Code.BAD_CALLBACK_URL, f"{shown_url(url)!r} is no absolute http or https URL")
     return host.lower().rstrip("."), port or _PORTS[parts.scheme]
 
 

@@ -14,7 +14,6 @@ import os
 import re
 import select
 import signal
-import stat
 import subprocess
 import threading
 import time
@@ -27,6 +26,7 @@ from kvmagent.logs import Log
 from kvmagent.meters import phase
 from kvmagent.model.command import Goal
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.private import OpenToOthers, check_trusted, owners_of
 from kvmagent.tasks.journal import Task
 
 log = Log(__name__)
@@ -69,7 +69,7 @@ class Hooks:
         user_id: int | None = None,
     ) -> None:
         self._directory = directory
-        self._owners = (0, os.geteuid() if user_id is None else user_id)
+        self._owners = owners_of(user_id)
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -88,7 +88,8 @@ class Hooks:
         try:
             return {event: ",".join(hook.name for hook in self._find(event)) for event in _EVENTS}
         except OSError as error:
-            raise AgentError(Code.BAD_CONFIGURATION, f"hooks.directory: {error}") from error
+            remedy = error.remedy if isinstance(error, OpenToOthers) else None
+            raise AgentError(Code.BAD_CONFIGURATION, f"hooks.directory: {error}", remedy=remedy) from error
 
     def stop(self) -> None:
         """Kill what runs, and at once what is still started."""
@@ -141,13 +142,13 @@ class Hooks:
             OSError: one is not there, or can be changed by others.
         """
         directory = Path(self._directory) / f"{event}.d"
-        _check_trusted(directory.parent, self._owners)
+        check_trusted(directory.parent, self._owners)
         if not directory.exists():
             return []
-        _check_trusted(directory, self._owners)
+        check_trusted(directory, self._owners)
         named = sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name) and not path.is_dir())
         for path in named:
-            _check_trusted(path, self._owners)
+            check_trusted(path, self._owners)
         return [path for path in named if os.access(path, os.X_OK)]
 
     def _run(self, hook: Path, document: bytes, until: float) -> _Result:
@@ -155,8 +156,8 @@ class Hooks:
         started, output = time.monotonic(), b""
         try:
             # Once more, at the moment that it is run: those before it took their time.
-            _check_trusted(hook.parent, self._owners)
-            _check_trusted(hook, self._owners)
+            check_trusted(hook.parent, self._owners)
+            check_trusted(hook, self._owners)
             status, output = self._execute(hook, document, until)
         except OSError as error:
             failure: str | None = str(error)
@@ -241,23 +242,6 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill a process that nobody has waited for yet, and all that is left in its group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _check_trusted(path: Path, owners: tuple[int, ...]) -> None:
-    """Refuse what others than its owners, root and the agent's user, can change or replace.
-
-    Raises:
-        OSError: it is so, or cannot be looked at.
-    """
-    real = path.resolve(strict=True)
-    for place in (real, *real.parents):
-        found = place.stat()
-        if found.st_uid not in owners:
-            raise PermissionError(f"{place} belongs to user {found.st_uid}, neither root nor the agent's")
-        # In a directory above, as /tmp is, the sticky bit keeps others from what is not theirs.
-        kept = place != real and found.st_mode & stat.S_ISVTX
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not kept:
-            raise PermissionError(f"{place} has mode {stat.S_IMODE(found.st_mode):04o}: others can write it")
 
 
 def _describe(event: Event, task: Task, **more: Any) -> bytes:

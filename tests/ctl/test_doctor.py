@@ -118,7 +118,7 @@ def test_hooks_are_told_and_those_that_the_agent_would_not_run_at_all(tmp_path: 
     config = tmp_path / "kvmagent.conf"
     config.write_text(f"[hooks]\ndirectory = {tmp_path}\n")
     (ill,) = (one for one in examine(config, {"url": "http://127.0.0.1:1"}) if one.check == "hooks")
-    assert (ill.level, ill.message) == ("wrong", f"hooks.directory: {hook} has mode 0757: others can write it")
+    assert (ill.level, ill.message) == ("wrong", f"hooks.directory: {hook} is writable by others (0757)")
     assert ill.remedy
 
 

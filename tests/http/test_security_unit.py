@@ -71,12 +71,13 @@ def test_the_state_is_the_agent_s_alone(node_uri: str, server: ManagementServer)
 
 
 @pytest.mark.parametrize(
-    ("key", "mode"), [("tokens_file", 0o640), ("tokens_file", 0o604), ("tls_cert", 0o644), ("tls_key", 0o660)]
+    ("key", "mode"), [("tokens_file", 0o640), ("tokens_file", 0o604), ("tls_cert", 0o644), ("tls_key", 0o640)]
 )
 def test_a_secret_that_others_can_read_stops_the_start(node_uri: str, tmp_path: Path, key: str, mode: int) -> None:
     secret = tmp_path / "secret"
     secret.write_text("zstack:" + "0" * 64)
     secret.chmod(mode)
+    (tmp_path / "cert").touch(mode=0o644)
     section = {key: str(secret), **({"tls_cert": str(tmp_path / "cert")} if key == "tls_key" else {})}
     with pytest.raises(RuntimeError, match=rf"security.{key} .* has mode {mode:04o}, needed is 0600"):
         AgentProcess(uri=node_uri, settings={"security": section}).__enter__()

@@ -45,7 +45,8 @@ class AgentProcess:
     """The agent's executable, with a state directory and a port that last across stop, kill and start.
 
     `settings` is section -> key -> value, over the few that the lab needs; `command` is for another executable.
-    `tls` and `token` are how this class's own requests are sent.
+    `tls` and `token` are how this class's own requests are sent. `by_socket`: by the agent's UNIX socket, with no
+    setting of [security] but those given.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class AgentProcess:
         command: Sequence[str] | None = None,
         tls: ssl.SSLContext | None = None,
         token: str | None = None,
+        by_socket: bool = False,
     ) -> None:
+        self._by_socket = by_socket
         self.tls = tls
         self.token = token
         #: What it is given beside the environment of the tests.
@@ -87,6 +90,8 @@ class AgentProcess:
     @property
     def url(self) -> str:
         """The agent's base URL."""
+        if self._by_socket:
+            return f"unix://{self.socket}"
         return f"{'http' if self.tls is None else 'https'}://{LOOPBACK}:{self.port}"
 
     @property
@@ -162,6 +167,8 @@ class AgentProcess:
 
     def connect(self) -> http.client.HTTPConnection:
         """A connection to the agent, over TLS where it speaks that."""
+        if self._by_socket:
+            return UnixConnection(self.socket)
         if self.tls is None:
             return http.client.HTTPConnection(LOOPBACK, self.port, timeout=REQUEST_TIMEOUT_S)
         return http.client.HTTPSConnection(LOOPBACK, self.port, timeout=REQUEST_TIMEOUT_S, context=self.tls)
@@ -204,11 +211,25 @@ class AgentProcess:
                 "libvirt": {"uri": uri},
             }
         )
-        if not settings.get("security", {}).keys() & CREDENTIALS:
+        if not self._by_socket and not settings.get("security", {}).keys() & CREDENTIALS:
             configuration.read_dict({"security": OPEN_TO_LOOPBACK})
         configuration.read_dict(settings)
         with self.config_file.open("w") as file:
             configuration.write(file)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """A connection by the agent's socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=REQUEST_TIMEOUT_S)
+        self.path = str(path)
+
+    def connect(self) -> None:
+        """Connect to the socket's path."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(REQUEST_TIMEOUT_S)
+        self.sock.connect(self.path)
 
 
 def find_command() -> list[str]:

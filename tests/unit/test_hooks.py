@@ -289,5 +289,5 @@ def test_many_runs_leave_no_descriptor_and_no_process(directory: HookDirectory) 
 def test_a_hook_that_others_can_change_since_the_one_before_it_ran_is_not_run(directory: HookDirectory) -> None:
     second = directory.write("before.d/20-b", TOUCH)
     directory.write("before.d/10-a", f"chmod 0777 {second}")
-    assert "others can write it" in refusal(Hooks(str(directory.path)))
+    assert "writable by others" in refusal(Hooks(str(directory.path)))
     assert not directory.lines()

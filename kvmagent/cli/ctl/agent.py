@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 from kvmagent.backoff import Backoff
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.model.errors import AgentError
+from kvmagent.model.urls import shown_url
 from kvmagent.private import read_private
 
 _CONNECT_S, _READ_S = 5.0, 30.0
@@ -260,9 +261,10 @@ def _split(url: str) -> Any:
         parts, has_port = None, False
     if parts is not None and parts.scheme == "unix" and parts.path.startswith("/") and not parts.netloc:
         return parts
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or not has_port or parts.query:
+    is_plain = parts is not None and has_port and not parts.query and "@" not in parts.netloc
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
         remedy = "Write it as https://node1.example:7070, or unix:///run/kvmagent/kvmagent.sock."
-        raise CtlError(Exit.USAGE, "BAD_URL", f"{url!r} is no agent's URL", remedy)
+        raise CtlError(Exit.USAGE, "BAD_URL", f"{shown_url(url)!r} is no agent's URL", remedy)
     return parts
 
 

@@ -137,7 +137,9 @@ def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]
     """Look at keys, tokens and certificates as an agent that starts does, then at the dates and names of each."""
     security, callback = settings.security, settings.callback
     rules = map(parse_callback_rule, security.allowed_callbacks)
-    for load in (Security(security).load, Callbacks(rules, callback).load):
+    user = _find_agent_user()
+    user_id = user and user.pw_uid
+    for load in (Security(security, user_id=user_id).load, Callbacks(rules, callback, user_id=user_id).load):
         try:
             load()
         except AgentError as error:
