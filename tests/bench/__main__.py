@@ -1,6 +1,6 @@
 """`make bench`: every measurement in turn, the table of targets, a JSON file. Ten minutes on a machine of its own.
 
-(a) POST to callback: libvirt's test driver, then a real guest, each beside the bare call and virsh
+(a) POST to callback: real plugs on running QEMUs, then a real guest, each beside the bare calls of the same run
 (b) many domains    (c) memory, idleness, start    (d) owed callbacks    (e) until the guest itself has it
 """
 

@@ -74,20 +74,6 @@ class Runs:
         return result, used_ms
 
 
-def time_bare_plugs(uri: str, domains: int, count: int) -> list[float]:
-    """The milliseconds of virDomainSetVcpusFlags, live and persistent in one call, for the plugs of `growing`.
-
-    The handle is looked up and the connection open beforehand: the bare call and nothing else.
-    """
-    connection = libvirt.open(uri)
-    try:
-        handles = [connection.lookupByName(domain_name(n)) for n in range(domains)]
-        steps = [(n, vcpus) for vcpus in range(2, MAX_VCPUS + 1) for n in range(domains)][:count]
-        return [_time_ms(lambda h=handles[n], v=vcpus: h.setVcpusFlags(v, LIVE_AND_CONFIG)) for n, vcpus in steps]
-    finally:
-        connection.close()
-
-
 def time_bare_same(guest: Guest, count: int, times: int) -> list[float]:
     """The milliseconds of virDomainSetVcpusFlags, live and persistent, with the number of vCPUs that the guest has."""
     with guest.domain() as domain:

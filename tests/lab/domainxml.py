@@ -28,8 +28,9 @@ class GuestSpec:
     """A guest as a test wants it; the defaults are a guest that can be given CPUs and memory.
 
     `max_memory_mib` None leaves out maxMemory. `numa_cells` shares memory and CPUs among so many cells, 0 leaves
-    them out. `topology` is sockets, cores, threads; None makes each CPU a socket. The `_xml` fields and `qemu_args`
-    go into the domain, its devices, its metadata and QEMU's command line as they are.
+    them out. `boots` False leaves out the operating system: QEMU runs its firmware alone. `topology` is sockets,
+    cores, threads; None makes each CPU a socket. The `_xml` fields and `qemu_args` go into the domain, its devices,
+    its metadata and QEMU's command line as they are.
     """
 
     name: str
@@ -43,6 +44,7 @@ class GuestSpec:
     acpi: bool = True
     balloon: bool = True
     agent_channel: bool = True
+    boots: bool = True
     arch: str = "x86_64"
     machine: str = "q35"
     kernel_args: str = ""
@@ -67,8 +69,7 @@ def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log:
         format_max_memory(spec),
         f"<vcpu placement='static' current='{spec.vcpus}'>{spec.max_vcpus}</vcpu>",
         f"<os><type arch={quoteattr(spec.arch)} machine={quoteattr(spec.machine)}>hvm</type>",
-        f"<kernel>{image.kernel}</kernel><initrd>{image.initramfs}</initrd>",
-        f"<cmdline>{escape(format_kernel_arguments(spec))}</cmdline>",
+        format_boot(spec, image) if spec.boots else "",
         "<smbios mode='sysinfo'/></os>" if disguised else "</os>",
         f"<features>{'<acpi/>' if spec.acpi else ''}{VMPORT if disguised else ''}</features>",
         SMBIOS if disguised else "",
@@ -89,6 +90,14 @@ def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log:
         "</domain>",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def format_boot(spec: GuestSpec, image: Image) -> str:
+    """What is booted."""
+    return (
+        f"<kernel>{image.kernel}</kernel><initrd>{image.initramfs}</initrd>\n"
+        f"<cmdline>{escape(format_kernel_arguments(spec))}</cmdline>"
+    )
 
 
 def format_max_memory(spec: GuestSpec) -> str:
