@@ -33,6 +33,7 @@ from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.host import read_boot_id
 from kvmagent.hypervisor.node import Node
+from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.vmevents import VmEvents
 from kvmagent.logs import Log, error_fields
 from kvmagent.model.command import Command, Plugin
@@ -119,12 +120,14 @@ class Agent:
             (device_events.register, VmEvents(self._reports.tell_event).register),
             on_gap=self._reports.tell_gap,
         )
+        self._restarts = RestartMemory(self._state_dir / "restarts.json")
         node = Node(
             self._connection,
             events=device_events,
             former_xml_dir=self._state_dir / "former-xml",
             meters=metrics,
             removes_emulated=settings.libvirt.allow_emulated_removal,
+            restarts=self._restarts,
             budget=Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit),
         )
         self._journal = Journal(
@@ -251,6 +254,7 @@ class Agent:
         self._server.bind()
         self._journal.start()
         self._memory.load()
+        self._restarts.load()
         self._reports.start()
         self._connection.start()
         self._events.start()

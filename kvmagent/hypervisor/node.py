@@ -21,6 +21,7 @@ from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.performers import foresee, perform, preview
 from kvmagent.hypervisor.qemumemory import AskQemu
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes, was_migrated
+from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
@@ -39,7 +40,7 @@ class Node:
 
     `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
     `host_root` where the kernel's files of the host are, `domain_schema` what a dry run is held against.
-    `removes_emulated`: see Host.
+    `removes_emulated`: see Host. `restarts` remembers since when VMs wait for one.
     """
 
     def __init__(
@@ -55,7 +56,9 @@ class Node:
         meters: Meters | None = None,
         domain_schema: Path = DOMAIN_SCHEMA,
         removes_emulated: bool = False,
+        restarts: RestartMemory | None = None,
     ) -> None:
+        self._restarts = restarts
         self._connection = connection
         self._removes_emulated = removes_emulated
         self._meters = meters or Meters()
@@ -90,7 +93,10 @@ class Node:
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
-            return [domain.UUIDString() for domain in connection.listAllDomains()]
+            uuids = [domain.UUIDString() for domain in connection.listAllDomains()]
+        if self._restarts is not None:
+            self._restarts.keep(uuids)
+        return uuids
 
     def read_stats(self) -> tuple[VmStats, ...]:
         """Return what libvirt tells of all running VMs in one call, and what each may have of the host's memory."""
@@ -204,6 +210,8 @@ class Node:
             host = msgspec.structs.replace(host, pools=self._budget.look(connection, domain.uuid))
         facts = Facts(domain=self._with_migrated(domain), guest=guest, host=host)
         self._meters.observed(facts)
+        if self._restarts is not None:
+            facts = msgspec.structs.replace(facts, restart_since=self._restarts.note(facts))
         return facts
 
     def _read_host(self) -> Host:

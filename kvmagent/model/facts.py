@@ -372,12 +372,14 @@ class Facts(msgspec.Struct, frozen=True):
 
     `left_offline` are the guest's CPUs that the agent plugged, or took offline, in this run of the VM, and that it has
     not seen in use since: others that are offline are so by their owner's will.
+    `restart_since` is since when it waits for a restart, in seconds since the epoch; None: it does not, or unknown.
     """
 
     domain: Domain
     guest: Guest
     host: Host
     left_offline: frozenset[int] = frozenset()
+    restart_since: float | None = None
 
     @property
     def run(self) -> str | None:

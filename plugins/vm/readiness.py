@@ -78,6 +78,7 @@ def conclude(ending: Ending) -> Mapping[str, Any]:
         "clamped": list(goal.clamped),
         "diff": _find_diff(ending),
         "restart_required": facts.restart_required,
+        "restart_required_since": facts.restart_since,
     }
 
 

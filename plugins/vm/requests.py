@@ -184,7 +184,8 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     `ready`: a command to the totals that were asked for would be accepted now; where none were, one that adds anything.
     `atMaximum`: it would not, and nothing is wrong: the VM has all that it can have without a restart. `confirmable`:
     the guest can say whether it uses what is plugged; else a warning with the code GUEST_AGENT_... says why.
-    `restartRequired`: the persistent definition has what the running VM lacks until it is powered off and on.
+    `restartRequired`: the persistent definition has what the running VM lacks until it is powered off and on;
+    `restartRequiredSince` is when that was first seen, in seconds since the epoch.
     `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline,
     and what the guest's operating system is known not to do; `guestOs` is what it says of itself.
     """
@@ -203,4 +204,5 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     clamped: list[Clamp] = []
     diff: str | None = None
     restart_required: bool = False
+    restart_required_since: float | None = None
     devices: list[Device] = []

@@ -91,6 +91,9 @@ def test_prepares_all_vms_of_a_host_and_says_what_waits_for_a_restart(ctl: Ctl, 
     assert {vm["name"]: vm["outcome"] for vm in done.json["vms"]} == {"db-7": "configured", "old": "configured"}
     assert done.status == 0
     assert {vm["name"] for vm in ctl("vms", "--pending-restart", "--json").json["vms"]} == {"db-7", "old"}
+    waiting = {vm["name"]: vm["restartRequiredSince"] for vm in ctl("vms", "--pending-restart", "--json").json["vms"]}
+    assert all(0 < since <= time.time() for since in waiting.values())
+    assert ctl("vms", "--pending-restart").out.count("restart pending since 20") == 2
     assert ctl("ready", "db-7", "--prepare", "--max-cpus", "16").status == 0, "one VM, as ever"
 
 

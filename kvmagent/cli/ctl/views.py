@@ -214,7 +214,7 @@ def _vm_row(vm: Json) -> list[str]:
 
 
 def _readiness(vm: Json) -> str:
-    pending = paint(", restart pending", WARN) if vm.get("restartRequired") else ""
+    pending = paint(f", restart pending{_since(vm)}", WARN) if vm.get("restartRequired") else ""
     if vm.get("ready"):
         return paint("ready", GOOD) + pending
     if vm.get("atMaximum"):
@@ -224,6 +224,11 @@ def _readiness(vm: Json) -> str:
         return paint(str(vm.get("errorCode") or "not ready"), BAD)
     more = f" (+{len(blockers) - 1})" if len(blockers) > 1 else ""
     return paint(str(blockers[0]["code"]), WARN) + more + pending
+
+
+def _since(vm: Json) -> str:
+    since = vm.get("restartRequiredSince")
+    return "" if since is None else f" since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def view_reply(reply: Json) -> list[str]:
