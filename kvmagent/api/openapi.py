@@ -7,13 +7,20 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvmagent import __version__
+from kvmagent.api.answers import API_VERSION, UnreadableVm
 from kvmagent.api.intake import Accepted
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.host import Query
+from kvmagent.model.reply import VmReply
 from kvmagent.model.roles import Open, Role
 
 _SCHEMES = {"token": {"type": "http", "scheme": "bearer"}, "certificate": {"type": "mutualTLS"}}
+_TAGS = {
+    "commands": "Changes of VMs: accepted at once, the outcome is posted to the callback URL",
+    "host": "What a management server asks and tells of a host",
+    "reads": "VMs, tasks and the agent as they are now",
+}
 _REF = "#/components/schemas/{name}"
 # What any request may be refused with, by status; what a command may be beside that, and a read.
 _ANY = (400, 401, 403, 405, 408, 413, 414, 431, 500, 503)
@@ -31,39 +38,50 @@ class Refusal(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class OwnPath(NamedTuple):
-    """A path that no plugin declares, what it answers, the role that it needs, and the schemas of its query and answer.
+    """A path that no plugin declares, what it answers, the role that it needs, and the schemas of its query.
 
-    `host`: it concerns the whole host, so that a role for some VMs is not enough.
-    `request` and `reply` are the shapes of bodies that have one.
+    `host`: it concerns the whole host, so that a role for some VMs is not enough. `operation` is its operationId,
+    `answer` what it answers: a shape, "vm" or "vms", or a media type of text; `request` the shape of a body.
     """
 
+    operation: str
     path: str
     summary: str
     needs: Role | Open
+    answer: type[msgspec.Struct] | str
     host: bool = False
     query: Mapping[str, Any] = MappingProxyType({})
     method: str = "get"
-    content: Mapping[str, Any] = MappingProxyType({"application/json": {"schema": {}}})
     request: type[msgspec.Struct] | None = None
-    reply: type[msgspec.Struct] | None = None
 
 
 def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -> dict[str, Any]:
     """Return the document."""
     declared, own = list(declared), list(own)
-    shapes = [Accepted, Refusal, *(shape for one in declared for shape in (one.request, one.reply))]
-    shapes += [shape for one in own for shape in (one.request, one.reply) if shape is not None]
+    vm = next((one.reply for one in declared if one.name == "ReadyForHotplug"), VmReply)
+    answers = [one.answer for one in own if not isinstance(one.answer, str)]
+    asked = [shape for one in declared for shape in (one.request, one.reply)]
+    asked += [one.request for one in own if one.request is not None]
+    shapes = [Accepted, Refusal, UnreadableVm, vm, *answers, *asked]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
     paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
-    paths |= {one.path: {one.method: _own(one)} for one in own}
+    paths |= {one.path: {one.method: _own(one, vm)} for one in own}
+    for item in paths.values():
+        for operation in item.values():
+            _add_examples(operation, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "kvmagent",
             "version": __version__,
+            "x-api-version": API_VERSION,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+            "contact": {"name": "the kvmagent maintainers, by the project's issue tracker"},
             "description": "Live CPU and memory hotplug of KVM guests. Commands answer at once; the reply is posted "
             "to the callback URL. No command restarts or migrates a VM; a change that needs a restart says so.",
         },
+        "servers": [{"url": "/", "description": "The agent that answers this"}],
+        "tags": [{"name": name, "description": words} for name, words in _TAGS.items()],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": _SCHEMES},
         # Which of them an agent asks for is its configuration's; its UNIX socket asks for none.
@@ -81,11 +99,13 @@ def _operation(command: Command | Query) -> dict[str, Any]:
     refusals = f"; refusals: {', '.join(command.refusals)}" if isinstance(command, Command) else ""
     return {
         "operationId": command.name,
+        "tags": ["commands" if isinstance(command, Command) else "host"],
         "summary": command.summary,
         "x-role": command.role,
         "parameters": [
             _header("taskuuid", {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}),
             _header("callbackurl", {"type": "string", "pattern": f"^(https?://|{NO_CALLBACK}$)"}),
+            {"name": "traceparent", "in": "header", "required": False, "schema": {"type": "string"}},
         ],
         "requestBody": {"required": True, "content": _json(command.request)},
         "responses": {
@@ -113,6 +133,7 @@ def _operation(command: Command | Query) -> dict[str, Any]:
 def _sync_operation(query: Query) -> dict[str, Any]:
     return {
         "operationId": query.name,
+        "tags": ["host"],
         "summary": query.summary,
         "x-role": query.role,
         "requestBody": {"required": False, "content": _json(query.request)},
@@ -123,9 +144,16 @@ def _sync_operation(query: Query) -> dict[str, Any]:
     }
 
 
-def _own(own: OwnPath) -> dict[str, Any]:
+def _own(own: OwnPath, vm: type[msgspec.Struct]) -> dict[str, Any]:
     names = [segment[1:-1] for segment in own.path.split("/") if segment.startswith("{")]
+    refusals = _refusals(_ANY + _READ + (_COMMAND if own.method == "post" else ()))
+    content = _answer(own.answer, vm)
+    if own.path == "/healthz":
+        both = [content["application/json"]["schema"], _ref(Refusal)]
+        refusals["503"] = {"description": "Not ready", "content": {"application/json": {"schema": {"anyOf": both}}}}
     return {
+        "operationId": own.operation,
+        "tags": ["reads" if own.method == "get" else "commands"],
         "summary": own.summary,
         "x-role": own.needs,
         "parameters": [
@@ -133,15 +161,67 @@ def _own(own: OwnPath) -> dict[str, Any]:
             *({"name": name, "in": "query", "schema": schema} for name, schema in own.query.items()),
         ],
         **({"requestBody": {"required": True, "content": _json(own.request)}} if own.request else {}),
-        "responses": {
-            "200": {"description": own.summary, "content": _json(own.reply) if own.reply else dict(own.content)},
-            **_refusals(_ANY + _READ + (_COMMAND if own.method == "post" else ())),
-        },
+        "responses": {"200": {"description": own.summary, "content": content}, **refusals},
     }
 
 
+def _answer(answer: type[msgspec.Struct] | str, vm: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the content of an answer; `vm` is what tells of one VM."""
+    if not isinstance(answer, str):
+        return _json(answer)
+    if answer == "vm":
+        return _json(vm)
+    if answer == "vms":
+        items = {"anyOf": [_ref(vm), _ref(UnreadableVm)]}
+        properties = {"vms": {"type": "array", "items": items}}
+        return {"application/json": {"schema": {"type": "object", "required": ["vms"], "properties": properties}}}
+    return {answer: {"schema": {"type": "object" if answer == "application/json" else "string"}}}
+
+
 def _refusals(statuses: Iterable[int]) -> dict[str, Any]:
-    return {str(status): {"description": "Refused", "content": _json(Refusal)} for status in statuses}
+    """Return the answers to a request that is refused, each with the codes that it may have."""
+    return {
+        str(status): {
+            "description": f"Refused: {', '.join(code for code, info in CODES.items() if info.status == status)}",
+            "content": _json(Refusal),
+        }
+        for status in statuses
+    }
+
+
+def _add_examples(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None:
+    """Give the request and the first answer of an operation an example each."""
+    parts = [operation.get("requestBody", {}), operation["responses"]["200"]]
+    for part in parts:
+        for content in part.get("content", {}).values():
+            content["example"] = _example(content["schema"], schemas)
+
+
+# What a field of that name may hold, where its schema alone would make a poor example.
+_SAMPLES: Mapping[str, Any] = MappingProxyType(
+    {"vmUuid": "db-7", "taskUuid": "9f1c", "cpuNum": 4, "memorySize": 8 * 2**30, "state": "accepted"}
+)
+
+
+def _example(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
+    """Return a value that fits a schema: of an object what is required."""
+    if "$ref" in schema:
+        return _example(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if "anyOf" in schema:
+        return _example(schema["anyOf"][0], schemas)
+    if "enum" in schema:
+        return schema["enum"][0]
+    kind = schema.get("type")
+    if kind == "object":
+        fields = schema.get("properties", {})
+        return {name: _sample(name, fields[name], schemas) for name in schema.get("required", ())}
+    simple = {"string": "text", "integer": schema.get("minimum", 0), "number": 0.0, "boolean": True, "array": []}
+    return simple.get(str(kind))
+
+
+def _sample(name: str, schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
+    fits = "enum" not in schema or _SAMPLES.get(name) in schema["enum"]
+    return _SAMPLES[name] if name in _SAMPLES and fits else _example(schema, schemas)
 
 
 def _header(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -149,4 +229,8 @@ def _header(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(shape: type[msgspec.Struct]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": _REF.format(name=shape.__name__)}}}
+    return {"application/json": {"schema": _ref(shape)}}
+
+
+def _ref(shape: type[msgspec.Struct]) -> dict[str, Any]:
+    return {"$ref": _REF.format(name=shape.__name__)}

@@ -8,8 +8,20 @@ from typing import Any, get_args
 import msgspec
 
 from kvmagent import __version__
+from kvmagent.api.answers import (
+    API_VERSION,
+    EXTENSIONS,
+    DeliveryState,
+    Health,
+    ReclaimableMemory,
+    RunningTask,
+    TaskEntry,
+    TaskList,
+    WhoAmI,
+    WholeTask,
+)
 from kvmagent.api.deadline import Asker
-from kvmagent.api.intake import check_owner
+from kvmagent.api.intake import Accepted, check_owner
 from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
 from kvmagent.api.openapi import OwnPath, build_openapi
 from kvmagent.api.planning import PATH as PLAN_PATH
@@ -30,51 +42,74 @@ _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
 # A segment of a path that stands for any text.
 _VARIABLE = re.compile(r"\{\w+\}")
 _PATHS = (
-    OwnPath("/vms", "All VMs of this host with their numbers and what stands in the way of hotplug", "read"),
-    OwnPath("/vms/{vmUuid}", "One VM: facts, headroom, blockers", "read"),
     OwnPath(
+        "listVms",
+        "/vms",
+        "All VMs of this host with their numbers and what stands in the way of hotplug",
+        "read",
+        "vms",
+    ),
+    OwnPath("getVm", "/vms/{vmUuid}", "One VM: facts, headroom, blockers", "read", "vm"),
+    OwnPath(
+        "listTasks",
         "/tasks",
         "Tasks, newest first: the caller's own, and with the role read for all VMs those of all",
         "caller",
+        TaskList,
         query={
             "vm": {"type": "string"},
             "state": {"enum": list(get_args(State))},
             "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT},
         },
     ),
-    OwnPath("/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery", "caller"),
+    OwnPath("getTask", "/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery", "caller", WholeTask),
     OwnPath(
+        "cancelTask",
         "/tasks/{taskUuid}/cancel",
         "Take a task back that has not touched its VM yet: it ends as refused, code CANCELLED, and its callback is "
         "sent; 409 with what it is doing where it is too late",
         "caller",
+        Accepted,
         method="post",
     ),
     OwnPath(
+        "planHotplug",
         PLAN_PATH,
         "What resizes of a VM would mean: now or after a restart, why, how exactly, how long. Answered at once; "
         "nothing is changed or reserved",
         "read",
+        PlanReply,
         method="post",
         request=PlanRequest,
-        reply=PlanReply,
     ),
     OwnPath(
+        "getReclaimable",
         "/host/reclaimable",
         "What the guests of running VMs do not use, and by which means it could leave; nothing is taken",
         "read",
+        ReclaimableMemory,
         host=True,
     ),
-    OwnPath("/healthz", "200 when the agent is ready, 503 and what is down when it is not", "read", host=True),
     OwnPath(
+        "getHealth",
+        "/healthz",
+        "200 when the agent is ready, 503 and what is down when it is not",
+        "read",
+        Health,
+        host=True,
+    ),
+    OwnPath(
+        "getMetrics",
         "/metrics",
         "Metrics of the agent and its VMs, in Prometheus' text format",
         "read",
+        CONTENT_TYPE.partition(";")[0],
         host=True,
-        content={CONTENT_TYPE.partition(";")[0]: {"schema": {"type": "string"}}},
     ),
-    OwnPath("/whoami", "Who the caller is to the agent, and which roles that has, for which VMs", "caller"),
-    OwnPath("/openapi.json", "This document", "caller"),
+    OwnPath(
+        "whoAmI", "/whoami", "Who the caller is to the agent, and which roles that has, for which VMs", "caller", WhoAmI
+    ),
+    OwnPath("getOpenapi", "/openapi.json", "This document", "caller", "application/json"),
 )
 # How long libvirt may take to answer for one VM, and to show that it is there. Less than the server's threads at
 # once, so that commands are accepted whatever hangs.
@@ -159,7 +194,7 @@ class Reads:
         questions = {uuid: partial(self._node.find_reclaimable, uuid) for uuid in budget.promises}
         answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
         found = [answer for answer in answers.values() if not isinstance(answer, AgentError)]
-        return Answer(encode({"host": budget.host, "vms": sorted(found, key=lambda one: -one.reclaimable)}))
+        return Answer(encode(ReclaimableMemory(budget.host, sorted(found, key=lambda one: -one.reclaimable))))
 
     def _vm(self, call: Call) -> Answer:
         call.access.check("read", vm=call.parts[0])
@@ -181,7 +216,7 @@ class Reads:
             caller=None if call.access.may("read") else call.access.caller,
             limit=int(limit),
         )
-        return Answer(encode({"tasks": [_summary(task) for task in tasks]}))
+        return Answer(encode(TaskList([TaskEntry(**_summary(task)) for task in tasks])))
 
     def _task(self, call: Call) -> Answer:
         task = self._journal.find(call.parts[0])
@@ -198,13 +233,13 @@ class Reads:
             }
             for step in self._journal.steps(task.task_uuid)
         ]
-        whole = _summary(task) | {
+        # JSON already, as the journal has it.
+        own: dict[str, Any] = {
             "request": shown_json(msgspec.json.decode(task.request)),
             "goal": msgspec.Raw(task.goal or b"null"),
-            "steps": steps,
             "reply": msgspec.Raw(task.reply or b"null"),
         }
-        return Answer(encode(whole))
+        return Answer(encode(WholeTask(**_summary(task), **own, steps=steps)))
 
     def _render_metrics(self, call: Call) -> Answer:
         return Answer(self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
@@ -227,19 +262,21 @@ class Reads:
         except AgentError as error:
             down["queue"] = error.message
         running = [
-            {"vm": lane, "taskUuid": task.task_uuid, "command": task.command, "seconds": round(seconds, 1)}
+            RunningTask(lane, task.task_uuid, task.command, round(seconds, 1))
             for lane, (task, seconds) in sorted(self._lanes.running().items(), key=lambda item: -item[1][1])
         ]
-        body = {
-            "ready": not down,
-            "down": down,
-            "version": __version__,
-            "host": self._node.read_load(),
-            "memory": self._node.last_budget(),
-            "running": running,
-            "queued": self._lanes.depth(),
-            "owedCallbacks": self._delivery.owed(),
-        }
+        body = Health(
+            ready=not down,
+            down=down,
+            version=__version__,
+            api_version=API_VERSION,
+            extensions=list(EXTENSIONS),
+            host=self._node.read_load(),
+            memory=self._node.last_budget(),
+            running=running,
+            queued=self._lanes.depth(),
+            owed_callbacks=self._delivery.owed(),
+        )
         return Answer(encode(body), status=503 if down else 200)
 
 
@@ -267,23 +304,22 @@ def _summary(task: TaskSummary) -> dict[str, Any]:
     # An older agent may have written it with the URL's query.
     error = task.delivery_error and shown_text(task.delivery_error)
     return {
-        "taskUuid": task.task_uuid,
+        "task_uuid": task.task_uuid,
         "command": task.command,
         "vm": task.lane,
         "state": task.state,
         "outcome": task.outcome,
         "error": told.error or None,
-        "errorCode": told.error_code,
+        "error_code": told.error_code,
         "remedy": told.remedy,
-        "acceptedAt": task.accepted_at,
-        "startedAt": task.started_at,
-        "finishedAt": task.finished_at,
+        "accepted_at": task.accepted_at,
+        "started_at": task.started_at,
+        "finished_at": task.finished_at,
         "client": task.client,
-        "delivery": {"url": shown_url(task.callback_url), "attempts": task.attempts, "error": error},
+        "delivery": DeliveryState(shown_url(task.callback_url), task.attempts, error),
     }
 
 
 def _whoami(call: Call) -> Answer:
     access = call.access
-    told = {"caller": access.caller, "client": call.client, "roles": sorted(access.roles)}
-    return Answer(encode({**told, "vms": list(access.vms) or None}))
+    return Answer(encode(WhoAmI(access.caller, call.client, sorted(access.roles), list(access.vms) or None)))

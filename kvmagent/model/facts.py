@@ -3,7 +3,7 @@
 Facts are read by hypervisor/ and judged by planners. Sizes are bytes. `None` always means unknown, never zero.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -293,7 +293,7 @@ class GuestOs(msgspec.Struct, frozen=True):
 
     name: str
     family: Literal["linux", "windows", "freebsd"] | None = None
-    kernel: tuple[int, int] | None = None
+    kernel: Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=2)] | None = None
 
 
 class Guest(msgspec.Struct, frozen=True):

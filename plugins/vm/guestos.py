@@ -74,5 +74,5 @@ def _unable(message: str, remedy: str) -> Blocker:
     return Blocker(code=Code.GUEST_OS_UNABLE, message=message, remedy=remedy, needs_restart=True)
 
 
-def _words(kernel: tuple[int, int]) -> str:
+def _words(kernel: tuple[int, ...]) -> str:
     return ".".join(map(str, kernel))

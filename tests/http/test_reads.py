@@ -58,3 +58,24 @@ def test_openapi_describes_every_command_and_error(agent: AgentProcess) -> None:
     assert request["required"] == ["vmUuid", "cpuNum"]
     assert request["additionalProperties"] is False
     assert document["x-error-codes"]["SLOTS_EXHAUSTED"]["remedy"]
+
+
+def test_every_path_is_typed_named_tagged_shown_by_example_and_tells_its_codes(agent: AgentProcess) -> None:
+    document = agent.get("/openapi.json").body
+    operations = [
+        (path, method, operation) for path, item in document["paths"].items() for method, operation in item.items()
+    ]
+    names = [operation["operationId"] for _, _, operation in operations]
+    assert len(names) == len(set(names))
+    for path, _, operation in operations:
+        assert operation["summary"], path
+        assert operation["tags"], path
+        for content in operation["responses"]["200"]["content"].values():
+            assert content["schema"], path
+            assert "example" in content, path
+        for status, response in operation["responses"].items():
+            assert status == "200" or "_" in response["description"] or path == "/healthz", (path, status)
+    # A tuple is written as no client generator takes it.
+    assert "prefixItems" not in str(document)
+    assert document["info"]["license"]["identifier"] == "Apache-2.0"
+    assert agent.get("/healthz").body["apiVersion"] == document["info"]["x-api-version"]

@@ -1,0 +1,108 @@
+"""What the reads answer, as the wire has it. Times are seconds since the epoch, sizes are bytes."""
+
+from typing import Any
+
+import msgspec
+
+from kvmagent.model.errors import Code
+from kvmagent.model.host import HostLoad, HostMemory
+from kvmagent.model.reclaim import Reclaimable
+from kvmagent.model.roles import Role
+from kvmagent.tasks.journal import State
+
+#: The version of the contract: within one nothing is removed and nothing narrowed.
+API_VERSION = "1"
+#: What was added to it since its first release, in order; a client asks for what it needs.
+EXTENSIONS: tuple[str, ...] = ()
+
+
+class UnreadableVm(msgspec.Struct, kw_only=True, rename="camel"):
+    """A VM that could not be read in time, in its place in the list."""
+
+    vm_uuid: str
+    success: bool
+    error: str
+    error_code: Code
+    remedy: str
+    details: dict[str, Any] = {}
+
+
+class DeliveryState(msgspec.Struct, rename="camel"):
+    """How the callback of a task is doing."""
+
+    url: str
+    attempts: int
+    error: str | None
+
+
+class TaskEntry(msgspec.Struct, kw_only=True, rename="camel"):
+    """What a list tells of a task."""
+
+    task_uuid: str
+    command: str
+    vm: str
+    state: State
+    outcome: str | None
+    error: str | None
+    error_code: str | None
+    remedy: str | None
+    accepted_at: float
+    started_at: float | None
+    finished_at: float | None
+    client: str
+    delivery: DeliveryState
+
+
+class TaskList(msgspec.Struct, rename="camel"):
+    """Tasks, newest first."""
+
+    tasks: list[TaskEntry]
+
+
+class WholeTask(TaskEntry, kw_only=True, rename="camel"):
+    """All that is known of one task: request, goal and reply are its command's own."""
+
+    request: dict[str, Any]
+    goal: dict[str, Any] | None
+    steps: list[dict[str, Any]]
+    reply: dict[str, Any] | None
+
+
+class RunningTask(msgspec.Struct, rename="camel"):
+    """A task that runs now, and for how many seconds."""
+
+    vm: str
+    task_uuid: str
+    command: str
+    seconds: float
+
+
+class Health(msgspec.Struct, kw_only=True, rename="camel"):
+    """Whether the agent is ready; `down` names the parts that are not, each with the reason."""
+
+    ready: bool
+    down: dict[str, str]
+    version: str
+    api_version: str
+    extensions: list[str]
+    host: HostLoad
+    memory: HostMemory | None
+    running: list[RunningTask]
+    queued: int
+    owed_callbacks: int
+
+
+class ReclaimableMemory(msgspec.Struct, rename="camel"):
+    """What running VMs do not use, most first, beside the host's budget."""
+
+    host: HostMemory
+    vms: list[Reclaimable]
+
+
+class WhoAmI(msgspec.Struct, rename="camel"):
+    """Who the caller is to the agent; `vms` are the patterns of those that its roles are for, null: all."""
+
+    caller: str
+    client: str
+    roles: list[Role]
+    vms: list[str] | None
