@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.vmname import parse_uuid
 
 #: read: look; plug, unplug, prepare: change VMs so; host: what a management server asks and tells; admin: all of it.
 Role = Literal["read", "plug", "unplug", "prepare", "host", "admin"]
@@ -59,7 +60,7 @@ class Access:
 
     def covers(self, *names: str) -> bool:
         """Return whether its roles are for a VM, by any of its names."""
-        return not self.vms or any(fnmatchcase(name, pattern) for name in names for pattern in self.vms)
+        return not self.vms or any(_means(pattern, name) for name in names for pattern in self.vms)
 
     def may(self, role: Role, *names: str) -> bool:
         """Return whether it has a role for a VM, or without names for the whole host."""
@@ -82,6 +83,15 @@ class Access:
 
     def _missing(self, role: Role, message: str) -> AgentError:
         return AgentError(Code.ROLE_MISSING, message, details={"role": role})
+
+
+def _means(pattern: str, name: str) -> bool:
+    """Return whether a pattern is for what a VM is called; a UUID is meant by itself alone, however it is written.
+
+    A pattern of names is never held against a UUID: db-* would mean whichever VM has one that begins so.
+    """
+    uuid = parse_uuid(name)
+    return fnmatchcase(name, pattern) if uuid is None else uuid == parse_uuid(pattern)
 
 
 def find_access(caller: str, names: tuple[str, ...], rules: tuple[Rule, ...]) -> Access:

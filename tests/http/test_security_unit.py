@@ -103,3 +103,9 @@ def test_an_agent_that_takes_too_much_memory_is_started_again_and_disturbs_no_vm
     service = read_service(UNIT)
     assert service["MemoryMax"] == ["1G"]
     assert (service["OOMPolicy"], service["Restart"]) == (["stop"], ["always"])
+
+
+def test_the_agent_can_fill_neither_the_process_table_nor_the_journal() -> None:
+    service = read_service(UNIT)
+    assert service["TasksMax"] == ["1024"]
+    assert (service["LogRateLimitIntervalSec"], service["LogRateLimitBurst"]) == (["30s"], ["20000"])

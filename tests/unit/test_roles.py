@@ -102,3 +102,23 @@ def test_what_a_command_needs_is_what_it_does() -> None:
     ready = next(one for one in VM.commands if one.path == "/vm/hotplug/ready")
     assert ready.needs_also(ready.request(vm_uuid="v")) is None
     assert ready.needs_also(ready.request(vm_uuid="v", prepare=True)) == "prepare"
+
+
+UUID = "db3c1e50-1111-4222-8333-abcdefabcdef"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "is_for"),
+    [
+        ("db*", UUID, False),
+        ("*", UUID, False),
+        ("db*", "db-7", True),
+        (UUID, UUID, True),
+        (UUID, UUID.replace("-", ""), True),
+        (UUID.upper(), UUID, True),
+        (UUID.replace("-", ""), UUID.upper(), True),
+        (UUID, "db-7", False),
+    ],
+)
+def test_a_uuid_is_meant_by_itself_alone_however_it_is_written(pattern: str, name: str, is_for: bool) -> None:
+    assert Access("token:t", frozenset({"plug"}), (pattern,)).covers(name) is is_for
