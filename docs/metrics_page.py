@@ -10,7 +10,8 @@ HEAD = """\
 A scrape asks libvirt once for all VMs and no guest at all, and waits two seconds at most; of a libvirt that hangs the
 last answer is told, and `kvmagent_vm_stats_age_seconds` grows. What a guest uses is what it said last, when a command,
 a read or the sampler (`metrics.sample_sec`) asked it, and its age stands beside it. A VM's series end with its run.
-`process_...` and `python_gc_...` are those of every Python program.
+`process_...` and `python_gc_...` are those of every Python program. Counters begin at 0 for every label that is known
+when the agent starts, so that the first event is an increase.
 
 `conf/prometheus/kvmagent.rules.yml` alerts on them, `conf/grafana/kvmagent.json` shows them.
 

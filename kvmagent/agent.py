@@ -179,6 +179,7 @@ class Agent:
             max_queued_per_client=settings.agent.max_queued_per_client,
         )
         declared: list[Command | Query] = [*self._commands.values(), *self._queries.values()]
+        metrics.declare(declared)
         withdrawal = Withdrawal(
             self._journal,
             self._lanes,

@@ -31,6 +31,22 @@ Affect = Literal["both", "live", "config"]
 JSON_TYPE = "application/json; charset=utf-8"
 #: What the callbackurl header says where no callback is wanted: the reply is read from GET /tasks/ID.
 NO_CALLBACK = "none"
+#: What any task may end in, whatever its command declares.
+ANY_TASK = (
+    Code.CANCELLED,
+    Code.INTERNAL_ERROR,
+    Code.LIBVIRT_BUSY,
+    Code.LIBVIRT_REFUSED,
+    Code.LIBVIRT_UNAVAILABLE,
+    Code.NOT_SUPPORTED,
+    Code.NOT_VERIFIED,
+    Code.REFUSED_BY_HOOK,
+    Code.TASK_UNREADABLE,
+    Code.VM_CRASHED,
+    Code.VM_NOT_FOUND,
+    Code.VM_REPLACED,
+    Code.VM_RESTARTED,
+)
 
 VmName = Annotated[
     str,

@@ -42,7 +42,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     "given_up": frozenset({"finished"}),
 }
 # The words of the index that finds them: SQLite uses it for no other.
-_SETTLED = "state IN ('delivered', 'gone', 'given_up')"
+SETTLED: tuple[State, ...] = ("delivered", "gone", "given_up")
+_SETTLED = f"state IN {SETTLED}"
 # Settled tasks are removed in batches, so that no accept waits long behind one, and not more often than this.
 _PRUNE_BATCH, _PRUNE_INTERVAL_S = 200, 10.0
 # Where the file is full so many make room at once.

@@ -4,14 +4,20 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from kvmagent.api.metrics.events import Metrics
 from kvmagent.api.metrics.table import METRICS
+from kvmagent.model.command import ANY_TASK
+from kvmagent.model.errors import Code
+from kvmagent.model.reply import Outcome
+from kvmagent.plugins import load_plugins
+from kvmagent.tasks.journal import SETTLED
 from tests.lab.promtool import find_promtool
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +77,118 @@ def test_each_rule_is_seen_to_fire_and_seen_not_to(rules: dict[str, dict[str, An
     tests = [one for group in yaml.safe_load(RULE_TESTS.read_text())["tests"] for one in group["alert_rule_test"]]
     assert {one["alertname"] for one in tests if one["exp_alerts"]} == rules.keys()
     assert {one["alertname"] for one in tests if not one["exp_alerts"]} == rules.keys()
+
+
+def happen_given_up(metrics: Metrics) -> None:
+    metrics.settled("HotPlugCpu", "given_up", 86400.0)
+
+
+def happen_refused(metrics: Metrics) -> None:
+    metrics.ended("HotPlugCpu", "refused", Code.CPU_ABOVE_MAXIMUM)
+
+
+def happen_unanswered(metrics: Metrics) -> None:
+    metrics.guest_called(Code.GUEST_AGENT_UNRESPONSIVE)
+
+
+def happen_slow_commit(metrics: Metrics) -> None:
+    metrics.committed(2.0, 1)
+
+
+HAPPENS: dict[str, Callable[[Metrics], None]] = {
+    "KvmagentCallbacksGivenUp": happen_given_up,
+    "KvmagentCommandsFail": happen_refused,
+    "KvmagentGuestAgentsFail": happen_unanswered,
+    "KvmagentJournalSlow": happen_slow_commit,
+}
+
+
+@pytest.fixture(scope="module")
+def told() -> Callable[[Callable[[Metrics], None]], list[dict[str, str]]]:
+    """What an agent exports at its start, after what happens, and after it happened twice more: three lives."""
+    plugins = load_plugins(("vm", "host"))
+    declared = [one for plugin in plugins for one in (*plugin.commands, *plugin.queries)]
+
+    def tell(happen: Callable[[Metrics], None]) -> list[dict[str, str]]:
+        metrics = Metrics()
+        metrics.declare(declared)
+        scrapes = []
+        for _ in range(4):
+            scrapes.append(dict(re.findall(r"^(kvmagent_\w+\S*) (\S+)$", metrics.render().decode(), re.MULTILINE)))
+            happen(metrics)
+        return scrapes
+
+    return tell
+
+
+def test_each_rule_on_a_counter_is_known_here(rules: dict[str, dict[str, Any]]) -> None:
+    counted = {name for name, rule in rules.items() if re.search(r"_total\b|_bucket\b", rule["expr"])}
+    assert counted == HAPPENS.keys()
+
+
+@pytest.mark.parametrize("name", HAPPENS)
+def test_the_first_occurrence_fires_and_so_does_one_in_twenty_minutes(
+    name: str, rules: dict[str, dict[str, Any]], told: Callable[..., list[dict[str, str]]], tmp_path: Path
+) -> None:
+    """Of the very series that an agent exports: one that begins with its first event shows no increase."""
+    scrapes = told(HAPPENS[name])
+    # Nothing for an hour, then an event in twenty minutes, then nothing for two hours.
+    lived = list(zip(scrapes, (60, 20, 20, 120), strict=True))
+    asked = names_in(rules[name]["expr"])
+    series = [
+        {
+            "series": one.replace("{", '{instance="n1",') if "{" in one else f'{one}{{instance="n1"}}',
+            "values": " ".join(f"{scrape.get(one, '_')}x{minutes - 1}" for scrape, minutes in lived),
+        }
+        for one in scrapes[-1]
+        if one.partition("{")[0] in asked
+    ]
+    labels = {"alertname": name, "alertstate": "firing", "instance": "n1", **rules[name]["labels"]}
+    labels |= {"result": "given_up"} if name == "KvmagentCallbacksGivenUp" else {}
+    firing = "ALERTS{" + ", ".join(f'{label}="{value}"' for label, value in labels.items()) + "}"
+    expected = {"59m": False, "70m": True, "85m": True, "99m": True, "110m": True, "219m": False}
+    test = {
+        "interval": "1m",
+        "input_series": series,
+        "promql_expr_test": [
+            {
+                "expr": f'ALERTS{{alertname="{name}", alertstate="firing"}}',
+                "eval_time": at,
+                "exp_samples": [{"labels": firing, "value": 1}] if fires else [],
+            }
+            for at, fires in expected.items()
+        ],
+    }
+    (tmp_path / RULES.name).write_text(RULES.read_text())
+    whole = {"rule_files": [RULES.name], "evaluation_interval": "1m", "tests": [test]}
+    (tmp_path / "first.yml").write_text(yaml.safe_dump(whole, width=10**6))
+    promtool("test", "rules", "first.yml", directory=tmp_path)
+
+
+def test_no_known_event_begins_a_series(told: Callable[..., list[dict[str, str]]]) -> None:
+    """All outcomes of all commands, all refusals that are declared, all ends of callbacks."""
+    plugins = load_plugins(("vm", "host"))
+
+    def all_of_it(metrics: Metrics) -> None:
+        for plugin in plugins:
+            for command in plugin.commands:
+                for outcome in get_args(Outcome):
+                    for code in (None, *command.refusals, *ANY_TASK):
+                        metrics.ended(command.name, outcome, code)
+            for query in plugin.queries:
+                for code in (None, *ANY_TASK):
+                    metrics.ended(query.name, "refused" if code else "answered", code)
+        for code in Code:
+            metrics.refused(code)
+        for state in SETTLED:
+            metrics.settled("HotPlugCpu", state, 1.0)
+        metrics.callback_failed()
+        metrics.committed(0.001, 3)
+
+    scrapes = told(all_of_it)
+    # A histogram's series by phase begin with its first time: nothing alerts on them.
+    begun = {one for one in scrapes[-1].keys() - scrapes[0].keys() if not one.startswith("kvmagent_phase_seconds")}
+    assert not begun
 
 
 def test_each_rule_says_how_bad_it_is_and_what_to_do(rules: dict[str, dict[str, Any]]) -> None:

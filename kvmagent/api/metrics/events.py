@@ -1,9 +1,10 @@
 """What happens, counted as it happens, and /metrics as text."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -19,8 +20,12 @@ from prometheus_client.registry import Collector
 from kvmagent.api.metrics.table import METRICS
 from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.meters import Meters, Phase, measured
+from kvmagent.model.command import ANY_TASK, Command
+from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts
-from kvmagent.tasks.journal import Task
+from kvmagent.model.host import Query
+from kvmagent.model.reply import Outcome
+from kvmagent.tasks.journal import SETTLED, Task
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds. A plan takes milliseconds, a guest's kernel seconds, a callback to a server that is away hours.
@@ -58,6 +63,24 @@ class Metrics(Meters):
         self._commits = histogram("kvmagent_journal_commit_seconds", _COMMIT_BUCKETS)
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
+
+    def declare(self, declared: Iterable[Command | Query]) -> None:
+        """Have each counter at 0 for the labels that are known before anything has happened.
+
+        Prometheus sees no increase from nothing to 1: a counter that begins with its first event alerts at the second.
+        """
+        for one in declared:
+            outcomes = get_args(Outcome) if isinstance(one, Command) else ("answered", "refused")
+            for outcome in outcomes:
+                self._ended(one.name, outcome)
+            for code in (*ANY_TASK, *(one.refusals if isinstance(one, Command) else ())):
+                self._errors(one.name, code)
+        for code in Code:
+            self._refused(code)
+        for state in SETTLED:
+            self._settled(state)
+        for result in ("answered", *(code for code in Code if code.startswith("GUEST_AGENT_"))):
+            self._guest_calls(result)
 
     def add(self, collector: Collector) -> None:
         """Have what a collector tells in every scrape."""
