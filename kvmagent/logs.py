@@ -307,17 +307,29 @@ def _is_journal(descriptor: int, journal_stream: str) -> bool:
     return journal_stream == f"{found.st_dev}:{found.st_ino}"
 
 
+def _text(value: object) -> str:
+    """Return a value in words: a collection as JSON, and of an object that has no words its type's name, no repr."""
+    if isinstance(value, Mapping | list | tuple | set | frozenset):
+        return json.dumps(value, default=_plain, ensure_ascii=False)
+    text = str(value)
+    return type(value).__name__ if text == object.__repr__(value) else text
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, set | frozenset) else _text(value)
+
+
 def _format(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    text = cut(str(value), _LONGEST_VALUE)
+    text = cut(_text(value), _LONGEST_VALUE)
     if _PLAIN.fullmatch(text) and text.isprintable():
         return text
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def _bounded(value: object) -> object:
-    return value if isinstance(value, bool | int | float) else cut(str(value), _LONGEST_VALUE)
+    return value if isinstance(value, bool | int | float) else cut(_text(value), _LONGEST_VALUE)
 
 
 def _printable(text: str) -> str:

@@ -1,6 +1,6 @@
 """Takes a command in: checks it, stores it, and only then says that it is accepted; and takes it back, if in time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -67,6 +67,10 @@ class Intake:
             who: dict[str, Any] = {"caller": caller, "client": client}
             audit(event, **who, what=command.name, vm=lane, task=task_uuid, outcome=outcome, error=error)
 
+        def tell_accepted() -> None:
+            tell("accepted", "accepted")
+            log.info("task accepted", client=client, **struct_fields(request, omit=_TOLD_AS_VM))
+
         with log_context(task=task_uuid, command=command.name):
             try:
                 task_uuid = parse_task_uuid(headers.get("taskuuid"))
@@ -87,14 +91,12 @@ class Intake:
                 with log_context(**task.log_fields, role=role):
                     if callback_url != NO_CALLBACK:
                         self._callbacks.check(callback_url, client)
-                    task, is_new = self._store(task, for_all=access.is_admin)
+                    task, is_new = self._store(task, tell_accepted, for_all=access.is_admin)
             except AgentError as error:
                 tell("refused", error.code, error.message)
                 raise
         with log_context(**task.log_fields, role=role):
             if is_new:
-                tell("accepted", "accepted")
-                log.info("task accepted", client=client, **struct_fields(request, omit=_TOLD_AS_VM))
                 return Accepted(task_uuid=task_uuid, state="accepted")
             tell("accepted", f"known:{task.state}")
             log.info("task sent again", client=client, state=task.state)
@@ -152,18 +154,21 @@ class Intake:
             audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
             return reply
 
-    def _store(self, task: Task, *, for_all: bool) -> tuple[Task, bool]:
-        """Store a task for which there is room; one that is known already needs none."""
+    def _store(self, task: Task, tell_accepted: Callable[[], None], *, for_all: bool) -> tuple[Task, bool]:
+        """Store a task for which there is room; one that is known already needs none.
+
+        It is told before it can begin: by whom it is stored, in whose log context.
+        """
         try:
             if task.callback_url != NO_CALLBACK:
                 self._delivery.check_room(task.client)
             with self._lanes.hold_place(task):
-                return self._journal.accept(task, for_all=for_all)
+                return self._journal.accept(task, for_all=for_all, then=tell_accepted)
         except AgentError as error:
             no_room = error.code in (Code.QUEUE_FULL, Code.STOPPING)
             if not no_room or self._journal.find(task.task_uuid) is None:
                 raise
-        return self._journal.accept(task, for_all=for_all)
+        return self._journal.accept(task, for_all=for_all, then=tell_accepted)
 
 
 def check_owner(task: Task, access: Access) -> None:

@@ -203,7 +203,7 @@ class Channel:
         except (HTTPError, HTTPException, OSError, ValueError) as error:
             connection.close()
             late = f" (the receiver has {timeout_s:g} s in all)" if isinstance(error, TimeoutError) else ""
-            return None, shown_line(f"{type(error).__name__}: {error}{late}")[:_MAX_WORDS]
+            return None, shown_line(f"{_tell(error)}{late}")[:_MAX_WORDS]
         return status, f"HTTP {status}"
 
     def close(self) -> None:
@@ -282,6 +282,13 @@ class _WholeResponse(HTTPResponse):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.fp = _WholeLines(self.fp.detach())
+
+
+def _tell(error: Exception) -> str:
+    """Return what went wrong; urllib3 has its connection's repr in front of why there is none."""
+    if isinstance(error, NewConnectionError) and error.__cause__ is not None:
+        return str(error.__cause__)
+    return f"{type(error).__name__}: {error}"
 
 
 class _Checked:

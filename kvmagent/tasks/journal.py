@@ -231,10 +231,13 @@ class Journal:
 
     # -- writes: each returns when it is on disk, except where it says otherwise
 
-    def accept(self, task: Task, *, for_all: bool = False) -> tuple[Task, bool]:
+    def accept(
+        self, task: Task, *, for_all: bool = False, then: Callable[[], None] = lambda: None
+    ) -> tuple[Task, bool]:
         """Store a new task, or find the one that has its id; return it and whether it is new.
 
-        `for_all`: by who may act for all callers.
+        `for_all`: by who may act for all callers. `then` is called once a new one is on disk, before anybody can begin
+        with it.
 
         Raises:
             AgentError: TASK_NOT_YOURS, when the id belongs to another caller's task; TASK_CONFLICT, when it belongs to
@@ -244,6 +247,7 @@ class Journal:
         def tell(stored: tuple[Task, bool]) -> None:
             task, is_new = stored
             if is_new:
+                then()
                 self._on_accepted(task)
             elif task.state in UNFINISHED:
                 self._on_accepted(msgspec.structs.replace(task, recovered=True))

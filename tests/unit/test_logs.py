@@ -86,6 +86,22 @@ def test_json_has_each_field_under_its_name_and_as_what_it_is(output: LogOutput,
     }
 
 
+class Wordless:
+    """Has no words of its own."""
+
+
+def test_no_field_is_the_repr_of_an_object(output: LogOutput, file: Path) -> None:
+    output.open(section(file))
+    log.info("it", one=Wordless(), many=["a", Wordless()], fields={"vm": "db-7", "at": {3}}, error=KeyError("vm"))
+    output.open(section(file, format="json"))
+    log.info("it", one=Wordless(), many=["a", Wordless()])
+    text, as_json = lines(file)
+    assert """one=Wordless many="[\\"a\\", \\"Wordless\\"]" """ in text
+    assert """fields="{\\"vm\\": \\"db-7\\", \\"at\\": [3]}" """ in text
+    assert json.loads(as_json)["one"] == "Wordless"
+    assert "0x" not in text + as_json
+
+
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_a_library_s_line_on_the_task_s_thread_is_the_task_s(output: LogOutput, file: Path, format: str) -> None:
     output.open(section(file, format=format))
