@@ -236,7 +236,7 @@ class Agent:
         """Start, and take up what the journal left.
 
         Raises:
-            AgentError: BAD_CONFIGURATION; STATE_DIR_IN_USE; JOURNAL_UNAVAILABLE.
+            AgentError: BAD_CONFIGURATION; ADDRESS_NOT_FREE; STATE_DIR_IN_USE; JOURNAL_UNAVAILABLE.
         """
         try:
             self._start()

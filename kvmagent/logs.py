@@ -187,6 +187,12 @@ class LogOutput:
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
 
+    def tell(self, *lines: str) -> None:
+        """Write lines to standard error, whether or not a log is open; as errors, where that is systemd's journal."""
+        priority = "<3>" if _is_journal(2, os.environ.get("JOURNAL_STREAM", "")) else ""
+        for line in lines:
+            sys.stderr.write(f"{priority}{_printable(line)}\n")
+
     @property
     def is_file(self) -> bool:
         """Whether lines go to a file."""

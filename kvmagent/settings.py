@@ -3,15 +3,16 @@
 Each section is a Struct, each key a field: its type, range and meaning are its annotation, its default its default.
 """
 
-import configparser
+import difflib
 import ipaddress
 import re
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
+from kvmagent.inifile import Section, read_entries
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import parse_rule
 
@@ -245,25 +246,53 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hooks: HooksSection = HooksSection()
 
 
-def parse_settings(text: str, overrides: Iterable[str] = ()) -> Settings:
+_SECTIONS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
+# The test driver is libvirt's own, for tests.
+_DRIVERS = ("qemu", "test")
+_TRANSPORTS = ("unix", "tls", "tcp", "ssh", "libssh", "libssh2", "ext")
+_QEMU_PATHS = ("system", "session")
+
+
+def parse_settings(text: str, overrides: Iterable[str] = (), *, source: str = "") -> Settings:
     """Return the settings of an INI text, with `section.key=value` overrides applied.
 
     Raises:
-        AgentError: BAD_CONFIGURATION, naming the section and key.
+        AgentError: BAD_CONFIGURATION, as `parse_sources`.
     """
-    parser = configparser.ConfigParser(interpolation=None)
-    try:
-        parser.read_string(text)
-    except configparser.Error as error:
-        raise _bad(str(error).replace("\n", " ")) from error
-    values: dict[str, dict[str, str]] = {name: dict(parser.items(name)) for name in parser.sections()}
-    for override in overrides:
-        name, equals, value = override.partition("=")
-        section, dot, key = name.strip().partition(".")
-        if not (equals and dot and section and key):
-            raise _bad(f"--set {override}: not of the form section.key=value")
-        values.setdefault(section, {})[key] = value.strip()
-    return _check({section: _typed(section, keys) for section, keys in values.items()})
+    return parse_sources([(source, text)], overrides)
+
+
+def parse_sources(sources: Iterable[tuple[str, str]], overrides: Iterable[str] = ()) -> Settings:
+    """Return the settings of (name, text) sources, a later one over an earlier, with overrides over all.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION, with every fault: where it stands, the key, the value found, those allowed.
+    """
+    sections = read_entries(sources, overrides)
+    values: dict[str, dict[str, Any]] = {}
+    faults: list[str] = []
+    for name, section in sections.items():
+        known = _SECTIONS.get(name)
+        if known is None:
+            faults.append(_say(section.where, f"there is no section [{name}]{_nearest(name, _SECTIONS)}"))
+            continue
+        for key, entry in section.keys.items():
+            try:
+                values.setdefault(name, {})[key] = _read_value(name, key, entry.value)
+            except ValueError as error:
+                faults.append(_say(entry.where, str(error)))
+    if not faults:
+        settings = msgspec.convert(values, Settings)
+        try:
+            check_together(settings)
+        except AgentError as error:
+            raise _place(error, sections) from error
+        return settings
+    raise AgentError(
+        Code.BAD_CONFIGURATION,
+        "; ".join(faults),
+        remedy="Correct it, then: kvmagentctl config --check. kvmagent --sample lists every key with its default.",
+    )
 
 
 def sample_conf() -> str:
@@ -287,25 +316,105 @@ def list_settings(settings: Settings) -> list[tuple[str, str, str, bool]]:
     return listed
 
 
-def _typed(section: str, keys: dict[str, str]) -> dict[str, Any]:
-    """Split the values of list keys; the rest is converted with the Struct's own types."""
-    struct = next((field.type for field in msgspec.structs.fields(Settings) if field.name == section), None)
-    if struct is None:
-        raise _bad(f"unknown section [{section}]")
-    lists = {field.name for field in msgspec.structs.fields(struct) if isinstance(field.default, tuple)}
-    return {
-        key: [part.strip() for part in value.split(",") if part.strip()] if key in lists else value
-        for key, value in keys.items()
-    }
+def _read_value(section: str, key: str, text: str) -> Any:
+    """Return a key's value.
 
-
-def _check(values: dict[str, dict[str, Any]]) -> Settings:
+    Raises:
+        ValueError: there is no such key, or it does not take this value, in words.
+    """
+    fields = {field.name: field for field in msgspec.structs.fields(_SECTIONS[section])}
+    field = fields.get(key)
+    if field is None:
+        raise ValueError(f"[{section}] has no key {key}{_nearest(key, fields) or _other_section(key)}")
+    name = f"{section}.{key}"
+    if isinstance(field.default, tuple):
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if _is_bracketed(parts):
+            raise ValueError(f"{name} is a list with commas, as in: a, b; got {text!r}")
+        return tuple(parts)
     try:
-        settings = msgspec.convert(values, Settings, strict=False)
+        return msgspec.convert(text, field.type, strict=False)
     except msgspec.ValidationError as error:
-        raise _bad(str(error).replace("$.", "")) from error
+        raise ValueError(f"{name} must be {_allowed(field.type)}, got {text!r}") from error
+
+
+def _is_bracketed(parts: list[str]) -> bool:
+    """Return whether a list is written as JSON or Python writes it. An IPv6 address stands in brackets of its own."""
+    quoted = any(set(part) & set("\"'") for part in parts)
+    first = parts[0] if parts else ""
+    return quoted or (first.startswith("[") and ("]" not in first or ":" not in first))
+
+
+def _allowed(annotation: Any) -> str:
+    """Return in words which values a key takes."""
+    kind, *metas = get_args(annotation)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[kind]
+    low, high, longest = (
+        next((getattr(meta, n) for meta in metas if getattr(meta, n) is not None), None)
+        for n in ("ge", "le", "min_length")
+    )
+    if longest:
+        return "set"
+    if low is not None:
+        words += f" from {low} to {high}" if high is not None else f" of {low} or more"
+    return words
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question that names what was probably meant, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _other_section(key: str) -> str:
+    """Return the section that has the key, where it stands in the wrong one."""
+    homes = [name for name, section in _SECTIONS.items() if key in section.__struct_fields__]
+    return f"; [{homes[0]}] has it" if homes else ""
+
+
+def _say(where: str, fault: str) -> str:
+    return f"{where}: {fault}" if where else fault
+
+
+def _place(error: AgentError, sections: Mapping[str, Section]) -> AgentError:
+    """Return the error with where the first key that it names is set."""
+    for section, key in re.findall(r"\b(\w+)\.(\w+)", error.message):
+        if section in sections and key in sections[section].keys:
+            where = sections[section].keys[key].where
+            return AgentError(error.code, _say(where, error.message), remedy=error.remedy)
+    return error
+
+
+def _check_uri(uri: str) -> None:
+    """Refuse a URI that no libvirt takes. Source: libvirt docs/uri.html, "Remote URI format"."""
+    scheme, colon, rest = uri.partition("://")
+    driver, plus, transport = scheme.partition("+")
+    if not colon:
+        raise _bad(f"libvirt.uri must be as in qemu:///system, got {uri!r}")
+    if driver not in _DRIVERS:
+        raise _bad(f"libvirt.uri: {driver!r} is no driver that the agent works with (qemu){_nearest(driver, _DRIVERS)}")
+    if plus and transport not in _TRANSPORTS:
+        raise _bad(f"libvirt.uri: {transport!r} is no transport of libvirt ({', '.join(_TRANSPORTS)})")
+    path = rest.partition("?")[0].partition("/")[2]
+    if driver == "qemu" and path not in _QEMU_PATHS:
+        raise _bad(
+            f"libvirt.uri: the path of a qemu URI is {' or '.join('/' + one for one in _QEMU_PATHS)}, "
+            f"got {'/' + path!r}{_nearest(path, _QEMU_PATHS)}"
+        )
+
+
+def check_together(settings: Settings) -> None:
+    """Refuse values that do not go together.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    _check_uri(settings.libvirt.uri)
+    if settings.hooks.directory and not settings.hooks.directory.startswith("/"):
+        raise _bad(f"hooks.directory must be an absolute path, got {settings.hooks.directory!r}")
     _check_security(settings)
-    return settings
 
 
 def _check_security(settings: Settings) -> None:

@@ -107,13 +107,13 @@ class Server:
         """Listen: clients can connect, and wait for `start` to be answered.
 
         Raises:
-            AgentError: BAD_CONFIGURATION, when an address cannot be bound.
+            AgentError: ADDRESS_NOT_FREE, when an address cannot be bound.
         """
         for listener in self._listeners:
             try:
                 listener.prepare()
             except OSError as error:
-                raise AgentError(Code.BAD_CONFIGURATION, f"cannot listen on {listener.url}: {error}") from error
+                raise AgentError(Code.ADDRESS_NOT_FREE, f"cannot listen on {listener.url}: {error}") from error
 
     def start(self) -> None:
         """Serve."""

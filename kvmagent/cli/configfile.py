@@ -1,21 +1,33 @@
-"""The configuration file."""
+"""The configuration: the file, and what stands in conf.d beside it."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import read_file
-from kvmagent.settings import Settings, parse_settings
+from kvmagent.settings import Settings, parse_sources
+
+# What a directory beside the file is called; its *.conf are read after the file, in the order of their names.
+_BESIDE = "conf.d"
 
 
 def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
-    """Return the settings of a file, with `section.key=value` overrides applied.
+    """Return the settings of a file and its conf.d, with `section.key=value` overrides applied.
 
     Raises:
-        AgentError: BAD_CONFIGURATION: the file cannot be read, or what it says is wrong.
+        AgentError: BAD_CONFIGURATION: a file cannot be read, or what it says is wrong.
     """
+    return parse_sources([(str(file), _read(file)) for file in find_files(path)], overrides)
+
+
+def find_files(path: Path) -> list[Path]:
+    """Return the files of a configuration, in the order in which they are read: a later one wins."""
+    return [path, *sorted(file for file in (path.parent / _BESIDE).glob("*.conf") if not file.name.startswith("."))]
+
+
+def _read(path: Path) -> str:
     try:
-        text = read_file(str(path), "the configuration")
+        return read_file(str(path), "the configuration")
     except AgentError as error:
         raise AgentError(
             Code.BAD_CONFIGURATION,
@@ -23,4 +35,3 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
             remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name "
             "another with --config.",
         ) from error
-    return parse_settings(text, overrides)

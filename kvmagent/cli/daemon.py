@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import errno
 import faulthandler
 import gc
 import os
@@ -19,7 +20,7 @@ from kvmagent.agent import Agent
 from kvmagent.api.security import new_token
 from kvmagent.cli.configfile import read_settings
 from kvmagent.logs import Log, LogOutput, error_fields
-from kvmagent.model.errors import AgentError
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.plugins import load_plugins
 from kvmagent.private import check_file
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
@@ -31,12 +32,18 @@ log = Log(__name__)
 _MAX_FILES = 65536
 # How long an agent that has to be ended tries to tell so.
 _TELL_S = 2.0
+# Source: sysexits(3), EX_CONFIG: init.d/kvmagent.service does not try again after it.
+_STATUS_FAILED, _STATUS_CONFIGURATION = 1, os.EX_CONFIG
+_PASSES = {errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 # Source: glibc, malloc.h.
 _M_ARENA_MAX = -8
 
 
 def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
-    """Run the agent; return the exit status: 0 stopped, 1 could not start. `fault`: see tasks.faults."""
+    """Run the agent; return the exit status. `fault`: see tasks.faults.
+
+    0 stopped; 1 could not start now; 78 cannot start before the configuration is corrected.
+    """
     options = _parse_arguments(arguments)
     if options.sample:
         print(sample_conf(), end="")
@@ -59,16 +66,21 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
         gc.collect()
         gc.freeze()
     except AgentError as error:
-        print(f"kvmagent: {error.code}: {error.message}\nkvmagent: remedy: {error.remedy}", file=sys.stderr)
+        process.log_output.tell(f"kvmagent: {error.code}: {error.message}", f"kvmagent: remedy: {error.remedy}")
         if process.log_output.is_file:
             log.error("agent cannot start", **error_fields(error))
-        return 1
+        return _STATUS_CONFIGURATION if error.code is Code.BAD_CONFIGURATION and not may_pass(error) else _STATUS_FAILED
     process.manager.ready()
     agent.run_until_signal(process, process.signals)
     process.manager.stopping(agent.stop_within_s)
     end_in_time(agent.stop_within_s, process.dump_stacks)
     agent.stop()
     return 0
+
+
+def may_pass(error: AgentError) -> bool:
+    """Return whether what the configuration asks for may be had later: a disk is full, say."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSES
 
 
 def end_in_time(seconds: float, dump_stacks: Callable[[], None], end: Callable[[int], None] = os._exit) -> None:

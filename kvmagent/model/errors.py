@@ -59,6 +59,7 @@ class Code(StrEnum):
     JOURNAL_UNAVAILABLE = "JOURNAL_UNAVAILABLE"
     TASK_UNREADABLE = "TASK_UNREADABLE"
     STATE_DIR_IN_USE = "STATE_DIR_IN_USE"
+    ADDRESS_NOT_FREE = "ADDRESS_NOT_FREE"
     REFUSED_BY_HOOK = "REFUSED_BY_HOOK"
     INTERNAL_ERROR = "INTERNAL_ERROR"
     BAD_CONFIGURATION = "BAD_CONFIGURATION"
@@ -337,6 +338,12 @@ CODES: dict[Code, CodeInfo] = {
         "The journal holds a task that this agent cannot carry out: its plugin is gone, or has changed since.",
         "Put the plugin that declares the command back into agent.plugins, look at the VM, and send the command again "
         "with a fresh taskuuid.",
+    ),
+    Code.ADDRESS_NOT_FREE: CodeInfo(
+        500,
+        "The agent cannot listen on its address: another program has it, or this host does not have it. The start is "
+        "tried again.",
+        "Stop the program that has it, or give the agent another http.host, http.port or http.socket.",
     ),
     Code.STATE_DIR_IN_USE: CodeInfo(
         500,
@@ -781,7 +788,8 @@ LOOKS: dict[Code, str] = {
     Code.JOURNAL_UNAVAILABLE: "df -h /var/lib/kvmagent; df -i /var/lib/kvmagent; ls -ld /var/lib/kvmagent",
     Code.TASK_UNREADABLE: "kvmagentctl task ID; kvmagentctl config",
     Code.REFUSED_BY_HOOK: "journalctl -u kvmagent -g 'hook='; kvmagentctl config",
-    Code.STATE_DIR_IN_USE: "cat /var/lib/kvmagent/lock; systemctl status kvmagent",
+    Code.ADDRESS_NOT_FREE: "ss -ltnp; ss -lxp; systemctl status kvmagent",
+    Code.STATE_DIR_IN_USE: "fuser -v /var/lib/kvmagent/journal.sqlite; systemctl status kvmagent",
     Code.INTERNAL_ERROR: "journalctl -u kvmagent -p err -n 100",
     Code.BAD_CONFIGURATION: "kvmagentctl config --check",
     Code.LIBVIRT_UNAVAILABLE: "systemctl status libvirtd virtqemud; virsh -c qemu:///system version",

@@ -71,7 +71,7 @@ class TestStart:
                 command = [*find_command(), "--config", str(other.config_file), "--set", f"http.port={first.port}"]
                 ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
                 assert ended.returncode == 1
-                assert f"BAD_CONFIGURATION: cannot listen on http://127.0.0.1:{first.port}" in ended.stderr
+                assert f"ADDRESS_NOT_FREE: cannot listen on http://127.0.0.1:{first.port}" in ended.stderr
                 assert "task started" not in ended.stderr
             finally:
                 other.remove()

@@ -1,12 +1,20 @@
 """The doctor finds each illness that it is given, and names a remedy for it."""
 
+import json
 import os
+import pwd
+import socket
+import subprocess
+import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmagent.cli.ctl import look
+from kvmagent.cli.ctl.agentuser import Identity, look_as
 from kvmagent.cli.ctl.doctor import examine, examine_guests, examine_memory_balance, examine_versions
 from kvmagent.cli.ctl.findings import Finding, is_healthy, view_findings
 from kvmagent.cli.ctl.hostchecks import (
@@ -42,8 +50,8 @@ def test_a_host_without_illness_is_healthy(ctl: Ctl, agent: AgentProcess) -> Non
     told = ctl("doctor", "--config", str(agent.config_file), "--json").json
     assert told["healthy"] is True
     assert {finding["check"] for finding in told["findings"]} == {
-        "configuration", "plugins", "libvirt", "qemu", "guest agents", "kvm", "state_dir", "journal", "certificates",
-        "clock", "agent", "memory",
+        "user", "configuration", "plugins", "log", "libvirt", "qemu", "guest agents", "kvm", "state_dir", "journal",
+        "certificates", "clock", "agent", "page", "alerts", "memory",
     }  # fmt: skip
 
 
@@ -73,6 +81,121 @@ def test_a_configuration_that_is_wrong_hides_nothing_else(tmp_path: Path) -> Non
     assert not is_healthy(findings)
 
 
+def test_a_libvirt_that_hangs_holds_the_doctor_up_no_longer_than_told(tmp_path: Path) -> None:
+    """It takes the connection and says nothing: libvirt's own call never returns."""
+    with closing(socket.socket(socket.AF_UNIX)) as mute:
+        mute.bind(str(tmp_path / "mute"))
+        mute.listen()
+        config = tmp_path / "kvmagent.conf"
+        config.write_text(
+            f"[agent]\nstate_dir = {tmp_path}/state\n[libvirt]\nuri = qemu+unix:///system?socket={tmp_path}/mute\n"
+        )
+        findings = examine(config, {"url": "http://127.0.0.1:1"}, look_s=5)
+    (ill,) = (one for one in findings if one.check == "libvirt")
+    assert (ill.level, ill.message) == ("wrong", "no answer within 5 s")
+    assert ill.remedy
+    assert found(findings, "plugins")[0][0] == "good"
+    assert found(findings, "clock")
+
+
+def test_what_root_may_and_the_agent_s_user_may_not_is_told_by_a_look_as_that_user(tmp_path: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    tokens = tmp_path / "tokens"
+    tokens.write_text("")
+    tokens.chmod(0o600)
+    config = tmp_path / "kvmagent.conf"
+    config.write_text(f"[agent]\nstate_dir = {tmp_path}/state\n[security]\ntokens_file = {tokens}\n")
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.stat().st_mode & 0o005 != 0o005:
+            directory.chmod(0o755)
+
+    def ill_of(identity: Identity | None) -> dict[str, str]:
+        told = look_as(identity, "configuration", [str(config)], timeout_s=60)
+        return {one.check: one.message for one in told if one.level == "wrong"}
+
+    assert ill_of(None) == {}
+    other = ill_of(Identity("nobody", nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
+    assert other.keys() == {"certificates", "state_dir"}
+    assert "Permission denied" in other["certificates"]
+    assert "may not be made by the agent's user" in other["state_dir"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        ("[hooks]\ndirectory = {tmp}/none", ["hooks.directory", "{tmp}/none"]),
+        ("[log]\nfile = {tmp}/none/kvmagent.log", ["log.file", "there is no directory {tmp}/none"]),
+        ("[log]\nfile = {tmp}", ["log.file", "is no regular file"]),
+        ("[agent]\nstate_dir = {tmp}/kvmagent.conf/state", ["agent.state_dir", "is no directory"]),
+        ("[libvirt]\nuri = qemuu:///system", ["line 2", "libvirt.uri", "'qemuu'", "did you mean qemu?"]),
+        ("[libvirt]\nuri = qemu:///sytem", ["line 2", "libvirt.uri", "did you mean system?"]),
+        ("[libvirt]\nuri = qemu+unx:///system", ["line 2", "'unx'", "unix, tls"]),
+        ('[agent]\nplugins = ["vm", "host"]', ["line 2", "agent.plugins is a list with commas", '["vm", "host"]']),
+        ("[agent]\nplugins = [vm, host]", ["line 2", "agent.plugins is a list with commas"]),
+        ("[http]\n\nprot = 7070", ["kvmagent.conf, line 3", "[http] has no key prot", "did you mean port?"]),
+        ("[http]\nlevel = info", ["line 2", "[http] has no key level", "[log] has it"]),
+        ("[htpp]", ["line 1", "no section [htpp]", "did you mean http?"]),
+        ("[log]\nlevel = loud", ["log.level must be one of debug, info, warning, error, got 'loud'"]),
+        ("[http]\nport = 0", ["http.port must be a whole number from 1 to 65535, got '0'"]),
+        ("[http]\nport = 1\n[agent]\nworkers = 1.5\nspeed = 1", ["agent.workers must be", "no key speed"]),
+        ("[host]\nmemory_overcommit = lots", ["host.memory_overcommit must be a number from 0.1 to 100, got 'lots'"]),
+        ("[libvirt]\nallow_emulated_removal = maybe", ["must be true or false, got 'maybe'"]),
+        ("[security]\nallowed_clients = 10.0.0.0/33", ["line 2", "security.allowed_clients", "10.0.0.0/33"]),
+    ],
+)
+def test_a_check_names_whatever_stops_a_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], lines: str, named: list[str]
+) -> None:
+    config = write_config(tmp_path, lines)
+    given = [] if "state_dir" in lines else [f"agent.state_dir={tmp_path}/state"]
+    assert look.main(["configuration", str(config), *given]) == 0
+    told = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    (ill,) = (one for one in told if one.get("level") == "wrong")
+    for words in named:
+        assert words.replace("{tmp}", str(tmp_path)) in ill["message"]
+    assert ill["remedy"]
+
+
+@pytest.mark.parametrize("lines", ["[hooks]\ndirectory = {tmp}/none", "[libvirt]\nuri = qemuu:///system"])
+def test_what_config_check_finds_stops_the_start_for_good(ctl: Ctl, tmp_path: Path, lines: str) -> None:
+    config = write_config(tmp_path, lines)
+    given = ["--config", str(config), "--set", f"agent.state_dir={tmp_path}/state"]
+    done = ctl("config", "--check", *given)
+    assert (done.status, done.out) == (1, "")
+    assert "; remedy: " in done.err
+    command = [sys.executable, "-m", "kvmagent.cli.daemon", *given]
+    started = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (started.returncode, started.stdout) == (os.EX_CONFIG, "")
+    assert started.stderr.startswith("kvmagent: BAD_CONFIGURATION: ")
+
+
+def write_config(directory: Path, lines: str) -> Path:
+    config = directory / "kvmagent.conf"
+    config.write_text(lines.replace("{tmp}", str(directory)) + "\n")
+    return config
+
+
+def test_a_failed_start_is_an_error_of_the_journal_and_a_port_that_is_taken_is_tried_again(
+    agent: AgentProcess, tmp_path: Path
+) -> None:
+    """systemd tells a process which descriptor its journal is on: a file of ours here."""
+    settings = f"[agent]\nstate_dir = {tmp_path}/state\n[libvirt]\nuri = test:///default\n"
+    config = tmp_path / "kvmagent.conf"
+    settings += "[security]\nallow_unauthenticated = true\nallowed_clients = 127.0.0.0/8\n"
+    taken, wrong = f"{settings}[http]\nsocket =\nport = {agent.port}\n", "[http]\nport = no\n"
+    for text, status, code in ((taken, 1, "ADDRESS_NOT_FREE"), (wrong, os.EX_CONFIG, "BAD_CONFIGURATION")):
+        config.write_text(text)
+        with open(tmp_path / "journal", "wb+") as journal:
+            inode = os.fstat(journal.fileno())
+            environment = {**os.environ, "JOURNAL_STREAM": f"{inode.st_dev}:{inode.st_ino}"}
+            command = [sys.executable, "-m", "kvmagent.cli.daemon", "--config", str(config)]
+            done = subprocess.run(command, env=environment, stderr=journal, timeout=60, check=False)
+            journal.seek(0)
+            lines = journal.read().decode().splitlines()
+        assert done.returncode == status
+        assert [line for line in lines if line.startswith("<3>kvmagent: ") and f"{code}: " in line]
+
+
 def test_kvm_that_is_absent_closed_or_broken_is_told(tmp_path: Path) -> None:
     assert found(examine_kvm(tmp_path / "none"), "kvm")[0][0] == "warning"
     broken = tmp_path / "kvm"
@@ -82,7 +205,7 @@ def test_kvm_that_is_absent_closed_or_broken_is_told(tmp_path: Path) -> None:
 
 def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o750)
-    assert ("warning", f"{tmp_path} has mode 0750, needed is 0700") in found(examine_state_dir(tmp_path), "state_dir")
+    assert ("warning", f"{tmp_path} is open to others (0750)") in found(examine_state_dir(tmp_path), "state_dir")
     file = tmp_path / "file"
     file.touch()
     assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is no directory")]

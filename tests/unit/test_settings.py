@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import Settings, parse_settings, sample_conf
+from kvmagent.settings import Settings, parse_settings, parse_sources, sample_conf
 
 CONF = Path(__file__).parents[2] / "conf/kvmagent.conf"
 
@@ -23,6 +23,30 @@ def test_keys_are_typed_and_overrides_win() -> None:
     assert settings.http.port == 9090
     assert settings.agent.plugins == ("vm", "other")
     assert settings.log.format == "json"
+
+
+def test_a_later_file_wins_and_each_fault_says_where_it_stands() -> None:
+    sources = [
+        ("kvmagent.conf", "[http]\nport = 8080\n[log]\nlevel = info\n"),
+        ("conf.d/9.conf", "[http]\nport = 9090\n"),
+    ]
+    assert parse_sources(sources).http.port == 9090
+    assert parse_sources(sources, ["http.port=1"]).http.port == 1
+    sources[1] = ("conf.d/9.conf", "# here\n[http]\nport = x\nPORTS: 3\n")
+    with pytest.raises(AgentError) as caught:
+        parse_sources(sources, ["log.levle=info"])
+    assert caught.value.message.split("; ") == [
+        "conf.d/9.conf, line 3: http.port must be a whole number from 1 to 65535, got 'x'",
+        "conf.d/9.conf, line 4: [http] has no key ports",
+        "did you mean port?",
+        "--set: [log] has no key levle",
+        "did you mean level?",
+    ]
+
+
+@pytest.mark.parametrize("value", ["[::1]", "[::1]:8080", "[::1]:1, [::2]:2", "caller, 10.0.0.0/8, db.example:8080"])
+def test_an_address_in_brackets_is_no_list_in_brackets(value: str) -> None:
+    assert len(parse_settings(f"[security]\nallowed_callbacks = {value}").security.allowed_callbacks) > 0
 
 
 def test_percent_signs_are_plain_text() -> None:

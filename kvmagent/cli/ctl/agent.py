@@ -98,6 +98,18 @@ class Agent:
             return reply.body
         raise _refusal(reply)
 
+    def probe(self, path: str, timeout_s: float = _READ_S) -> tuple[int, str]:
+        """Return the status and the content type of what is no JSON: the page, the metrics.
+
+        Raises:
+            CtlError: no answer.
+        """
+        try:
+            status, kind, _ = self._exchange("GET", f"/{path}", None, {}, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        return status, kind
+
     def post(
         self,
         path: str,
@@ -150,27 +162,33 @@ class Agent:
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         """Raises OSError and HTTPException where no whole answer came."""
+        status, _, text = self._exchange(method, path, content, headers, timeout_s)
+        try:
+            answer = json.loads(text)
+            if isinstance(answer, dict):
+                return Reply(status, answer)
+        except ValueError:
+            pass
+        raise CtlError(
+            Exit.UNREACHABLE,
+            "NOT_AN_AGENT",
+            f"{self.url}: answered HTTP {status} with what no agent says",
+            "Name the agent's own address with --url; there must be no proxy between.",
+        )
+
+    def _exchange(
+        self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
+    ) -> tuple[int, str, bytes]:
+        """Return status, content type and body. Raises OSError and HTTPException where no whole answer came."""
         connection = self._open()
         try:
             connection.connect()
             connection.sock.settimeout(timeout_s)
             connection.request(method, self._prefix + path, content, {**self._headers, **headers})
             response = connection.getresponse()
-            text = response.read()
+            return response.status, response.headers.get("Content-Type", ""), response.read()
         finally:
             connection.close()
-        try:
-            answer = json.loads(text)
-            if isinstance(answer, dict):
-                return Reply(response.status, answer)
-        except ValueError:
-            pass
-        raise CtlError(
-            Exit.UNREACHABLE,
-            "NOT_AN_AGENT",
-            f"{self.url}: answered HTTP {response.status} with what no agent says",
-            "Name the agent's own address with --url; there must be no proxy between.",
-        )
 
     def _open(self) -> http.client.HTTPConnection:
         if self._socket:

@@ -1,21 +1,17 @@
 """The agent's configuration: what is in force by it, and whether an agent would start with it."""
 
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
 from kvmagent.api.security import Security
 from kvmagent.cli.ctl.terminal import BOLD, DIM, paint
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings, list_settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
-
-
-def check_settings(settings: Settings) -> None:
-    """Read what the settings name, as an agent that starts does.
-
-    Raises:
-        AgentError: BAD_CONFIGURATION: a plugin, certificate, key or token file cannot be used.
-    """
-    load_plugins(settings.agent.plugins)
-    Security(settings.security).load()
-    Callbacks(map(parse_callback_rule, settings.security.allowed_callbacks), settings.callback).load()
+from kvmagent.tasks.hooks import Hooks
 
 
 def view_settings(settings: Settings) -> list[str]:
@@ -28,3 +24,67 @@ def view_settings(settings: Settings) -> list[str]:
             last = section
         lines.append(paint(f"{key} = {value}".rstrip(), DIM if is_default else BOLD))
     return lines
+
+
+def check_log(settings: Settings) -> None:
+    """See whether the log file can be written, or made.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    if not settings.log.file:
+        return
+    path = Path(settings.log.file)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise _bad(f"log.file {path} is no regular file", f"Move it away: mv {path} {path}.old")
+    if path.exists():
+        if not os.access(path, os.W_OK):
+            raise _bad(f"log.file {path} may not be written by the agent's user", f"chown kvmagent: {path}")
+    elif not path.parent.is_dir():
+        make = f"install -d -o kvmagent -g kvmagent -m 0700 {path.parent}"
+        raise _bad(f"log.file {path}: there is no directory {path.parent}", make)
+    elif not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _bad(f"log.file {path} may not be made by the agent's user", f"chown kvmagent: {path.parent}")
+
+
+def check_state_dir(settings: Settings) -> None:
+    """See whether the state directory can be used, or made.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    path = Path(settings.agent.state_dir)
+    make = f"install -d -o kvmagent -g kvmagent -m 0700 {path}"
+    nearest = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    try:
+        is_directory = stat.S_ISDIR(nearest.stat().st_mode)
+    except OSError as error:
+        raise _bad(f"agent.state_dir {path}: {nearest}: {error.strerror}", make) from error
+    if not is_directory:
+        raise _bad(f"agent.state_dir {path}: {nearest} is no directory", f"Move it away, then: {make}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        can = "written" if nearest == path else "made"
+        raise _bad(f"agent.state_dir {path} may not be {can} by the agent's user", make)
+
+
+def _check_security(settings: Settings) -> None:
+    Security(settings.security).load()
+
+
+def _check_callbacks(settings: Settings) -> None:
+    Callbacks(map(parse_callback_rule, settings.security.allowed_callbacks), settings.callback).load()
+
+
+#: Whatever stops a start, beside what stands in the file: each raises BAD_CONFIGURATION.
+CHECKS: dict[str, Callable[[Settings], object]] = {
+    "plugins": lambda settings: load_plugins(settings.agent.plugins),
+    "log": check_log,
+    "certificates": _check_security,
+    "callbacks": _check_callbacks,
+    "hooks": lambda settings: Hooks(settings.hooks.directory).check(),
+    "state_dir": check_state_dir,
+}
+
+
+def _bad(message: str, remedy: str) -> AgentError:
+    return AgentError(Code.BAD_CONFIGURATION, message, remedy=remedy)

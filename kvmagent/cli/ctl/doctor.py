@@ -1,7 +1,7 @@
 """Examines this host: what an agent needs here, and what it would meet; each finding with its remedy.
 
-configuration -> plugins -> libvirt, QEMU, guest agents -> KVM -> state directory, journal, hooks, certificates
-    -> clock -> agent -> front, where the node has ZStack's own agent too
+as the agent's user   configuration, plugins, log, state directory, journal, hooks, certificates, libvirt and guests
+as who runs it        KVM, clock, agent with page and metrics, front (where the node has ZStack's own agent too), alerts
 """
 
 import getpass
@@ -15,17 +15,11 @@ from kvmagent import __version__
 from kvmagent.api.deadline import Asker
 from kvmagent.cli.configfile import read_settings
 from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.agentuser import USER, Identity, find_identity, find_user, look_as
 from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.cli.ctl.front import examine_front
-from kvmagent.cli.ctl.hostchecks import (
-    examine_certificates,
-    examine_clock,
-    examine_hooks,
-    examine_journal,
-    examine_kvm,
-    examine_state_dir,
-)
+from kvmagent.cli.ctl.hostchecks import examine_clock, examine_kvm
 from kvmagent.cli.ctl.local import target_of
 from kvmagent.hypervisor.probe import Probe, Version, probe
 from kvmagent.model.errors import CODES, AgentError, Code
@@ -34,8 +28,11 @@ from kvmagent.model.units import format_size
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings
 
-# libvirt may hang, and guests may: the pings of all together take 20 s at most.
-_PROBE_S = 40.0
+# libvirt may hang, and guests may: the pings of all together take 20 s at most. The whole look takes no longer than the
+# second.
+_PROBE_S, _LOOK_S = 30.0, 45.0
+# The alerts on guests look at what is younger than 15 minutes.
+_SAMPLE_S = 600
 # The oldest versions that the agent was tried on (Ubuntu 22.04).
 _OLDEST_LIBVIRT, _OLDEST_QEMU = (8, 0, 0), (6, 2, 0)
 # Observed: QEMU 7.2 cannot detach a virtio-mem device; libvirt counts one against the slots. Source: libvirt's news
@@ -44,28 +41,26 @@ _VIRTIO_MEM_UNPLUG, _VIRTIO_MEM_NO_SLOT = (8, 1, 0), (9, 5, 0)
 _MOST_NAMES = 5
 
 
-def examine(config: Path, given: dict[str, str]) -> list[Finding]:
-    """Return all findings; `given` are the options that say which agent to ask, and who asks."""
+def examine(config: Path, given: dict[str, str], *, look_s: float = _LOOK_S) -> list[Finding]:
+    """Return all findings; `given` are the options that say which agent to ask, and who asks.
+
+    What the agent's user meets is looked at by a process of that user, which `look_s` ends.
+    """
     now = datetime.now(UTC)
-    findings: list[Finding] = []
+    identity = find_identity()
+    findings = [_examine_user(identity), *look_as(identity, "host", [str(config)], timeout_s=look_s)]
     try:
         settings = read_settings(config)
-        findings.append(Finding("configuration", "good", str(config)))
-    except AgentError as error:
-        findings.append(Finding("configuration", "wrong", error.message, error.remedy))
+    except AgentError:  # told by the look
         settings = Settings()
     state_dir = Path(settings.agent.state_dir)
+    target = Target(**target_of(settings) | given)
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "plugins": lambda: _examine_plugins(settings),
-        "libvirt": lambda: _examine_libvirt(settings.libvirt.uri),
         "kvm": examine_kvm,
-        "state_dir": lambda: examine_state_dir(state_dir),
-        "journal": lambda: examine_journal(state_dir),
-        "hooks": lambda: examine_hooks(settings.hooks),
-        "certificates": lambda: examine_certificates(settings, now),
         "clock": lambda: examine_clock(state_dir, now),
-        "agent": lambda: _examine_agent(Target(**target_of(settings) | given)),
+        "agent": lambda: _examine_agent(target),
         "front": lambda: examine_front(settings),
+        "alerts": lambda: examine_alerts(settings),
     }
     for name, check in checks.items():
         try:
@@ -77,7 +72,31 @@ def examine(config: Path, given: dict[str, str]) -> list[Finding]:
     return findings
 
 
-def _examine_plugins(settings: Settings) -> Iterator[Finding]:
+def _examine_user(identity: Identity | None) -> Finding:
+    """Tell as whom was looked: what root may do, the agent may not."""
+    own, user = getpass.getuser(), find_user()
+    if identity is not None:
+        return Finding("user", "good", f"looked as {identity.name}, the agent's user")
+    if user is None:
+        remedy = "Make it: systemd-sysusers with conf/kvmagent.sysusers, as the package does."
+        return Finding("user", "note", f"looked as {own}: there is no user {USER} for the agent", remedy)
+    if user.pw_name == own:
+        return Finding("user", "good", f"looked as {own}, the agent's user")
+    return Finding("user", "warning", f"looked as {own}, the agent runs as {user.pw_name}", "sudo kvmagentctl doctor")
+
+
+def examine_alerts(settings: Settings) -> Iterator[Finding]:
+    """Look whether what alerts and the dashboard need is on."""
+    if settings.metrics.sample_sec == 0:
+        message = "metrics.sample_sec is 0: what guests use is known after commands only; KvmagentVmUnreadable fires"
+        yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl reload kvmagent.")
+    elif settings.metrics.sample_sec > _SAMPLE_S:
+        message = f"metrics.sample_sec is {settings.metrics.sample_sec}: alerts on guests look at the last 15 minutes"
+        yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl reload kvmagent.")
+
+
+def examine_plugins(settings: Settings) -> Iterator[Finding]:
+    """Look which plugins there are."""
     plugins = load_plugins(settings.agent.plugins)
     commands = sum(len(plugin.commands) for plugin in plugins)
     found = ", ".join(f"{plugin.name} ({_version_of(plugin.name)})" for plugin in plugins)
@@ -89,7 +108,8 @@ def _version_of(plugin: str) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
 
 
-def _examine_libvirt(uri: str) -> Iterator[Finding]:
+def examine_libvirt(uri: str) -> Iterator[Finding]:
+    """Look whether libvirt lets this user in, and what is there."""
     try:
         found = Asker(at_once=1).ask(lambda: probe(uri), timeout_s=_PROBE_S, about=f"asking libvirt at {uri}")
     except AgentError as error:
@@ -168,7 +188,7 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
     except CtlError as error:
         if error.code in ("TLS_REFUSED", "AGENT_NOT_TRUSTED", "CREDENTIALS_MISSING"):
             remedy = "Give doctor --ca, --cert and --key, or --token-file."
-            yield Finding("agent", "note", f"it is there and tells us nothing: {error.message}", remedy)
+            yield Finding("agent", "note", f"it is running but rejected our credentials: {error.message}", remedy)
         elif error.code == "AGENT_UNREACHABLE":
             remedy = "Start it: systemctl start kvmagent; where it ends at once: journalctl -u kvmagent says why."
             yield Finding("agent", "wrong", error.message, remedy)
@@ -182,10 +202,25 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
     if health["version"] != __version__:
         message = f"the agent that runs is {health['version']}, installed is {__version__}"
         yield Finding("agent", "warning", message, "systemctl restart kvmagent: running tasks are finished first.")
+    yield from _examine_page(agent)
     yield from _examine_memory(health.get("memory"))
     if owed := health["owedCallbacks"]:
         remedy = "kvmagentctl tasks --state finished says to whom; see that those servers can be reached."
         yield Finding("agent", "note", f"{owed} outcomes wait for their callback servers", remedy)
+
+
+def _examine_page(agent: Agent) -> Iterator[Finding]:
+    """Look whether the page and a scraper get what they ask for."""
+    for path, check in (("", "page"), ("metrics", "alerts")):
+        status, kind = agent.probe(path)
+        expected = "text/html" if check == "page" else "text/plain"
+        if status == 200 and kind.startswith(expected):
+            yield Finding(check, "good", f"{agent.url}/{path} answers")
+        else:
+            remedy = "See that nothing stands between: no proxy, no other program on this port."
+            yield Finding(
+                check, "warning", f"{agent.url}/{path} answers HTTP {status} with {kind or 'nothing'}", remedy
+            )
 
 
 def _examine_memory(memory: dict[str, Any] | None) -> Iterator[Finding]:

@@ -13,11 +13,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from kvmagent.api.security import Security
+from kvmagent.cli.ctl.agentuser import USER, find_user
 from kvmagent.cli.ctl.certificates import Certificate, read_certificates
+from kvmagent.cli.ctl.configuration import check_log, check_state_dir
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.model.errors import AgentError
 from kvmagent.model.units import MIB, format_size
-from kvmagent.settings import HooksSection, Settings, parse_callback_rule
+from kvmagent.settings import AgentSection, HooksSection, LogSection, Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import JOURNAL
@@ -27,8 +29,6 @@ from kvmagent.tasks.journalfile import check_file
 _KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_API_VERSION = 0xAE00, 0xAE01, 12
 # Source: adjtimex(2): TIME_ERROR is its result where the clock is not synchronised. struct timex has 208 bytes.
 _TIME_ERROR, _TIMEX_BYTES = 5, 256
-# The agent's own user, as conf/kvmagent.sysusers makes it.
-_USER = "kvmagent"
 _LITTLE_ROOM_BYTES, _NO_ROOM_BYTES, _FEW_INODES = 512 * MIB, 64 * MIB, 100
 _SOON = timedelta(days=30)
 _STEPPED_S = 60.0
@@ -68,11 +68,12 @@ def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
 
 def examine_state_dir(path: Path) -> Iterator[Finding]:
     """Look whether tasks can be kept there, and by the agent alone."""
-    make = f"install -d -o {_USER} -g {_USER} -m 0700 {path}"
+    make = f"install -d -o {USER} -g {USER} -m 0700 {path}"
     try:
         found, room = path.stat(), os.statvfs(path)
     except FileNotFoundError:
-        yield Finding("state_dir", "warning", f"{path} is not there; the agent makes it if it may", make)
+        check_state_dir(Settings(agent=AgentSection(state_dir=str(path))))
+        yield Finding("state_dir", "warning", f"{path} is not there; the agent makes it when it starts", make)
         return
     except OSError as error:
         yield Finding("state_dir", "note", f"{path}: {error.strerror}", "Run doctor as root or as the agent's user.")
@@ -82,14 +83,12 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         return
     faults = 0
     if mode := stat.S_IMODE(found.st_mode) & 0o077:
-        yield Finding(
-            "state_dir", "warning", f"{path} has mode {mode | 0o700:04o}, needed is 0700", f"chmod 0700 {path}"
-        )
+        yield Finding("state_dir", "warning", f"{path} is open to others ({mode | 0o700:04o})", f"chmod 0700 {path}")
         faults += 1
-    owner, user = _user_name(found.st_uid), _find_agent_user()
+    owner, user = _user_name(found.st_uid), find_user()
     if user is not None and found.st_uid != user.pw_uid:
-        remedy = f"chown -R {_USER}: {path}, where the agent runs as {_USER}."
-        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, the agent's user is {_USER}", remedy)
+        remedy = f"chown -R {USER}: {path}"
+        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, the agent's user is {USER}", remedy)
         faults += 1
     free_bytes = room.f_bavail * room.f_frsize
     few_inodes = bool(room.f_files) and room.f_favail < _FEW_INODES
@@ -101,6 +100,13 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         faults += 1
     if not faults:
         yield Finding("state_dir", "good", f"{path} is {owner}'s alone and has {format_size(free_bytes)} left")
+
+
+def examine_log(section: LogSection) -> Iterator[Finding]:
+    """Look where the log goes, and whether it can."""
+    check_log(Settings(log=section))
+    where = section.file or "standard error: the journal of systemd (journalctl -u kvmagent)"
+    yield Finding("log", "good", f"{where}, from {section.level} on")
 
 
 def examine_journal(state_dir: Path) -> Iterator[Finding]:
@@ -127,7 +133,7 @@ def examine_journal(state_dir: Path) -> Iterator[Finding]:
 
 def examine_hooks(settings: HooksSection) -> Iterator[Finding]:
     """Look which hooks there are, and whether the agent would run them."""
-    user = _find_agent_user()
+    user = find_user()
     if found := Hooks(settings.directory, user_id=user and user.pw_uid).check():
         told = "; ".join(f"{event}.d: {names or 'none'}" for event, names in found.items())
         yield Finding("hooks", "good", f"{settings.directory}: {told}")
@@ -137,7 +143,7 @@ def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]
     """Look at keys, tokens and certificates as an agent that starts does, then at the dates and names of each."""
     security, callback = settings.security, settings.callback
     rules = map(parse_callback_rule, security.allowed_callbacks)
-    user = _find_agent_user()
+    user = find_user()
     user_id = user and user.pw_uid
     for load in (Security(security, user_id=user_id).load, Callbacks(rules, callback, user_id=user_id).load):
         try:
@@ -220,13 +226,6 @@ def examine_clock(state_dir: Path, now: datetime, ask_clock: Callable[[], int] =
         yield Finding("clock", "warning", message, f"Have it kept right: {sync}")
     else:
         yield Finding("clock", "good", f"synchronised, {now:%Y-%m-%d %H:%M} UTC")
-
-
-def _find_agent_user() -> pwd.struct_passwd | None:
-    try:
-        return pwd.getpwnam(_USER)
-    except KeyError:
-        return None
 
 
 def _user_name(uid: int) -> str:

@@ -19,6 +19,7 @@ _TASK_STATES = ("accepted", "running", "finished", "delivered", "gone", "given_u
 # Many VMs take their time, each of whose guests is asked.
 _VMS_S = 120.0
 _FOLLOW_S = 0.5
+_CHECK_S = 60.0
 _FOLLOWED = 200
 _CONFIG_OPTION = click.option(
     "--config", metavar="FILE", default=DEFAULT_PATH, show_default=True, help="The agent's configuration."
@@ -133,7 +134,7 @@ def openapi(context: click.Context) -> None:
 def doctor(context: click.Context, config: str) -> int:
     """Examine this host, with a remedy for each finding.
 
-    To be run on the host itself; as the agent's user (runuser -u kvmagent) it also sees what that one may not do.
+    To be run on the host itself, as root: it looks as the agent's user then, and says so.
     """
     from kvmagent.cli.ctl.doctor import examine
     from kvmagent.cli.ctl.findings import is_healthy, view_findings
@@ -159,17 +160,29 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
     It is that of this host's file; no agent is asked.
     """
     from kvmagent.cli.configfile import read_settings
-    from kvmagent.cli.ctl.configuration import check_settings, view_settings
+    from kvmagent.cli.ctl.agentuser import find_identity, look_as
+    from kvmagent.cli.ctl.configuration import view_settings
 
     session = session_of(context)
     if sample:
         _print(session, msgspec.to_builtins(Settings()), lambda _: sample_conf().splitlines())
         return
-    settings = read_settings(Path(config), overrides)
     if check:
-        check_settings(settings)
-        _print(session, {"success": True, "file": config}, lambda _: [f"{config}: {paint('good', GOOD)}"])
+        identity = find_identity()
+        found = look_as(identity, "configuration", [str(Path(config).absolute()), *overrides], timeout_s=_CHECK_S)
+        faults = [one for one in found if one.level == "wrong"]
+        if faults:
+            raise CtlError(
+                Exit.FAILED,
+                "BAD_CONFIGURATION",
+                "; ".join(one.message for one in faults),
+                " ".join(dict.fromkeys(one.remedy for one in faults)),
+            )
+        seen = f", as {identity.name} sees it" if identity else ""
+        body = {"success": True, "file": config}
+        _print(session, body, lambda _: [f"{found[0].message}: {paint('good', GOOD)}{seen}"])
         return
+    settings = read_settings(Path(config), overrides)
     _print(session, msgspec.to_builtins(settings), lambda _: view_settings(settings))
 
 
