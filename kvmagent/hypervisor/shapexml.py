@@ -8,7 +8,7 @@ import difflib
 
 from lxml import etree
 
-from kvmagent.model.steps import CellShape, Shape
+from kvmagent.model.steps import CellShape, Shape, VirtioMemShape
 from kvmagent.model.units import KIB, format_ids
 
 _AGENT_NAME = "org.qemu.guest_agent.0"
@@ -28,6 +28,8 @@ def edit_shape(xml: str, shape: Shape) -> str:
     _edit_devices(_get(root, "./devices"))
     if shape.free_page_reporting:
         _get(root, "./devices/memballoon").set("freePageReporting", "on")
+    for device in shape.virtio_mems:
+        _add_virtio_mem(root, device)
     return _format(root)
 
 
@@ -100,6 +102,28 @@ def _edit_devices(devices: etree._Element) -> None:
         channel = etree.Element("channel", type="unix")
         etree.SubElement(channel, "target", type="virtio", name=_AGENT_NAME)
         _insert(devices, channel)
+
+
+def _add_virtio_mem(root: etree._Element, shape: VirtioMemShape) -> None:
+    """Source: libvirt formatdomain; <memory> at the top counts every device's whole size."""
+    devices = _get(root, "./devices")
+    nodes = {element.findtext("target/node") for element in devices.iterfind("./memory[@model='virtio-mem']")}
+    if str(shape.node) in nodes:
+        return
+    device = etree.Element("memory", model="virtio-mem")
+    target = etree.SubElement(device, "target")
+    sizes = {"size": shape.size_bytes, "node": None, "block": shape.block_bytes, "requested": 0}
+    for name, size_bytes in sizes.items():
+        element = etree.SubElement(target, name)
+        if size_bytes is None:
+            element.text = str(shape.node)
+        else:
+            element.set("unit", "KiB")
+            element.text = str(size_bytes // KIB)
+    _insert(devices, device)
+    memory = _get(root, "./memory")
+    if memory.get("unit", "KiB") == "KiB":  # as libvirt writes it
+        memory.text = str(int(memory.text or "0") + shape.size_bytes // KIB)
 
 
 def _insert(parent: etree._Element, child: etree._Element, *, after: tuple[str, ...] = ()) -> etree._Element:

@@ -377,12 +377,21 @@ class CellShape(msgspec.Struct, frozen=True, rename="camel"):
     memory_bytes: int
 
 
+class VirtioMemShape(msgspec.Struct, frozen=True, rename="camel"):
+    """An empty virtio-mem device for one guest NUMA node: the most that it can give, and what it is resized by."""
+
+    node: int
+    size_bytes: int
+    block_bytes: int
+
+
 class Shape(msgspec.Struct, frozen=True, rename="camel"):
     """What the persistent definition must have so that its next start can be hot-plugged; the rest of it stays.
 
     `topology` (sockets, dies, cores, threads) is None where the definition has none, `max_memory_bytes` where there is
     no room for more memory.
     With `free_page_reporting` the balloon gives back to the host what the guest frees; without, it stays as it is.
+    `virtio_mems` are added where their nodes have none.
     """
 
     vcpu_maximum: int
@@ -391,6 +400,7 @@ class Shape(msgspec.Struct, frozen=True, rename="camel"):
     slots: int
     cells: tuple[CellShape, ...]
     free_page_reporting: bool = False
+    virtio_mems: tuple[VirtioMemShape, ...] = ()
 
 
 class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):

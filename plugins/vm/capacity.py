@@ -21,6 +21,7 @@ from kvmagent.model.units import align_up
 
 from . import cpu, memory
 from .checks import (
+    VIRTIO_MEM_BLOCK_BYTES,
     check_cpu,
     check_cpu_removal,
     check_dimm_room,
@@ -168,9 +169,7 @@ def _current(facts: Facts, affect: Affect) -> Definition | None:
 
 def _finest_bytes(facts: Facts, definition: Definition) -> int:
     """Return the smallest amount by which memory may grow: a virtio-mem device's block, where one has room."""
-    blocks = (
-        device.block_bytes or memory.VIRTIO_MEM_BLOCK_BYTES for device in definition.virtio_mems if device.room_bytes
-    )
+    blocks = (device.block_bytes or VIRTIO_MEM_BLOCK_BYTES for device in definition.virtio_mems if device.room_bytes)
     return min([dimm_quantum(facts, None), *blocks])
 
 
@@ -178,7 +177,7 @@ def _least_by(method: Method, facts: Facts, affect: Affect) -> int:
     """Return the smallest total above the present one that a method could make."""
     if method == "balloon":
         return memory.balloon_actual(facts, affect) + memory.BALLOON_PAGE_BYTES
-    step = memory.VIRTIO_MEM_BLOCK_BYTES if method == "virtio-mem" else dimm_quantum(facts, None)
+    step = VIRTIO_MEM_BLOCK_BYTES if method == "virtio-mem" else dimm_quantum(facts, None)
     return memory.current_definition(facts, affect).memory_bytes + step
 
 

@@ -32,6 +32,8 @@ _DIMM_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le", "aarch64"})
 # Others tell their guests by firmware calls (POWER) or channel reports (s390x).
 _ACPI_ARCHES = frozenset({"x86_64", "aarch64"})
 _MACHINE_VERSION, _MEMORY_FROM_MACHINE = re.compile(r"pc-(?:i440fx-|q35-)?(\d+)\.(\d+)"), (2, 1)
+# What a virtio-mem device is resized by. Source: libvirt formatdomain, the host's transparent hugepage.
+VIRTIO_MEM_BLOCK_BYTES = 2 * MIB
 _MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
 STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY, Code.VM_OPTED_OUT)
@@ -256,6 +258,15 @@ def check_unlocked(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     for name, definition in _definitions(facts.domain, affect):
         if definition.locked:
             yield blocker(Code.MEMORY_LOCKED, f"memory of the {name} definition is locked (memoryBacking)")
+
+
+def check_passes_nothing(facts: Facts, affect: Affect) -> Iterator[Blocker]:
+    """What is passed through has all memory pinned, and a virtio-mem device's is not to be."""
+    for name, definition in _definitions(facts.domain, affect):
+        if definition.vfio_devices:
+            yield blocker(
+                Code.MEMORY_LOCKED, f"the {name} definition passes {definition.vfio_devices} host devices through"
+            )
 
 
 def check_dimm_room(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], node: int | None) -> Iterator[Blocker]:

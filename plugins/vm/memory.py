@@ -12,10 +12,11 @@ from kvmagent.model.guestuse import find_imbalance
 from kvmagent.model.policy import may_online
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import Target
-from kvmagent.model.units import KIB, MIB, align_down, align_up, format_size
+from kvmagent.model.units import KIB, align_down, align_up, format_size
 
 from .checks import (
     STATE_REFUSALS,
+    VIRTIO_MEM_BLOCK_BYTES,
     check_balloon,
     check_dimm_room,
     check_dimm_support,
@@ -23,6 +24,7 @@ from .checks import (
     check_hard_limit,
     check_host,
     check_memory_ceiling,
+    check_passes_nothing,
     check_state,
     check_unlocked,
     dimm_quantum,
@@ -45,10 +47,6 @@ from .requests import HotPlugMemoryRequest, MemoryReply
 
 # How far the balloon may stay from its target and still have reached it: QEMU and the guest move whole pages.
 BALLOON_PAGE_BYTES = 4 * KIB
-
-
-# What a virtio-mem device is resized by. Source: libvirt formatdomain, the host's transparent hugepage.
-VIRTIO_MEM_BLOCK_BYTES = 2 * MIB
 
 
 TARGETS: tuple[Target, Target] = ("live", "config")
@@ -192,7 +190,11 @@ def _find_missing(request: HotPlugMemoryRequest, facts: Facts) -> dict[Target, i
 
 def _may_resize(request: HotPlugMemoryRequest, facts: Facts) -> bool:
     """Whether virtio-mem devices that are there may grow; what the guest cannot use of them is had by dimm."""
-    return request.method == "virtio-mem" or (request.method == "auto" and not any(check_virtio_mem(facts.guest.os)))
+    if request.method != "auto":
+        return request.method == "virtio-mem"
+    affect = request.affect
+    blocked = (check_virtio_mem(facts.guest.os), check_unlocked(facts, affect), check_passes_nothing(facts, affect))
+    return not any(any(found) for found in blocked)
 
 
 def _decide_resizes(

@@ -1,5 +1,7 @@
 """What a persistent definition has to be so that its next start can be hot-plugged, and still starts."""
 
+from typing import Any
+
 import msgspec
 
 from kvmagent.model.command import Goal
@@ -7,11 +9,22 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import warning
 from kvmagent.model.reply import Problem
-from kvmagent.model.steps import CellShape, Shape
+from kvmagent.model.steps import CellShape, Shape, VirtioMemShape
 from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
 
-from .checks import X86_BLOCK_BYTES, carries_x2apic, check_machine_age, check_opted_out, refuse_first, vcpu_limit
-from .guestos import find_socket_limits
+from .checks import (
+    VIRTIO_MEM_BLOCK_BYTES,
+    X86_BLOCK_BYTES,
+    carries_x2apic,
+    check_machine_age,
+    check_opted_out,
+    check_passes_nothing,
+    check_unlocked,
+    find_page_bytes,
+    refuse_first,
+    vcpu_limit,
+)
+from .guestos import check_virtio_mem, find_socket_limits
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
 # Room that a VM without any is given where the request names none, in multiples of what it has.
@@ -57,13 +70,15 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
     clamped: list[Clamp] = []
     maximum, topology = _plan_vcpus(request, facts, config, clamped)
     max_memory_bytes, slots = _plan_memory(request, facts, config, clamped)
+    devices = _plan_virtio_mems(request, facts, config, max_memory_bytes)
     shape = Shape(
         vcpu_maximum=maximum,
         topology=topology,
         max_memory_bytes=max_memory_bytes,
-        slots=slots,
+        slots=slots + len(devices),
         cells=_plan_cells(config, maximum),
         free_page_reporting=request.free_page_reporting,
+        virtio_mems=devices,
     )
     return PrepareGoal(shape=shape, changes=tuple(_changes(config, shape)), clamped=tuple(clamped))
 
@@ -206,6 +221,32 @@ def _addressable_bytes(config: Definition, bits: int, slots: int) -> int:
     return max(0, align_down(space - min(max(0, beyond_range), _AMD_MOVED_BYTES), GIB))
 
 
+def _plan_virtio_mems(
+    request: ReadyForHotplugRequest, facts: Facts, config: Definition, max_memory_bytes: int | None
+) -> tuple[VirtioMemShape, ...]:
+    """Return a device for each node that has none, which share the room up to the maximum. Each takes a slot as well.
+
+    Raises:
+        AgentError: MEMORY_LOCKED; GUEST_OS_UNABLE.
+    """
+    if request.memory_device != "virtio-mem":
+        return ()
+    refuse_first(check_unlocked(facts, "config"))
+    refuse_first(check_passes_nothing(facts, "config"))
+    refuse_first(check_virtio_mem(facts.guest.os))
+    has = {device.node or 0 for device in config.virtio_mems}
+    nodes = [node for node in ([cell.id for cell in config.cells] or [0]) if node not in has]
+    room = max(0, (max_memory_bytes or 0) - config.total_bytes)
+    size = align_down(room // len(nodes), X86_BLOCK_BYTES) if nodes else 0
+    return tuple(
+        VirtioMemShape(
+            node=node, size_bytes=size, block_bytes=max(VIRTIO_MEM_BLOCK_BYTES, find_page_bytes(facts, node) or 0)
+        )
+        for node in nodes
+        if size
+    )
+
+
 def _plan_cells(config: Definition, maximum: int) -> tuple[CellShape, ...]:
     """Return the cells: those that are there keep memory and vCPUs, and whole new sockets make them as even as can be.
 
@@ -243,7 +284,7 @@ def _changes(config: Definition, shape: Shape) -> list[Change]:
     """Return what the definition has and is to have, where that differs."""
     cells = {str(cell.id): format_ids(cell.cpus) for cell in config.cells}
     prepared_cells = {str(cell.id): format_ids(cell.cpus) for cell in shape.cells}
-    fields = {
+    fields: dict[str, tuple[Any, Any]] = {
         "maxCpuNum": (config.vcpu_maximum, shape.vcpu_maximum),
         "topology": (config.topology, shape.topology),
         "maxMemorySize": (config.max_memory_bytes, shape.max_memory_bytes),
@@ -254,8 +295,15 @@ def _changes(config: Definition, shape: Shape) -> list[Change]:
         "guestAgentChannel": (config.agent_channel, True),
         "freePageReporting": (config.free_page_reporting, shape.free_page_reporting or config.free_page_reporting),
     }
+    sizes = {device.node or 0: device.size_bytes for device in config.virtio_mems}
+    if added := {device.node: device.size_bytes for device in shape.virtio_mems if device.node not in sizes}:
+        fields["virtioMem"] = (_tell_sizes(sizes), _tell_sizes(sizes | added))
     return [
         Change(field=name, former=msgspec.to_builtins(former), prepared=msgspec.to_builtins(prepared))
         for name, (former, prepared) in fields.items()
         if former != prepared
     ]
+
+
+def _tell_sizes(sizes: dict[int, int]) -> dict[str, str]:
+    return {str(node): format_size(size_bytes) for node, size_bytes in sorted(sizes.items())}

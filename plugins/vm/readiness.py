@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmagent.model.command import Command, Ending, Wish
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import find_imbalance, find_memory_warnings, idle_warnings, migration_warnings, warning
 from kvmagent.model.judge import drift
 from kvmagent.model.reply import Problem
@@ -160,9 +160,16 @@ def _find_drift(facts: Facts) -> list[Problem]:
         f"{change.field} is {_words(change.field, change.live)} in the running VM, "
         f"{_words(change.field, change.config)} in its definition"
         for change in drift(facts)
-        if change.field not in _MAXIMA or (change.config or 0) < (change.live or 0)
+        if (change.field not in _MAXIMA or (change.config or 0) < (change.live or 0))
+        and not (change.field == "memoryDevices" and _has_empty_devices_alone(live, config))
     ]
     return [warning(Code.DRIFT, "; ".join(told))] if told else []
+
+
+def _has_empty_devices_alone(live: Definition, config: Definition) -> bool:
+    """Whether all that the next start has besides are virtio-mem devices that give nothing yet, as prepare makes."""
+    empty = sum(not device.plugged_bytes for device in config.virtio_mems)
+    return 0 < len(config.devices) - len(live.devices) <= empty
 
 
 def _find_silence(facts: Facts) -> list[Problem]:
@@ -226,5 +233,7 @@ READY_FOR_HOTPLUG = Command(
         Code.VM_OPTED_OUT,
         Code.MACHINE_NOT_SUPPORTED,
         Code.TARGET_BELOW_CURRENT,
+        Code.MEMORY_LOCKED,
+        Code.GUEST_OS_UNABLE,
     ),
 )

@@ -91,6 +91,12 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     free_page_reporting: Annotated[
         bool, msgspec.Meta(description="Prepare the balloon to give back to the host what the guest frees")
     ] = False
+    memory_device: Annotated[
+        Literal["dimm", "virtio-mem"],
+        msgspec.Meta(
+            description="Leave the room to dimms, or give each guest NUMA node an empty virtio-mem device that has it"
+        ),
+    ] = "dimm"
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):

@@ -13,7 +13,15 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import Target
 from kvmagent.model.units import align_down, align_up, format_size
 
-from .checks import STATE_REFUSALS, block_bytes, check_balloon, check_expected, check_state, refuse_first
+from .checks import (
+    STATE_REFUSALS,
+    VIRTIO_MEM_BLOCK_BYTES,
+    block_bytes,
+    check_balloon,
+    check_expected,
+    check_state,
+    refuse_first,
+)
 from .exactfit import Sums
 from .guestmemory import (
     BALLOON_FLOOR_BYTES,
@@ -26,7 +34,6 @@ from .guestos import check_gives_up
 from .memory import (
     BALLOON_PAGE_BYTES,
     TARGETS,
-    VIRTIO_MEM_BLOCK_BYTES,
     balloon_actual,
     current_definition,
     find_halves,

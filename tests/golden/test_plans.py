@@ -737,6 +737,17 @@ CASES = {
     "less-memory-refused-transient": Case(LESS_MEMORY, {"memorySize": 128 * MIB}, domain={"persistent": False}),
     "prepare-bare-vm": Case(READY, {"prepare": True, "maxCpuNum": 8, "maxMemorySize": 16 * GIB}, spec=BARE),
     "prepare-defaults": Case(READY, {"prepare": True}, spec=BARE),
+    "prepare-virtio-mem": Case(
+        READY, {"prepare": True, "memoryDevice": "virtio-mem", "slots": 16}, spec={"numa_cells": 2}
+    ),
+    "prepare-refused-virtio-mem-locked": Case(
+        READY,
+        {"prepare": True, "memoryDevice": "virtio-mem"},
+        arrange=add_xml(".", "<memoryBacking><locked/></memoryBacking>"),
+    ),
+    "prepare-refused-virtio-mem-old-linux": Case(
+        READY, {"prepare": True, "memoryDevice": "virtio-mem"}, guest={"os": OLD_LINUX}
+    ),
     "prepare-free-page-reporting": Case(READY, {"prepare": True, "freePageReporting": True}),
     "memory-refused-host-promised": Case(
         MEMORY, {"memorySize": 8 * GIB}, spec={"max_memory_mib": 16384}, host={"total_mib": 4096}

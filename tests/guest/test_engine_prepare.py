@@ -72,3 +72,27 @@ def test_a_bare_vm_is_prepared_and_takes_both_after_its_restart(
     assert (reply["cpuNum"], reply["memorySize"]) == (2, 512 * MIB)
     assert guest.cpus_online() == "0-1"
     assert guest.mem_total_kib() == total_kib + 256 * 1024
+
+
+def test_a_prepared_virtio_mem_grows_and_shrinks_forty_times_and_uses_no_slot(
+    boot: Callable[[GuestSpec], Guest], send: Callable[..., Any]
+) -> None:
+    guest = boot(GuestSpec(name="elastic", numa_cells=2, kernel_args="memhp_default_state=online_movable"))
+    reply = send("/vm/hotplug/ready", guest, prepare=True, memoryDevice="virtio-mem")
+    assert (reply["success"], reply["outcome"], reply["readyAfterRestart"]) == (True, "configured", True), reply
+    assert send("/vm/hotplug/ready", guest, prepare=True, memoryDevice="virtio-mem")["outcome"] == "unchanged"
+    guest.power_off()
+    guest.start()
+    ready = send("/vm/hotplug/ready", guest)
+    assert [(one["model"], one["node"], one["requested"]) for one in ready["devices"]] == [
+        ("virtio-mem", 0, 0),
+        ("virtio-mem", 1, 0),
+    ]
+    start, slots = ready["after"]["memorySize"], ready["headroom"]["slots"]
+    for _ in range(20):
+        grown = send("/vm/hotplug/memory", guest, memorySize=start + 128 * MIB)
+        assert (grown["success"], grown["memorySize"]) == (True, start + 128 * MIB), grown
+        assert "AttachMemory" not in {step["step"] for step in grown["steps"]}
+        shrunk = send("/vm/hotunplug/memory", guest, memorySize=start)
+        assert (shrunk["success"], shrunk["memorySize"]) == (True, start), shrunk
+    assert send("/vm/hotplug/ready", guest)["headroom"]["slots"] == slots

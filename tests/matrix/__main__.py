@@ -1,7 +1,13 @@
-"""The whole product: python -m tests.matrix [WORDS]; only rows with these words in them. Prints a table."""
+"""The whole product: python -m tests.matrix [WORDS]; only rows with these words in them. Prints a table.
 
+With --seconds as many rows as that time allows, in an order that --seed decides.
+"""
+
+import argparse
+import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,21 +19,33 @@ from tests.matrix.trial import try_row
 
 def main() -> int:
     """Try every row; return 1 where one started before prepare and not after it."""
-    words, verdicts = sys.argv[1:], Counter[str]()
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("words", nargs="*", help="only rows with all of these words")
+    parser.add_argument("--seconds", type=float, help="stop after so long; rows are then shuffled")
+    parser.add_argument("--seed", type=int, default=1)
+    options, verdicts = parser.parse_args(), Counter[str]()
+    rows = [row for row in all_rows(list_machines()) if all(word in str(row) for word in options.words)]
+    if options.seconds is not None:
+        random.Random(options.seed).shuffle(rows)
+    end_at = None if options.seconds is None else time.monotonic() + options.seconds
+    tried = 0
     with (
         PrivateLibvirtd() as lab,
         tempfile.TemporaryDirectory() as directory,
         open_node(lab.uri, Path(directory)) as node,
         lab.connect() as connection,
     ):
-        for row in all_rows(list_machines()):
-            if not all(word in str(row) for word in words):
-                continue
+        for row in rows:
+            if end_at is not None and time.monotonic() > end_at:
+                break
+            tried += 1
             for trial in try_row(connection, node, row):
                 verdicts[trial.verdict] += 1
                 why = (trial.refusal or str(trial.reply.get("error", "")))[-160:].strip().replace("\n", " ")
                 print(f"{row!s:90} {trial.maxima:8} {trial.verdict:22} {why}", flush=True)
-    print(", ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common()))
+    print(
+        f"{tried} of {len(rows)} rows: " + ", ".join(f"{verdict}: {count}" for verdict, count in verdicts.most_common())
+    )
     return 1 if verdicts["DOES NOT START"] or verdicts["DEFINITION_REFUSED"] else 0
 
 

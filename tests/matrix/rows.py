@@ -34,6 +34,8 @@ TOPOLOGIES: dict[str, tuple[int, int, int, int] | None] = {
     "1x1x5x1": (1, 1, 5, 1),
     "1x1x3x2": (1, 1, 3, 2),
     "1x2x3x2": (1, 2, 3, 2),
+    "2x3x1x2": (2, 3, 1, 2),
+    "1x4x2x1": (1, 4, 2, 1),
     "2x1x4x2": (2, 1, 4, 2),
     "6x1x1x1": (6, 1, 1, 1),
 }
@@ -155,6 +157,8 @@ def gate_rows(machines: list[str]) -> list[Row]:
         replace(q35, hole_gib=512, cpu="max"),
         replace(q35, topology="1x1x6x1", iommu="intel"),
         replace(q35, topology="1x2x3x2", cells="two"),
+        replace(q35, topology="2x3x1x2", cells="two", listed_vcpus=True),
+        replace(q35, topology="1x4x2x1", iommu="intel"),
         replace(q35, cells="memory-only"),
         replace(q35, cells="memory-only", listed_vcpus=True, topology="1x1x3x2"),
         replace(q35, cells="one", max_memory_gib=900),

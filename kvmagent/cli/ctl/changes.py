@@ -15,7 +15,7 @@ from kvmagent.model.command import Command
 
 _READY = "ready"
 # What says how to prepare.
-_PREPARING = ("max_cpu_num", "max_memory_size", "slots", "free_page_reporting")
+_PREPARING = ("max_cpu_num", "max_memory_size", "slots", "free_page_reporting", "memory_device")
 
 
 def names() -> list[str]:
@@ -59,7 +59,8 @@ def _make_ready(command: Command) -> click.Command:
         preparing = [name for name in _PREPARING if values.get(name)]
         if preparing and not prepares:
             raise click.UsageError(
-                "--max-cpus, --max-memory, --slots and --free-page-reporting are for --prepare", context
+                "--max-cpus, --max-memory, --slots, --memory-device, --free-page-reporting are for --prepare",
+                context,
             )
         values |= {"prepare": prepares or None, "dry_run": dry_run or (prepares and not apply) or None}
         reply = _send(session, command, values)
