@@ -107,7 +107,7 @@ class VmHandle:
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
         live, connected = parse_live(live_xml) if live_xml else (None, None)
-        balloon_bytes = self.balloon_bytes() if live_xml and ask_balloon else None
+        balloon_bytes, balloon_unused = self.read_balloon() if live_xml and ask_balloon else (None, None)
         if live is not None and live.balloon and (balloon_bytes or 0) > live.balloon_total_bytes:
             self._means.suspects.add(self.uuid)
         if live is not None and self.uuid in self._means.suspects:
@@ -122,6 +122,7 @@ class VmHandle:
             live=live,
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=balloon_bytes if live_xml and ask_balloon else told,
+            balloon_unused=balloon_unused,
             job=self.find_job() if live_xml else None,
             saved=bool(config_xml) and self._has_saved_state(),
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
@@ -401,14 +402,24 @@ class VmHandle:
 
     def balloon_bytes(self) -> int | None:
         """Return what the balloon leaves of the memory now; None where there is no balloon or it is not told."""
+        return self.read_balloon()[0]
+
+    def read_balloon(self) -> tuple[int | None, tuple[int, int] | None]:
+        """Return what the balloon leaves of the memory, and what its driver says that the guest has and does not use.
+
+        None where there is no balloon, or where that is not told. The driver tells only where libvirt was told to ask
+        it (<memballoon><stats period>). Source: libvirt virDomainMemoryStats: available, usable, last_update.
+        """
         try:
-            actual = self._domain.memoryStats().get("actual")
+            stats = self._domain.memoryStats()
         except libvirt.libvirtError as error:
             if error.get_error_domain() == libvirt.VIR_FROM_RPC:
                 with libvirt_errors("reading the balloon"):
                     raise
-            return None
-        return None if actual is None else actual * KIB
+            return None, None
+        actual, total, usable = (stats.get(name) for name in ("actual", "available", "usable"))
+        is_told = stats.get("last_update") and total is not None and usable is not None
+        return None if actual is None else actual * KIB, (total * KIB, usable * KIB) if is_told else None
 
     def _has_saved_state(self) -> bool:
         try:

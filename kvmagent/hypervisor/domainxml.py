@@ -204,8 +204,15 @@ _PARSER = etree.XMLParser(resolve_entities=False, no_network=True, remove_commen
 
 
 def parse_xml(xml: str) -> etree._Element:
-    """Return an XML of libvirt's as its root element."""
-    return etree.fromstring(xml, _PARSER)
+    """Return an XML of libvirt's as its root element.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    try:
+        return etree.fromstring(xml, _PARSER)
+    except etree.XMLSyntaxError as error:
+        raise ValueError(f"no XML: {error}") from error
 
 
 def _vcpu_counts(document: _Document) -> tuple[int, int]:

@@ -7,6 +7,7 @@ Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v
 import functools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
@@ -15,8 +16,14 @@ from kvmagent.model.host import HostLoad
 from kvmagent.model.hostbudget import HostCapacity, NodeCapacity
 from kvmagent.model.units import KIB
 
+_CGROUPS = "sys/fs/cgroup"
 # systemd's slice for VMs: all of libvirt's system VMs are below it.
-_SLICE = "sys/fs/cgroup/machine.slice"
+_SLICE = f"{_CGROUPS}/machine.slice"
+# A VM's cgroup, by libvirt's number of it: systemd's scope, or without systemd libvirt's own; and between the top and
+# it the partitions (<resource><partition>). Source: libvirt cgroups.html.
+_TOPS = ("machine.slice", "machine")
+_VM_CGROUP = re.compile(r"(?:machine-qemu\\x2d(\d+)\\x2d.*\.scope|qemu-(\d+)-.*\.libvirt-qemu)")
+_PARTITIONS = (".slice", ".partition")
 
 
 def read_host(vcpu_limit: int | None, root: Path) -> Host:
@@ -45,21 +52,64 @@ def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapa
         )
         for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
     ]
-    limit = read_text(root / _SLICE / "memory.max") or ""
     return HostCapacity(
         physical_bytes=meminfo.get("MemTotal", 0),
         reserve_bytes=reserve_bytes,
         overcommit=overcommit,
         default_page_bytes=meminfo.get("Hugepagesize"),
         hugepages=_measure_hugepages(root / "sys/kernel/mm/hugepages"),
+        taken=_measure_taken(root / "sys/kernel/mm/hugepages"),
         nodes=tuple(nodes),
-        limit_bytes=int(limit) if limit.isdigit() else None,
+        limit_bytes=read_limits(root, _TOPS[:1]).get(_TOPS[0]),
     )
 
 
 def _measure_hugepages(directory: Path) -> dict[int, int]:
     """Return the bytes in all hugepages by their size."""
     return {size: count * size for size, count in _count_hugepages(directory, "nr_hugepages").items()}
+
+
+def _measure_taken(directory: Path) -> dict[int, int]:
+    """Return the bytes in hugepages that are used or reserved, by size; nothing where that is not told.
+
+    Source: Linux hugetlbpage.rst: reserved ones are promised to a mapping and still count as free.
+    """
+    if not any(directory.glob("hugepages-*kB/free_hugepages")):
+        return {}
+    free, reserved = _count_hugepages(directory, "free_hugepages"), _count_hugepages(directory, "resv_hugepages")
+    return {
+        size: (count - free[size] + reserved[size]) * size
+        for size, count in _count_hugepages(directory, "nr_hugepages").items()
+    }
+
+
+def read_cgroups(root: Path) -> dict[int, tuple[str, ...]]:
+    """Return the cgroups that each VM is in, by libvirt's number of it: paths, from its partition down to its own."""
+    found: dict[int, tuple[str, ...]] = {}
+    left = [(root / _CGROUPS / top, tuple[str, ...]()) for top in _TOPS]
+    while left:
+        directory, above = left.pop()
+        for path in _list_directories(directory):
+            name = str(path.relative_to(root / _CGROUPS))
+            if vm := _VM_CGROUP.fullmatch(path.name):
+                # libvirt puts a VM's limits on a cgroup of its own below the scope. Source: virCgroupV2.
+                found[int(vm[1] or vm[2])] = (*above, name, f"{name}/libvirt")
+            elif path.name.endswith(_PARTITIONS):
+                left.append((path, (*above, name)))
+    return found
+
+
+def _list_directories(directory: Path) -> list[Path]:
+    try:
+        return [Path(entry.path) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def read_limits(root: Path, cgroups: Iterable[str]) -> dict[str, int]:
+    """Return what each of these cgroups may take of memory, where it is limited."""
+    limits = {cgroup: read_text(root / _CGROUPS / cgroup / "memory.max") or "" for cgroup in cgroups}
+    return {cgroup: int(limit) for cgroup, limit in limits.items() if limit.isdigit()}
 
 
 def _count_hugepages(directory: Path, file: str) -> dict[int, int]:

@@ -24,6 +24,7 @@ from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes, was_mi
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.meters import Meters, phase
+from kvmagent.model.command import Reservation
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
@@ -136,9 +137,9 @@ class Node:
         with self._connection.lease() as connection:
             return self._budget.view(connection)
 
-    def recall_reservation(self, task_uuid: str, uuid: str, guest_bytes: int) -> None:
+    def recall_reservation(self, task_uuid: str, uuid: str, reservation: Reservation) -> None:
         """Take up what a task of an earlier agent had reserved; before any task runs."""
-        self._budget.recall(task_uuid, uuid, guest_bytes)
+        self._budget.recall(task_uuid, uuid, reservation)
 
     def release(self, task_uuid: str) -> None:
         """Free the memory that a task has reserved."""
@@ -176,7 +177,7 @@ class Node:
             yield HeldVm(
                 handle,
                 lambda domain, guest, parts: self._complete(connection, domain, guest, parts),
-                lambda task_uuid, guest_bytes: self._budget.reserve(connection, task_uuid, handle.uuid, guest_bytes),
+                lambda task_uuid, reservation: self._budget.reserve(connection, task_uuid, handle.uuid, reservation),
             )
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
@@ -206,9 +207,11 @@ class Node:
         else:
             host = Host(boot_id=read_boot_id(self._host_root))
         host = msgspec.structs.replace(host, vcpu_limit=limit, removes_emulated=self._removes_emulated)
-        if "budget" in parts and domain.live is not None:
-            host = msgspec.structs.replace(host, pools=self._budget.look(connection, domain.uuid))
         facts = Facts(domain=self._with_migrated(domain), guest=guest, host=host)
+        self._budget.note(facts)
+        if "budget" in parts and domain.live is not None:
+            pools = self._budget.look(connection, domain.uuid)
+            facts = msgspec.structs.replace(facts, host=msgspec.structs.replace(host, pools=pools))
         self._meters.observed(facts)
         if self._restarts is not None:
             facts = msgspec.structs.replace(facts, restart_since=self._restarts.note(facts))
@@ -276,7 +279,7 @@ class HeldVm:
         self,
         handle: VmHandle,
         complete: Callable[[Domain, Guest, frozenset[str]], Facts],
-        reserve: Callable[[str, int], None],
+        reserve: Callable[[str, Reservation], None],
     ) -> None:
         self._handle = handle
         self._complete = complete
@@ -300,14 +303,14 @@ class HeldVm:
             guest = self._handle.ask_guest(domain, connected, parts)
             return self._complete(domain, guest, parts)
 
-    def reserve(self, task_uuid: str, guest_bytes: int) -> None:
-        """Reserve what of the host's memory brings the running VM's guest to so much, for a task, until `release`.
+    def reserve(self, task_uuid: str, reservation: Reservation) -> None:
+        """Reserve what of the host's memory a task may bring the running VM to, until `release`.
 
         Raises:
-            AgentError: HOST_MEMORY_PROMISED; libvirt's errors.
+            AgentError: HOST_MEMORY_PROMISED, MEMORY_HARD_LIMIT; libvirt's errors.
         """
         with phase("libvirt"):
-            self._reserve(task_uuid, guest_bytes)
+            self._reserve(task_uuid, reservation)
 
     def perform(self, step: AnyStep) -> str:
         """Perform one step; return what it has to tell, mostly nothing.

@@ -79,25 +79,37 @@ class Total(msgspec.Struct, frozen=True, rename="camel"):
     """What a task brings one resource to, in all: vCPUs or bytes; None for a definition that it leaves alone.
 
     "memory" is boot memory and what the devices give, "balloon" what the balloon leaves of boot memory and dimms.
+    `gains` are the bytes by which the running VM's guest NUMA nodes grow: they may be backed differently.
     """
 
     resource: Resource
     live: int | None
     config: int | None
     direction: Literal["up", "down"] = "up"
+    gains: dict[int, int] = {}
+
+
+class Reservation(msgspec.Struct, frozen=True, rename="camel"):
+    """What a task may bring a running VM to: bytes by guest NUMA node, what its balloon holds of them, vCPUs."""
+
+    node_bytes: dict[int, int]
+    ballooned_bytes: int
+    vcpus: int
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Where a task is going, in absolute terms. Commands extend it; it is journaled before the first step.
 
     `totals` say what is to be reached: what is not in them is not touched, and what came of the task is held against
-    them. The executor fills in the rest: `vm` is the VM's UUID, `run` the run that it was decided in; with a `failure`
-    the goal is the way back from what failed.
+    them. The executor fills in the rest: `vm` is the VM's UUID, `run` the run that it was decided in, `reservation`
+    what of the host's memory is reserved until the task's end; with a `failure` the goal is the way back from what
+    failed.
     """
 
     totals: tuple[Total, ...] = ()
     vm: str = ""
     run: str | None = None
+    reservation: Reservation | None = None
     failure: Problem | None = None
 
     @property

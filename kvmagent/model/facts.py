@@ -256,7 +256,8 @@ class Domain(msgspec.Struct, frozen=True):
     `job` is a job of libvirt's that excludes changes. `saved` tells of a managed save image: the next start restores it
     with the definition that it holds. `memlock_bytes` is what its QEMU process may lock, where that matters and can be
     seen. `balloon_target_bytes` is what the guest was asked to come to by balloon last, whoever asked, where it was
-    looked at: the guest may follow it at any later time.
+    looked at: the guest may follow it at any later time. `balloon_unused` is what
+    the balloon's driver tells of its guest: what it has, and does not use.
     """
 
     name: str
@@ -270,6 +271,7 @@ class Domain(msgspec.Struct, frozen=True):
     saved: bool = False
     memlock_bytes: int | None = None
     balloon_target_bytes: int | None = None
+    balloon_unused: tuple[int, int] | None = None
 
 
 class GuestVcpu(msgspec.Struct, frozen=True):
@@ -333,14 +335,20 @@ class MemoryPool(msgspec.Struct, frozen=True):
     """One kind of the host's memory: how much of it may be promised to VMs, and how much is.
 
     `page_bytes` is the size of hugepages (0: normal pages), `nodes` the host NUMA nodes that it is of (empty: all),
-    `most` the VMs that have most of it, by name with their bytes.
+    `cgroup` the one that limits it (empty: none). `made_of` says what the capacity comes from, `most` names the VMs
+    that have most of it, `idle` those whose guests could do without some of it, with their bytes. `over_since` says
+    since when more is promised than there is, in UTC; empty: it is not.
     """
 
     page_bytes: int
     nodes: frozenset[int]
     capacity_bytes: int
     promised_bytes: int
+    cgroup: str = ""
+    made_of: str = ""
     most: tuple[tuple[str, int], ...] = ()
+    idle: tuple[tuple[str, int], ...] = ()
+    over_since: str = ""
 
 
 class Host(msgspec.Struct, frozen=True):

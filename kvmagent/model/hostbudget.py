@@ -1,8 +1,9 @@
 """The host's memory as a budget: what it has, what each running VM may have of it, and what is left. Pure.
 
-    capacity    normal memory: (physical - hugepages - reserve) x overcommit, and no more than the VMs' cgroup may take
-                hugepages of a size: all that the host has of them
+    capacity    normal memory: (physical - hugepages - reserve) x overcommit, and no more than machine.slice may take
+                hugepages of a size: all that the host has of them, but for those that others than VMs use
                 host NUMA nodes: the same of these nodes, for VMs that are bound to them
+                a cgroup with a limit: that, for the VMs below it
     promised    of each running VM: boot memory, dimms, virtio-mem requested, less what its balloon holds, and what QEMU
                 itself needs; or what an accepted task is about to bring it to, whichever is more
 
@@ -13,9 +14,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from kvmagent.model.command import Total
+from kvmagent.model.command import Reservation, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts, MemoryPool
+from kvmagent.model.reclaim import Removable, find_removable, find_spare, find_ways
 from kvmagent.model.units import MIB, format_ids, format_size
 
 # What QEMU needs beside the guest's memory: its own code and buffers, for each vCPU a thread with its stack and KVM's
@@ -25,11 +27,12 @@ from kvmagent.model.units import MIB, format_ids, format_size
 _QEMU_BYTES = 64 * MIB
 _VCPU_BYTES = 8 * MIB
 _PAGE_TABLES = 512
-#: How many of the VMs that have most are named in a refusal.
+#: How many of the VMs that have most, and of those that could do without some, are named in a refusal.
 _NAMED = 3
 
 #: Where a size of hugepages could stand.
 NORMAL_PAGES = 0
+_ANYWHERE = frozenset[int]()
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -40,33 +43,84 @@ class Claim(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-class Promise(msgspec.Struct, frozen=True):
-    """What one running VM may have: `guest_bytes` for its guest, and in `claims` that and what QEMU needs, by kind.
+class Part(msgspec.Struct, frozen=True):
+    """Memory of one guest NUMA node, what the balloon holds of it included, and what backs it."""
 
-    `backing` is where more memory of the guest comes from: the size of its pages and the host NUMA nodes; normal pages
-    from anywhere where its guest nodes differ in that. `resident_bytes` is what its QEMU has now; None: not told.
+    node: int
+    page_bytes: int
+    host_nodes: frozenset[int]
+    size_bytes: int
+
+
+class Promise(msgspec.Struct, frozen=True):
+    """What one running VM may have: its guest's memory by node, what its balloon holds of that, its vCPUs.
+
+    `cgroups` are those that it is in, by path below the host's, from the outermost. `resident_bytes` is what its QEMU
+    has now, `spare_bytes` what its guest could do without of what it does not use, of what could leave (`removable`);
+    None: not told.
     """
 
     uuid: str
     name: str
-    guest_bytes: int
-    claims: tuple[Claim, ...]
-    backing: tuple[int, frozenset[int]] = (NORMAL_PAGES, frozenset())
+    parts: tuple[Part, ...]
+    ballooned_bytes: int = 0
+    vcpus: int = 0
+    removable: Removable = Removable()
+    cgroups: tuple[str, ...] = ()
     resident_bytes: int | None = None
+    spare_bytes: int | None = None
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What it takes of the host, by kind; QEMU's own is normal memory from anywhere."""
+        claims, left = [], self.ballooned_bytes
+        for part in self.parts:
+            # Which pages the balloon holds is not told: they are taken off the first part that has them.
+            held = min(part.size_bytes, left)
+            left -= held
+            claims.append(Claim(part.page_bytes, part.host_nodes, part.size_bytes - held))
+        total = sum(part.size_bytes for part in self.parts)
+        return (*claims, Claim(NORMAL_PAGES, _ANYWHERE, estimate_overhead(total, self.vcpus)))
 
     @property
     def size_bytes(self) -> int:
         """All that the VM may have, of whatever kind."""
         return sum(claim.size_bytes for claim in self.claims)
 
-    def grown_to(self, guest_bytes: int) -> "Promise":
-        """Return the promise of a VM whose guest may have so much; no less than it may have already."""
-        added = guest_bytes - self.guest_bytes
-        if added <= 0:
-            return self
-        page_bytes, nodes = self.backing
-        more = (Claim(page_bytes, nodes, added), Claim(NORMAL_PAGES, frozenset(), added // _PAGE_TABLES))
-        return msgspec.structs.replace(self, guest_bytes=guest_bytes, claims=(*self.claims, *more))
+    @property
+    def node_bytes(self) -> dict[int, int]:
+        """The memory of each guest NUMA node."""
+        sizes: dict[int, int] = {}
+        for part in self.parts:
+            sizes[part.node] = sizes.get(part.node, 0) + part.size_bytes
+        return sizes
+
+    @property
+    def idle_bytes(self) -> int:
+        """What of it could come back, by the one means that gives most; 0 where nothing is known."""
+        spare = self.spare_bytes
+        if spare is None and self.resident_bytes is not None and not any(part.page_bytes for part in self.parts):
+            # Its guest tells nothing: what its QEMU never touched, nobody uses. Hugepages are not counted as resident.
+            has = sum(part.size_bytes for part in self.parts) - self.ballooned_bytes
+            spare = find_spare(has, has - self.resident_bytes)
+        return max((way.size for way in find_ways(self.removable, spare or 0)), default=0)
+
+    def grown_to(self, reservation: Reservation) -> "Promise":
+        """Return the promise of a VM that a task brings there; no less than it may have already."""
+        sizes, backings = self.node_bytes, {part.node: part for part in self.parts}
+        added = tuple(
+            msgspec.structs.replace(
+                backings.get(node, Part(node, NORMAL_PAGES, _ANYWHERE, 0)), size_bytes=size - sizes.get(node, 0)
+            )
+            for node, size in sorted(reservation.node_bytes.items())
+            if size > sizes.get(node, 0)
+        )
+        return msgspec.structs.replace(
+            self,
+            parts=self.parts + added,
+            ballooned_bytes=min(self.ballooned_bytes, reservation.ballooned_bytes),
+            vcpus=max(self.vcpus, reservation.vcpus),
+        )
 
 
 class NodeCapacity(msgspec.Struct, frozen=True):
@@ -78,80 +132,109 @@ class NodeCapacity(msgspec.Struct, frozen=True):
 
 
 class HostCapacity(msgspec.Struct, frozen=True):
-    """What the host has. `limit_bytes` is what the cgroup of all VMs may take at most; None: no limit."""
+    """What the host has. `limit_bytes` is what machine.slice, the cgroup of all VMs, may take; None: no limit.
+
+    Of `hugepages`, all of a size as bytes, `taken` are in use or reserved by whoever it is, `foreign` by others than
+    VMs.
+    """
 
     physical_bytes: int
     reserve_bytes: int
     overcommit: float
     default_page_bytes: int | None = None
     hugepages: dict[int, int] = {}
+    taken: dict[int, int] = {}
+    foreign: dict[int, int] = {}
     nodes: tuple[NodeCapacity, ...] = ()
     limit_bytes: int | None = None
 
-    def measure(self, page_bytes: int, nodes: frozenset[int]) -> int:
-        """Return the bytes that may be promised of one kind of pages, in all or from these NUMA nodes."""
+    def measure(self, page_bytes: int, nodes: frozenset[int]) -> tuple[int, str]:
+        """Return the bytes that may be promised of one kind of pages, in all or from these NUMA nodes, and why."""
         chosen = [node for node in self.nodes if node.id in nodes]
         if page_bytes != NORMAL_PAGES:
-            return sum(part.hugepages.get(page_bytes, 0) for part in (chosen if nodes else [self]))
+            size = sum(part.hugepages.get(page_bytes, 0) for part in (chosen if nodes else [self]))
+            foreign = 0 if nodes else self.foreign.get(page_bytes, 0)
+            others = f" - {format_size(foreign)} that others use" if foreign else ""
+            return max(0, size - foreign), f"{format_size(size)} of such pages{others}"
         if nodes:
-            free = sum(node.memory_bytes - sum(node.hugepages.values()) for node in chosen)
-            return int(free * self.overcommit)
-        free = self.physical_bytes - sum(self.hugepages.values()) - self.reserve_bytes
-        budget = int(max(0, free) * self.overcommit)
-        return budget if self.limit_bytes is None else min(budget, self.limit_bytes)
+            memory, pages = (
+                sum(node.memory_bytes for node in chosen),
+                sum(sum(node.hugepages.values()) for node in chosen),
+            )
+            return int((memory - pages) * self.overcommit), self._explain(memory, pages, 0)
+        pages = sum(self.hugepages.values())
+        budget = int(max(0, self.physical_bytes - pages - self.reserve_bytes) * self.overcommit)
+        if self.limit_bytes is not None and self.limit_bytes < budget:
+            return self.limit_bytes, "the limit of machine.slice"
+        return budget, self._explain(self.physical_bytes, pages, self.reserve_bytes)
+
+    def _explain(self, memory_bytes: int, pages_bytes: int, reserve_bytes: int) -> str:
+        words = f"{format_size(memory_bytes)} physical"
+        words += f" - {format_size(pages_bytes)} in hugepages" if pages_bytes else ""
+        words += f" - {format_size(reserve_bytes)} reserve" if reserve_bytes else ""
+        return f"({words}) x {self.overcommit}"
+
+    def without_others(self, promises: Iterable[Promise]) -> "HostCapacity":
+        """Return it with the hugepages that others than these running VMs use, as far as the host tells."""
+        of_vms = dict.fromkeys(self.taken, 0)
+        for claim in (claim for promise in promises for claim in promise.claims):
+            if claim.page_bytes in of_vms:
+                of_vms[claim.page_bytes] += claim.size_bytes
+        foreign = {size: max(0, taken - of_vms[size]) for size, taken in self.taken.items()}
+        return msgspec.structs.replace(self, foreign=foreign)
 
 
-def make_promise(
-    uuid: str, name: str, live: Definition, *, default_page_bytes: int | None, resident_bytes: int | None = None
-) -> Promise:
+def make_promise(uuid: str, name: str, live: Definition, *, default_page_bytes: int | None) -> Promise:
     """Return what a running VM may have: of each guest NUMA node what its memory is backed with."""
-    parts = [(cell.id, cell.memory_bytes) for cell in live.cells] or [(0, live.boot_bytes)]
-    backings = {(find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node)) for node, _ in parts}
-    parts += [(device.node or 0, device.promised_bytes) for device in live.devices]
-    total = sum(size for _, size in parts)
-    ballooned = max(0, live.memory_bytes - live.current_bytes) if live.balloon else 0
-    claims, left = [], ballooned
-    for node, size in parts:
-        # Which pages the balloon holds is not told: they are taken off the first part that has them.
-        held = min(size, left)
-        left -= held
-        claims.append(Claim(find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node), size - held))
-    claims.append(Claim(NORMAL_PAGES, frozenset(), estimate_overhead(total, live.vcpu_current)))
+    sizes = [(cell.id, cell.memory_bytes) for cell in live.cells] or [(0, live.boot_bytes)]
+    sizes += [(device.node or 0, device.promised_bytes) for device in live.devices]
     return Promise(
         uuid=uuid,
         name=name,
-        guest_bytes=total - ballooned,
-        claims=tuple(claims),
-        backing=backings.pop() if len(backings) == 1 else (NORMAL_PAGES, frozenset()),
-        resident_bytes=resident_bytes,
+        parts=tuple(
+            Part(node, find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node), size)
+            for node, size in sizes
+        ),
+        ballooned_bytes=max(0, live.memory_bytes - live.current_bytes) if live.balloon else 0,
+        vcpus=live.vcpu_current,
+        removable=find_removable(live),
     )
 
 
-def find_target(totals: Iterable[Total], facts: Facts) -> int | None:
-    """Return what the guest of a running VM may have once a goal is reached; None where it grows by nothing."""
+def find_reservation(totals: Iterable[Total], facts: Facts) -> Reservation | None:
+    """Return what of the host's memory a goal may bring a running VM to; None where it grows by nothing."""
     live = facts.domain.live
     if live is None:
         return None
-    grown = 0
+    own = make_promise(facts.domain.uuid, facts.domain.name, live, default_page_bytes=None)
+    sizes, ballooned, vcpus = own.node_bytes, own.ballooned_bytes, own.vcpus
+    # Requested of virtio-mem devices and not given by their guests: promised already, and no part of the total.
+    pending = sum(device.promised_bytes - device.plugged_bytes for device in live.devices)
     for total in totals:
         if total.live is None or total.direction == "down":
             continue
-        if total.resource == "memory":
-            grown += max(0, total.live - live.memory_bytes)
-        elif total.resource == "balloon":
-            actual = live.current_bytes if facts.domain.balloon_bytes is None else facts.domain.balloon_bytes
-            grown += max(0, total.live - actual)
-    own = make_promise(facts.domain.uuid, facts.domain.name, live, default_page_bytes=None)
-    return own.guest_bytes + grown if grown else None
+        if total.resource == "cpu":
+            vcpus = max(vcpus, total.live)
+        elif total.resource == "memory":
+            for node, size in total.gains.items():
+                sizes[node] = sizes.get(node, 0) + size
+            # What a plugin does not say the place of goes to the first node.
+            unplaced = total.live - live.memory_bytes - pending - sum(total.gains.values())
+            sizes[min(sizes)] += max(0, unplaced)
+        else:
+            # The balloon's total has the dimms of the same task in it: where it has, less is held.
+            ballooned = min(ballooned, max(0, live.balloon_total_bytes - total.live))
+    found = Reservation(node_bytes=sizes, ballooned_bytes=ballooned, vcpus=vcpus)
+    return None if own.grown_to(found) == own else found
 
 
 def find_reserved(totals: Iterable[Total], facts: Facts) -> int:
-    """Return what would be reserved of the host's memory for a goal: for the guest, and for QEMU's tables of it."""
-    live, guest_bytes = facts.domain.live, find_target(totals, facts)
-    if live is None or guest_bytes is None:
+    """Return what would be reserved of the host's memory for a goal, QEMU's own needs included."""
+    live, reservation = facts.domain.live, find_reservation(totals, facts)
+    if live is None or reservation is None:
         return 0
     own = make_promise(facts.domain.uuid, facts.domain.name, live, default_page_bytes=facts.host.hugepage_bytes)
-    return own.grown_to(guest_bytes).size_bytes - own.size_bytes
+    return own.grown_to(reservation).size_bytes - own.size_bytes
 
 
 def find_page_bytes(live: Definition, node: int, default_page_bytes: int | None) -> int:
@@ -166,56 +249,125 @@ def estimate_overhead(memory_bytes: int, vcpus: int) -> int:
 
 
 def measure_pool(
-    capacity: HostCapacity, promises: Iterable[Promise], page_bytes: int, nodes: frozenset[int]
+    capacity: HostCapacity, promises: Iterable[Promise], page_bytes: int, nodes: frozenset[int], asking: str = ""
 ) -> MemoryPool:
-    """Return how one kind of memory is promised. Of NUMA nodes only what VMs must have from there is counted."""
-    shares = {}
-    for promise in promises:
-        size = sum(
-            claim.size_bytes
-            for claim in promise.claims
-            if claim.page_bytes == page_bytes and (not nodes or (claim.nodes and claim.nodes <= nodes))
-        )
-        if size:
-            shares[promise.uuid] = (size, promise.name)
-    most = sorted(shares.values(), reverse=True)[:_NAMED]
-    return MemoryPool(
-        page_bytes=page_bytes,
-        nodes=nodes,
-        capacity_bytes=capacity.measure(page_bytes, nodes),
-        promised_bytes=sum(size for size, _ in shares.values()),
-        most=tuple((name, size) for size, name in most),
-    )
+    """Return how one kind of memory is promised. Of NUMA nodes only what VMs must have from there is counted.
+
+    `asking` is the UUID of the VM that wants more: it is not named as one that could give some back.
+    """
+    size, made_of = capacity.measure(page_bytes, nodes)
+    return _count(MemoryPool(page_bytes, nodes, size, 0, made_of=made_of), promises, asking)
 
 
-def find_pools(capacity: HostCapacity, promises: Iterable[Promise], own: Promise) -> tuple[MemoryPool, ...]:
-    """Return the pools that a VM's memory comes from: each kind of pages in all, and from the nodes it is bound to."""
+def find_pools(
+    capacity: HostCapacity, promises: Iterable[Promise], own: Promise, limits: dict[str, int]
+) -> tuple[MemoryPool, ...]:
+    """Return the pools that a VM's memory comes from.
+
+    Each kind of pages in all, and from the nodes that it is bound to, alone and together with others that VMs share
+    with these: what is bound to two nodes may fill the one. `limits` are those of cgroups.
+    """
     promises = tuple(promises)
-    kinds = {(NORMAL_PAGES, frozenset[int]())}
+    kinds = {(NORMAL_PAGES, _ANYWHERE)}
     for claim in own.claims:
-        kinds |= {(claim.page_bytes, frozenset[int]()), (claim.page_bytes, claim.nodes)}
-    return tuple(
-        measure_pool(capacity, promises, page_bytes, nodes)
+        kinds |= {(claim.page_bytes, nodes) for nodes in (_ANYWHERE, *_widen(claim, promises))}
+    pools = [
+        measure_pool(capacity, promises, page_bytes, nodes, own.uuid)
         for page_bytes, nodes in sorted(kinds, key=lambda kind: (kind[0], sorted(kind[1])))
+    ]
+    for cgroup in (one for one in own.cgroups if one in limits):
+        pool = MemoryPool(NORMAL_PAGES, _ANYWHERE, limits[cgroup], 0, cgroup=cgroup, made_of="its memory.max")
+        pools.append(_count(pool, (one for one in promises if cgroup in one.cgroups), own.uuid))
+    return tuple(pools)
+
+
+def refuse_growth(totals: Iterable[Total], facts: Facts) -> None:
+    """Refuse what a goal would promise a running VM above what the observed host has left.
+
+    Raises:
+        AgentError: HOST_MEMORY_PROMISED; MEMORY_HARD_LIMIT of a cgroup's limit.
+    """
+    live, reservation = facts.domain.live, find_reservation(totals, facts)
+    if live is not None and reservation is not None and facts.host.pools:
+        page_bytes = facts.host.hugepage_bytes
+        own = make_promise(facts.domain.uuid, facts.domain.name, live, default_page_bytes=page_bytes)
+        check_growth(facts.host.pools, own, own.grown_to(reservation))
+
+
+def check_growth(pools: Iterable[MemoryPool], own: Promise, grown: Promise) -> None:
+    """Refuse what these pools cannot give to one VM.
+
+    Raises:
+        AgentError: HOST_MEMORY_PROMISED; MEMORY_HARD_LIMIT of a cgroup's limit.
+    """
+    for pool in pools:
+        added = _measure_claims(grown, pool) - _measure_claims(own, pool)
+        if added > 0 and pool.promised_bytes + added > pool.capacity_bytes:
+            raise _refuse(pool, added)
+
+
+def _widen(claim: Claim, promises: tuple[Promise, ...]) -> set[frozenset[int]]:
+    """Return the sets of nodes in which a claim can be short of room: its own, and those that overlap with it.
+
+    Source: Hall's theorem: each VM has its place if no set of nodes is promised to more than it holds.
+    """
+    if not claim.nodes:
+        return set()
+    others = {one.nodes for promise in promises for one in promise.claims if one.page_bytes == claim.page_bytes}
+    found = {claim.nodes}
+    for other in sorted(others, key=sorted):
+        found |= {nodes | other for nodes in found if nodes & other}
+    return found
+
+
+def _measure_claims(promise: Promise, pool: MemoryPool) -> int:
+    """Return what of a VM's comes from a pool and from nowhere else."""
+    return sum(
+        claim.size_bytes
+        for claim in promise.claims
+        if claim.page_bytes == pool.page_bytes and (not pool.nodes or (claim.nodes and claim.nodes <= pool.nodes))
     )
 
 
-def check_pool(pool: MemoryPool, added_bytes: int) -> AgentError | None:
-    """Return why a pool cannot give so much more; None where it can."""
-    if not added_bytes or pool.promised_bytes + added_bytes <= pool.capacity_bytes:
-        return None
+def _count(pool: MemoryPool, promises: Iterable[Promise], asking: str) -> MemoryPool:
+    shares = [(size, one) for one in promises if (size := _measure_claims(one, pool))]
+    most = sorted(((size, one.name) for size, one in shares), reverse=True)[:_NAMED]
+    others = ((min(size, one.idle_bytes), one.name) for size, one in shares if one.uuid != asking)
+    idle = sorted(others, reverse=True)[:_NAMED]
+    return msgspec.structs.replace(
+        pool,
+        promised_bytes=sum(size for size, _ in shares),
+        most=tuple((name, size) for size, name in most),
+        idle=tuple((name, size) for size, name in idle if size),
+    )
+
+
+def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:
+    """Return the refusal with the sums: asked, promised, to whom, what of, and who could give some back."""
     kind = "normal memory" if pool.page_bytes == NORMAL_PAGES else f"hugepages of {format_size(pool.page_bytes)}"
     where = f" of host NUMA nodes {format_ids(pool.nodes)}" if pool.nodes else ""
-    most = ", ".join(f"{name} {format_size(size)}" for name, size in pool.most)
+    where = f" in cgroup {pool.cgroup}" if pool.cgroup else where
+    most, idle = (
+        ", ".join(f"{name} {format_size(size)}" for name, size in shares) for shares in (pool.most, pool.idle)
+    )
     return AgentError(
-        Code.HOST_MEMORY_PROMISED,
+        Code.MEMORY_HARD_LIMIT if pool.cgroup else Code.HOST_MEMORY_PROMISED,
         f"{format_size(added_bytes)} more of {kind}{where} is requested; {format_size(pool.promised_bytes)} of "
         f"{format_size(pool.capacity_bytes)} is promised to running VMs and tasks"
-        + (f", most to {most}" if most else ""),
+        + (f", most to {most}" if most else "")
+        + (f", more than there is since {pool.over_since}" if pool.over_since else "")
+        + f"; {format_size(pool.capacity_bytes)} is {pool.made_of}; "
+        + (f"guests could give back: {idle}" if idle else "no guest is known to have any to give back"),
+        remedy="Raise the limit of that cgroup (systemctl set-property UNIT MemoryMax=SIZE), or remove it."
+        if pool.cgroup
+        else None,
         details={
             "capacity": pool.capacity_bytes,
+            "capacityFrom": pool.made_of,
             "promised": pool.promised_bytes,
             "requested": added_bytes,
             "most": [{"vm": name, "promised": size} for name, size in pool.most],
+            "reclaimable": [{"vm": name, "size": size} for name, size in pool.idle],
+            "overSince": pool.over_since,
         },
     )

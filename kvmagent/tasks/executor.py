@@ -5,7 +5,7 @@
       node.hold                          the VM, on a connection of its own
       vm.observe                         before
       command.decide      -> goal        an AgentError ends the task, nothing was touched
-      ask_owner                          of its totals, whatever plugin it is
+      ask_owner, refuse_growth           of its totals, whatever plugin it is: the owner's limits, the host's memory
       hooks.run_before                   the operator's; they may refuse. Then observe and decide anew
       vm.reserve                         what it adds of the host's memory; free again with the task
       journal.record_goal                on disk before the first step
@@ -41,11 +41,11 @@ import msgspec
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context, struct_fields
 from kvmagent.meters import Meters, phase
-from kvmagent.model.command import Command, Ending, StepReport, VmRequest, find_unreached
+from kvmagent.model.command import Command, Ending, Reservation, StepReport, VmRequest, find_unreached
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
-from kvmagent.model.hostbudget import find_target
+from kvmagent.model.hostbudget import find_reservation
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.answers import make_error, make_reply, tell_totals
@@ -86,8 +86,8 @@ class HeldVm(Protocol):
     def preview(self, step: AnyStep) -> str:
         """Return what the step would tell, without performing it."""
 
-    def reserve(self, task_uuid: str, guest_bytes: int) -> None:
-        """Reserve what of the host's memory brings the guest to so much."""
+    def reserve(self, task_uuid: str, reservation: Reservation) -> None:
+        """Reserve what of the host's memory a task may bring the VM to."""
 
 
 class VmNode(Protocol):
@@ -102,7 +102,7 @@ class VmNode(Protocol):
     def wait_connected(self, timeout_s: float) -> bool:
         """Wait for libvirt to be reachable; return whether it is."""
 
-    def recall_reservation(self, task_uuid: str, uuid: str, guest_bytes: int) -> None:
+    def recall_reservation(self, task_uuid: str, uuid: str, reservation: Reservation) -> None:
         """Take up what a task of an earlier agent had reserved."""
 
     def release(self, task_uuid: str) -> None:
@@ -191,12 +191,13 @@ class Executor:
             except AgentError as failure:
                 if failure.code is Code.CANCELLED:
                     log.info("task was taken back, nothing was touched")
+                    self._node.release(task.task_uuid)
                     return
-                # The journal was closed under it: the next start finds the task unfinished and carries it out.
+                # The journal was closed under it: the next start finds the task unfinished and carries it out. Until
+                # then it has not ended, and what it has reserved stays so.
                 log.error("task stays in the journal", **error_fields(failure))
                 return
-            finally:
-                self._node.release(task.task_uuid)
+            self._node.release(task.task_uuid)
             self._on_finished(owed)
             self._meters.ended(task.command, ended.outcome, ended.error.code if ended.error else None)
             if ended.outcome == PENDING:
@@ -431,23 +432,21 @@ class Executor:
 
     def _recall(self, task: Task, run: Run) -> None:
         """Have reserved what the recorded goal of a task adds: it was judged when the goal was made."""
-        if run.goal is None or run.before is None:
-            return
-        guest_bytes = find_target(run.goal.totals, run.before)
-        if guest_bytes is not None:
-            self._node.recall_reservation(task.task_uuid, run.goal.vm, guest_bytes)
+        if run.goal is not None and run.goal.reservation is not None:
+            self._node.recall_reservation(task.task_uuid, run.goal.vm, run.goal.reservation)
 
     def _reserve(self, task: Task, run: Run, vm: HeldVm) -> None:
         """Reserve what the goal adds of the host's memory, whatever plugin it is of; it is free again with the task.
 
         Raises:
-            AgentError: HOST_MEMORY_PROMISED, and nothing was touched.
+            AgentError: HOST_MEMORY_PROMISED, MEMORY_HARD_LIMIT, and nothing was touched.
         """
         assert run.goal is not None
         assert run.after is not None
-        guest_bytes = find_target(run.goal.totals, run.after)
-        if guest_bytes is not None:
-            vm.reserve(task.task_uuid, guest_bytes)
+        reservation = find_reservation(run.goal.totals, run.after)
+        if reservation is not None:
+            vm.reserve(task.task_uuid, reservation)
+            run.goal = msgspec.structs.replace(run.goal, reservation=reservation)
 
     def _plan(self, task: Task, run: Run, vm: HeldVm) -> tuple[AnyStep, ...]:
         """Look, decide where there is no goal yet, and return the steps towards it."""

@@ -16,6 +16,7 @@ from kvmagent.model.command import Affect, Goal
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.fields import Method
+from kvmagent.model.hostbudget import refuse_growth
 from kvmagent.model.ownerswill import ask_owner
 from kvmagent.model.units import align_up
 
@@ -28,6 +29,7 @@ from .checks import (
     check_dimm_support,
     check_expected,
     check_memory_ceiling,
+    check_promised,
     check_state,
     dimm_quantum,
 )
@@ -75,9 +77,11 @@ class _Planners:
         return self._find_refusal(lambda: memory.decide(request, self.facts, ""))
 
     def _find_refusal(self, decide: Callable[[], Goal]) -> AgentError | None:
-        """The executor asks the owner of every goal, as this does."""
+        """The executor asks the owner of every goal, and holds it against the host's memory, as this does."""
         try:
-            ask_owner(self.facts, self.affect, decide())
+            goal = decide()
+            ask_owner(self.facts, self.affect, goal)
+            refuse_growth(goal.totals, self.facts)
         except AgentError as error:
             return error
         return None
@@ -205,6 +209,7 @@ def _explain_memory(request: ReadyForHotplugRequest, facts: Facts, size_bytes: i
         if added:
             yield from _stand_in(name, check_placement(facts, affect, (added,), node=None))
             yield from _stand_in(name, check_memory_ceiling(facts, affect, definition.memory_bytes + added))
+            yield from check_promised(facts, added) if affect == "live" else ()
 
 
 def _explain(refusal: AgentError, found: Iterable[Blocker]) -> list[Blocker]:

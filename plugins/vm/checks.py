@@ -7,8 +7,10 @@ planner will not refuse.
 import re
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from kvmagent.model import hostbudget, policy
-from kvmagent.model.command import Affect
+from kvmagent.model.command import Affect, Total
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.guestuse import AGENT_COMMANDS
@@ -335,10 +337,16 @@ def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Itera
         yield from _check_hugepages(host, size, sources, added_bytes)
     else:
         yield from _check_available(host, sources, added_bytes)
-    for pool in host.pools:
-        is_source = pool.page_bytes == (size or hostbudget.NORMAL_PAGES) and pool.nodes in (frozenset(), sources)
-        if is_source and (error := hostbudget.check_pool(pool, added_bytes)) is not None:
-            yield blocker(error.code, error.message)
+
+
+def check_promised(facts: Facts, added_bytes: int) -> Iterator[Blocker]:
+    """The host must not have promised to VMs already what the running VM is to get. The executor asks this of goals."""
+    live = facts.domain.live
+    try:
+        total = live and Total("memory", live=live.memory_bytes + added_bytes, config=None)
+        hostbudget.refuse_growth((total,) if total else (), facts)
+    except AgentError as error:
+        yield msgspec.structs.replace(blocker(error.code, error.message), remedy=error.remedy)
 
 
 def _check_available(host: Host, sources: frozenset[int], added_bytes: int) -> Iterator[Blocker]:

@@ -81,7 +81,13 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     saves_hold = holds_balloon and _is_saved(facts, request.affect)
     return MemoryGoal(
         totals=_find_totals(
-            request.affect, facts, added, balloon_bytes, dimms, with_config=not holds_balloon or saves_hold
+            request.affect,
+            facts,
+            added,
+            balloon_bytes,
+            dimms,
+            with_config=not holds_balloon or saves_hold,
+            gains=_find_gains(found, resizes, virtio_mem, dimms),
         ),
         balloon_bytes=balloon_bytes,
         balloon_live=balloon_bytes is not None and request.affect != "config",
@@ -108,11 +114,12 @@ def _find_totals(
     dimms: tuple[PlannedDimm, ...],
     *,
     with_config: bool,
+    gains: dict[int, int],
 ) -> tuple[Total, ...]:
     """Return what each definition is to have in all; the balloon counts dimms as soon as they are attached."""
     has = {target: current_definition(facts, target).memory_bytes for target in TARGETS if affect in ("both", target)}
     memory = {target: size_bytes + added[target] for target, size_bytes in has.items()}
-    totals = [Total("memory", live=memory.get("live"), config=memory.get("config"))]
+    totals = [Total("memory", live=memory.get("live"), config=memory.get("config"), gains=gains)]
     if balloon_bytes is not None:
         totals.append(
             Total(
@@ -124,6 +131,25 @@ def _find_totals(
             )
         )
     return tuple(totals)
+
+
+def _find_gains(
+    facts: Facts,
+    resizes: tuple[PlannedResize, ...],
+    virtio_mem: PlannedVirtioMem | None,
+    dimms: tuple[PlannedDimm, ...],
+) -> dict[int, int]:
+    """Return by how much each node of the running guest grows, beyond what was requested for it before."""
+    live, gains = facts.domain.live, dict[int, int]()
+    for resize in resizes:
+        device = None if live is None or resize.target != "live" else resize.find(live)
+        if device is not None:
+            added = max(0, resize.requested_bytes - device.promised_bytes)
+            gains[resize.node] = gains.get(resize.node, 0) + added
+    for dimm in (*dimms, *([virtio_mem] if virtio_mem else [])):
+        added = dimm.requested_bytes if isinstance(dimm, PlannedVirtioMem) else dimm.size_bytes
+        gains[dimm.node] = gains.get(dimm.node, 0) + (added if dimm.live else 0)
+    return {node: size for node, size in gains.items() if size}
 
 
 def conclude(ending: Ending) -> Mapping[str, Any]:

@@ -30,6 +30,8 @@ from tests.lab.image import Image
 
 COMMANDS: dict[str, Command] = {command.name: command for command in PLUGIN.commands}
 MIB = 1024 * 1024
+#: The cgroup of the first VM, where it is named vm1.
+VM_CGROUP = "machine.slice/machine-qemu\\x2d1\\x2dvm1.scope/libvirt"
 #: A fake domain's, where its XML has none.
 UUID = "11111111-2222-3333-4444-555555555555"
 
@@ -50,6 +52,7 @@ def make_host(
     free_hugepages: int = 0,
     hugepage_mib: int = 2,
     memlock_mib: int | None = None,
+    vm_limit_mib: int | None = None,
 ) -> Path:
     """The kernel's files of a host with one NUMA node, hugepages of one size and 46 physical address bits."""
     page_kib = hugepage_mib * 1024
@@ -71,6 +74,8 @@ def make_host(
         files[process / "cmdline"] = "/usr/bin/qemu-system-x86_64\0-uuid\0" + UUID + "\0"
         limit = f"{memlock_mib * MIB}  bytes\n"
         files[process / "limits"] = f"Limit  Soft Limit  Hard Limit  Units\nMax locked memory  65536  {limit}"
+    if vm_limit_mib is not None:
+        files[directory / f"sys/fs/cgroup/{VM_CGROUP}/memory.max"] = f"{vm_limit_mib * MIB}\n"
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -192,6 +197,10 @@ class NoJournal:
 
     def start_task(self, *args: Any) -> None: ...
     def find_goal_of(self, vm_uuid: str) -> None: ...
+    def find(self, task_uuid: str) -> None: ...
+    def steps(self, task_uuid: str) -> list[Any]:
+        return []
+
     def record_goal(self, *args: Any) -> None: ...
     def start_step(self, *args: Any, wait: bool) -> None: ...
     def finish_step(self, *args: Any) -> None: ...

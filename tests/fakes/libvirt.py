@@ -263,6 +263,11 @@ class FakeDomain:
         assert self.connection is not None
         return self.connection
 
+    def info(self) -> list[int]:
+        running = self._running()
+        sizes = [_size(running.find(name)) // KIB for name in ("memory", "currentMemory")]
+        return [self.state()[0], *sizes, int(running.find("vcpu").get("current", running.findtext("vcpu"))), 0]
+
     def XMLDesc(self, flags: int) -> str:
         self._fail("XMLDesc")
         inactive = flags & libvirt.VIR_DOMAIN_XML_INACTIVE or self.live is None

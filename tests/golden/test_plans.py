@@ -752,6 +752,9 @@ CASES = {
     "memory-refused-host-promised": Case(
         MEMORY, {"memorySize": 8 * GIB}, spec={"max_memory_mib": 16384}, host={"total_mib": 4096}
     ),
+    "memory-refused-cgroup-limit": Case(MEMORY, {"memorySize": 2 * GIB}, host={"vm_limit_mib": 1024}),
+    "cpu-refused-host-promised": Case(CPU, {"cpuNum": 4}, host={"total_mib": 340}),
+    "cpu-refused-cgroup-limit": Case(CPU, {"cpuNum": 4}, host={"vm_limit_mib": 340}),
     "prepare-dry-run": Case(READY, {"prepare": True, "maxCpuNum": 8, "dryRun": True}, spec=BARE),
     "prepare-off": Case(READY, {"prepare": True, "maxCpuNum": 8}, spec=BARE, domain={"running": False}),
     "prepare-unchanged": Case(READY, {"prepare": True, "maxCpuNum": 4, "maxMemorySize": 4 * GIB}),
