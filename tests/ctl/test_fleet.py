@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,16 +74,13 @@ def test_one_dead_host_is_told_and_is_not_fatal(ctl: Ctl, hosts: Path) -> None:
     assert [failure["host"] for failure in told["failures"]] == ["node2"]
 
 
-def test_two_hundred_vms_are_planned_and_prepared(ctl: Ctl, other_agent: AgentProcess) -> None:
+def test_two_hundred_vms_are_planned(ctl: Ctl, other_agent: AgentProcess) -> None:
     began = time.monotonic()
-    told = ctl("--url", other_agent.url, "plan", "--all", "--cpus", "x2", "--memory", "x2,x64", "--json")
-    print(f"200 VMs with two targets each: {time.monotonic() - began:.2f} s")
-    assert told.status == 0
-    verdicts = [[plan["verdict"] for plan in vm["plans"]] for vm in told.json["vms"]]
-    assert verdicts == [["live-unconfirmed", verdicts[0][1]]] * 200
-    shown = ctl("--url", other_agent.url, "ready", "--all", "--prepare", "--max-cpus", "x8", "--max-memory", "x32")
-    assert shown.status == 0
-    assert shown.out.count("maxCpuNum 4 to 8") == 200
+    child = ctl.start("--url", other_agent.url, "plan", "--all", "--cpus", "x2", "--memory", "x2", "--json")
+    out, _ = child.communicate(timeout=300)
+    print(f"200 VMs planned, over HTTP, one after another: {time.monotonic() - began:.2f} s")
+    assert child.returncode == 0
+    assert [[plan["verdict"] for plan in vm["plans"]] for vm in json.loads(out)["vms"]] == [["live-unconfirmed"]] * 200
 
 
 def test_prepares_all_vms_of_a_host_and_says_what_waits_for_a_restart(ctl: Ctl, agent: AgentProcess) -> None:
