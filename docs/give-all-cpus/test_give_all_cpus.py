@@ -1,20 +1,24 @@
 """The three functions are pure: called with facts, no libvirt is needed to test them."""
 
+import pytest
 from give_all_cpus import GiveAllCpusGoal, GiveAllCpusRequest, advance, decide
 
 from kvmagent.model.command import Total
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, Host
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, Host, Policy
+from kvmagent.model.ownerswill import ask_owner
 from kvmagent.model.steps import OnlineGuestVcpus, SetVcpus
 
+FREE = Policy()
 GOAL = GiveAllCpusGoal(cpu_num=4, live=True, config=False, guest_online=True)
 
 
-def facts(cpus: int, *, online: int) -> Facts:
+def facts(cpus: int, *, online: int, policy: Policy = FREE) -> Facts:
     """A running VM that may have 4 vCPUs, and what its guest says."""
     live = Definition(
         vcpu_current=cpus, vcpu_maximum=4, vcpus=(), topology=None, total_bytes=2**30, current_bytes=2**30,
         max_memory_bytes=None, slots=0, cells=(), devices=(), acpi=True, balloon=True, agent_channel=True,
-        machine="q35", arch="x86_64", hypervisor="kvm",
+        machine="q35", arch="x86_64", hypervisor="kvm", policy=policy,
     )  # fmt: skip
     guest = Guest(vcpus=tuple(GuestVcpu(id=n, online=n < online, can_offline=n > 0) for n in range(cpus)))
     return Facts(domain=Domain("vm1", "", "running", live=live, config=None), guest=guest, host=Host())
@@ -39,3 +43,15 @@ def test_its_goal_says_what_the_vm_is_to_have_in_all() -> None:
     """The agent asks the VM's owner, and judges what came of it, by these totals."""
     goal = decide(GiveAllCpusRequest(vm_uuid="vm1", affect="live"), facts(1, online=1), "task-1")
     assert goal.totals == (Total("cpu", live=4, config=None),)
+
+
+def test_its_owner_may_forbid_it_or_set_a_limit() -> None:
+    """The agent asks, by the goal's totals, before anything is touched: no plugin has to remember it."""
+    request = GiveAllCpusRequest(vm_uuid="vm1", affect="live")
+    for policy, code in ((Policy(hotplug=False), Code.VM_OPTED_OUT), (Policy(max_cpu_num=2), Code.ABOVE_POLICY)):
+        seen = facts(1, online=1, policy=policy)
+        with pytest.raises(AgentError) as refused:
+            ask_owner(seen, "live", decide(request, seen, "task-1"))
+        assert refused.value.code is code
+    seen = facts(1, online=1, policy=Policy(max_cpu_num=4))
+    ask_owner(seen, "live", decide(request, seen, "task-1"))

@@ -265,7 +265,7 @@ ROWS = {
         "refused",
         "GUEST_OS_UNABLE",
         "runs Linux 5.4, virtio-mem needs 5.8",
-        "method dimm",
+        '"method": "dimm"',
         guest={"os": {"id": "ubuntu", "kernel-release": "5.4.0-1", "kernel-version": "#1 SMP"}},
     ),
     "dimm for a vm whose memory may not be locked": Row(
@@ -284,7 +284,7 @@ ROWS = {
         "refused",
         "MEMORY_LOCKED",
         "is locked",
-        "method dimm",
+        '"method": "dimm"',
         spec={"devices_xml": "</devices><memoryBacking><locked/></memoryBacking><devices>"},
         guest={"agent": "running"},
     ),
@@ -292,7 +292,7 @@ ROWS = {
         MEMORY, MORE_MEMORY, "refused", "SLOTS_EXHAUSTED", "0 of 1 free", "slots", spec={"slots": 1}, before=(dimm(),)
     ),
     "dimm on a node that is not there": Row(
-        MEMORY, {**MORE_MEMORY, "node": 5}, "refused", "NUMA_NODE_NOT_FOUND", "has 0", "leave node out"
+        MEMORY, {**MORE_MEMORY, "node": 5}, "refused", "NUMA_NODE_NOT_FOUND", "has 0", 'leave "node" out'
     ),
     "dimm that the guest's block does not divide": Row(
         MEMORY,
@@ -404,7 +404,7 @@ ROWS = {
         "refused",
         "MEMORY_REMOVAL_REFUSED",
         "refused to give up ua-old",
-        "online_movable",
+        "auto-movable",
         before=(dimm(),),
         guest={"unplugs": "refuses", "agent": "stopped"},
     ),
@@ -414,7 +414,7 @@ ROWS = {
         "refused",
         "GUEST_MEMORY_IN_USE",
         "errno 16",
-        "online_movable",
+        "auto-movable",
         before=(dimm(),),
         guest={"pinned": frozenset({32}), "auto_online": True},
     ),
@@ -455,7 +455,7 @@ ROWS = {
         "refused",
         "BALLOON_ABOVE_TOTAL",
         "has 256 MiB",
-        "method dimm",
+        '"method": "dimm"',
     ),
     "balloon that is not there": Row(
         MEMORY,

@@ -105,6 +105,10 @@ class Host:
         domain = self._connection.lookupByName(name)
         return domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE), domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
+    def uuid(self, name: str) -> str:
+        """A VM's UUID."""
+        return str(self._connection.lookupByName(name).UUIDString())
+
     def balloon(self, name: str) -> tuple[int, int]:
         """What the balloon leaves of the running VM's memory, and of its persistent definition's, in bytes."""
         domain = self._connection.lookupByName(name)

@@ -262,3 +262,32 @@ def test_hooks_before_are_asked_until_the_goal_is_kept_and_those_after_once_at_m
     wait_for(lambda: len(hooks.lines()) >= len(told), timeout_s=10, what="the hooks to run")
     assert agent.stop() == 0
     assert hooks.lines() == told
+
+
+@pytest.mark.parametrize("point", ["journal.record_goal:committed", "step:done", "journal.finish:written"])
+def test_tasks_of_one_vm_under_three_spellings_have_one_goal_at_a_time_over_a_kill(
+    point: str, make_agent: StartAgent, server: ManagementServer, host: Host
+) -> None:
+    uuid = host.uuid("vm1")
+    sent = {"by-name": ("vm1", 3), "by-uuid": (uuid, 4), "bare": (uuid.replace("-", ""), 5)}
+    agent = make_agent(host.uri, fault=point)
+    host.pause()
+    try:
+        for task, (vm, cpu_num) in sent.items():
+            body = {"vmUuid": vm, "cpuNum": cpu_num}
+            assert agent.post("/vm/hotplug/cpu", body, task_uuid=task, callback_url=server.url).status == 200
+    finally:
+        host.resume()
+    agent.wait_killed(timeout_s=60)
+    agent.start()
+    replies = {task: server.wait(task, 60) for task in sent}
+    # Whichever went first: each began with what the one before it had left, and none was cut into.
+    done = sorted((reply for reply in replies.values() if reply["success"]), key=lambda reply: reply["cpuNum"])
+    had = 1
+    for reply in done:
+        assert (reply["outcome"], reply["before"]["cpuNum"]) == ("plugged", had), replies
+        had = reply["after"]["cpuNum"]
+    refused = {reply["errorCode"] for reply in replies.values() if not reply["success"]}
+    assert refused <= {"TARGET_BELOW_CURRENT"}, replies
+    assert had == 5
+    assert host.vcpus("vm1") == (5, 5)

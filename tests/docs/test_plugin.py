@@ -117,7 +117,7 @@ def test_its_own_tests_pass(installed: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout
+    assert "5 passed" in done.stdout
 
 
 def test_it_names_nothing_of_the_agent_but_its_model() -> None:

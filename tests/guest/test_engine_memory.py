@@ -42,7 +42,8 @@ def test_balloon_then_dimm_then_virtio_mem_and_all_the_way_back(boot: Boot, send
     assert guest.mem_total_kib() == grown_kib + 256 * 1024
     reply = send("/vm/hotplug/memory", guest, memorySize=1024 * MIB)
     assert (reply["outcome"], reply["memorySize"]) == ("online", 1024 * MIB), reply
-    assert [step["step"] for step in reply["steps"]] == ["ResizeVirtioMem", "AwaitVirtioMem", "ResizeVirtioMem"]
+    steps = [step["step"] for step in reply["steps"] if step["step"] != "AwaitGuestBlocks"]  # where it lists them late
+    assert steps == ["ResizeVirtioMem", "AwaitVirtioMem", "ResizeVirtioMem"]
     assert guest.mem_total_kib() == grown_kib + 512 * 1024
 
     reply = send("/vm/hotunplug/memory", guest, memorySize=512 * MIB)
@@ -69,7 +70,7 @@ def test_a_dimm_that_the_guest_keeps_is_told_and_stays_in_use(boot: Boot, send: 
 
     reply = send("/vm/hotunplug/memory", guest, memorySize=256 * MIB)
     assert (reply["success"], reply["outcome"], reply["errorCode"]) == (False, "refused", "GUEST_MEMORY_IN_USE"), reply
-    assert "online_movable" in reply["remedy"]
+    assert "auto-movable" in reply["remedy"]
     assert (reply["memorySize"], guest.mem_total_kib()) == (384 * MIB, total_kib)
     assert "model='dimm'" in guest.persistent_xml()
 

@@ -193,7 +193,7 @@ def test_a_refusal_that_comes_late_is_recorded_and_told_even_over_a_restart(
     reply = reply_of(ended)
     assert (reply["success"], reply["late"], reply["errorCode"]) == (False, True, "MEMORY_REMOVAL_REFUSED")
     assert (reply["memorySize"], reply["drift"], reply["sameRun"]) == (384 * MIB, [], True)
-    assert "online_movable" in reply["remedy"]
+    assert "auto-movable" in reply["remedy"]
     assert [step["problem"] for step in reply["steps"] if "problem" in step] == ["MEMORY_REMOVAL_REFUSED"]
     assert domain.config.find("./devices/memory") is not None
 
