@@ -1,0 +1,198 @@
+"""The promise of docs/api.md: a client of a released version goes on working.
+
+A frozen document per version in tests/http/contracts/; `--update-golden` writes that of a version not yet released.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmagent import __version__
+from tests.lab.agent import AgentProcess
+
+CONTRACTS = Path(__file__).with_name("contracts")
+
+
+def resolve(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def find_breaks(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """What a client that knows the old document would stumble over in the new one."""
+    for path, item in old["paths"].items():
+        for method, before in item.items():
+            after = new["paths"].get(path, {}).get(method)
+            if after is None:
+                yield f"{method} {path} is gone"
+                continue
+            where = f"{method} {path}"
+            if "requestBody" in before:
+                pair = [one["requestBody"]["content"]["application/json"]["schema"] for one in (before, after)]
+                yield from find_request_breaks(*pair, old, new, where)
+            yield from find_parameter_breaks(before, after, where)
+            for status, answer in before["responses"].items():
+                if status not in after["responses"]:
+                    yield f"{where}: status {status} is gone"
+                elif status == "200":
+                    for kind, content in answer["content"].items():
+                        there = after["responses"]["200"]["content"].get(kind)
+                        if there is None:
+                            yield f"{where}: it answers no {kind}"
+                        else:
+                            yield from find_reply_breaks(content["schema"], there["schema"], old, new, where)
+            if "callbacks" in before:
+                replies = [
+                    next(iter(one["callbacks"]["outcome"].values()))["post"]["requestBody"]["content"]
+                    for one in (before, after)
+                ]
+                schemas = [reply["application/json"]["schema"] for reply in replies]
+                yield from find_reply_breaks(*schemas, old, new, f"{where}, callback")
+    for code, info in old["x-error-codes"].items():
+        known = new["x-error-codes"].get(code)
+        if known is None:
+            yield f"code {code} is gone"
+        elif known["status"] != info["status"]:
+            yield f"code {code} has status {known['status']}, it was {info['status']}"
+
+
+def find_parameter_breaks(before: dict[str, Any], after: dict[str, Any], where: str) -> Iterator[str]:
+    known = {(one["name"], one["in"]) for one in before.get("parameters", ())}
+    for one in after.get("parameters", ()):
+        if one.get("required") and (one["name"], one["in"]) not in known:
+            yield f"{where}: parameter {one['name']} is needed now"
+    for name, place in known - {(one["name"], one["in"]) for one in after.get("parameters", ())}:
+        yield f"{where}: {place} parameter {name} is gone"
+
+
+def find_request_breaks(
+    before: dict[str, Any], after: dict[str, Any], old: dict[str, Any], new: dict[str, Any], where: str
+) -> Iterator[str]:
+    """A request that was taken is taken."""
+    before, after = resolve(before, old), resolve(after, new)
+    for name in set(after.get("required", ())) - set(before.get("required", ())):
+        yield f"{where}: field {name} is needed now"
+    for name, field in before.get("properties", {}).items():
+        there = after.get("properties", {}).get(name)
+        if there is None:
+            yield f"{where}: request field {name} is gone"
+        else:
+            for narrowed in find_narrowing(field, there, old, new):
+                yield f"{where}: request field {name} is narrower: {narrowed}"
+
+
+def find_narrowing(
+    before: dict[str, Any], after: dict[str, Any], old: dict[str, Any], new: dict[str, Any]
+) -> Iterator[str]:
+    before, after = resolve(before, old), resolve(after, new)
+    if "anyOf" in before or "anyOf" in after:
+        others = after.get("anyOf", [after])
+        for one in before.get("anyOf", [before]):
+            if all(any(True for _ in find_narrowing(one, other, old, new)) for other in others):
+                yield f"{resolve(one, old).get('type', one)}"
+        return
+    if before.get("type") != after.get("type"):
+        yield f"{after.get('type')}, it was {before.get('type')}"
+    if "enum" in after and not set(before.get("enum", ["anything"])) <= set(after["enum"]):
+        yield f"one of {after['enum']}"
+    for limit, is_narrower in (
+        *((name, lambda then, now: then is None or now > then) for name in ("minimum", "minLength", "minItems")),
+        *((name, lambda then, now: then is None or now < then) for name in ("maximum", "maxLength", "maxItems")),
+        ("pattern", lambda then, now: then != now),
+    ):
+        if limit in after and is_narrower(before.get(limit), after[limit]):
+            yield f"{limit} {after[limit]}"
+
+
+def find_reply_breaks(
+    before: dict[str, Any], after: dict[str, Any], old: dict[str, Any], new: dict[str, Any], where: str, depth: int = 0
+) -> Iterator[str]:
+    """A field that was told is told, and means no other kind of value."""
+    before, after = resolve(before, old), resolve(after, new)
+    if depth > 6:
+        return
+    if before.get("type") != after.get("type"):
+        yield f"{where}: it is {after.get('type')}, it was {before.get('type')}"
+        return
+    for name, field in before.get("properties", {}).items():
+        there = after.get("properties", {}).get(name)
+        if there is None or (name in before.get("required", ()) and name not in after.get("required", ())):
+            yield f"{where}: reply field {name} is gone, or no longer always there"
+        else:
+            yield from find_reply_breaks(field, there, old, new, f"{where}.{name}", depth + 1)
+    if "items" in before and "items" in after:
+        yield from find_reply_breaks(before["items"], after["items"], old, new, f"{where}[]", depth + 1)
+
+
+@pytest.fixture(scope="module")
+def document(agent: AgentProcess) -> Any:
+    return agent.get("/openapi.json").body
+
+
+def test_the_version_s_own_document_is_frozen(document: Any, request: pytest.FixtureRequest) -> None:
+    file = CONTRACTS / f"{__version__}.json"
+    if request.config.getoption("--update-golden"):
+        file.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    assert file.exists()
+
+
+@pytest.mark.parametrize("file", sorted(CONTRACTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_client_of_a_released_version_goes_on_working(file: Path, document: Any) -> None:
+    assert list(find_breaks(json.loads(file.read_text()), document)) == []
+
+
+def remove_request_field(document: Any) -> None:
+    del document["components"]["schemas"]["HotPlugCpuRequest"]["properties"]["guestOnline"]
+
+
+def narrow_request_field(document: Any) -> None:
+    document["components"]["schemas"]["HotPlugCpuRequest"]["properties"]["cpuNum"]["maximum"] = 64
+
+
+def need_another_field(document: Any) -> None:
+    document["components"]["schemas"]["HotPlugMemoryRequest"]["required"].append("method")
+
+
+def remove_reply_field(document: Any) -> None:
+    del document["components"]["schemas"]["Numbers"]["properties"]["guestCpuNum"]
+
+
+def change_a_code(document: Any) -> None:
+    document["x-error-codes"]["QUEUE_FULL"]["status"] = 429
+
+
+def remove_a_read(document: Any) -> None:
+    del document["paths"]["/whoami"]
+
+
+BREAKS = {
+    remove_request_field: "request field guestOnline is gone",
+    narrow_request_field: "request field cpuNum is narrower: maximum 64",
+    need_another_field: "field method is needed now",
+    remove_reply_field: "reply field guestCpuNum is gone",
+    change_a_code: "code QUEUE_FULL has status 429",
+    remove_a_read: "get /whoami is gone",
+}
+
+
+@pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__name__)
+def test_a_change_that_breaks_a_client_is_refused(change: Any, document: Any) -> None:
+    changed = copy.deepcopy(document)
+    change(changed)
+    found = list(find_breaks(document, changed))
+    assert any(BREAKS[change] in one for one in found), found
+
+
+def test_what_is_added_breaks_nobody(document: Any) -> None:
+    changed = copy.deepcopy(document)
+    schemas = changed["components"]["schemas"]
+    schemas["HotPlugCpuRequest"]["properties"]["more"] = {"type": "integer"}
+    schemas["Numbers"]["properties"]["more"] = {"type": "integer"}
+    changed["paths"]["/more"] = changed["paths"]["/whoami"]
+    changed["x-error-codes"]["MORE"] = {"status": 400}
+    assert list(find_breaks(document, changed)) == []
