@@ -6,7 +6,9 @@
     note(facts)               what was seen of a VM that the look does not tell: what its guest does not use
     view(connection)          for /healthz, metrics and the operator
 
-All VMs are asked for in one call; the definition of a VM is read again only where that call shows another run or size.
+What is asked here of libvirt waits for no QEMU, so that one that hangs holds up no other VM's plug; how much is
+resident is asked for by `view` alone, which waits for it without any lock. A definition is read again only where run
+or size changed.
 Thread-safe: between looking and reserving nobody else reserves. libvirt is asked under a lock of its own: one that
 hangs holds up neither `release` nor `note`.
 """
@@ -109,6 +111,7 @@ class Budget:
         self._known: dict[str, tuple[tuple[int | None, ...], Promise]] = {}
         self._over_since: dict[tuple[int, frozenset[int], str], float] = {}
         self._seen = _Seen()
+        self._resident: tuple[float, dict[str, int]] = -inf, {}
         #: What `view` saw last.
         self.last: BudgetView | None = None
 
@@ -170,9 +173,14 @@ class Budget:
         Raises:
             AgentError: libvirt's errors.
         """
+        resident = self._read_resident(connection)
         with self._asking:
             seen = self._see(connection, _VIEW_S)
             capacity, promises = seen.capacity, seen.promises
+            promises = {
+                uuid: msgspec.structs.replace(promise, resident_bytes=resident.get(uuid))
+                for uuid, promise in promises.items()
+            }
             pool = measure_pool(capacity, promises.values(), NORMAL_PAGES, frozenset())
             host = HostMemory(
                 physical=capacity.physical_bytes,
@@ -188,6 +196,17 @@ class Budget:
             )
             self.last = BudgetView(host, promises)
             return self.last
+
+    def _read_resident(self, connection: libvirt.virConnect) -> dict[str, int]:
+        """Return how much of each running VM is resident, no older than what is shown."""
+        at, resident = self._resident
+        if time.monotonic() - at > _VIEW_S:
+            with libvirt_errors("reading the VMs' memory"):
+                found = connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_BALLOON, _ACTIVE)
+            told = ((domain.UUIDString(), stats.get("balloon.rss")) for domain, stats in found)
+            resident = {uuid: rss * KIB for uuid, rss in told if rss is not None}
+            self._resident = time.monotonic(), resident
+        return resident
 
     def _find_pools(self, seen: _Seen, own: Promise) -> tuple[MemoryPool, ...]:
         limits = read_limits(self._host_root, own.cgroups)
@@ -231,13 +250,19 @@ class Budget:
     ) -> dict[str, Promise]:
         """Return what every running VM may have without any reservation."""
         with libvirt_errors("reading the VMs' memory"):
-            found = connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_BALLOON, _ACTIVE)
+            found = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
         cgroups = read_cgroups(self._host_root)
         known: dict[str, tuple[tuple[int | None, ...], Promise]] = {}
         now: dict[str, Promise] = {}
-        for domain, stats in found:
+        for domain in found:
             uuid, number = domain.UUIDString(), domain.ID()
-            key: tuple[int | None, ...] = (number, stats.get("balloon.current"), stats.get("balloon.maximum"))
+            try:
+                _, maximum_kib, current_kib, _, _ = domain.info()
+            except libvirt.libvirtError as error:
+                if _is_ended(error):
+                    continue
+                raise translate(error, "reading a VM") from error
+            key: tuple[int | None, ...] = (number, current_kib, maximum_kib)
             old = self._known.get(uuid)
             if old is not None and old[0] == key and None not in key:
                 promise = old[1]
@@ -247,11 +272,10 @@ class Budget:
             else:
                 continue
             known[uuid] = key, promise
-            resident, note = stats.get("balloon.rss"), notes.get(uuid)
+            note = notes.get(uuid)
+            # How much is resident is as it was shown last: it names who could give back, and decides nothing.
             promise = msgspec.structs.replace(
-                promise,
-                cgroups=cgroups.get(number, ()),
-                resident_bytes=None if resident is None else resident * KIB,
+                promise, cgroups=cgroups.get(number, ()), resident_bytes=self._resident[1].get(uuid)
             )
             now[uuid] = promise if note is None or note.domain_id != number else _with_note(promise, note)
         self._known = known

@@ -368,6 +368,6 @@ def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:
             "requested": added_bytes,
             "most": [{"vm": name, "promised": size} for name, size in pool.most],
             "reclaimable": [{"vm": name, "size": size} for name, size in pool.idle],
-            "overSince": pool.over_since,
+            "overSince": pool.over_since or None,
         },
     )

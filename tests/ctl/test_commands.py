@@ -108,7 +108,7 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
         (("plug-cpu", "db-7"), "Missing argument 'CPUS'; remedy: See kvmagentctl plug-cpu --help."),
         (
             ("ready", "db-7", "--slots", "4"),
-            "--max-cpus, --max-memory, --slots and --free-page-reporting are for --prepare",
+            "--max-cpus, --max-memory, --slots, --memory-device, --free-page-reporting are for --prepare",
         ),
         (("ready", "db-7", "--apply", "--dry-run"), "--apply and --dry-run contradict each other"),
         (("plug-everything", "db-7"), "No such command 'plug-everything'"),

@@ -663,8 +663,9 @@ class FakeConnection:
             if wanted == event_id:
                 callback(domain, alias, None)
 
-    def listAllDomains(self) -> list[FakeDomain]:
-        return self.domains
+    def listAllDomains(self, flags: int = 0) -> list[FakeDomain]:
+        only_active = flags & libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE
+        return [domain for domain in self.domains if domain.live is not None or not only_active]
 
     def lookupByName(self, name: str) -> FakeDomain:
         return self._find(lambda domain: domain.name() == name, f"no domain with matching name '{name}'")
