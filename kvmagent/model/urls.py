@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 # From a scheme to the next blank or quote, as it stands in the middle of a text. A password may hold a single quote.
-_URL = re.compile(r"""(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>[^\s"<>]+)""")
+# With a bound, so that a long word takes no longer than its length.
+_URL = re.compile(r"""(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)(?P<rest>[^\s"<>]+)""")
 _SECRET = re.compile(r"[?#].*", re.DOTALL)
 # Of a request line, which libraries print without the host.
 _QUERY = re.compile(r"""\?[^\s"']+""")

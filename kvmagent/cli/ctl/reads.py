@@ -168,7 +168,8 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
         _print(session, msgspec.to_builtins(Settings()), lambda _: sample_conf().splitlines())
         return
     if check:
-        identity = find_identity()
+        # A file that is not yet in its place, in whoever's own directory, is looked at as who we are.
+        identity = find_identity() if config == DEFAULT_PATH else None
         found = look_as(identity, "configuration", [str(Path(config).absolute()), *overrides], timeout_s=_CHECK_S)
         faults = [one for one in found if one.level == "wrong"]
         if faults:
