@@ -133,6 +133,20 @@ def check_file(path: str, key: str, *, user_id: int | None = None) -> None:
         raise _refusal(key, path, error) from error
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of the agent's own (0600), on disk and whole: after whatever happens it has this or what it had.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    fresh = path.with_suffix(".new")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
 def read_file(path: str, key: str) -> str:
     """Return the text of a file, whoever may read and change it.
 

@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import libvirt
 import msgspec
 
-from kvmagent.hypervisor.libvirterrors import translate
-from kvmagent.hypervisor.qemumemory import AskQemu
-from kvmagent.model.errors import Code
+from kvmagent.hypervisor.qemumemory import AskQemu, ask_qemu
 from kvmagent.model.units import KIB
 
 _VENDOR, _BALLOONS = 0x1AF4, (0x1002, 0x1045)
@@ -79,7 +77,8 @@ def ask_balloon_pages(domain: libvirt.virDomain, ask: AskQemu) -> BalloonPages |
     Raises:
         AgentError: LIBVIRT_UNAVAILABLE.
     """
-    try:
+
+    def read() -> BalloonPages | None:
         buses = _BUSES.decode(ask(domain, '{"execute": "query-pci"}', 0)).returned
         place = next(_find_registers(device for bus in buses for device in bus.devices), None)
         if place is None:
@@ -87,13 +86,8 @@ def ask_balloon_pages(domain: libvirt.virDomain, ask: AskQemu) -> BalloonPages |
         command = {"command-line": f"xp /8bx {place:#x}"}
         request = msgspec.json.encode({"execute": "human-monitor-command", "arguments": command}).decode()
         return _parse(_TEXT.decode(ask(domain, request, 0)).returned)
-    except libvirt.libvirtError as error:
-        failure = translate(error, "asking QEMU for the balloon")
-        if failure.code is Code.LIBVIRT_UNAVAILABLE:
-            raise failure from error
-        return None
-    except msgspec.MsgspecError:
-        return None
+
+    return ask_qemu(read, "asking QEMU for the balloon")
 
 
 def _find_registers(devices: Any) -> Iterator[int]:

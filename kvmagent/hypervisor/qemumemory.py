@@ -3,7 +3,7 @@ attach. From then on libvirt takes that device's slot for free, and QEMU refuses
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import libvirt
 import msgspec
@@ -14,6 +14,7 @@ from kvmagent.model.facts import Definition, MemoryDevice
 
 # As libvirt_qemu.qemuMonitorCommand: domain, request, flags.
 AskQemu = Callable[[Any, str, int], str]
+Answered = TypeVar("Answered")
 
 _REQUEST = '{"execute": "query-memory-devices"}'
 
@@ -51,10 +52,22 @@ def ask_devices(domain: libvirt.virDomain, ask: AskQemu) -> tuple[MemoryDevice, 
     Raises:
         AgentError: LIBVIRT_UNAVAILABLE.
     """
+    return ask_qemu(
+        lambda: tuple(map(_read, _ANSWER.decode(ask(domain, _REQUEST, 0)).returned)),
+        "asking QEMU for its memory devices",
+    )
+
+
+def ask_qemu(question: Callable[[], Answered | None], doing: str) -> Answered | None:
+    """Return what a question to QEMU's monitor gives; None where it cannot be asked, or answers something else.
+
+    Raises:
+        AgentError: LIBVIRT_UNAVAILABLE.
+    """
     try:
-        return tuple(map(_read, _ANSWER.decode(ask(domain, _REQUEST, 0)).returned))
+        return question()
     except libvirt.libvirtError as error:
-        failure = translate(error, "asking QEMU for its memory devices")
+        failure = translate(error, doing)
         if failure.code is Code.LIBVIRT_UNAVAILABLE:
             raise failure from error
         return None

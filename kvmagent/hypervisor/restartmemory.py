@@ -4,7 +4,6 @@ It is noted whenever a VM is looked at. The moment is that of the first look tha
 or the next look after somebody else's change. What is lost with the file is only since when.
 """
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ import msgspec
 
 from kvmagent.logs import Log
 from kvmagent.model.facts import Facts
+from kvmagent.private import write_file
 
 log = Log(__name__)
 
@@ -70,12 +70,7 @@ class RestartMemory:
                 self._save()
 
     def _save(self) -> None:
-        fresh = self._path.with_suffix(".new")
         try:
-            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(msgspec.json.encode(self._waiting))
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
+            write_file(self._path, msgspec.json.encode(self._waiting))
         except OSError as error:
             log.warning("since when VMs wait for a restart cannot be kept", path=self._path, error=str(error))

@@ -4,7 +4,6 @@ It is no task: nothing is owed for it, and the last word counts. So it is replac
 believed.
 """
 
-import os
 import threading
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import msgspec
 from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import ManagementServer
+from kvmagent.private import write_file
 
 log = Log(__name__)
 
@@ -48,13 +48,8 @@ class ServerMemory:
         with self._lock:
             if server == self._server:
                 return
-            fresh = self._path.with_suffix(".new")
             try:
-                with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                    file.write(msgspec.json.encode(server))
-                    file.flush()
-                    os.fsync(file.fileno())
-                fresh.replace(self._path)
+                write_file(self._path, msgspec.json.encode(server))
             except OSError as error:
                 raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {error}", expected=False) from error
             self._server = server
