@@ -11,7 +11,7 @@ import pytest
 
 from kvmagent.api.security import new_token
 from tests.ansible.conftest import Controller, Question
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.agent import AgentProcess, find_free_port
 from tests.lab.domainxml import GuestSpec
 from tests.lab.pki import LOOPBACK, Authority
@@ -22,9 +22,7 @@ def node_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """libvirt's test driver with VMs of ours, one of which can be given nothing."""
     specs = [GuestSpec(name=name) for name in ("db-7", "web-1", "web-2")]
     specs.append(GuestSpec(name="old", max_memory_mib=None, agent_channel=False))
-    file: Path = tmp_path_factory.mktemp("node") / "node.xml"
-    file.write_text(f"<node>{''.join(format_spec(spec, 'test') for spec in specs)}</node>")
-    return f"test://{file}"
+    return write_node(tmp_path_factory.mktemp("node"), *specs)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from kvmagent.settings import AgentSection, HttpSection, LibvirtSection, Securit
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, Task
 from tests.crash.conftest import Host, StartAgent
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.agent import AgentProcess, find_command, find_free_port
 from tests.lab.domainxml import GuestSpec
 from tests.lab.processes import wait_for
@@ -31,9 +31,7 @@ UNIT = Path(__file__).parents[2] / "init.d" / "kvmagent.service"
 @pytest.fixture
 def node_uri(tmp_path: Path) -> str:
     """libvirt's test driver inside the agent, with one VM."""
-    file = tmp_path / "node.xml"
-    file.write_text(f"<node>{format_spec(GuestSpec(name='vm1', max_vcpus=30), 'test')}</node>")
-    return f"test://{file}"
+    return write_node(tmp_path, GuestSpec(name="vm1", max_vcpus=30))
 
 
 def send(agent: AgentProcess, server: ManagementServer, task_uuid: str, cpu_num: int = 2) -> int:

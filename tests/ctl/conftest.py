@@ -1,12 +1,11 @@
 """kvmagentctl as an operator has it: the console script, an agent, and libvirt's test driver behind that."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.ctl.ctl import Ctl
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 
@@ -15,9 +14,7 @@ from tests.lab.domainxml import GuestSpec
 def node_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """libvirt's test driver with two VMs of ours, one of which can be given nothing."""
     specs = (GuestSpec(name="db-7"), GuestSpec(name="old", max_memory_mib=None, agent_channel=False))
-    file: Path = tmp_path_factory.mktemp("node") / "node.xml"
-    file.write_text(f"<node>{''.join(format_spec(spec, 'test') for spec in specs)}</node>")
-    return f"test://{file}"
+    return write_node(tmp_path_factory.mktemp("node"), *specs)
 
 
 @pytest.fixture(scope="module")

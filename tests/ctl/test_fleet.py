@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ctl.ctl import Ctl
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.agent import LOOPBACK, AgentProcess, find_free_port
 from tests.lab.domainxml import GuestSpec
 
@@ -20,10 +20,9 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def other_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     """A second host, with two hundred VMs."""
-    file = tmp_path_factory.mktemp("many") / "node.xml"
     specs = [GuestSpec(name=f"many-{n:03}") for n in range(200)]
-    file.write_text(f"<node>{''.join(format_spec(spec, 'test') for spec in specs)}</node>")
-    with AgentProcess(uri=f"test://{file}", settings={"host": {"memory_overcommit": "100"}}) as running:
+    uri = write_node(tmp_path_factory.mktemp("many"), *specs)
+    with AgentProcess(uri=uri, settings={"host": {"memory_overcommit": "100"}}) as running:
         yield running
 
 

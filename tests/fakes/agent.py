@@ -88,6 +88,13 @@ def format_spec(spec: GuestSpec, virt_type: str) -> str:
     return format_domain(spec, image, virt_type=virt_type, console_log=Path("/log"), harness=Path("/sock"))
 
 
+def write_node(directory: Path, *specs: GuestSpec) -> str:
+    """Write a node of libvirt's test driver with these VMs; the URI that opens it."""
+    file = directory / "node.xml"
+    file.write_text(f"<node>{''.join(format_spec(spec, 'test') for spec in specs)}</node>")
+    return f"test://{file}"
+
+
 def make_guest(spec: GuestSpec, **options: Any) -> FakeGuest:
     """A guest that has just booted: its CPUs and boot memory online."""
     blocks = dict.fromkeys(range(spec.memory_mib // 128), True)

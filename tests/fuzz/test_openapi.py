@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 from tests.lab.server import ManagementServer
@@ -25,9 +25,7 @@ CHECKS = (
 
 @pytest.mark.parametrize("seed", [1])
 def test_answers_as_its_own_document_says(tmp_path: Path, seed: int) -> None:
-    file = tmp_path / "node.xml"
-    file.write_text(f"<node>{format_spec(GuestSpec(name='vm1'), 'test')}</node>")
-    with AgentProcess(uri=f"test://{file}") as agent, ManagementServer() as server:
+    with AgentProcess(uri=write_node(tmp_path, GuestSpec(name="vm1"))) as agent, ManagementServer() as server:
         command = [
             *(str(Path(sys.executable).with_name("schemathesis")), "run", f"{agent.url}/openapi.json"),
             # Else nearly every command would be refused for where its callback goes.

@@ -1,9 +1,8 @@
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 from tests.lab.server import ManagementServer
@@ -19,10 +18,7 @@ def server() -> Iterator[ManagementServer]:
 @pytest.fixture(scope="module")
 def node_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """libvirt's test driver with two VMs of ours."""
-    domains = "".join(format_spec(GuestSpec(name=name), "test") for name in ("vm1", "vm2"))
-    file: Path = tmp_path_factory.mktemp("node") / "node.xml"
-    file.write_text(f"<node>{domains}</node>")
-    return f"test://{file}"
+    return write_node(tmp_path_factory.mktemp("node"), *(GuestSpec(name=name) for name in ("vm1", "vm2")))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.agent import MIB, format_spec
+from tests.fakes.agent import MIB, write_node
 from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 from tests.lab.processes import wait_for
@@ -70,10 +70,7 @@ class ZStack:
 
 @pytest.fixture
 def agent(tmp_path: Path) -> Iterator[AgentProcess]:
-    domains = "".join(format_spec(GuestSpec(name=name), "test") for name in (VM, "not-its-own"))
-    file = tmp_path / "node.xml"
-    file.write_text(f"<node>{domains}</node>")
-    with AgentProcess(uri=f"test://{file}") as running:
+    with AgentProcess(uri=write_node(tmp_path, *(GuestSpec(name=name) for name in (VM, "not-its-own")))) as running:
         yield running
 
 
@@ -205,9 +202,9 @@ def test_progress_is_reported_only_to_a_thread_of_the_server(zstack: ZStack) -> 
         ("/vm/increase/cpu", {"vmUuid": "f" * 32, "cpuNum": 2}, "f" * 32),
         ("/vm/increase/mem", {"vmUuid": VM, "memorySize": 128 * MIB}, "256 MiB"),
         ("/vm/increase/mem", {"vmUuid": VM, "memorySize": 2**45}, "stop the VM and start it again"),
-        ("/vm/online/changecpumem", {"vmUuid": VM}, "no cpuNum and no memorySize"),
-        ("/vm/online/changecpumem", {"vmUuid": VM, "cpuNum": 2}, "no memorySize"),
-        ("/vm/online/changecpumem", {"vmUuid": VM, "cpuNum": 0, "memorySize": 2**30}, "no cpuNum"),
+        ("/vm/online/changecpumem", {"vmUuid": VM}, 'no "cpuNum" and no "memorySize"'),
+        ("/vm/online/changecpumem", {"vmUuid": VM, "cpuNum": 2}, 'no "memorySize"'),
+        ("/vm/online/changecpumem", {"vmUuid": VM, "cpuNum": 0, "memorySize": 2**30}, 'no "cpuNum"'),
     ],
 )
 def test_a_failure_is_in_the_body_in_words_with_what_to_do(

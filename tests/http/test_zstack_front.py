@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvmagent.api.security import new_token
-from tests.fakes.agent import MIB, format_spec
+from tests.fakes.agent import MIB, write_node
 from tests.http.test_zstack import HOST, VM
 from tests.lab.agent import AgentProcess, find_free_port
 from tests.lab.domainxml import GuestSpec
@@ -92,8 +92,7 @@ class Node:
 
 @pytest.fixture
 def node(tmp_path: Path, server: ManagementServer) -> Iterator[Node]:
-    file = tmp_path / "node.xml"
-    file.write_text(f"<node>{format_spec(GuestSpec(name=VM), 'test')}</node>")
+    uri = write_node(tmp_path, GuestSpec(name=VM))
     token, line = new_token("zstack")
     tokens = tmp_path / "tokens"
     tokens.touch(mode=0o600)
@@ -106,7 +105,7 @@ def node(tmp_path: Path, server: ManagementServer) -> Iterator[Node]:
     original.start()
     try:
         with (
-            AgentProcess(uri=f"test://{file}", settings=settings, token=token) as agent,
+            AgentProcess(uri=uri, settings=settings, token=token) as agent,
             Haproxy(kvmagent=agent.port, original=original.port, token=token) as front,
         ):
             yield Node(agent, original, front, server)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.agent import format_spec
+from tests.fakes.agent import write_node
 from tests.lab.domainxml import GuestSpec
 from tests.page.browser import Browser
 from tests.page.scene import ANSWERS
@@ -31,7 +31,4 @@ def stage() -> Iterator[Stage]:
 @pytest.fixture
 def node_uri(tmp_path: Path) -> str:
     """libvirt's test driver with two VMs of ours."""
-    domains = "".join(format_spec(GuestSpec(name=name), "test") for name in ("vm1", "vm2"))
-    file = tmp_path / "node.xml"
-    file.write_text(f"<node>{domains}</node>")
-    return f"test://{file}"
+    return write_node(tmp_path, *(GuestSpec(name=name) for name in ("vm1", "vm2")))
