@@ -17,7 +17,16 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
     Raises:
         AgentError: BAD_CONFIGURATION: a file cannot be read, or what it says is wrong.
     """
-    return parse_sources([(str(file), _read(file)) for file in find_files(path)], overrides)
+    return parse_sources(read_sources(path), overrides)
+
+
+def read_sources(path: Path) -> list[tuple[str, str]]:
+    """Return the files of a configuration with what stands in them.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION: one cannot be read.
+    """
+    return [(str(file), _read(file)) for file in find_files(path)]
 
 
 def find_files(path: Path) -> list[Path]:

@@ -67,5 +67,7 @@ def test_an_after_hook_that_hangs_holds_up_no_callback_and_is_killed(
 def test_an_agent_whose_hooks_others_can_write_does_not_start(agent: AgentProcess, hooks: HookDirectory) -> None:
     agent.stop()
     hooks.write("before.d/10-a", "exit 0", mode=0o777)
-    with pytest.raises(RuntimeError, match=r"BAD_CONFIGURATION: hooks.directory: .*10-a has mode 0777"):
+    with pytest.raises(
+        RuntimeError, match=r"BAD_CONFIGURATION: hooks.directory: .*10-a is writable by others \(0777\)"
+    ):
         agent.start()

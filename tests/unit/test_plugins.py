@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -46,7 +47,7 @@ def test_the_command_line_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> N
         done = subprocess.run(
             [sys.executable, "-m", "kvmagent.cli.daemon", *arguments], capture_output=True, text=True, check=False
         )
-        assert done.returncode == 1
+        assert done.returncode == os.EX_CONFIG
         assert words in done.stderr
         assert "remedy: " in done.stderr
         assert "Traceback" not in done.stderr

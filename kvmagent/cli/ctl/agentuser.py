@@ -7,6 +7,7 @@ parent                                    child: python -m kvmagent.cli.ctl.look
 
 import contextlib
 import grp
+import json
 import os
 import pwd
 import signal
@@ -68,14 +69,18 @@ def look_as(
     arguments: Iterable[str],
     *,
     timeout_s: float,
+    sources: list[tuple[str, str]] | None = None,
 ) -> list[Finding]:
-    """Return what a look finds, in no more than about this time; None: as who we are."""
+    """Return what a look finds, in no more than about this time; None: as who we are.
+
+    `sources` are the configuration's files where we have read them, for they need not be where the agent can.
+    """
     as_agent = (
         {} if identity is None else {"user": identity.uid, "group": identity.gid, "extra_groups": identity.groups}
     )
     child = subprocess.Popen(  # type: ignore[call-overload]
         [sys.executable, "-I", "-m", "kvmagent.cli.ctl.look", what, *arguments],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL if sources is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd="/",
@@ -83,7 +88,7 @@ def look_as(
         **as_agent,
     )
     try:
-        out, err = child.communicate(timeout=timeout_s)
+        out, err = child.communicate(None if sources is None else json.dumps(sources).encode(), timeout=timeout_s)
         hung = False
     except subprocess.TimeoutExpired:
         with contextlib.suppress(ProcessLookupError):

@@ -1,5 +1,6 @@
 """The looks that are made as the agent's user, in a process of their own: a Finding a line, as JSON. See agentuser."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -7,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from kvmagent.cli.configfile import find_files, read_settings
+from kvmagent.cli.configfile import read_sources
 from kvmagent.cli.ctl.agentuser import Begun
 from kvmagent.cli.ctl.configuration import CHECKS
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.model.errors import AgentError
-from kvmagent.settings import Settings
+from kvmagent.settings import Settings, parse_sources
 
 Check = Callable[[], Iterator[Finding]]
 
@@ -20,12 +21,12 @@ Check = Callable[[], Iterator[Finding]]
 def main(arguments: list[str]) -> int:
     """Look at WHAT by CONFIG, with OVERRIDEs."""
     what, path, *overrides = arguments
-    config = Path(path)
     _tell(Begun("configuration"))
     try:
-        settings = read_settings(config, overrides)
-        files = ", ".join(map(str, find_files(config)))
-        _tell(Finding("configuration", "good", files))
+        # From standard input what is to become the configuration: its place may be closed to the agent's user.
+        sources = json.load(sys.stdin) if path == "-" else read_sources(Path(path))
+        settings = parse_sources(sources, overrides)
+        _tell(Finding("configuration", "good", ", ".join(name for name, _ in sources)))
     except AgentError as error:
         _tell(Finding("configuration", "wrong", error.message, error.remedy))
         if what == "configuration":

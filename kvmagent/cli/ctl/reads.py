@@ -159,7 +159,7 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
 
     It is that of this host's file; no agent is asked.
     """
-    from kvmagent.cli.configfile import read_settings
+    from kvmagent.cli.configfile import read_settings, read_sources
     from kvmagent.cli.ctl.agentuser import find_identity, look_as
     from kvmagent.cli.ctl.configuration import view_settings
 
@@ -168,9 +168,11 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
         _print(session, msgspec.to_builtins(Settings()), lambda _: sample_conf().splitlines())
         return
     if check:
-        # A file that is not yet in its place, in whoever's own directory, is looked at as who we are.
-        identity = find_identity() if config == DEFAULT_PATH else None
-        found = look_as(identity, "configuration", [str(Path(config).absolute()), *overrides], timeout_s=_CHECK_S)
+        # One that is not in its place yet need not be where the agent's user can read it: Ansible's validate.
+        identity = find_identity()
+        sources = None if config == DEFAULT_PATH else read_sources(Path(config).absolute())
+        place = config if sources is None else "-"
+        found = look_as(identity, "configuration", [place, *overrides], timeout_s=_CHECK_S, sources=sources)
         faults = [one for one in found if one.level == "wrong"]
         if faults:
             raise CtlError(
