@@ -51,14 +51,14 @@ def test_a_reload_keeps_the_process_and_a_restart_is_clean(machine: Booted) -> N
 
 
 def test_an_agent_that_dies_or_hangs_is_started_again(machine: Booted) -> None:
-    machine.run("systemctl", "kill", "--signal=SIGKILL", "kvmagent")
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGKILL", "kvmagent")
     wait_for(lambda: machine.show(UNIT, "NRestarts") == "1", timeout_s=30, what="the restart")
     wait_for(lambda: machine.show(UNIT, "ActiveState") == "active", timeout_s=30, what="the agent")
     # A stopped process feeds no watchdog, and takes no SIGTERM: only systemd can end it.
     machine.run("sh", "-c", f"mkdir -p {DROP_IN} && printf '[Service]\\nWatchdogSec=2\\n' >{DROP_IN}/soon.conf")
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "restart", "kvmagent")
-    machine.run("systemctl", "kill", "--signal=SIGSTOP", "kvmagent")
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGSTOP", "kvmagent")
     wait_for(lambda: "watchdog" in machine.journal(UNIT).lower(), timeout_s=30, what="the watchdog")
     wait_for(lambda: machine.show(UNIT, "ActiveState") == "active", timeout_s=60, what="the agent")
     assert health(machine)["ready"] is True
