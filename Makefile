@@ -48,13 +48,13 @@ demo: setup
 	@$(BIN)/python -m tests.lab.demo
 
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-matrix: setup
 	@$(BIN)/python -m tests.matrix $(ARGS)
 
 check: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,9 +16,6 @@ from tests.lab.libvirtd import PrivateLibvirtd
 
 Boot = Callable[[GuestSpec], Guest]
 
-#: Directories of tests that share one machine, browser or package.
-SHARED = {"package", "page"}
-
 # A property is judged by what it finds: how long an example takes is the machine's affair, which others may load.
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
@@ -27,14 +24,6 @@ hypothesis.settings.load_profile("without deadline")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of the golden tests."""
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew; read the diff")
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a fixture runs on one worker of pytest-xdist: a file, or a directory that shares a whole machine."""
-    for item in items:
-        directory = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(directory if directory in SHARED else str(item.path)))
 
 
 @pytest.fixture(scope="session")
