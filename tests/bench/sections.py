@@ -49,8 +49,6 @@ from tests.lab.libvirtd import PrivateLibvirtd
 
 #: POST to callback on a real guest, over the bare libvirt call and what the guest itself takes to answer.
 OVERHEAD_MS = 4.0
-#: More is plugged in all than the host has: no guest touches it.
-PROMISED = {"host": {"memory_overcommit": "100"}}
 PHASE = re.compile(r'^kvmagent_phase_seconds_sum\{[^}]*phase="(\w+)"\} (\S+)$', re.MULTILINE)
 PACE_S = 0.01
 DOMAINS = 400
@@ -62,7 +60,7 @@ OFF_GUESTS = 16
 
 def run_real_plugs(report: Report) -> None:
     """(a) on running QEMUs, each command one vCPU or one dimm more, beside the bare libvirt calls and the floor."""
-    with plugs.running_vms() as (lab, names), start_agent(lab.uri, PROMISED) as agent, ExitStack() as stack:
+    with plugs.running_vms() as (lab, names), start_agent(lab.uri) as agent, ExitStack() as stack:
         floor_port = stack.enter_context(floor.running(Path(stack.enter_context(tempfile.TemporaryDirectory()))))
         runs = Runs(agent)
         for kind in ("vCPU", "dimm"):
