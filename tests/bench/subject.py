@@ -34,9 +34,9 @@ SETTINGS = {
 }
 
 
-def start_agent(uri: str, settings: dict[str, dict[str, str]] | None = None) -> AgentProcess:
+def start_agent(uri: str) -> AgentProcess:
     """Return an agent that is not started yet: `with start_agent(...) as agent` starts it."""
-    return AgentProcess(uri=uri, settings=SETTINGS | (settings or {}))
+    return AgentProcess(uri=uri, settings=SETTINGS)
 
 
 def domain_name(n: int) -> str:
