@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Boot, booting
 from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.domainxml import GuestSpec
-from tests.lab.foreign import build_power_image
+from tests.lab.foreign import build_foreign_image
 from tests.lab.guest import Guest
 from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.processes import wait_for
@@ -33,7 +33,7 @@ def agent(lab: PrivateLibvirtd) -> Iterator[AgentProcess]:
 
 @pytest.fixture(scope="module")
 def boot_power(lab: PrivateLibvirtd) -> Iterator[Boot]:
-    with booting(lab, build_power_image()) as boot:
+    with booting(lab, build_foreign_image("ppc64le")) as boot:
         yield boot
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from xml.sax.saxutils import escape, quoteattr
 
 from tests.lab.image import Image
@@ -21,6 +22,53 @@ AGENT_CHANNEL = f"<channel type='unix'><target type='virtio' name='{AGENT_PORT}'
 SMBIOS = "<sysinfo type='smbios'><system><entry name='serial'>VMware-lab</entry></system></sysinfo>"
 NO_HYPERVISOR_BIT = "<feature policy='disable' name='hypervisor'/>"
 VMPORT = "<vmport state='on'/>"
+
+
+class Board(NamedTuple):
+    """How a guest of an architecture gets its two lines: the kernel's console, and the port of the harness.
+
+    `console` and `port` are the guest's names of them, the others their elements, with the paths left open.
+    """
+
+    cpu: str
+    console: str
+    console_xml: str
+    port: str
+    port_xml: str
+
+
+_FILE, _SOCKET = "<source path={console_log}/>", "<source mode='bind' path={harness}/>"
+_VIRTIO_PORT = f"<console type='unix'>{_SOCKET}<target type='virtio' port='1'/></console>"
+BOARDS = {
+    "x86_64": Board(
+        "<cpu mode='custom'><model>qemu64</model>",
+        "ttyS0,115200",
+        f"<serial type='file'>{_FILE}<target port='0'/></serial>",
+        "ttyS1",
+        f"<serial type='unix'>{_SOCKET}<target port='1'/></serial>",
+    ),
+    "ppc64le": Board(
+        "<cpu>",
+        "hvc0",
+        f"<serial type='file'>{_FILE}<target type='spapr-vio-serial' port='0'/></serial>",
+        "hvc1",
+        f"<serial type='unix'>{_SOCKET}<target type='spapr-vio-serial' port='1'/></serial>",
+    ),
+    "s390x": Board(
+        "<cpu>",
+        "ttysclp0",
+        f"<console type='file'>{_FILE}<target type='sclp' port='0'/></console>",
+        "hvc0",
+        _VIRTIO_PORT,
+    ),
+    "aarch64": Board(
+        "<cpu mode='custom'><model>cortex-a57</model>",
+        "ttyAMA0",
+        f"<serial type='file'>{_FILE}<target port='0'/></serial>",
+        "hvc0",
+        _VIRTIO_PORT,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +105,9 @@ class GuestSpec:
 def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log: Path, harness: Path) -> str:
     """The domain XML of a guest that boots `image`, logs its console and has the harness on a socket."""
     sockets, cores, threads = spec.topology or (spec.max_vcpus, 1, 1)
-    is_pc = spec.arch == "x86_64"
+    board, is_pc = BOARDS.get(spec.arch, BOARDS["x86_64"]), spec.arch == "x86_64"
     disguised = is_pc and virt_type == "qemu"
-    cpu = "<cpu mode='host-passthrough'>" if virt_type == "kvm" else "<cpu mode='custom'><model>qemu64</model>"
-    port = "" if is_pc else "type='spapr-vio-serial' "
+    paths = {"console_log": quoteattr(str(console_log)), "harness": quoteattr(str(harness))}
     parts = [
         f"<domain type={quoteattr(virt_type)} xmlns:qemu={quoteattr(QEMU_NAMESPACE)}>",
         f"<name>{escape(spec.name)}</name>",
@@ -73,14 +120,13 @@ def format_domain(spec: GuestSpec, image: Image, *, virt_type: str, console_log:
         "<smbios mode='sysinfo'/></os>" if disguised else "</os>",
         f"<features>{'<acpi/>' if spec.acpi else ''}{VMPORT if disguised else ''}</features>",
         SMBIOS if disguised else "",
-        cpu if is_pc else "<cpu>",
+        "<cpu mode='host-passthrough'>" if is_pc and virt_type == "kvm" else board.cpu,
         f"<topology sockets='{sockets}' cores='{cores}' threads='{threads}'/>",
         NO_HYPERVISOR_BIT if disguised else "",
         f"{format_numa(spec)}</cpu>",
         "<on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>destroy</on_crash>",
         "<devices>",
-        f"<serial type='file'><source path={quoteattr(str(console_log))}/><target {port}port='0'/></serial>",
-        f"<serial type='unix'><source mode='bind' path={quoteattr(str(harness))}/><target {port}port='1'/></serial>",
+        (board.console_xml + board.port_xml).format(**paths),
         AGENT_CHANNEL if spec.agent_channel else "",
         f"<memballoon model='{'virtio' if spec.balloon else 'none'}'/>",
         "<controller type='usb' model='none'/>",
@@ -113,8 +159,15 @@ def format_kernel_arguments(spec: GuestSpec) -> str:
     lab.agent tells the guest's start-up to wait for the agent's port. Whether plugged memory is used at once is a
     choice of each distribution's kernel: here it never is, unless a test says so.
     """
-    console = "ttyS0,115200" if spec.arch == "x86_64" else "hvc0"
-    arguments = [f"console={console}", "quiet", "panic=-1", "mitigations=off", "memhp_default_state=offline"]
+    board = BOARDS.get(spec.arch, BOARDS["x86_64"])
+    arguments = [
+        f"console={board.console}",
+        f"lab.port={board.port}",
+        "quiet",
+        "panic=-1",
+        "mitigations=off",
+        "memhp_default_state=offline",
+    ]
     return " ".join([*arguments, *(["lab.agent=1"] if spec.agent_channel else []), spec.kernel_args]).strip()
 
 

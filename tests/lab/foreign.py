@@ -1,4 +1,4 @@
-"""Owns the guest image of a POWER guest: made as image.py makes the host's own, of another architecture's packages.
+"""Owns the images of guests of other architectures: made as image.py makes the host's own, of their packages.
 
     an apt of its own (lists, cache and architecture in the image's directory) -> packages -> kernel and initramfs
 
@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.lab.cpio import Archive
 from tests.lab.image import (
@@ -37,42 +38,70 @@ from tests.lab.image import (
 )
 from tests.lab.tree import find_mirror
 
-DEBIAN_ARCHITECTURE, KERNEL_PACKAGE = "ppc64el", "linux-image-powerpc64le"
-MODULES = ("virtio_pci", "virtio_console", "virtio_balloon")
+#: One suite for all hosts: what these guests are told apart by is their architecture.
+SUITE = "bookworm"
+MODULES = ("virtio_console", "virtio_balloon")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 INIT = "#!/bin/busybox sh\n/bin/busybox --install -s\nexec /bin/busybox init\n"
 KINDS = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
 
 
-def build_power_image(*, report: Callable[[str], None] = lambda _line: None) -> Image:
-    """Return the image of a POWER guest, built now or before: 60 MiB are downloaded for it, once.
+class Foreign(NamedTuple):
+    """An architecture as Debian names it, its kernel's package and modules, where its libraries and its loader are."""
+
+    architecture: str
+    kernel_package: str
+    modules: tuple[str, ...]
+    libraries: str
+    loader: str
+
+
+#: By libvirt's name of the architecture.
+FOREIGN = {
+    "ppc64le": Foreign(
+        "ppc64el", "linux-image-powerpc64le", ("virtio_pci", *MODULES), "powerpc64le-linux-gnu", "lib64/ld64.so.2"
+    ),
+    "s390x": Foreign("s390x", "linux-image-s390x", MODULES, "s390x-linux-gnu", "lib/ld64.so.1"),
+    "aarch64": Foreign(
+        "arm64",
+        "linux-image-arm64",
+        ("virtio_pci", *MODULES, "virtio_mem"),
+        "aarch64-linux-gnu",
+        "lib/ld-linux-aarch64.so.1",
+    ),
+}
+
+
+def build_foreign_image(name: str, *, report: Callable[[str], None] = lambda _line: None) -> Image:
+    """Return the image of a guest of an architecture, built now or before: some 60 MiB are downloaded for it, once.
 
     Raises:
         ImageError: the archive does not have all of it, or a tool failed.
     """
-    mirror, release = find_mirror()
+    foreign = FOREIGN[name]
+    mirror, _release = find_mirror()
     key = hashlib.sha256(
-        repr((mirror, release, Path(__file__).read_text(), *(path.read_text() for path in rootfs_files()))).encode()
+        repr((mirror, Path(__file__).read_text(), *(path.read_text() for path in rootfs_files()))).encode()
     ).hexdigest()[:16]
-    directory = cache_directory() / f"{DEBIAN_ARCHITECTURE}-{key}"
-    with (directory.parent / f".lock-{DEBIAN_ARCHITECTURE}").open("w") as lock:
+    directory = cache_directory() / f"{foreign.architecture}-{key}"
+    with (directory.parent / f".lock-{foreign.architecture}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all((directory / name).exists() for name in FILES):
-            report(f"building the image of a POWER guest in {directory}")
+            report(f"building the image of a guest of {name} in {directory}")
             with tempfile.TemporaryDirectory(prefix=".build-", dir=directory.parent) as scratch:
                 Path(scratch).chmod(0o755)
-                _build(Path(scratch), mirror, release)
+                _build(foreign, Path(scratch), mirror)
                 publish(Path(scratch, "image"), directory)
     kernel_release = (directory / "release").read_text().strip()
     return Image(kernel=directory / "vmlinuz", initramfs=directory / "initramfs", kernel_release=kernel_release)
 
 
-def _build(scratch: Path, mirror: str, release: str) -> None:
-    apt = _make_apt(scratch, mirror, release)
+def _build(foreign: Foreign, scratch: Path, mirror: str) -> None:
+    apt = _make_apt(foreign.architecture, scratch, mirror)
     call(*apt, "apt-get", "update", "-qq")
     options = ["--recurse", *(f"--no-{kind}" for kind in KINDS)]
-    depends = parse_depends(call(*apt, "apt-cache", "depends", *options, KERNEL_PACKAGE, AGENT_PACKAGE))
-    kernels = closure(KERNEL_PACKAGE, depends, follow=r"linux-image-")
+    depends = parse_depends(call(*apt, "apt-cache", "depends", *options, foreign.kernel_package, AGENT_PACKAGE))
+    kernels = closure(foreign.kernel_package, depends, follow=r"linux-image-")
     packages = sorted({BUSYBOX_PACKAGE, *kernels, *closure(AGENT_PACKAGE, depends, follow=r"lib")})
     downloads = scratch / "packages"
     downloads.mkdir(mode=0o755)
@@ -82,26 +111,26 @@ def _build(scratch: Path, mirror: str, release: str) -> None:
     root = scratch / "root"
     for package in sorted(downloads.iterdir()):
         call("dpkg-deb", "--extract", str(package), str(root))
-    kernel = only(root.glob("boot/vmlinux-*"), what="kernel")
-    kernel_release = kernel.name.removeprefix("vmlinux-")
+    kernel = only(root.glob("boot/vmlinu[xz]-*"), what="kernel")
+    kernel_release = kernel.name.partition("-")[2]
     image = scratch / "image"
     image.mkdir(mode=0o755)
     shutil.copyfile(kernel, image / "vmlinuz")
     with gzip.GzipFile(image / "initramfs", "wb", compresslevel=9, mtime=0) as packed:
-        packed.write(_pack(root, kernel_release))
+        packed.write(_pack(foreign, root, kernel_release))
     (image / "release").write_text(kernel_release + "\n")
     for file in image.iterdir():
         file.chmod(0o644)
 
 
-def _make_apt(scratch: Path, mirror: str, release: str) -> list[str]:
+def _make_apt(architecture: str, scratch: Path, mirror: str) -> list[str]:
     """The words before a command of the apt that knows the other architecture alone."""
     state = scratch / "apt"
     for name in ("lists/partial", "cache/archives/partial", "sources"):
         (state / name).mkdir(parents=True)
     (state / "status").touch()
     (state / "sources/archive.sources").write_text(
-        f"Types: deb\nURIs: {mirror}\nSuites: {release}\nComponents: main\nSigned-By: {KEYRING}\n"
+        f"Types: deb\nURIs: {mirror}\nSuites: {SUITE}\nComponents: main\nSigned-By: {KEYRING}\n"
     )
     settings = {
         "Dir::State": state,
@@ -110,15 +139,15 @@ def _make_apt(scratch: Path, mirror: str, release: str) -> list[str]:
         "Dir::Cache": state / "cache",
         "Dir::Etc::SourceList": "/dev/null",
         "Dir::Etc::SourceParts": state / "sources",
-        "APT::Architecture": DEBIAN_ARCHITECTURE,
+        "APT::Architecture": architecture,
         "Acquire::Check-Valid-Until": "false",
     }
     lines = [f'{name} "{value}";' for name, value in settings.items()]
-    (state / "apt.conf").write_text("\n".join([*lines, f'APT::Architectures {{ "{DEBIAN_ARCHITECTURE}"; }};', ""]))
+    (state / "apt.conf").write_text("\n".join([*lines, f'APT::Architectures {{ "{architecture}"; }};', ""]))
     return ["env", f"APT_CONFIG={state / 'apt.conf'}"]
 
 
-def _pack(root: Path, kernel_release: str) -> bytes:
+def _pack(foreign: Foreign, root: Path, kernel_release: str) -> bytes:
     archive = Archive()
     archive.add_device("dev/console", 5, 1)
     for name in ("proc", "sys", "run", "tmp", "usr/bin", "usr/sbin"):
@@ -128,29 +157,29 @@ def _pack(root: Path, kernel_release: str) -> bytes:
     archive.add_file("init", INIT.encode(), mode=0o755)
     agent = only(root.glob("**/*bin/qemu-ga"), what="qemu-ga")
     archive.add_file("sbin/qemu-ga", agent.read_bytes(), mode=0o755)
-    loader = only(root.glob("**/powerpc64le-linux-gnu/ld64.so.2"), what="loader")
-    archive.add_file("lib64/ld64.so.2", loader.read_bytes(), mode=0o755)
-    for name, library in _find_libraries(root, agent):
+    loader = only(root.glob(f"**/{foreign.libraries}/{Path(foreign.loader).name}"), what="loader")
+    archive.add_file(foreign.loader, loader.read_bytes(), mode=0o755)
+    for name, library in _find_libraries(foreign, root, agent):
         archive.add_file(f"lib/{name}", library.read_bytes(), mode=0o755)
     for file in rootfs_files():
         mode = 0o755 if os.access(file, os.X_OK) else 0o644
         archive.add_file(str(file.relative_to(ROOTFS)), file.read_bytes(), mode=mode)
-    modules = find_modules(root, kernel_release, MODULES)
+    modules = find_modules(root, kernel_release, foreign.modules)
     for name, content in modules.items():
         archive.add_file(f"lib/modules/{name}.ko", content, mode=0o644)
     archive.add_file("lib/modules/order", "".join(f"{name}.ko\n" for name in modules).encode(), mode=0o644)
     return archive.finish()
 
 
-def _find_libraries(root: Path, program: Path) -> Iterator[tuple[str, Path]]:
+def _find_libraries(foreign: Foreign, root: Path, program: Path) -> Iterator[tuple[str, Path]]:
     """Name and file of the shared libraries that a program needs, and those that they need: read, nothing is run."""
-    known, pending = {"ld64.so.2"}, [program]
+    known, pending = {Path(foreign.loader).name}, [program]
     while pending:
         for name in re.findall(r"\(NEEDED\).*\[(.+)\]", call("readelf", "--dynamic", str(pending.pop()))):
             if name in known:
                 continue
             known.add(name)
-            found = [path for path in root.glob(f"**/powerpc64le-linux-gnu/{name}") if path.is_file()]
+            found = [path for path in root.glob(f"**/{foreign.libraries}/{name}") if path.is_file()]
             if not found:
                 raise ImageError(f"no package of the image has {name}, which {program.name} needs")
             yield name, found[0]
@@ -158,9 +187,10 @@ def _find_libraries(root: Path, program: Path) -> Iterator[tuple[str, Path]]:
 
 
 def main() -> None:
-    """Build the image if need be, and say where it is."""
-    image = build_power_image(report=lambda line: print(f"==> {line}", flush=True))
-    print(f"==> POWER guest image: {image.kernel.parent} (kernel {image.kernel_release})")
+    """Build the images if need be, and say where they are."""
+    for name in FOREIGN:
+        image = build_foreign_image(name, report=lambda line: print(f"==> {line}", flush=True))
+        print(f"==> guest image of {name}: {image.kernel.parent} (kernel {image.kernel_release})")
 
 
 if __name__ == "__main__":
