@@ -10,13 +10,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test test-matrix lint bench fuzz chaos audit deb
+.PHONY: help setup packages image demo test test-matrix test-foreign test-on lint bench fuzz chaos audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
 	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
 	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
 	@echo "make test-matrix   start thousands of definitions before and after they are prepared; ARGS='q35 kvm32' picks some"
+	@echo "make test-foreign  guests of POWER, s390x and Arm, and the newest QEMU and libvirt; ten minutes"
+	@echo "make test-on       the gate on another Debian, in a directory: SUITE=trixie ARGS='tests/unit'"
 	@echo "make check   the fast gate: lint, types, floors, golden plans, unit tests; under two minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
@@ -52,6 +54,14 @@ test: setup
 
 test-matrix: setup
 	@$(BIN)/python -m tests.matrix $(ARGS)
+
+test-foreign: setup
+	$(BIN)/python -m pytest tests/guest/test_foreign.py tests/guest/test_power.py tests/guest/test_newest.py $(ARGS)
+
+SUITE := trixie
+
+test-on: $(STAMP)
+	@$(BIN)/python -m tests.lab.suite $(SUITE) $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit

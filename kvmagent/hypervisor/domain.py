@@ -225,7 +225,7 @@ class VmHandle:
         with libvirt_errors("looking whether the VM runs"):
             return bool(self._domain.isActive())
 
-    def attach_dimm(self, *, alias: str, size_bytes: int, node: int, live: bool, config: bool) -> None:
+    def attach_dimm(self, *, alias: str, size_bytes: int, node: int | None, live: bool, config: bool) -> None:
         """Attach a dimm under a user alias. libvirt refuses an alias that is there already.
 
         Where QEMU has a device that libvirt does not know, it gets a slot that is free in QEMU.
@@ -279,7 +279,7 @@ class VmHandle:
         size_bytes: int,
         block_bytes: int,
         requested_bytes: int,
-        node: int,
+        node: int | None,
         live: bool,
         config: bool,
     ) -> None:
@@ -295,7 +295,7 @@ class VmHandle:
         self,
         *,
         alias: str | None,
-        node: int,
+        node: int | None,
         size_bytes: int,
         requested_bytes: int,
         target: Target,
@@ -326,7 +326,7 @@ class VmHandle:
         with libvirt_errors(f"detaching {alias}"):
             self._domain.detachDeviceAlias(alias, _AFFECT["live"])
 
-    def forget_memory(self, *, alias: str | None, slot: int | None, node: int, size_bytes: int) -> None:
+    def forget_memory(self, *, alias: str | None, slot: int | None, node: int | None, size_bytes: int) -> None:
         """Remove a dimm from the persistent definition; one that is not there is done."""
         xml = self._find_memory("config", model="dimm", alias=alias, slot=slot, node=node, size_bytes=size_bytes)
         if xml is None:

@@ -115,7 +115,7 @@ def _read_definition(document: _Document) -> Definition:
         phys_bits=_phys_bits(document),
         phys_bits_limit=int(limit) if (limit := document.attribute("cpu/maxphysaddr", "limit")) else None,
         pci_hole_bytes=None if (hole := document.find("devices/controller/pcihole64")) is None else _size(hole),
-        iommu_eim=document.find("devices/iommu/driver[@eim='on']") is not None,
+        iommu_eim=any(document.find(f"devices/iommu/driver[@{one}='on']") is not None for one in ("eim", "xtsup")),
         cpu_shares=int(shares.text or 0) if (shares := document.find("cputune/shares")) is not None else None,
         domain_id=int(number) if (number := document.root.get("id")) else None,
         policy=_policy(document),
@@ -127,24 +127,29 @@ def _find_agent_state(document: _Document) -> bool | None:
     return None if target is None else target.get("state") == "connected"
 
 
-def format_dimm(*, alias: str, size_bytes: int, node: int, slot: int | None = None) -> str:
-    """Return the XML of a dimm for virDomainAttachDeviceFlags; without a slot libvirt takes the first free one."""
+def format_dimm(*, alias: str, size_bytes: int, node: int | None, slot: int | None = None) -> str:
+    """Return the XML of a dimm for virDomainAttachDeviceFlags; without a slot libvirt takes the first free one.
+
+    It has no node in a guest without NUMA cells.
+    """
     memory = etree.Element("memory", model="dimm")
     target = etree.SubElement(memory, "target")
     etree.SubElement(target, "size", unit="KiB").text = str(size_bytes // KIB)
-    etree.SubElement(target, "node").text = str(node)
+    if node is not None:
+        etree.SubElement(target, "node").text = str(node)
     etree.SubElement(memory, "alias", name=alias)
     if slot is not None:
         etree.SubElement(memory, "address", type="dimm", slot=str(slot))
     return etree.tostring(memory, encoding="unicode")
 
 
-def format_virtio_mem(*, alias: str, size_bytes: int, block_bytes: int, requested_bytes: int, node: int) -> str:
+def format_virtio_mem(*, alias: str, size_bytes: int, block_bytes: int, requested_bytes: int, node: int | None) -> str:
     """Return the XML of a virtio-mem device for virDomainAttachDeviceFlags."""
     memory = etree.Element("memory", model="virtio-mem")
     target = etree.SubElement(memory, "target")
     etree.SubElement(target, "size", unit="KiB").text = str(size_bytes // KIB)
-    etree.SubElement(target, "node").text = str(node)
+    if node is not None:
+        etree.SubElement(target, "node").text = str(node)
     etree.SubElement(target, "block", unit="KiB").text = str(block_bytes // KIB)
     etree.SubElement(target, "requested", unit="KiB").text = str(requested_bytes // KIB)
     etree.SubElement(memory, "alias", name=alias)
@@ -156,7 +161,7 @@ def find_memory_xml(
     *,
     model: str,
     alias: str | None,
-    node: int,
+    node: int | None,
     size_bytes: int,
     slot: int | None = None,
     address: str | None = None,
@@ -281,13 +286,15 @@ def _locked_copies(document: _Document) -> int:
 
 
 def _phys_bits(document: _Document) -> int | None:
-    """Return the vCPUs' physical address bits as QEMU sets them; None: the host's.
+    """Return the vCPUs' physical address bits as QEMU sets them; None: the host's, or not known.
 
     Source: libvirt formatdomain, maxphysaddr; QEMU target/i386/cpu.c: without long mode 36 with PSE36, else 32.
     Observed: QEMU 7.2 gives 40 to every 64-bit model but host-passthrough, and under TCG to that as well.
     """
     if document.attribute("cpu/maxphysaddr", "mode") == "emulate":
         return int(document.attribute("cpu/maxphysaddr", "bits") or _DEFAULT_PHYS_BITS)
+    if document.attribute("os/type", "arch") not in ("x86_64", "i686"):
+        return None
     if document.root.get("type") == "kvm" and document.attribute("cpu", "mode") in ("host-passthrough", "maximum"):
         return None
     model = document.find("cpu/model")
@@ -346,8 +353,9 @@ def _topology(document: _Document) -> tuple[int, int, int, int] | None:
     topology = document.find("cpu/topology")
     if topology is None:
         return None
-    sockets, dies, cores, threads = (int(topology.get(name, "1")) for name in ("sockets", "dies", "cores", "threads"))
-    return sockets, dies, cores, threads
+    names = ("sockets", "dies", "clusters", "cores", "threads")
+    sockets, dies, clusters, cores, threads = (int(topology.get(name, "1")) for name in names)
+    return sockets, dies, clusters * cores, threads
 
 
 def _parse_cell(element: etree._Element, position: int) -> NumaCell:

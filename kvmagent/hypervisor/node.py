@@ -31,6 +31,9 @@ from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
 from kvmagent.model.reclaim import Reclaimable, find_reclaimable
 from kvmagent.model.steps import AnyStep, DefineShape
 
+# Source: libvirt 9.5 stopped to count virtio-mem among the slots. Observed: libvirt 12.8 adds an IOMMU with EIM when a
+# VM of more than 255 vCPUs is defined; an older one that does so, too, is asked for no more than it was.
+_VIRTIO_MEM_WITHOUT_SLOTS, _ADDS_IOMMU = 9_005_000, 12_000_000
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
 _SAME_LOOK_S = 0.05
 _VMS = frozenset({"vms", "settled vms"})
@@ -206,7 +209,14 @@ class Node:
             domain = self._with_memlock(domain)
         else:
             host = Host(boot_id=read_boot_id(self._host_root))
-        host = msgspec.structs.replace(host, vcpu_limit=limit, removes_emulated=self._removes_emulated)
+        version = connection.getLibVersion()
+        host = msgspec.structs.replace(
+            host,
+            vcpu_limit=limit,
+            removes_emulated=self._removes_emulated,
+            virtio_mem_takes_slots=version < _VIRTIO_MEM_WITHOUT_SLOTS,
+            adds_iommu=version >= _ADDS_IOMMU,
+        )
         facts = Facts(domain=self._with_migrated(domain), guest=guest, host=host)
         self._budget.note(facts)
         if "budget" in parts and domain.live is not None:

@@ -20,7 +20,7 @@ def edit_shape(xml: str, shape: Shape) -> str:
     _edit_vcpus(root, shape.vcpu_maximum)
     _edit_cpu(root, shape)
     _edit_max_memory(root, shape)
-    if root.find("./features/acpi") is None:
+    if shape.acpi and root.find("./features/acpi") is None:
         features = root.find("./features")
         if features is None:
             features = _insert(root, etree.Element("features"), after=("os", "bootloader_args", "bootloader", "vcpu"))
@@ -54,17 +54,16 @@ def _edit_vcpus(root: etree._Element, maximum: int) -> None:
 
 def _edit_cpu(root: etree._Element, shape: Shape) -> None:
     cpu = root.find("./cpu")
+    if cpu is None and shape.topology is None and not shape.cells:
+        return
     if cpu is None:
         cpu = _insert(root, etree.Element("cpu"), after=("cputune", "features", "os"))
     if shape.topology is not None:
-        topology = _get(cpu, "./topology")
-        for name, count in zip(("sockets", "dies", "cores", "threads"), shape.topology, strict=True):
-            if name in topology.attrib or count != 1:
-                topology.set(name, str(count))
+        _get(cpu, "./topology").set("sockets", str(shape.topology[0]))  # what is inside a socket stays
     numa = cpu.find("./numa")
-    if numa is None:
-        numa = _insert(cpu, etree.Element("numa"))
     for cell in shape.cells:
+        if numa is None:
+            numa = _insert(cpu, etree.Element("numa"))
         _edit_cell(numa, cell)
 
 

@@ -467,8 +467,8 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.MACHINE_NOT_SUPPORTED: CodeInfo(
         400,
-        "The VM's architecture or machine type cannot be hot-plugged by this agent.",
-        "Use an x86-64 VM of machine type q35 or pc.",
+        "The VM's architecture or machine type cannot do this while the VM runs.",
+        "Change the VM's definition (virsh edit VM), then power it off and start it again.",
     ),
     Code.DEFINITION_REFUSED: CodeInfo(
         500,

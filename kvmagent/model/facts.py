@@ -111,6 +111,7 @@ _WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
 class Definition(msgspec.Struct, frozen=True):
     """A VM's definition, live or persistent: the parts that hotplug depends on.
 
+    `topology` is sockets, dies, cores (of all clusters of a die) and threads.
     `total_bytes` is libvirt's `<memory>`: boot memory and the full size of every device.
     `current_bytes` is `<currentMemory>`: what the balloon leaves.
     `hugepages` say what memory is backed with, dimms included.
@@ -119,7 +120,7 @@ class Definition(msgspec.Struct, frozen=True):
     `host_nodes` the host NUMA nodes that memory must come from (empty: any) and `cell_host_nodes` those of single guest
     nodes, `phys_bits` the vCPUs' physical address bits (None: those of the host), `phys_bits_limit` the most of the
     host's that they use, `pci_hole_bytes` what is kept for 64-bit PCI addresses (None: the machine's default),
-    `iommu_eim` whether an IOMMU carries APIC ids above 255, `cpu_shares`
+    `iommu_eim` whether an IOMMU carries APIC ids above 255 (Intel's eim, AMD's xtsup), `cpu_shares`
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
     every start. `policy` is what this definition's owner allows. With `free_page_reporting` the
     balloon gives back to the host what the guest frees.
@@ -177,11 +178,6 @@ class Definition(msgspec.Struct, frozen=True):
     def virtio_mem_bytes(self) -> int:
         """What the virtio-mem devices give: the part of the memory that the balloon has no hand in."""
         return self.memory_bytes - self.balloon_total_bytes
-
-    @property
-    def slots_used(self) -> int:
-        """Slots that memory devices occupy. Source: libvirt 9.0 counts virtio-mem too (dropped in 9.5)."""
-        return len(self.devices)
 
     @property
     def vcpu_quantum(self) -> int:
@@ -359,6 +355,8 @@ class Host(msgspec.Struct, frozen=True):
     `memory_available_bytes` can be had without swapping. `vcpu_limit` is the most vCPUs that the hypervisor gives to
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
     every start of the host. An unprivileged libvirt (qemu:///session) cannot raise the limits of its QEMU processes.
+    `virtio_mem_takes_slots`: libvirt counts such devices among the memory slots; `adds_iommu`: it adds the IOMMU by
+    itself that more than 255 vCPUs need.
     `has_domain_schema` tells whether libvirt's schema is there to hold a definition against.
     `removes_emulated`: vCPUs of emulated VMs may be removed too (libvirt.allow_emulated_removal).
     """
@@ -372,6 +370,8 @@ class Host(msgspec.Struct, frozen=True):
     libvirt_is_privileged: bool = True
     has_domain_schema: bool = True
     removes_emulated: bool = False
+    virtio_mem_takes_slots: bool = True
+    adds_iommu: bool = False
     pools: tuple[MemoryPool, ...] = ()
 
 
@@ -429,6 +429,12 @@ class Facts(msgspec.Struct, frozen=True):
             guest=Guest(os=self.guest.os),
             host=self.host,
         )
+
+    def count_free_slots(self, definition: Definition) -> int:
+        """Return how many memory slots of a definition are free."""
+        counts = self.host.virtio_mem_takes_slots
+        used = sum(counts or device.model != "virtio-mem" for device in definition.devices)
+        return max(0, definition.slots - used)
 
     @property
     def restart_required(self) -> bool:

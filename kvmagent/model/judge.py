@@ -104,7 +104,7 @@ def numbers(facts: Facts | None) -> Numbers:
         config_memory_size=config.memory_bytes if config else None,
         balloon_size=facts.domain.balloon_bytes,
         guest_memory_size=find_mem_total(facts),
-        free_slots=current.slots - current.slots_used if current and current.max_memory_bytes is not None else None,
+        free_slots=facts.count_free_slots(current) if current and current.max_memory_bytes is not None else None,
     )
 
 

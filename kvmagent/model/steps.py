@@ -128,13 +128,16 @@ class OnlineGuestVcpus(Step, frozen=True, tag="OnlineGuestVcpus", rename="camel"
 
 
 class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
-    """Attach a dimm under a user alias, to the running VM, its persistent definition, or both."""
+    """Attach a dimm under a user alias, to the running VM, its persistent definition, or both.
+
+    It has no node in a guest without NUMA cells.
+    """
 
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "plugged"
     alias: str
     size_bytes: int
-    node: int
+    node: int | None
     live: bool
     config: bool
 
@@ -263,7 +266,7 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
     resource: ClassVar[Resource | None] = "memory"
     alias: str | None
     slot: int | None
-    node: int
+    node: int | None
     size_bytes: int
 
     @property
@@ -284,7 +287,7 @@ class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
     size_bytes: int
     block_bytes: int
     requested_bytes: int
-    node: int
+    node: int | None
     live: bool
     config: bool
 
@@ -314,7 +317,7 @@ class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "plugged"
     alias: str | None
-    node: int
+    node: int | None
     size_bytes: int
     requested_bytes: int
     target: Target
@@ -389,7 +392,7 @@ class Shape(msgspec.Struct, frozen=True, rename="camel"):
     """What the persistent definition must have so that its next start can be hot-plugged; the rest of it stays.
 
     `topology` (sockets, dies, cores, threads) is None where the definition has none, `max_memory_bytes` where there is
-    no room for more memory.
+    no room for more memory. There are no `cells` where the machine asks for none, and without `acpi` it stays as it is.
     With `free_page_reporting` the balloon gives back to the host what the guest frees; without, it stays as it is.
     `virtio_mems` are added where their nodes have none.
     """
@@ -400,11 +403,12 @@ class Shape(msgspec.Struct, frozen=True, rename="camel"):
     slots: int
     cells: tuple[CellShape, ...]
     free_page_reporting: bool = False
+    acpi: bool = True
     virtio_mems: tuple[VirtioMemShape, ...] = ()
 
 
 class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):
-    """Edit the persistent definition to a shape, with ACPI, a balloon and an agent channel; keep the former one."""
+    """Edit the persistent definition to a shape, with a balloon and an agent channel; keep the former one."""
 
     shape: Shape
 

@@ -25,13 +25,14 @@ from .checks import (
     VIRTIO_MEM_BLOCK_BYTES,
     check_cpu,
     check_cpu_removal,
-    check_dimm_room,
-    check_dimm_support,
+    check_device_room,
+    check_device_support,
     check_expected,
     check_memory_ceiling,
     check_promised,
     check_state,
     dimm_quantum,
+    virtio_mem_block_bytes,
 )
 from .guestos import check_gives_up, check_plugs_memory
 from .placement import check_placement
@@ -104,10 +105,13 @@ def judge_readiness(request: ReadyForHotplugRequest, facts: Facts, room: Headroo
         wanted = request.memory_size or definition.memory_bytes + _finest_bytes(facts, definition)
         if refusal := planners.refuse_memory(wanted):
             found += _explain(refusal, _explain_memory(request, facts, wanted))
-    is_full = bool(found) and all(one.code in _AT_MAXIMUM for one in found)
-    if asks:
-        return Readiness(ready=not found, at_maximum=is_full, blockers=_merge(found))
     grows = bool(room.cpu_num or room.memory_size)
+    # Nor with one of a machine that never takes the one, and has room for the other.
+    harmless = _AT_MAXIMUM | {Code.MACHINE_NOT_SUPPORTED} if grows else _AT_MAXIMUM
+    is_full = bool(found) and all(one.code in harmless for one in found)
+    if asks:
+        at_maximum = bool(found) and all(one.code in _AT_MAXIMUM for one in found)
+        return Readiness(ready=not found, at_maximum=at_maximum, blockers=_merge(found))
     blockers = () if is_full else _merge(found)
     return Readiness(ready=grows and not blockers, at_maximum=not grows and not blockers, blockers=blockers)
 
@@ -135,6 +139,7 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
         methods = [
             name for name in _METHODS if planners.refuse_memory(_least_by(name, facts, request.affect), name) is None
         ]
+    by_virtio_mem = memory.auto_method(facts, request.affect if current is not None else "config") == "plug virtio-mem"
     emulated = definition.hypervisor == "qemu" and not facts.host.removes_emulated
     fixed = emulated or any(check_cpu_removal(definition)) or any(check_gives_up(facts.guest.os))
     if definition.policy.hotplug and not fixed:
@@ -142,10 +147,10 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
     return Headroom(
         cpu_num=cpu_num,
         memory_size=memory_bytes,
-        slots=max(0, definition.slots - definition.slots_used) if definition.max_memory_bytes is not None else 0,
+        slots=facts.count_free_slots(definition) if definition.max_memory_bytes is not None else 0,
         removable_cpu_num=removable,
         removable_memory_size=definition.memory_bytes - definition.boot_bytes if definition.policy.hotplug else 0,
-        memory_granularity=dimm_quantum(facts, None),
+        memory_granularity=_device_quantum(facts, "virtio-mem" if by_virtio_mem else "dimm"),
         memory_methods=methods,
     )
 
@@ -180,9 +185,14 @@ def _finest_bytes(facts: Facts, definition: Definition) -> int:
 def _least_by(method: Method, facts: Facts, affect: Affect) -> int:
     """Return the smallest total above the present one that a method could make."""
     if method == "balloon":
-        return memory.balloon_actual(facts, affect) + memory.BALLOON_PAGE_BYTES
+        return memory.balloon_actual(facts, affect) + memory.balloon_page_bytes(facts)
     step = VIRTIO_MEM_BLOCK_BYTES if method == "virtio-mem" else dimm_quantum(facts, None)
     return memory.current_definition(facts, affect).memory_bytes + step
+
+
+def _device_quantum(facts: Facts, method: Method) -> int:
+    """Return what a new device of a kind must be a multiple of."""
+    return virtio_mem_block_bytes(facts, None) if method == "virtio-mem" else dimm_quantum(facts, None)
 
 
 def _find_state(request: ReadyForHotplugRequest, facts: Facts) -> Iterator[Blocker]:
@@ -203,11 +213,13 @@ def _explain_memory(request: ReadyForHotplugRequest, facts: Facts, size_bytes: i
         definition = _current(facts, affect)
         if definition is None:
             continue
-        yield from _stand_in(name, check_dimm_support(facts, affect))
+        kind = memory.auto_method(facts, request.affect)
+        yield from _stand_in(name, check_device_support(facts, affect, kind))
         added = align_up(max(0, size_bytes - definition.memory_bytes), dimm_quantum(facts, None))
-        yield from _stand_in(name, check_dimm_room(facts, affect, (added,) if added else (), node=None))
-        if added:
+        yield from _stand_in(name, check_device_room(facts, affect, kind, (added,) if added else (), node=None))
+        if added and kind == "plug dimms":
             yield from _stand_in(name, check_placement(facts, affect, (added,), node=None))
+        if added:
             yield from _stand_in(name, check_memory_ceiling(facts, affect, definition.memory_bytes + added))
             yield from check_promised(facts, added) if affect == "live" else ()
 

@@ -17,37 +17,32 @@ from kvmagent.model.guestuse import AGENT_COMMANDS
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
 
+from .machines import Ability, check_machine, find_machine
 from .requests import Blocker, HotPlugMemoryRequest
 
-# Linux adds memory in blocks: the guest agent tells their size, and without it the kernel's smallest is assumed.
-# Source: Linux Documentation/admin-guide/mm/memory-hotplug.rst; Observed: 128 MiB on Linux 6.1, x86-64.
-DEFAULT_BLOCK_BYTES = {"ppc64le": 256 * MIB, "ppc64": 256 * MIB}
-X86_BLOCK_BYTES = 128 * MIB
 # What the host keeps for itself when memory is plugged.
 HOST_RESERVE_BYTES = 256 * MIB
 MOST_VCPUS_WITHOUT_EIM = 255
-# Source: QEMU 7.2: Arm's virt takes dimms and no vCPUs; microvm and isapc take neither.
-_CPU_HOTPLUG_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le", "s390x"})
-# Source: QEMU 7.2 to 11.1, s390x: "CPU hot unplug not supported on this machine".
-_CPU_REMOVAL_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le"})
-_DIMM_ARCHES = frozenset({"x86_64", "ppc64", "ppc64le", "aarch64"})
-# Others tell their guests by firmware calls (POWER) or channel reports (s390x).
-_ACPI_ARCHES = frozenset({"x86_64", "aarch64"})
 _MACHINE_VERSION, _MEMORY_FROM_MACHINE = re.compile(r"pc-(?:i440fx-|q35-)?(\d+)\.(\d+)"), (2, 1)
 # What a virtio-mem device is resized by. Source: libvirt formatdomain, the host's transparent hugepage.
 VIRTIO_MEM_BLOCK_BYTES = 2 * MIB
-_MACHINES_WITHOUT_HOTPLUG = ("microvm", "isapc")
+# A guest with pages of 64 KiB has blocks of this size on Arm, and plugs no smaller part of a virtio-mem device.
+# Source: Linux 6.1 arch/arm64 sparsemem.h; drivers/virtio/virtio_mem.c: no less than a page block.
+_ARM_LARGE_BLOCK_BYTES = 512 * MIB
 # What a command on a VM may be refused with before its own checks: the VM is not found, or `check_state` stops it.
 STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.LIBVIRT_BUSY, Code.VM_OPTED_OUT)
 
 
 def block_bytes(facts: Facts) -> int:
-    """Return the size that added memory must be a multiple of for the guest to use it."""
+    """Return the size that added memory must be a multiple of for the guest to use it.
+
+    Linux adds memory in blocks: the guest agent tells their size, and without it the kernel's usual one is assumed.
+    Source: Linux Documentation/admin-guide/mm/memory-hotplug.rst.
+    """
     if facts.guest.block_bytes is not None:
         return facts.guest.block_bytes
     definition = facts.domain.live or facts.domain.config
-    arch = definition.arch if definition else "x86_64"
-    return DEFAULT_BLOCK_BYTES.get(arch, X86_BLOCK_BYTES)
+    return find_machine(definition).block_bytes if definition else 128 * MIB
 
 
 def dimm_quantum(facts: Facts, node: int | None) -> int:
@@ -64,6 +59,14 @@ def find_page_bytes(facts: Facts, node: int) -> int | None:
     """Return the size of the hugepages behind a guest node; None for normal pages."""
     definition = facts.domain.live or facts.domain.config
     return hostbudget.find_page_bytes(definition, node, facts.host.hugepage_bytes) or None if definition else None
+
+
+def virtio_mem_block_bytes(facts: Facts, node: int | None) -> int:
+    """Return what a new virtio-mem device is resized by: no less than the host's page, and what the guest plugs."""
+    definition, block = facts.domain.live or facts.domain.config, VIRTIO_MEM_BLOCK_BYTES
+    if definition is not None and definition.arch == "aarch64" and facts.guest.block_bytes == _ARM_LARGE_BLOCK_BYTES:
+        block = _ARM_LARGE_BLOCK_BYTES
+    return max(block, find_page_bytes(facts, node or 0) or 0)
 
 
 def _guest_nodes(definition: Definition, node: int | None) -> list[int]:
@@ -142,15 +145,14 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
     """Each definition to be changed, and its owner, must allow `cpu_num` vCPUs, and the host its maximum."""
     yield from check_awake(facts.domain, affect)
     for name, definition in _definitions(facts.domain, affect):
-        yield from _check_machine(name, definition, _CPU_HOTPLUG_ARCHES)
-        limit = vcpu_limit(facts.host, definition)
-        if definition.vcpu_maximum > limit:
+        yield from check_machine(name, definition, "plug vCPUs")
+        limit, why = find_vcpu_limit(facts.host, definition)
+        if limit is not None and definition.vcpu_maximum > limit:
             yield blocker(
                 Code.CPU_ABOVE_HOST_LIMIT,
-                f"the {name} definition allows {definition.vcpu_maximum} vCPUs, the hypervisor at most {limit}",
+                f"the {name} definition allows {definition.vcpu_maximum} vCPUs, and {why}",
                 needs_restart=True,
             )
-        yield from _check_acpi(name, definition)
         if cpu_num > definition.vcpu_maximum:
             yield blocker(
                 Code.CPU_ABOVE_MAXIMUM,
@@ -176,24 +178,34 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
 
 def check_cpu_removal(definition: Definition) -> Iterator[Blocker]:
     """The running VM's machine must be one that gives vCPUs up at all."""
-    yield from _check_machine("running", definition, _CPU_REMOVAL_ARCHES)
+    yield from check_machine("running", definition, "unplug vCPUs")
 
 
-def vcpu_limit(host: Host, definition: Definition) -> int:
-    """Return the most vCPUs that the VM can be started with: above 255, APIC ids need an IOMMU that carries them.
+def find_vcpu_limit(host: Host, definition: Definition) -> tuple[int | None, str]:
+    """Return the most vCPUs that the VM can be started with and why it is no more; None where nothing tells.
 
-    Source: QEMU hw/i386/x86-iommu, "eim"; libvirt domain capabilities, vcpu max.
+    Source: libvirt domain capabilities, vcpu max. On x86 APIC ids above 255 need more than that: `has_low_ids`.
     """
-    limit = MOST_VCPUS_WITHOUT_EIM if host.vcpu_limit is None else host.vcpu_limit
-    return limit if carries_x2apic(definition) else min(limit, MOST_VCPUS_WITHOUT_EIM)
+    limit, kind = host.vcpu_limit, f"a {definition.machine} ({definition.hypervisor})"
+    if has_low_ids(host, definition) and (limit is None or limit > MOST_VCPUS_WITHOUT_EIM):
+        most = MOST_VCPUS_WITHOUT_EIM
+        if definition.hypervisor == "kvm":
+            return most, f"more than {most} need an <iommu> that carries their APIC ids (eim='on', AMD's xtsup='on')"
+        return most, f"an emulated VM has at most {most}: nothing carries higher APIC ids there"
+    return limit, f"the hypervisor gives at most {limit} to {kind}"
 
 
-def carries_x2apic(definition: Definition) -> bool:
-    """Return whether ids above 255 reach their vCPUs: by an IOMMU, and KVM's interrupt controller.
+def has_low_ids(host: Host, definition: Definition) -> bool:
+    """Return whether nothing carries APIC ids above 255 to their vCPUs: an IOMMU does, with KVM's interrupt controller.
 
-    Observed: QEMU 7.2 emulating refuses such ids, "requires kernel irqchip and X2APIC API support".
+    Newer libvirt adds that IOMMU by itself where a q35 VM gets so many vCPUs.
+    Source: QEMU hw/i386/x86-iommu, "eim". Observed: QEMU 7.2 emulating refuses such ids, "requires kernel irqchip and
+    X2APIC API support"; libvirt 12.8 adds the IOMMU.
     """
-    return definition.iommu_eim and definition.hypervisor == "kvm"
+    if definition.arch != "x86_64":
+        return False
+    carried = definition.iommu_eim or (host.adds_iommu and "q35" in definition.machine)
+    return not (carried and definition.hypervisor == "kvm")
 
 
 def check_machine_age(name: str, definition: Definition) -> Iterator[Blocker]:
@@ -214,34 +226,21 @@ def check_machine_age(name: str, definition: Definition) -> Iterator[Blocker]:
         )
 
 
-def _check_machine(name: str, definition: Definition, arches: frozenset[str]) -> Iterator[Blocker]:
-    if definition.arch not in arches or definition.machine.startswith(_MACHINES_WITHOUT_HOTPLUG):
-        yield blocker(
-            Code.MACHINE_NOT_SUPPORTED,
-            f"the {name} definition is a {definition.machine or 'machine'} of architecture {definition.arch}",
-            needs_restart=True,
-        )
-
-
-def _check_acpi(name: str, definition: Definition) -> Iterator[Blocker]:
-    """The machine must have what it tells its guest by that something was plugged; where it is not ACPI, it has it."""
-    if definition.arch in _ACPI_ARCHES and not definition.acpi:
-        yield blocker(Code.NO_ACPI, f"the {name} definition has no ACPI", needs_restart=True)
-
-
-def check_dimm_support(facts: Facts, affect: Affect) -> Iterator[Blocker]:
-    """Each definition to be changed must be able to take a dimm at all."""
+def check_device_support(facts: Facts, affect: Affect, ability: Ability) -> Iterator[Blocker]:
+    """Each definition to be changed must be able to take a memory device of the kind at all."""
     for name, definition in _definitions(facts.domain, affect):
-        yield from _check_machine(name, definition, _DIMM_ARCHES)
+        cannot = list(check_machine(name, definition, ability))
+        yield from cannot
+        if any(one.code is Code.MACHINE_NOT_SUPPORTED for one in cannot):
+            continue  # nothing else would help
         yield from check_machine_age(name, definition)
         if definition.launch_security is not None:
             yield blocker(
                 Code.MEMORY_ENCRYPTED, f"the {name} definition has launchSecurity {definition.launch_security}"
             )
-        yield from _check_acpi(name, definition)
-        if not definition.cells:
+        if not definition.cells and find_machine(definition).needs_cells:
             yield blocker(Code.NO_NUMA_CELL, f"the {name} definition has no guest NUMA cell", needs_restart=True)
-        else:
+        elif definition.cells:
             covered = frozenset[int]().union(*(cell.cpus for cell in definition.cells))
             missing = frozenset(range(definition.vcpu_maximum)) - covered
             if missing:
@@ -271,18 +270,20 @@ def check_passes_nothing(facts: Facts, affect: Affect) -> Iterator[Blocker]:
             )
 
 
-def check_dimm_room(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], node: int | None) -> Iterator[Blocker]:
-    """Each definition to be changed must have slots and address room for these dimms, and the node.
+def check_device_room(
+    facts: Facts, affect: Affect, ability: Ability, sizes_bytes: tuple[int, ...], node: int | None
+) -> Iterator[Blocker]:
+    """Each definition to be changed must have slots and address room for these devices, and the node.
 
-    Only what `check_dimm_support` passed is judged.
+    Only what `check_device_support` passed is judged.
     """
     wanted = sum(sizes_bytes)
     for name, definition in _definitions(facts.domain, affect):
         nodes = frozenset(cell.id for cell in definition.cells)
-        if node is not None and nodes and node not in nodes:
+        if node is not None and node not in nodes and (nodes or not find_machine(definition).needs_cells):
+            has = format_ids(nodes) if nodes else "no guest NUMA cell"
             yield blocker(
-                Code.NUMA_NODE_NOT_FOUND,
-                f"guest NUMA node {node} was asked for, the {name} definition has {format_ids(nodes)}",
+                Code.NUMA_NODE_NOT_FOUND, f"guest NUMA node {node} was asked for, the {name} definition has {has}"
             )
         if definition.max_memory_bytes is None:
             continue
@@ -295,8 +296,9 @@ def check_dimm_room(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], 
             )
         if name == "persistent":
             yield from _check_hard_limit(name, definition, wanted)
-        free = definition.slots - definition.slots_used
-        if len(sizes_bytes) > free:
+        free = facts.count_free_slots(definition)
+        takes_slots = ability == "plug dimms" or facts.host.virtio_mem_takes_slots
+        if takes_slots and len(sizes_bytes) > free:
             yield blocker(
                 Code.SLOTS_EXHAUSTED,
                 f"{len(sizes_bytes)} memory slots are needed, the {name} definition has {free} of "

@@ -1,6 +1,6 @@
 """What a guest's operating system is known to do of hotplug. Of one that is not known, nothing is claimed.
 
-    Linux      virtio-mem from 5.8 on, 5.16 advised
+    Linux      virtio-mem from 5.8 on, 5.16 advised; on Arm from 5.18 on
     Windows    acknowledges a dimm and does not bring it online by itself; gives up no vCPU and no dimm;
                virtio-mem with the viomem driver; but for Server, at most two sockets, Home one
     FreeBSD    takes no plugged memory
@@ -16,7 +16,7 @@ from kvmagent.model.reply import Problem
 
 from .requests import Blocker
 
-_VIRTIO_MEM_FROM, _VIRTIO_MEM_ADVISED = (5, 8), (5, 16)
+_VIRTIO_MEM_FROM, _VIRTIO_MEM_ADVISED, _VIRTIO_MEM_FROM_ON_ARM = (5, 8), (5, 16), (5, 18)
 _USE_RESTART = 'Use "affect": "config" and power the VM off and on.'
 
 
@@ -26,11 +26,13 @@ def check_plugs_memory(os: GuestOs | None) -> Iterator[Blocker]:
         yield _unable(f"{os.name} takes no memory that is plugged while it runs", _USE_RESTART)
 
 
-def check_virtio_mem(os: GuestOs | None) -> Iterator[Blocker]:
+def check_virtio_mem(os: GuestOs | None, arch: str) -> Iterator[Blocker]:
     """The guest must be able to take virtio-mem."""
     yield from check_plugs_memory(os)
-    if os is not None and os.family == "linux" and os.kernel is not None and os.kernel < _VIRTIO_MEM_FROM:
-        yield _unable(f"{os.name} runs Linux {_words(os.kernel)}, virtio-mem needs 5.8", 'Use "method": "dimm".')
+    needed = _VIRTIO_MEM_FROM_ON_ARM if arch == "aarch64" else _VIRTIO_MEM_FROM
+    if os is not None and os.family == "linux" and os.kernel is not None and os.kernel < needed:
+        words = f"{os.name} runs Linux {_words(os.kernel)}, virtio-mem needs {_words(needed)}"
+        yield _unable(words, 'Use "method": "dimm".')
 
 
 def check_gives_up(os: GuestOs | None) -> Iterator[Blocker]:

@@ -1,6 +1,6 @@
 """HotPlugMemory: more memory for a running VM, its persistent definition, or both: balloon, virtio-mem, dimms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -18,8 +18,8 @@ from .checks import (
     STATE_REFUSALS,
     VIRTIO_MEM_BLOCK_BYTES,
     check_balloon,
-    check_dimm_room,
-    check_dimm_support,
+    check_device_room,
+    check_device_support,
     check_expected,
     check_hard_limit,
     check_host,
@@ -28,9 +28,9 @@ from .checks import (
     check_state,
     check_unlocked,
     dimm_quantum,
-    find_page_bytes,
     refuse_first,
     round_up_addition,
+    virtio_mem_block_bytes,
 )
 from .guestmemory import (
     OWN_ALIAS,
@@ -41,13 +41,10 @@ from .guestmemory import (
 )
 from .guestos import check_plugs_memory, check_virtio_mem, find_limits
 from .leftovers import explain_leftovers, find_balloon_leftover, find_other_half, settle
+from .machines import Ability, find_machine
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance
 from .placement import check_placement
-from .requests import HotPlugMemoryRequest, MemoryReply
-
-# How far the balloon may stay from its target and still have reached it: QEMU and the guest move whole pages.
-BALLOON_PAGE_BYTES = 4 * KIB
-
+from .requests import Blocker, HotPlugMemoryRequest, MemoryReply
 
 TARGETS: tuple[Target, Target] = ("live", "config")
 
@@ -67,7 +64,9 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     if holds_balloon:
         balloon_bytes = facts.domain.balloon_bytes
     missing = {} if request.method == "balloon" else _find_missing(request, facts)
-    refuse_first(check_virtio_mem(facts.guest.os) if request.method == "virtio-mem" else ())
+    if request.method == "auto" and auto_method(facts, request.affect) == "plug virtio-mem":
+        request = msgspec.structs.replace(request, method="virtio-mem")
+    refuse_first(_check_guest_virtio_mem(facts, request.affect) if request.method == "virtio-mem" else ())
     resizes = _decide_resizes(request, facts, missing) if _may_resize(request, facts) else ()
     resizes += _settle_others(found, facts, resizes)
     virtio_mem = _decide_virtio_mem(request, facts, missing, task_uuid) if request.method == "virtio-mem" else None
@@ -104,6 +103,25 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
     )
+
+
+def auto_method(facts: Facts, affect: Affect) -> Ability:
+    """Return what kind of device brings memory where the request names none: dimms, where the machine has them.
+
+    On Arm a guest may have no driver for dimms, and is told of none without ACPI: there it is virtio-mem, but for a
+    guest that is known to be too old, and memory that is locked.
+    Observed: Debian's kernels lack CONFIG_ACPI_HOTPLUG_MEMORY.
+    """
+    definition = current_definition(facts, affect)
+    if definition.arch != "aarch64" or definition.locked or any(check_virtio_mem(facts.guest.os, definition.arch)):
+        return "plug dimms"
+    return "plug virtio-mem"
+
+
+def balloon_page_bytes(facts: Facts) -> int:
+    """Return what the balloon moves at once: whole pages of the guest's."""
+    definition = facts.domain.live or facts.domain.config
+    return find_machine(definition).balloon_page_bytes if definition is not None else 4 * KIB
 
 
 def _find_totals(
@@ -145,10 +163,12 @@ def _find_gains(
         device = None if live is None or resize.target != "live" else resize.find(live)
         if device is not None:
             added = max(0, resize.requested_bytes - device.promised_bytes)
-            gains[resize.node] = gains.get(resize.node, 0) + added
+            node = resize.node or 0
+            gains[node] = gains.get(node, 0) + added
     for dimm in (*dimms, *([virtio_mem] if virtio_mem else [])):
         added = dimm.requested_bytes if isinstance(dimm, PlannedVirtioMem) else dimm.size_bytes
-        gains[dimm.node] = gains.get(dimm.node, 0) + (added if dimm.live else 0)
+        node = dimm.node or 0
+        gains[node] = gains.get(node, 0) + (added if dimm.live else 0)
     return {node: size for node, size in gains.items() if size}
 
 
@@ -214,12 +234,20 @@ def _find_missing(request: HotPlugMemoryRequest, facts: Facts) -> dict[Target, i
     return {name: amount for name, amount in missing.items() if amount > 0}
 
 
+def _check_guest_virtio_mem(facts: Facts, affect: Affect) -> Iterator[Blocker]:
+    return check_virtio_mem(facts.guest.os, current_definition(facts, affect).arch)
+
+
 def _may_resize(request: HotPlugMemoryRequest, facts: Facts) -> bool:
     """Whether virtio-mem devices that are there may grow; what the guest cannot use of them is had by dimm."""
     if request.method != "auto":
         return request.method == "virtio-mem"
     affect = request.affect
-    blocked = (check_virtio_mem(facts.guest.os), check_unlocked(facts, affect), check_passes_nothing(facts, affect))
+    blocked = (
+        _check_guest_virtio_mem(facts, affect),
+        check_unlocked(facts, affect),
+        check_passes_nothing(facts, affect),
+    )
     return not any(any(found) for found in blocked)
 
 
@@ -276,7 +304,7 @@ def plan_resize(device: MemoryDevice, requested_bytes: int, target: Target) -> P
     """Return the resize of a virtio-mem device of one definition."""
     return PlannedResize(
         alias=device.alias,
-        node=device.node or 0,
+        node=device.node,
         size_bytes=device.size_bytes,
         former_bytes=device.plugged_bytes,
         requested_bytes=requested_bytes,
@@ -320,12 +348,12 @@ def _decide_virtio_mem(
     """Return a new virtio-mem device for what the present ones have no room for, as large as it can ever be."""
     if not missing:
         return None
-    refuse_first(check_dimm_support(facts, request.affect))
+    refuse_first(check_device_support(facts, request.affect, "plug virtio-mem"))
     node = _place(current_definition(facts, request.affect), [max(missing.values())], request.node)[0]
-    block = max(VIRTIO_MEM_BLOCK_BYTES, find_page_bytes(facts, node) or 0)
+    block = virtio_mem_block_bytes(facts, node)
     added = round_up_addition(request, max(missing.values()), block)
     affect: Affect = "both" if len(missing) == 2 else next(iter(missing))
-    refuse_first(check_dimm_room(facts, affect, (added,), request.node))
+    refuse_first(check_device_room(facts, affect, "plug virtio-mem", (added,), request.node))
     refuse_first(check_unlocked(facts, affect))
     refuse_first(check_host(facts, added, node) if "live" in missing else ())
     rooms = [
@@ -352,7 +380,7 @@ def _decide_balloon(request: HotPlugMemoryRequest, facts: Facts) -> int | None:
         return None
     current = current_definition(facts, request.affect)
     actual = balloon_actual(facts, request.affect)
-    wanted = align_up(request.memory_size, BALLOON_PAGE_BYTES)
+    wanted = align_up(request.memory_size, balloon_page_bytes(facts))
     if request.method == "auto":
         if not current.balloon or actual >= current.balloon_total_bytes:
             return None
@@ -377,8 +405,8 @@ def _decide_dimms(
     if not missing:
         return (), False
     refuse_first(check_plugs_memory(facts.guest.os) if request.affect != "config" else ())
-    refuse_first(check_dimm_support(facts, request.affect))
-    refuse_first(check_dimm_room(facts, request.affect, (), request.node))
+    refuse_first(check_device_support(facts, request.affect, "plug dimms"))
+    refuse_first(check_device_room(facts, request.affect, "plug dimms", (), request.node))
     parts: list[tuple[int, bool, bool]] = []
     one_by_one, quantum = False, dimm_quantum(facts, request.node)
     both = min(missing.get("live", 0), missing.get("config", 0))
@@ -395,10 +423,10 @@ def _decide_dimms(
     for affect in TARGETS:
         wanted = tuple(size for size, live, config in parts if (live if affect == "live" else config))
         if wanted:
-            refuse_first(check_dimm_room(facts, affect, wanted, request.node))
+            refuse_first(check_device_room(facts, affect, "plug dimms", wanted, request.node))
             refuse_first(check_placement(facts, affect, wanted, request.node))
     nodes = _place(current_definition(facts, request.affect), [size for size, _, _ in parts], request.node)
-    for node in sorted(set(nodes)):
+    for node in sorted(set(nodes), key=lambda one: one or 0):
         live_bytes = sum(size for (size, live, _), place in zip(parts, nodes, strict=True) if live and place == node)
         refuse_first(check_host(facts, live_bytes, node))
     dimms = tuple(
@@ -422,23 +450,26 @@ def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
     return [dimm_bytes] * whole + ([rest] if rest else [])
 
 
-def _place(definition: Definition, sizes_bytes: list[int], node: int | None) -> list[int]:
+def _place(definition: Definition, sizes_bytes: list[int], node: int | None) -> list[int | None]:
     """Return a guest NUMA node for each device: the asked one, else each time the one that has least by then.
+
+    None where the guest has no cells, and its machine asks for none.
 
     A node without vCPUs gets memory only where it is asked for: it is there for another kind of memory.
     """
     if node is not None:
-        return [node] * len(sizes_bytes)
+        return [node for _ in sizes_bytes]
     takers = [cell for cell in definition.cells if cell.cpus] or definition.cells
     has = {cell.id: cell.memory_bytes for cell in takers}
     for device in definition.devices:
         if device.node in has:
             has[device.node] += device.plugged_bytes
-    nodes = []
-    for size in sizes_bytes:
-        nodes.append(min(has, key=lambda cell: (has[cell], cell)))
-        has[nodes[-1]] += size
-    return nodes
+    nodes = list[int | None]()
+    for size in sizes_bytes if has else ():
+        chosen = min(has, key=lambda cell: (has[cell], cell))
+        has[chosen] += size
+        nodes.append(chosen)
+    return nodes or [None] * len(sizes_bytes)
 
 
 def _applied(affect: Affect, ending: Ending) -> int | None:

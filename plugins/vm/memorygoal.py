@@ -31,11 +31,11 @@ from .reply import not_verified
 
 
 class PlannedDimm(msgspec.Struct, frozen=True, rename="camel"):
-    """A dimm that a task attaches, by the alias that makes it the task's own."""
+    """A dimm that a task attaches, by the alias that makes it the task's own; to no node where there are no cells."""
 
     alias: str
     size_bytes: int
-    node: int
+    node: int | None
     live: bool
     config: bool
 
@@ -51,7 +51,7 @@ class PlannedResize(msgspec.Struct, frozen=True, rename="camel"):
     """A virtio-mem device of one definition that a task resizes, and what was requested of it before."""
 
     alias: str | None
-    node: int
+    node: int | None
     size_bytes: int
     former_bytes: int
     requested_bytes: int

@@ -13,24 +13,22 @@ from kvmagent.model.steps import CellShape, Shape, VirtioMemShape
 from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
 
 from .checks import (
-    VIRTIO_MEM_BLOCK_BYTES,
-    X86_BLOCK_BYTES,
-    carries_x2apic,
     check_machine_age,
     check_opted_out,
     check_passes_nothing,
     check_unlocked,
-    find_page_bytes,
+    find_vcpu_limit,
+    has_low_ids,
     refuse_first,
-    vcpu_limit,
+    virtio_mem_block_bytes,
 )
 from .guestos import check_virtio_mem, find_socket_limits
+from .machines import check_machine, find_machine
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
 # Room that a VM without any is given where the request names none, in multiples of what it has.
 DEFAULT_GROWTH = 4
 DEFAULT_SLOTS = 16
-PREPARABLE_ARCHES = frozenset({"x86_64"})
 # Physical addresses that are not memory: those below 4 GiB, and as much again for what QEMU rounds up.
 # Source: QEMU 7.2 hw/i386/pc.c, pc_max_used_gpa: each slot may cost 1 GiB of alignment, the 64-bit PCI hole comes on
 # top; an AMD vCPU whose addresses would reach the HyperTransport range has its memory from 1 TiB on instead of 4 GiB.
@@ -39,7 +37,12 @@ _SLOT_ALIGNMENT_BYTES = GIB
 _AMD_RANGE_BYTES, _AMD_MOVED_BYTES = 1012 * GIB, 1020 * GIB
 # Source: QEMU 7.2 hw/pci-host/q35.c and i440fx.c, pci-hole64-size.
 _Q35_HOLE_BYTES, _I440FX_HOLE_BYTES = 32 * GIB, 2 * GIB
+# Arm's lies above the memory, at a multiple of its size, and is given up where there is no room for it.
+# Source: QEMU 7.2 hw/arm/virt.c, VIRT_HIGH_PCIE_MMIO.
+_ARM_HOLE_BYTES = 512 * GIB
 _DEFAULT_PHYS_BITS = 40
+# Elsewhere memory ends where the host's does: a limit that no VM has is as good as none.
+_ADDRESS_BITS_LIMIT, _POWER_BITS = frozenset({"x86_64", "aarch64"}), 64
 # A CPU of so many address bits or fewer reaches nothing above 4 GiB, where all plugged memory is.
 _UNREACHING_BITS = 32
 # Source: QEMU 7.2 hw/i386/x86.c: from 255 on an id needs X2APIC, and an IOMMU that carries it.
@@ -62,10 +65,9 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
     """
     config = facts.get_config()
     refuse_first(check_opted_out(facts.domain, "config"))
-    if config.arch not in PREPARABLE_ARCHES or config.machine.startswith(("microvm", "isapc")):
-        raise AgentError(
-            Code.MACHINE_NOT_SUPPORTED, f"VM {facts.domain.name} is a {config.machine} of architecture {config.arch}"
-        )
+    machine = find_machine(config)
+    if not machine.does:
+        refuse_first(check_machine("persistent", config, "plug vCPUs"))
     refuse_first(check_machine_age("persistent", config))
     clamped: list[Clamp] = []
     maximum, topology = _plan_vcpus(request, facts, config, clamped)
@@ -75,8 +77,9 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
         vcpu_maximum=maximum,
         topology=topology,
         max_memory_bytes=max_memory_bytes,
-        slots=slots + len(devices),
-        cells=_plan_cells(config, maximum),
+        slots=slots + (len(devices) if facts.host.virtio_mem_takes_slots else 0),
+        cells=_plan_cells(config, maximum) if config.cells or machine.needs_cells else (),
+        acpi="plug vCPUs" in machine.by_acpi,
         free_page_reporting=request.free_page_reporting,
         virtio_mems=devices,
     )
@@ -114,13 +117,16 @@ def _plan_vcpus(
             f'"maxCpuNum" is {asked}, VM {facts.domain.name} has {config.vcpu_current} vCPUs',
             remedy="Ask for a maximum that is not below what the VM has.",
         )
-    limit, ceiling = vcpu_limit(facts.host, config), config.policy.max_cpu_num
-    why = f"the hypervisor gives at most {limit} to a {config.machine} ({config.hypervisor})"
-    addressed = _most_addressed(config)
-    if addressed is not None and addressed < limit:
+    (limit, why), ceiling = find_vcpu_limit(facts.host, config), config.policy.max_cpu_num
+    addressed = _most_addressed(facts, config)
+    if addressed is not None and (limit is None or addressed < limit):
         limit, why = addressed, f"more in this topology have APIC ids above {_HIGHEST_APIC_ID}"
-    if ceiling is not None and ceiling < limit:
+    if ceiling is not None and (limit is None or ceiling < limit):
         limit, why = ceiling, f"the VM's policy allows at most {ceiling}"
+    if "plug vCPUs" not in find_machine(config).does:
+        limit, why = config.vcpu_maximum, f"a {config.machine} of architecture {config.arch} takes none while it runs"
+    if limit is None:
+        limit = max(asked or 0, request.cpu_num or 0, DEFAULT_GROWTH * config.vcpu_current)
     if asked is None:
         grown = config.vcpu_maximum > config.vcpu_current
         asked = config.vcpu_maximum if grown else min(limit, DEFAULT_GROWTH * config.vcpu_current)
@@ -141,13 +147,13 @@ def _socket_vcpus(config: Definition) -> int:
     return 1 if config.topology is None else config.topology[1] * config.topology[2] * config.topology[3]
 
 
-def _most_addressed(config: Definition) -> int | None:
+def _most_addressed(facts: Facts, config: Definition) -> int | None:
     """Return the most vCPUs, in whole sockets, whose APIC ids need no X2APIC; None where ids are no limit.
 
     Each level of a topology takes whole bits of the id, so ids have gaps where it is no power of two.
     Source: QEMU 7.2 include/hw/i386/topology.h.
     """
-    if config.topology is None or carries_x2apic(config):
+    if config.topology is None or not has_low_ids(facts.host, config):
         return None
     stride, last = 1, 0
     for count in reversed(config.topology[1:]):
@@ -170,16 +176,24 @@ def _plan_memory(
             f'"maxMemorySize" is {format_size(asked)}, VM {facts.domain.name} has {format_size(config.total_bytes)}',
             remedy="Ask for a maximum that is not below what the VM has.",
         )
+    machine = find_machine(config)
+    if not machine.does & {"plug dimms", "plug virtio-mem"}:
+        wanted, has = max(asked or 0, request.memory_size or 0), config.max_memory_bytes or config.total_bytes
+        if wanted > has:
+            why = f"a {config.machine} of architecture {config.arch} takes no memory while it runs"
+            clamped.append(Clamp(field="maxMemorySize", asked=wanted, prepared=has, why=why))
+        return config.max_memory_bytes, config.slots
     if asked is None:
         asked = config.max_memory_bytes or DEFAULT_GROWTH * config.total_bytes
     former = config.max_memory_bytes or config.total_bytes
-    wanted = align_up(max(asked, request.memory_size or 0, former), X86_BLOCK_BYTES)
+    block = machine.block_bytes
+    wanted = align_up(max(asked, request.memory_size or 0, former), block)
     bits = _find_phys_bits(facts, config)
     slots = _plan_slots(request, config, bits, former, clamped)
     ceiling, allowed = _addressable_bytes(config, bits, slots), config.policy.max_memory_bytes
-    why = f"the vCPUs have {bits} physical address bits, which leave {format_size(ceiling)} with {slots} slots"
+    why = _explain_bits(facts, config, bits, ceiling, slots)
     if allowed is not None and allowed < ceiling:
-        ceiling, why = align_down(allowed, X86_BLOCK_BYTES), f"the VM's policy allows at most {format_size(allowed)}"
+        ceiling, why = align_down(allowed, block), f"the VM's policy allows at most {format_size(allowed)}"
     prepared = wanted if wanted <= ceiling or wanted == former else max(ceiling, former)
     if prepared != wanted:
         clamped.append(Clamp(field="maxMemorySize", asked=wanted, prepared=prepared, why=why))
@@ -188,8 +202,16 @@ def _plan_memory(
     return prepared, slots
 
 
+def _explain_bits(facts: Facts, config: Definition, bits: int, ceiling: int, slots: int) -> str:
+    is_known = config.phys_bits is not None or facts.host.phys_bits is not None
+    have = f"the vCPUs have {bits} physical address bits" if is_known else f"of the vCPUs {bits} address bits are known"
+    return f"{have}, which leave {format_size(ceiling)} with {slots} slots"
+
+
 def _find_phys_bits(facts: Facts, config: Definition) -> int:
     """Return how many physical address bits the vCPUs can use; under KVM no more than the host has."""
+    if config.arch not in _ADDRESS_BITS_LIMIT:
+        return _POWER_BITS
     bits = config.phys_bits or facts.host.phys_bits or _DEFAULT_PHYS_BITS
     bounds = (config.phys_bits_limit, facts.host.phys_bits if config.hypervisor == "kvm" else None)
     return min([bits, *(bound for bound in bounds if bound is not None)])
@@ -200,8 +222,15 @@ def _plan_slots(
 ) -> int:
     """Return the slots: each costs addresses, so where there are few, there are fewer slots; never fewer than now."""
     asked = slots = max(request.slots or config.slots or DEFAULT_SLOTS, config.slots)
+    most = find_machine(config).most_slots
+    if slots > max(most, config.slots):
+        slots = max(most, config.slots)
+        clamped.append(
+            Clamp(field="slots", asked=asked, prepared=slots, why=f"a {config.machine} has at most {most} memory slots")
+        )
+        asked = slots
     fewest = config.slots or 1
-    while slots > fewest and _addressable_bytes(config, bits, slots) < former_bytes + X86_BLOCK_BYTES:
+    while slots > fewest and _addressable_bytes(config, bits, slots) < former_bytes + find_machine(config).block_bytes:
         slots = max(fewest, slots // 2)
     if slots != asked and bits > _UNREACHING_BITS:
         why = f"each slot costs 1 GiB of the addresses that {bits} bits give"
@@ -214,6 +243,9 @@ def _addressable_bytes(config: Definition, bits: int, slots: int) -> int:
     if bits <= _UNREACHING_BITS:
         return 0
     hole = config.pci_hole_bytes
+    if config.arch == "aarch64":
+        hole = min(_ARM_HOLE_BYTES, 1 << bits - 1)
+        return max(0, align_down((1 << bits) - hole - _LOW_ADDRESSES_BYTES - slots * _SLOT_ALIGNMENT_BYTES, GIB))
     if hole is None:
         hole = _Q35_HOLE_BYTES if "q35" in config.machine else _I440FX_HOLE_BYTES
     space = (1 << bits) - hole - _LOW_ADDRESSES_BYTES - slots * _SLOT_ALIGNMENT_BYTES
@@ -224,24 +256,24 @@ def _addressable_bytes(config: Definition, bits: int, slots: int) -> int:
 def _plan_virtio_mems(
     request: ReadyForHotplugRequest, facts: Facts, config: Definition, max_memory_bytes: int | None
 ) -> tuple[VirtioMemShape, ...]:
-    """Return a device for each node that has none, which share the room up to the maximum. Each takes a slot as well.
+    """Return a device for each node that has none, which share the room up to the maximum.
 
     Raises:
-        AgentError: MEMORY_LOCKED; GUEST_OS_UNABLE.
+        AgentError: MACHINE_NOT_SUPPORTED; MEMORY_LOCKED; GUEST_OS_UNABLE.
     """
     if request.memory_device != "virtio-mem":
         return ()
+    if "plug virtio-mem" not in find_machine(config).does:
+        refuse_first(check_machine("persistent", config, "plug virtio-mem"))
     refuse_first(check_unlocked(facts, "config"))
     refuse_first(check_passes_nothing(facts, "config"))
-    refuse_first(check_virtio_mem(facts.guest.os))
+    refuse_first(check_virtio_mem(facts.guest.os, config.arch))
     has = {device.node or 0 for device in config.virtio_mems}
     nodes = [node for node in ([cell.id for cell in config.cells] or [0]) if node not in has]
     room = max(0, (max_memory_bytes or 0) - config.total_bytes)
-    size = align_down(room // len(nodes), X86_BLOCK_BYTES) if nodes else 0
+    size = align_down(room // len(nodes), find_machine(config).block_bytes) if nodes else 0
     return tuple(
-        VirtioMemShape(
-            node=node, size_bytes=size, block_bytes=max(VIRTIO_MEM_BLOCK_BYTES, find_page_bytes(facts, node) or 0)
-        )
+        VirtioMemShape(node=node, size_bytes=size, block_bytes=virtio_mem_block_bytes(facts, node))
         for node in nodes
         if size
     )
@@ -290,7 +322,7 @@ def _changes(config: Definition, shape: Shape) -> list[Change]:
         "maxMemorySize": (config.max_memory_bytes, shape.max_memory_bytes),
         "slots": (config.slots, shape.slots),
         "numaCells": (cells, prepared_cells),
-        "acpi": (config.acpi, True),
+        "acpi": (config.acpi, shape.acpi or config.acpi),
         "balloon": (config.balloon, True),
         "guestAgentChannel": (config.agent_channel, True),
         "freePageReporting": (config.free_page_reporting, shape.free_page_reporting or config.free_page_reporting),

@@ -29,7 +29,7 @@ class PlannedRemoval(msgspec.Struct, frozen=True, rename="camel"):
 
     alias: str | None
     size_bytes: int
-    node: int
+    node: int | None
     slot: int | None
     base: int | None
     live: bool
@@ -82,7 +82,7 @@ def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool
     return PlannedRemoval(
         alias=device.alias,
         size_bytes=device.size_bytes,
-        node=device.node or 0,
+        node=device.node,
         slot=device.slot,
         base=device.base,
         live=live,

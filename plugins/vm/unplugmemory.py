@@ -32,9 +32,9 @@ from .guestmemory import (
 )
 from .guestos import check_gives_up
 from .memory import (
-    BALLOON_PAGE_BYTES,
     TARGETS,
     balloon_actual,
+    balloon_page_bytes,
     current_definition,
     find_halves,
     plan_resizes,
@@ -204,7 +204,7 @@ def _decide_balloon(
     Raises:
         AgentError: NO_BALLOON, BALLOON_BELOW_FLOOR.
     """
-    target = align_up(request.memory_size, BALLOON_PAGE_BYTES)
+    target = align_up(request.memory_size, balloon_page_bytes(facts))
     if not surplus or request.memory_size >= definition.boot_bytes:
         return None
     refuse_first(check_balloon(facts, request.affect, target))

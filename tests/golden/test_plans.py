@@ -188,10 +188,14 @@ def be_a(machine: str) -> Callable[[FakeDomain], None]:
     return arrange
 
 
+MACHINE_OF = {"ppc64le": "pseries-7.2", "s390x": "s390-ccw-virtio-7.2", "aarch64": "virt-7.2"}
+
+
 def be_of(arch: str) -> Callable[[FakeDomain], None]:
     def arrange(domain: FakeDomain) -> None:
         for root in (domain.live, domain.config):
             root.find("./os/type").set("arch", arch)
+            root.find("./os/type").set("machine", MACHINE_OF.get(arch, "pc"))
 
     return arrange
 
@@ -854,7 +858,7 @@ def describe(xml: str) -> list[str]:
     most = "" if vm.max_memory_bytes is None else f" of {format_size(vm.max_memory_bytes)}"
     return [
         f"{vm.hypervisor} {vm.machine}, {vm.vcpu_current} of {vm.vcpu_maximum} vCPUs, "
-        f"{format_size(vm.boot_bytes)}{most}, {vm.slots_used} of {vm.slots} slots, {len(vm.cells)} cells",
+        f"{format_size(vm.boot_bytes)}{most}, {len(vm.devices)} of {vm.slots} slots, {len(vm.cells)} cells",
         *(f"{it.model} {format_size(it.size_bytes)} node {it.node} slot {it.slot} {it.alias}" for it in vm.devices),
     ]
 

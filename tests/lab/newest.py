@@ -1,6 +1,6 @@
 """Owns a directory with the newest libvirt and QEMU of Debian's archive: made by debootstrap once, and kept.
 
-    debootstrap of the testing suite + libvirtd and QEMU -> /var/tmp/kvmagent-lab-<uid>/testing: 550 MiB, about a minute
+    debootstrap of the testing suite + libvirtd and QEMU -> /var/tmp/kvmagent-lab-<uid>/testing: 382 MB, about a minute
     PrivateLibvirtd(tree=...) runs that libvirtd, as the lab's ordinary user
 
 It is made anew where the recipe changes, or by hand: remove the directory.
@@ -38,7 +38,7 @@ def build_newest_tree(*, report: Callable[[str], None] = lambda _line: None) -> 
     with (directory.parent / f".lock-{SUITE}").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (directory / "complete").exists():
-            report(f"making {directory}: the newest libvirt and QEMU, 550 MiB, about a minute")
+            report(f"making {directory}: the newest libvirt and QEMU, 382 MB, about a minute")
             shutil.rmtree(directory, ignore_errors=True)
             mirror, _release = find_mirror()
             call("debootstrap", "--variant=minbase", SUITE, str(directory), mirror, SCRIPT)

@@ -10,7 +10,7 @@ set -eu
 BUILD="gcc libc6-dev libvirt-dev pkg-config"
 # To run a guest. The guest's own files come from packages that are downloaded, never installed (image.py);
 # xz and zstd unpack the kernel modules of newer distributions.
-LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 qemu-system-ppc binutils xz-utils zstd"
+LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 qemu-system-ppc qemu-system-misc qemu-system-arm binutils xz-utils zstd"
 # To hold the unit file and SECURITY.md to what they promise: systemd-analyze and libseccomp, of which nothing is
 # started, and openssl.
 UNIT="systemd util-linux openssl"
@@ -29,7 +29,7 @@ DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellch
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
-COMMANDS="gcc pkg-config qemu-system-x86_64 qemu-system-ppc64 readelf xz zstd systemd-analyze setpriv openssl logrotate haproxy"
+COMMANDS="gcc pkg-config qemu-system-x86_64 qemu-system-ppc64 qemu-system-s390x qemu-system-aarch64 readelf xz zstd systemd-analyze setpriv openssl logrotate haproxy"
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'packages.sh: %s\n' "$*" >&2; exit 1; }

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
-from kvmagent_plugins.vm.checks import check_cpu, check_dimm_support, check_state
+from kvmagent_plugins.vm.checks import check_cpu, check_device_support, check_state
 from tests.fakes.agent import make_domain, make_node
 from tests.lab.domainxml import GuestSpec
 
@@ -25,8 +25,8 @@ def test_a_topology_that_is_not_the_maximum_is_a_blocker(tmp_path: Path) -> None
 
 def test_cells_that_leave_out_a_vcpu_are_a_blocker(tmp_path: Path) -> None:
     cell = facts_with(tmp_path).get_live().cells[0]
-    (blocker,) = check_dimm_support(
-        facts_with(tmp_path, cells=(msgspec.structs.replace(cell, cpus=frozenset({0, 1})),)), "live"
+    (blocker,) = check_device_support(
+        facts_with(tmp_path, cells=(msgspec.structs.replace(cell, cpus=frozenset({0, 1})),)), "live", "plug dimms"
     )
     assert blocker.code == "NUMA_CELLS_INCOMPLETE"
     assert "vCPUs 2-3 of 4" in blocker.message

@@ -45,7 +45,7 @@ def test_reads_each_fact_and_only_from_its_own_element() -> None:
     assert (definition.vcpu_current, definition.vcpu_maximum) == (2, 4)
     assert definition.vcpus[1] == Vcpu(id=1, enabled=False, hotpluggable=True)
     assert definition.topology == (1, 1, 2, 2)
-    assert (definition.max_memory_bytes, definition.slots, definition.slots_used) == (4096 * MIB, 8, 2)
+    assert (definition.max_memory_bytes, definition.slots, len(definition.devices)) == (4096 * MIB, 8, 2)
     assert [(cell.id, sorted(cell.cpus), cell.memory_bytes) for cell in definition.cells] == [
         (0, [0, 3], 256 * MIB),
         (1, [1, 2], 256 * MIB),

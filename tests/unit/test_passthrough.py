@@ -9,7 +9,7 @@ from lxml import etree
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, check_definition
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
-from kvmagent_plugins.vm.checks import check_dimm_room, check_host
+from kvmagent_plugins.vm.checks import check_device_room, check_host
 from tests.fakes.agent import MIB, format_spec
 from tests.lab.domainxml import GuestSpec
 
@@ -88,6 +88,6 @@ def test_the_hard_limit_of_the_next_start_is_judged_too(devices: tuple[str, ...]
     config = msgspec.structs.replace(parse(*devices), hard_limit_bytes=limit)
     for facts in (facts_of(None, config), facts_of(msgspec.structs.replace(config, hard_limit_bytes=None), config)):
         affect = "config" if facts.domain.live is None else "both"
-        assert list(check_dimm_room(facts, affect, (256 * MIB,), None)) == []  # type: ignore[arg-type]
-        (blocker,) = check_dimm_room(facts, affect, (384 * MIB,), None)  # type: ignore[arg-type]
+        assert list(check_device_room(facts, affect, "plug dimms", (256 * MIB,), None)) == []  # type: ignore[arg-type]
+        (blocker,) = check_device_room(facts, affect, "plug dimms", (384 * MIB,), None)  # type: ignore[arg-type]
         assert (blocker.code, "persistent" in blocker.message) == ("MEMORY_HARD_LIMIT", True)

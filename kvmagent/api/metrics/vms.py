@@ -80,7 +80,7 @@ class VmMetrics(Collector):
             if live is None:
                 self._seen.pop(uuid, None)
                 return
-            slots_free = live.slots - live.slots_used if live.max_memory_bytes is not None else None
+            slots_free = facts.count_free_slots(live) if live.max_memory_bytes is not None else None
             former = self._seen.get(uuid)
             if former is not None and former.vcpus == live.vcpu_current and former.memory_bytes == live.memory_bytes:
                 seen = replace(former, slots_free=slots_free, restart_required=facts.restart_required)
