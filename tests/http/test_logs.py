@@ -151,7 +151,7 @@ def test_a_signal_dumps_stacks_and_what_runs_waits_and_is_owed_to_the_log_file(
         assert re.search(r"dump totals threads=\d+ running=0 queued=0 owed=1 journal=well commit_seconds=0", told)
         assert re.search(rf'dump callbacks destination="{dead[:-5]}.*" owed=1 oldest_seconds=\d+ failures=', told)
         names = dict(re.findall(r"dump thread thread=(\S+) id=(0x[0-9a-f]+)", told))
-        assert f"Thread {names['journal']} (most recent call first)" in told
+        assert f"Thread {names['journal']} " in told  # Python 3.14 has the name behind it
         assert agent.get("/healthz").status == 200
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tests.lab.image import ImageError, as_root, cache_directory, call, download, parse_policy, publish
 
-PACKAGE = "prometheus"
+#: Debian 13 has it in a package of its own, Debian 12 in the server's.
+PACKAGES = ("promtool", "prometheus")
 
 
 def find_promtool() -> Path:
@@ -42,9 +43,11 @@ def _find_package() -> dict[str, str]:
     for update in (False, True):
         if update:
             call(*as_root(), "apt-get", "update", "-qq")
-        if found := parse_policy(call("apt-cache", "policy", PACKAGE)):
-            return found
-    raise ImageError(f"apt offers no package {PACKAGE}, which has promtool")
+        offered = parse_policy(call("apt-cache", "policy", *PACKAGES))
+        for package in PACKAGES:
+            if package in offered:
+                return {package: offered[package]}
+    raise ImageError(f"apt offers none of {' and '.join(PACKAGES)}, one of which has promtool")
 
 
 if __name__ == "__main__":
