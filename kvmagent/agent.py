@@ -166,6 +166,7 @@ class Agent:
             on_finished=self._delivery.put,
             on_pending=self._late.add,
             on_progress=self._reports.tell_progress,
+            wake=self._wake,
             hooks=self._hooks,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
@@ -385,6 +386,9 @@ class Agent:
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)
+
+    def _wake(self, task: Task) -> None:
+        self._lanes.wake(task)
 
     def _take_up(self, left: Left) -> None:
         """Give lanes and delivery what they lack of what the journal has."""

@@ -55,7 +55,7 @@ from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
 from kvmagent.tasks.left import LeftOffline
 from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
-from kvmagent.tasks.vmlocks import VmLocks
+from kvmagent.tasks.vmturns import NotYet, VmTurns
 
 log = Log(__name__)
 
@@ -109,10 +109,6 @@ class VmNode(Protocol):
         """Free what a task has reserved."""
 
 
-class _NotYet(Exception):
-    """The VM has the goal of another task, which goes first."""
-
-
 class _Stopped(Exception):
     """The agent stops, and the task can go on after its next start. Raised while a task waits for libvirt."""
 
@@ -131,7 +127,7 @@ class _Ended(NamedTuple):
 
 
 class Executor:
-    """Thread-safe: one call of `run` for each task, on its lane's thread.
+    """Thread-safe: one call of `run` for each task, on its lane's thread; `wake` is for those that are to run again.
 
     `libvirt_wait_s` is how long a task waits in all for a libvirt that is away.
     """
@@ -145,6 +141,7 @@ class Executor:
         on_finished: Callable[[Owed], None],
         on_pending: Callable[[str], None],
         on_progress: Callable[[Progress], None] = lambda _progress: None,
+        wake: Callable[[Task], None] = lambda _task: None,
         hooks: Hooks | None = None,
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
@@ -163,7 +160,7 @@ class Executor:
         self._fault = fault
         self._meters = meters or Meters()
         self._left = LeftOffline(journal)
-        self._locks = VmLocks()
+        self._turns = VmTurns(wake)
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -176,7 +173,21 @@ class Executor:
             self._recall(task, self._take_up(task))
 
     def run(self, task: Task) -> None:
-        """Carry one task out and record its reply."""
+        """Carry one task out and record its reply.
+
+        Raises:
+            NotYet: another task has its VM; nothing was done, and it is woken when it can begin.
+        """
+        ended = True
+        try:
+            self._run(task)
+        except NotYet:
+            ended = False
+            raise
+        finally:
+            self._turns.leave(task.task_uuid, ended=ended)
+
+    def _run(self, task: Task) -> None:
         with log_context(**task.log_fields):
             if task.outcome == PENDING:
                 self._look_late(task)
@@ -210,13 +221,13 @@ class Executor:
         """Carry a task out and record its reply: whatever is raised, also where nothing was to fail, there is one.
 
         Raises:
-            AgentError, _Stopped: as `_carry_out`; the task stays in the journal.
+            AgentError, NotYet, _Stopped: as `_carry_out`; the task stays in the journal.
         """
         try:
             self._journal.start_task(task.task_uuid)
             ended = self._carry_out(task)
             return ended, self._journal.finish(task.task_uuid, ended.reply, ended.outcome)
-        except (AgentError, _Stopped):
+        except (AgentError, NotYet, _Stopped):
             raise
         except Exception as error:
             failure = make_error(error)
@@ -248,7 +259,8 @@ class Executor:
             run = self._take_up(task)
             run.late = True
             spent = {word for report in run.reports if report.problem for word in spent_by(report)}
-            with self._hold(run) as vm, self._locks.hold(vm.uuid):
+            with self._hold(run) as vm:
+                self._take_turn(task, run, vm)
                 run.after = self._observe(vm, run.command.observe_guest)
                 steps = self._find_following(run, frozenset(spent))
                 self._perform_round(task, run, vm, steps, spent, set())
@@ -259,6 +271,8 @@ class Executor:
                 return
             owes = bool(getattr(run.request, "late_callback", False))
             owed = self._journal.finish_late(task.task_uuid, reply, outcome, owed=owes)
+        except NotYet:
+            raise
         except AgentError as error:
             log.info("pending removal cannot be looked at now", **error_fields(error))
             return
@@ -283,6 +297,7 @@ class Executor:
         Raises:
             AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back;
                 STOPPING, when a hook was cut off: nothing was touched.
+            NotYet: another task has the VM.
             _Stopped: the task is left to the next start.
         """
         try:
@@ -295,7 +310,7 @@ class Executor:
             self._recall(task, run)
         try:
             self._pursue_through_outages(task, run)
-        except _Stopped:
+        except (NotYet, _Stopped):
             raise
         except Exception as error:
             run.error = make_error(error)
@@ -339,13 +354,10 @@ class Executor:
         give_up_at: float | None = None
         while True:
             try:
-                with self._hold(run) as vm, self._locks.hold(vm.uuid):
-                    self._let_others_go_first(task, run, vm)
+                with self._hold(run) as vm:
+                    self._take_turn(task, run, vm)
                     self._pursue(task, run, vm)
                 return
-            except _NotYet:
-                if self._stopping.wait(_PAUSE_S):
-                    raise _Stopped from None
             except AgentError as error:
                 if error.code is not Code.LIBVIRT_UNAVAILABLE:
                     raise
@@ -379,13 +391,27 @@ class Executor:
                 )
             yield vm
 
-    def _let_others_go_first(self, task: Task, run: Run, vm: HeldVm) -> None:
-        """One VM has one goal at a time: who has none yet waits for the task whose goal is recorded."""
-        if run.goal is not None or run.request.dry_run:
+    def _take_turn(self, task: Task, run: Run, vm: HeldVm) -> None:
+        """Have the VM until the task has ended: one VM has one goal at a time, by whatever name its tasks came.
+
+        Who has no goal yet goes after the task whose goal is recorded: one of an earlier agent, not begun again yet.
+
+        Raises:
+            NotYet: another task goes first.
+        """
+        if run.request.dry_run:
             return
-        if (other := self._journal.find_goal_of(vm.uuid)) not in (None, task.task_uuid):
-            log.debug("the VM has the goal of another task", other=other)
-            raise _NotYet
+        self._turns.take(vm.uuid, task)
+        if run.goal is not None and not run.late:
+            return
+        other = self._journal.find_goal_of(vm.uuid)
+        if other in (None, task.task_uuid):
+            return
+        self._turns.wait_for(other, task)
+        if self._journal.find_goal_of(vm.uuid) == other:
+            log.info("task waits for the end of another on its VM", other=other)
+            raise NotYet
+        self._take_turn(task, run, vm)
 
     def _wait_for_libvirt(self, until: float) -> bool:
         """Return whether libvirt is there again in time.

@@ -2,7 +2,8 @@
 
 A lane is named by its VM. Threads are made as lanes need them, up to `workers`, and end when nothing is left to do.
 A lane whose task has run for long, because a guest or a hypervisor hangs, counts no longer: another thread takes
-its place, so that hanging VMs hold up themselves and no other.
+its place, so that hanging VMs hold up themselves and no other. A lane whose task has to wait for another's on the same
+VM is parked without a thread until it is woken.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from kvmagent.logs import Log, log_context
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.tasks.journal import Task
+from kvmagent.tasks.vmturns import NotYet
 
 log = Log(__name__)
 
@@ -26,7 +28,10 @@ _MOST_REPLACED = 256
 
 
 class Lanes:
-    """Thread-safe. `run` works on one task; what it raises is logged and ends nothing but that task."""
+    """Thread-safe. `run` works on one task; what it raises is logged and ends nothing but that task.
+
+    NotYet parks the task's lane until `wake`.
+    """
 
     def __init__(
         self,
@@ -51,6 +56,9 @@ class Lanes:
         self._places_taken = 0
         self._waiting: dict[str, deque[Task]] = {}
         self._ready: deque[str] = deque()
+        self._parked: set[str] = set()
+        # Tasks that were woken before `run` has come to say that they wait.
+        self._woken: set[str] = set()
         self._running: dict[str, tuple[Task, float]] = {}
         self._threads: set[threading.Thread] = set()
         self._idle = 0
@@ -88,11 +96,16 @@ class Lanes:
             lane = self._waiting.setdefault(task.lane, deque())
             lane.append(task)
             if len(lane) == 1 and task.lane not in self._running:
-                self._make_ready(task.lane)
-                if self._idle >= len(self._ready):
-                    self._changed.notify()
-                else:
-                    self._add_worker()
+                self._give_thread(task.lane)
+
+    def wake(self, task: Task) -> None:
+        """Run a task again that had to wait."""
+        with self._changed:
+            if task.lane in self._parked:
+                self._parked.remove(task.lane)
+                self._give_thread(task.lane)
+            elif (running := self._running.get(task.lane)) is not None and running[0].task_uuid == task.task_uuid:
+                self._woken.add(task.task_uuid)
 
     def withdraw(self, task: Task) -> None:
         """Take a task out of its lane, where it still waits there."""
@@ -101,11 +114,17 @@ class Lanes:
             waiting = next((one for one in lane if one.task_uuid == task.task_uuid), None)
             if waiting is None:
                 return
+            was_parked = waiting is lane[0] and task.lane in self._parked
             lane.remove(waiting)
             self._leave_place(waiting)
+            if was_parked:
+                self._parked.remove(task.lane)
             if not lane and task.lane not in self._running:
-                self._ready.remove(task.lane)
+                if not was_parked:
+                    self._ready.remove(task.lane)
                 del self._waiting[task.lane]
+            elif was_parked:
+                self._give_thread(task.lane)
 
     def relieve(self) -> None:
         """Give ready lanes threads in place of those that long tasks occupy. To be called every second or so."""
@@ -190,6 +209,13 @@ class Lanes:
             self._taken_at = self._clock()
         self._ready.append(lane)
 
+    def _give_thread(self, lane: str) -> None:
+        self._make_ready(lane)
+        if self._idle >= len(self._ready):
+            self._changed.notify()
+        else:
+            self._add_worker()
+
     def _limit(self) -> int:
         """Return how many threads there may be: long tasks' are replaced."""
         now = self._clock()
@@ -210,12 +236,15 @@ class Lanes:
 
     def _work(self) -> None:
         while (task := self._take()) is not None:
+            waits = False
             try:
                 self._run(task)
+            except NotYet:
+                waits = True
             except Exception as error:
                 with log_context(**task.log_fields):
                     log.failure("task ended in an error that nothing expected", error)
-            self._release(task)
+            self._release(task, waits=waits)
 
     def _take(self) -> Task | None:
         """Return the next task of a free lane; None when the worker is to end."""
@@ -236,10 +265,19 @@ class Lanes:
             self._running[lane] = (task, self._taken_at)
             return task
 
-    def _release(self, task: Task) -> None:
+    def _release(self, task: Task, *, waits: bool) -> None:
         lane = task.lane
         with self._changed:
             del self._running[lane]
+            was_woken = task.task_uuid in self._woken
+            self._woken.discard(task.task_uuid)
+            if waits:
+                self._waiting[lane].appendleft(task)
+                if was_woken:
+                    self._make_ready(lane)
+                else:
+                    self._parked.add(lane)
+                return
             self._leave_place(task)
             if self._waiting[lane]:
                 self._make_ready(lane)
