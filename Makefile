@@ -45,6 +45,7 @@ image: $(STAMP)
 	@$(BIN)/python -m tests.lab.image
 	@$(BIN)/python -m tests.lab.foreign
 	@$(BIN)/python -m tests.lab.promtool
+	@$(BIN)/python -m tests.lab.nodepackages
 
 demo: setup
 	@$(BIN)/python -m tests.lab.demo

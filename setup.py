@@ -59,6 +59,7 @@ setup(
             "hypothesis>=6.100",
             "lxml-stubs",
             "mypy>=1.10",
+            "openapi-python-client>=0.29.1",
             "pillow>=10.0",
             "pytest>=8.0",
             "pytest-xdist>=3.6",

@@ -1,6 +1,6 @@
 """The OpenAPI document, from the same declarations that the agent runs on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
     asked += [one.request for one in own if one.request is not None]
     shapes = [Accepted, Refusal, UnreadableVm, vm, *answers, *asked]
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
+    _finish_schemas(schemas, requests=[one.request for one in (*declared, *own) if one.request is not None])
     paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
     paths |= {one.path: {one.method: _own(one, vm)} for one in own}
     for item in paths.values():
@@ -91,6 +92,41 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
             for code, info in CODES.items()
         },
     }
+
+
+def _finish_schemas(schemas: Mapping[str, Any], *, requests: Iterable[type[msgspec.Struct]]) -> None:
+    """Make them such that client generators take them, and that their clients take what is added later.
+
+    An array says what its items are, be it anything. A word that only answers have, such as a code, may come to have
+    more values: `x-extensible-enum`, since what a generator makes of `enum` fails on a value that it does not know.
+    """
+    taken = [name for shape in requests for name in _find_reached(schemas, shape.__name__)]
+    for name, schema in schemas.items():
+        for part in _walk(schema):
+            if part.get("type") == "array":
+                part.setdefault("items", {})
+            if name not in taken and isinstance(part.get("enum"), list):
+                part |= {"type": "string", "x-extensible-enum": part.pop("enum")}
+
+
+def _find_reached(schemas: Mapping[str, Any], name: str) -> set[str]:
+    """Return the names of a schema and of all that it refers to."""
+    found, ahead = set[str](), [name]
+    while ahead:
+        name = ahead.pop()
+        if name not in found:
+            found.add(name)
+            references = (part.get("$ref") for part in _walk(schemas[name]))
+            ahead += [one.rpartition("/")[2] for one in references if isinstance(one, str)]
+    return found
+
+
+def _walk(schema: Any) -> Iterator[dict[str, Any]]:
+    """Yield each object of a JSON document."""
+    if isinstance(schema, dict):
+        yield schema
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _walk(part)
 
 
 def _operation(command: Command | Query) -> dict[str, Any]:
@@ -209,8 +245,8 @@ def _example(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
         return _example(schemas[schema["$ref"].rpartition("/")[2]], schemas)
     if "anyOf" in schema:
         return _example(schema["anyOf"][0], schemas)
-    if "enum" in schema:
-        return schema["enum"][0]
+    if words := schema.get("enum", schema.get("x-extensible-enum")):
+        return words[0]
     kind = schema.get("type")
     if kind == "object":
         fields = schema.get("properties", {})
@@ -220,7 +256,8 @@ def _example(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
 
 
 def _sample(name: str, schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> Any:
-    fits = "enum" not in schema or _SAMPLES.get(name) in schema["enum"]
+    words = schema.get("enum", schema.get("x-extensible-enum"))
+    fits = words is None or _SAMPLES.get(name) in words
     return _SAMPLES[name] if name in _SAMPLES and fits else _example(schema, schemas)
 
 

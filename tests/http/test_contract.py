@@ -109,24 +109,44 @@ def find_narrowing(
             yield f"{limit} {after[limit]}"
 
 
+def find_options(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a value may be, by its kind."""
+    schema = resolve(schema, document)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in schema.get("anyOf", [schema]):
+        one = resolve(one, document)
+        found.setdefault("string" if "enum" in one else one.get("type", "anything"), []).append(one)
+    return found
+
+
 def find_reply_breaks(
     before: dict[str, Any], after: dict[str, Any], old: dict[str, Any], new: dict[str, Any], where: str, depth: int = 0
 ) -> Iterator[str]:
-    """A field that was told is told, and means no other kind of value."""
-    before, after = resolve(before, old), resolve(after, new)
+    """A field that was told is told, and has no kind of value that it had not."""
+    was, has = find_options(before, old), find_options(after, new)
     if depth > 6:
         return
-    if before.get("type") != after.get("type"):
-        yield f"{where}: it is {after.get('type')}, it was {before.get('type')}"
+    if "anything" not in was and (more := sorted(set(has) - set(was))):
+        yield f"{where}: it is {', '.join(more)}, it was {', '.join(sorted(was))}"
         return
+    for kind in ("object", "array"):
+        for there in has.get(kind, ()):
+            found = [list(find_part_breaks(one, there, old, new, where, depth + 1)) for one in was.get(kind, ())]
+            yield from min(found, key=len, default=[])
+
+
+def find_part_breaks(
+    before: dict[str, Any], after: dict[str, Any], old: dict[str, Any], new: dict[str, Any], where: str, depth: int
+) -> Iterator[str]:
+    """Of an object its fields, of an array its items."""
     for name, field in before.get("properties", {}).items():
         there = after.get("properties", {}).get(name)
         if there is None or (name in before.get("required", ()) and name not in after.get("required", ())):
             yield f"{where}: reply field {name} is gone, or no longer always there"
         else:
-            yield from find_reply_breaks(field, there, old, new, f"{where}.{name}", depth + 1)
+            yield from find_reply_breaks(field, there, old, new, f"{where}.{name}", depth)
     if "items" in before and "items" in after:
-        yield from find_reply_breaks(before["items"], after["items"], old, new, f"{where}[]", depth + 1)
+        yield from find_reply_breaks(before["items"], after["items"], old, new, f"{where}[]", depth)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +182,15 @@ def remove_reply_field(document: Any) -> None:
     del document["components"]["schemas"]["Numbers"]["properties"]["guestCpuNum"]
 
 
+def change_what_a_reply_field_is(document: Any) -> None:
+    document["components"]["schemas"]["Numbers"]["properties"]["freeSlots"] = {"type": "string"}
+
+
+def make_a_reply_field_null(document: Any) -> None:
+    schema = document["components"]["schemas"]["TaskEntry"]["properties"]
+    schema["acceptedAt"] = {"anyOf": [schema["acceptedAt"], {"type": "null"}]}
+
+
 def change_a_code(document: Any) -> None:
     document["x-error-codes"]["QUEUE_FULL"]["status"] = 429
 
@@ -175,6 +204,8 @@ BREAKS = {
     narrow_request_field: "request field cpuNum is narrower: maximum 64",
     need_another_field: "field method is needed now",
     remove_reply_field: "reply field guestCpuNum is gone",
+    change_what_a_reply_field_is: "freeSlots: it is string",
+    make_a_reply_field_null: "acceptedAt: it is null, it was number",
     change_a_code: "code QUEUE_FULL has status 429",
     remove_a_read: "get /whoami is gone",
 }

@@ -23,6 +23,12 @@ FRONT="haproxy"
 BROWSER="chromium chromium-driver fonts-inter"
 # shellcheck disable=SC1091
 [ "$(. /etc/os-release 2>/dev/null && echo "${ID:-}")" = ubuntu ] && BROWSER=""
+# To generate and compile a client for TypeScript, unless Node.js is there, from wherever. Ubuntu 22.04 has one that is
+# too old.
+NODE="nodejs npm"
+if command -v node >/dev/null && command -v npm >/dev/null; then NODE=""; fi
+# shellcheck disable=SC1091
+[ "$(. /etc/os-release 2>/dev/null && echo "${VERSION_CODENAME:-}")" = jammy ] && NODE=""
 # To build the Debian package, for the distribution's own python3, and to look into it; a fresh tree to install it in.
 # systemd-container boots one.
 DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap systemd-container"
@@ -84,13 +90,13 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     command -v libvirtd >/dev/null || command -v virtqemud >/dev/null || [ -x /usr/sbin/libvirtd ] ||
         [ -x /usr/sbin/virtqemud ] || missing="$missing libvirtd"
     [ -z "$missing" ] || die "this is no Debian or Ubuntu; please install what is missing by hand:$missing
-(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $DEB $TOOLS)"
+(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $NODE $DEB $TOOLS)"
     exit 0
 fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $DEB $TOOLS $python; do
+for package in $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $NODE $DEB $TOOLS $python; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
