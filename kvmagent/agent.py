@@ -352,7 +352,7 @@ class Agent:
             try:
                 load()
             except AgentError as error:
-                log.error("section stays as it was", section=section, **error_fields(error))
+                log.error("section was not changed", section=section, **error_fields(error))
             else:
                 log.info("section read", section=section)
 
@@ -414,7 +414,7 @@ def _by_name(plugins: list[Plugin]) -> tuple[dict[str, Command], dict[str, Query
         for one in declared:
             if {one.name, one.path} & taken:
                 raise AgentError(
-                    Code.BAD_CONFIGURATION, f"plugin {plugin.name!r}: {one.name} at {one.path} is there already"
+                    Code.BAD_CONFIGURATION, f"plugin {plugin.name!r}: {one.name} at {one.path} already exists"
                 )
             taken |= {one.name, one.path}
         commands |= {command.name: command for command in plugin.commands}

@@ -447,7 +447,7 @@ def _check_security(settings: Settings) -> None:
     if security.allow_unauthenticated and not security.allowed_clients:
         raise AgentError(
             Code.BAD_CONFIGURATION,
-            "security.allow_unauthenticated would let any address in",
+            "security.allow_unauthenticated would allow any address",
             remedy="List the addresses or networks that may connect in security.allowed_clients.",
         )
     if security.tls_cert and not security.opens_tcp:

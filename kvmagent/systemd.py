@@ -37,4 +37,4 @@ class ServiceManager:
             try:
                 notify.sendto(state.encode(), self._address)
             except OSError as error:
-                log.warning("systemd was not told", state=state, error=str(error))
+                log.warning("systemd was not notified", state=state, error=str(error))

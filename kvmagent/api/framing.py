@@ -93,7 +93,7 @@ class Framing:
             self._has_skipped = True
         half_a_line = self._buffer == b"\r" and not self._has_skipped
         if self._buffer and not self._buffer[:1].isalpha() and not half_a_line:
-            raise AgentError(Code.BAD_HTTP, "what came in is no HTTP request")
+            raise AgentError(Code.BAD_HTTP, "the input is not an HTTP request")
         end = self._buffer.find(_END, self._searched)
         self._check_sizes(end)
         if end < 0:
@@ -105,9 +105,9 @@ class Framing:
         headers = _parse_headers(lines)
         encoding, length = headers.get(b"transfer-encoding"), headers.get(b"content-length")
         if encoding is not None and (length is not None or encoding.lower() != b"chunked"):
-            raise AgentError(Code.BAD_HTTP, "Transfer-Encoding is not chunked, or stands beside Content-Length")
+            raise AgentError(Code.BAD_HTTP, "Transfer-Encoding is not chunked, or comes together with Content-Length")
         if length is not None and (not length.isdigit() or len(length) > 18):
-            raise AgentError(Code.BAD_HTTP, "Content-Length is no number")
+            raise AgentError(Code.BAD_HTTP, "Content-Length is not a number")
         self._head_bytes = self._position = end + len(_END)
         self._is_chunked = encoding is not None
         self._announce(int(length or 0))
@@ -145,7 +145,7 @@ class Framing:
                 and not self._is_too_large
                 and self._buffer[self._position - 2 : self._position] != b"\r\n"
             ):
-                raise AgentError(Code.BAD_HTTP, "a chunk is not as long as it says")
+                raise AgentError(Code.BAD_HTTP, "a chunk does not have the length that it declares")
             end = self._buffer.find(b"\r\n", self._position, self._position + _MAX_CHUNK_LINE)
             if end < 0:
                 if len(self._buffer) - self._position >= _MAX_CHUNK_LINE:
@@ -153,7 +153,7 @@ class Framing:
                 return False
             match = _CHUNK_SIZE.fullmatch(self._buffer, self._position, end)
             if match is None:
-                raise AgentError(Code.BAD_HTTP, "a chunk's size is no hexadecimal number")
+                raise AgentError(Code.BAD_HTTP, "a chunk's size is not a hexadecimal number")
             size = int(match[1], 16)
             if not size:
                 return self._read_last_line(end + 2)
@@ -176,7 +176,7 @@ class Framing:
     def _read_last_line(self, start: int) -> bool:
         ending = bytes(self._buffer[start : start + 2])
         if ending != b"\r\n"[: len(ending)]:
-            raise AgentError(Code.BAD_HTTP, "trailers are not taken")
+            raise AgentError(Code.BAD_HTTP, "trailers are not supported")
         if len(ending) < 2:
             return False
         self._position = start + 2
@@ -198,8 +198,8 @@ def _parse_headers(lines: list[bytes]) -> dict[bytes, bytes]:
         name = name.lower()
         value = value.strip(b" \t")
         if name in _ONCE and headers.get(name, value) != value:
-            raise AgentError(Code.BAD_HTTP, f"the header {name.decode()} stands twice, with two values")
+            raise AgentError(Code.BAD_HTTP, f"the header {name.decode()} appears twice with different values")
         if name == b"transfer-encoding" and name in headers:
-            raise AgentError(Code.BAD_HTTP, "the header transfer-encoding stands twice")
+            raise AgentError(Code.BAD_HTTP, "the header transfer-encoding appears twice")
         headers[name] = value
     return headers

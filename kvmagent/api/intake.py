@@ -140,7 +140,7 @@ class Intake:
                 if "taskuuid" in headers:
                     raise AgentError(
                         Code.BAD_TASK_UUID,
-                        f"{query.path} answers at once and takes no taskuuid header",
+                        f"{query.path} answers at once and does not accept a taskuuid header",
                         remedy="Leave the taskuuid header out; the answer is in the body.",
                     )
                 check_content_type(headers.get("content-type", "application/json"))

@@ -134,7 +134,7 @@ class Listener(cheroot.server.HTTPServer):
         """Listen at a path, for a group; cheroot's own opens it to everybody.
 
         Raises:
-            OSError: another process listens there, something else is there, or others could put something there.
+            OSError: another process listens on it, something else is there, or others could put something there.
         """
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.dirname(bind_addr), 0o755)
@@ -359,7 +359,7 @@ class _Connection(cheroot.server.HTTPConnection):
         self._hold(self._framing.size)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             seconds = self.server.http.request_timeout_sec
-            raise AgentError(Code.REQUEST_TOO_SLOW, f"the request was not whole after {seconds} s")
+            raise AgentError(Code.REQUEST_TOO_SLOW, f"the request was not complete after {seconds} s")
 
     def _hold(self, size: int) -> None:
         before, self._held_bytes = self._held_bytes, size
@@ -415,7 +415,7 @@ class _Connection(cheroot.server.HTTPConnection):
             first = self.socket.recv(1, socket.MSG_PEEK)
             if first != _TLS_HANDSHAKE:
                 if first:
-                    raise AgentError(Code.TLS_REQUIRED, "this port speaks TLS, and plain text came in")
+                    raise AgentError(Code.TLS_REQUIRED, "this port accepts only TLS, but received plain text")
                 return False
             self.socket = self._context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
             self.wfile = _make_file(self.socket, "wb")
@@ -453,14 +453,14 @@ def _remove_old_socket(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsError(errno.EEXIST, "is there and no socket", path)
+        raise FileExistsError(errno.EEXIST, "exists and is not a socket", path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
-    raise OSError(errno.EADDRINUSE, "another process listens there", path)
+    raise OSError(errno.EADDRINUSE, "another process listens on it", path)
 
 
 def _open_to_group(path: str, group: str) -> None:

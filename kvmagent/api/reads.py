@@ -206,10 +206,10 @@ class Reads:
     def _tasks(self, call: Call) -> Answer:
         limit = call.query.get("limit", str(_DEFAULT_LIMIT))
         if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LIMIT:
-            raise AgentError(Code.BAD_QUERY, f"limit is {limit!r}, needed is 1 to {_MAX_LIMIT}")
+            raise AgentError(Code.BAD_QUERY, f"limit must be 1 to {_MAX_LIMIT}, got {limit!r}")
         state = call.query.get("state")
         if state is not None and state not in get_args(State):
-            raise AgentError(Code.BAD_QUERY, f"state is {state!r}, needed is one of {', '.join(get_args(State))}")
+            raise AgentError(Code.BAD_QUERY, f"state must be one of {', '.join(get_args(State))}; got {state!r}")
         tasks = self._journal.newest(
             state=state,  # type: ignore[arg-type]
             lane=call.query.get("vm"),
@@ -221,7 +221,7 @@ class Reads:
     def _task(self, call: Call) -> Answer:
         task = self._journal.find(call.parts[0])
         if task is None:
-            raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {call.parts[0]!r}")
+            raise AgentError(Code.UNKNOWN_TASK, f"there is no task with the id {call.parts[0]!r}")
         if not call.access.may("read"):
             check_owner(task, call.access)
         steps = [

@@ -166,7 +166,7 @@ class Security:
             raise AgentError(
                 Code.CERTIFICATE_NOT_ALLOWED,
                 f"the certificate for {', '.join(peer.names)} expired at {ended}",
-                remedy="Connect with a certificate that is in date.",
+                remedy="Connect with a certificate that has not expired.",
             )
         allowed = [name for name in peer.names if not self._allowed_names or _normal_name(name) in self._allowed_names]
         if not allowed:
@@ -256,7 +256,7 @@ def new_token(name: str) -> tuple[str, str]:
         AgentError: BAD_CONFIGURATION: such a name cannot stand in the file.
     """
     if not TOKEN_NAME.fullmatch(name):
-        raise AgentError(Code.BAD_CONFIGURATION, f"{name!r} is no token name: 1 to 64 of A-Z a-z 0-9 . _ -")
+        raise AgentError(Code.BAD_CONFIGURATION, f"{name!r} is not a token name: use 1 to 64 of A-Z a-z 0-9 . _ -")
     token = secrets.token_urlsafe(32)
     return token, f"{name}:{_digest(token).hex()}"
 
@@ -278,4 +278,4 @@ def _as_written(text: str) -> str:
 
 
 def _refuse_passphrase() -> str:
-    raise ValueError("the key has a passphrase, which nobody is there to type")
+    raise ValueError("the key has a passphrase, which the agent cannot ask for")

@@ -263,7 +263,7 @@ class _Dispatcher:
 
 def _choose(methods: Mapping[str, Route], method: str, path: str) -> Route:
     if not methods:
-        raise AgentError(Code.UNKNOWN_PATH, f"nothing is served at {path!r}")
+        raise AgentError(Code.UNKNOWN_PATH, f"the agent has no path {path!r}")
     if method not in methods:
         allow = ", ".join(sorted(methods))
         raise AgentError(Code.METHOD_NOT_ALLOWED, f"{path} takes {allow}, not {method}", details={"allow": allow})
@@ -309,7 +309,7 @@ def _read_query(text: str, known: frozenset[str]) -> dict[str, str]:
     if len(query) != len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise AgentError(Code.BAD_QUERY, f"query parameter {repeated!r} stands more than once")
+        raise AgentError(Code.BAD_QUERY, f"query parameter {repeated!r} appears more than once")
     return query
 
 

@@ -129,7 +129,7 @@ def _parse(body: bytes) -> Any:
             simplejson.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
-        raise AgentError(Code.BAD_JSON, "a string in the body holds half a character: a lone surrogate") from error
+        raise AgentError(Code.BAD_JSON, "a string in the body contains a lone surrogate") from error
     except simplejson.JSONDecodeError as error:
         raise AgentError(Code.BAD_JSON, f"the body is not JSON: {error}") from error
     except ValueError as error:  # an integer of more digits than Python converts
@@ -163,7 +163,7 @@ def _refuse_constant(name: str) -> NoReturn:
 def _finite(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise AgentError(Code.OUT_OF_RANGE, "a number in the body is too large for any field")
+        raise AgentError(Code.OUT_OF_RANGE, "a number in the body is larger than any field accepts")
     return number
 
 
@@ -171,7 +171,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique: dict[str, Any] = {}
     for key, value in pairs:
         if key in unique:
-            raise AgentError(Code.DUPLICATE_KEY, f"key {_shown(key)} stands twice in one object")
+            raise AgentError(Code.DUPLICATE_KEY, f"key {_shown(key)} appears twice in one object")
         unique[key] = value
     return unique
 

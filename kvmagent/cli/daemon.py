@@ -87,7 +87,7 @@ def end_in_time(seconds: float, dump_stacks: Callable[[], None], end: Callable[[
     """End the process after so long, whatever hangs; what the journal has is on disk."""
 
     def tell() -> None:
-        log.error("the agent did not stop in time and is ended", seconds=seconds)
+        log.error("the agent did not stop in time and was killed", seconds=seconds)
         dump_stacks()
 
     def end_now() -> None:

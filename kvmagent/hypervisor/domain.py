@@ -301,7 +301,7 @@ class VmHandle:
         target: Target,
         address: str | None = None,
     ) -> None:
-        """Ask for another size of a virtio-mem device. The call returns before the guest has done anything.
+        """Request another size of a virtio-mem device. The call returns before the guest has done anything.
 
         libvirt takes the device's whole XML, each definition's own: with its address and, live, its alias.
         Observed: libvirt 9.0, alias alone and LIVE|CONFIG without a user alias are refused.
@@ -469,4 +469,4 @@ def find_vm(connection: libvirt.virConnect, vm: str, means: Means) -> VmHandle:
             if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                 with libvirt_errors(f"looking up {vm}"):
                     raise
-    raise AgentError(Code.VM_NOT_FOUND, f"no VM is named {vm} or has that UUID on this host")
+    raise AgentError(Code.VM_NOT_FOUND, f"no VM on this host has the name or UUID {vm}")

@@ -278,7 +278,7 @@ def _await_virtio_mem(vm: VmHandle, step: AwaitVirtioMem) -> None:
                 shown = "gone" if device is None else f"at {format_size(device.plugged_bytes)}"
                 raise AgentError(
                     Code.VIRTIO_MEM_STALLED,
-                    f"{step.alias} was asked for {format_size(step.size_bytes)}, after {step.timeout_sec:g} s it is "
+                    f"{step.alias} was set to {format_size(step.size_bytes)}, but after {step.timeout_sec:g} s it is "
                     f"{shown}",
                 )
             _await_event(events, deadline)

@@ -1,9 +1,9 @@
 """Every error code of the agent, once.
 
 A code is a stable word: clients decide on it, so it is never renamed and never used again for another meaning.
-`CODES` gives each its HTTP status (for a request refused at once), what it means, and the remedy that is told where
-the place that raises it knows no better one; `LOOKS`, by what an operator sees for himself. docs/troubleshoot.md is
-made from both.
+`CODES` has the HTTP status (for a request refused at once), the meaning and the default remedy of each; the code that
+raises an error may give a better one. `LOOKS` has the commands that show an operator the cause. docs/troubleshoot.md
+is generated from both.
 """
 
 from enum import StrEnum
@@ -14,7 +14,7 @@ from kvmagent.model.urls import shown_text
 
 
 class Code(StrEnum):
-    """The stable words."""
+    """The error codes."""
 
     # the request itself
     MISSING_TASK_UUID = "MISSING_TASK_UUID"
@@ -204,17 +204,16 @@ CODES: dict[Code, CodeInfo] = {
     Code.MISSING_CALLBACK_URL: CodeInfo(
         400,
         "An async command came without the callbackurl header.",
-        "Send a callbackurl header: an absolute http or https URL that takes the outcome, or none to have it read.",
+        "Send a callbackurl header: an absolute http or https URL for the outcome, or the word none to poll /tasks "
+        "instead.",
     ),
     Code.BAD_CALLBACK_URL: CodeInfo(
         400,
         "The callbackurl header is neither an absolute http or https URL nor the word none.",
         "Send an absolute URL such as http://server:8080/callback.",
     ),
-    Code.BAD_HTTP: CodeInfo(400, "The request breaks HTTP.", "Send a well-formed HTTP/1.1 request."),
-    Code.BAD_CONTENT_TYPE: CodeInfo(
-        400, "The body is declared as something other than JSON.", "Send Content-Type: application/json."
-    ),
+    Code.BAD_HTTP: CodeInfo(400, "The request is not valid HTTP.", "Send a well-formed HTTP/1.1 request."),
+    Code.BAD_CONTENT_TYPE: CodeInfo(400, "The Content-Type is not JSON.", "Send Content-Type: application/json."),
     Code.BAD_JSON: CodeInfo(400, "The body is not JSON in UTF-8.", "Send one JSON object, encoded in UTF-8."),
     Code.NOT_AN_OBJECT: CodeInfo(
         400, "The body is JSON, but not an object.", "Send a JSON object: the command's fields by name."
@@ -222,143 +221,151 @@ CODES: dict[Code, CodeInfo] = {
     Code.NOT_A_JSON_NUMBER: CodeInfo(
         400, "The body holds NaN or Infinity, which JSON does not have.", "Send finite numbers only."
     ),
-    Code.DUPLICATE_KEY: CodeInfo(
-        400, "An object in the body has the same key twice.", "Send each field once, so that one value is meant."
-    ),
+    Code.DUPLICATE_KEY: CodeInfo(400, "An object in the body has the same key twice.", "Send each field once."),
     Code.MISSING_FIELD: CodeInfo(400, "A required field is missing.", "Send the field that the message names."),
     Code.UNKNOWN_FIELD: CodeInfo(
         400, "The command has no such field.", "Leave the field out; GET /openapi.json lists the command's fields."
     ),
-    Code.WRONG_TYPE: CodeInfo(
-        400, "A field has another JSON type than the command takes.", "Send the type that the message names."
-    ),
+    Code.WRONG_TYPE: CodeInfo(400, "A field has the wrong JSON type.", "Send the type that the message names."),
     Code.OUT_OF_RANGE: CodeInfo(
         400, "A field's value is outside its range.", "Send a value in the range that the message names."
     ),
     Code.BODY_TOO_LARGE: CodeInfo(
-        413, "The body is over the limit.", "Send a smaller body, or raise http.max_body_bytes in kvmagent.conf."
+        413, "The body is larger than the limit.", "Send a smaller body, or raise http.max_body_bytes in kvmagent.conf."
     ),
     Code.BAD_QUERY: CodeInfo(
-        400, "The query string holds a parameter or value that the path does not take.", "Correct the query string."
+        400,
+        "The query string has a parameter or value that this path does not accept.",
+        "Correct the query string; GET /openapi.json lists the parameters of each path.",
     ),
     Code.UNKNOWN_PATH: CodeInfo(
         404, "The agent serves nothing at this path.", "GET /openapi.json lists the paths that this agent serves."
     ),
     Code.UNKNOWN_TASK: CodeInfo(
-        404, "The agent knows no task of this id.", "Check the id; finished tasks are forgotten after a while."
+        404, "The agent has no task with this id.", "Check the id; finished tasks are forgotten after a while."
     ),
     Code.METHOD_NOT_ALLOWED: CodeInfo(
-        405, "The path does not take this HTTP method.", "Use the method in the Allow header."
+        405, "The path does not accept this HTTP method.", "Use the method in the Allow header."
     ),
     Code.TASK_NOT_CANCELLABLE: CodeInfo(
         409,
-        "The task has begun to change its VM, or has ended: it cannot be taken back any more.",
-        "Wait for its callback, then send a command that brings the VM where it should be.",
+        "The task is already changing its VM, or has ended, so it can no longer be cancelled.",
+        "Wait for its callback, then send a command that sets the VM to the size you want.",
     ),
     Code.CANCELLED: CodeInfo(
         409,
-        "The task was taken back (POST /tasks/{taskUuid}/cancel) before it touched anything.",
-        "Send the command with a fresh taskuuid if it is wanted after all.",
+        "The task was cancelled (POST /tasks/{taskUuid}/cancel) before it changed anything.",
+        "To run it after all, send the command with a new taskuuid.",
     ),
     Code.TASK_CONFLICT: CodeInfo(
         409,
         "The taskuuid belongs to a task with another command, body or callback URL.",
-        "Use a fresh taskuuid for each new request.",
+        "Use a new taskuuid for each new request.",
     ),
-    Code.HEAD_TOO_LARGE: CodeInfo(431, "The request's headers are over the limit.", "Send fewer or shorter headers."),
-    Code.URL_TOO_LONG: CodeInfo(414, "The request's URL is over the limit.", "Send a shorter URL."),
+    Code.HEAD_TOO_LARGE: CodeInfo(
+        431, "The request's headers are larger than the limit.", "Send fewer or shorter headers."
+    ),
+    Code.URL_TOO_LONG: CodeInfo(414, "The request's URL is longer than the limit.", "Send a shorter URL."),
     Code.REQUEST_TOO_SLOW: CodeInfo(
         408,
-        "The request was not there in time.",
+        "The request did not arrive in time.",
         "Send the whole request without pauses, or raise http.request_timeout_sec in kvmagent.conf.",
     ),
     Code.TLS_REQUIRED: CodeInfo(
-        400, "Plain HTTP came to a port that speaks TLS alone.", "Use https:// in the agent's URL."
+        400, "The request used plain HTTP on a port that accepts only TLS.", "Use https:// in the agent's URL."
     ),
     Code.CREDENTIALS_MISSING: CodeInfo(
         401,
-        "The request names nobody who asks.",
-        "Send Authorization: Bearer with a token of security.tokens_file, or a certificate of security.client_ca.",
+        "The request carries no credentials.",
+        "Send a token from security.tokens_file in an Authorization: Bearer header, or use a client certificate "
+        "signed by "
+        "security.client_ca.",
     ),
     Code.CREDENTIALS_WRONG: CodeInfo(
         401,
-        "The token is not, or no longer, in security.tokens_file.",
-        "Use a token that is there; make one with: kvmagent --new-token NAME.",
+        "The token is not in security.tokens_file, or was removed from it.",
+        "Use a token from that file; make one with: kvmagent --new-token NAME.",
     ),
     Code.CERTIFICATE_NOT_ALLOWED: CodeInfo(
         403,
-        "The client's certificate is good, but carries no name that security.allowed_names lets in.",
+        "The client's certificate is valid, but none of its names is in security.allowed_names.",
         "Add one of its subject alternative names to security.allowed_names.",
     ),
     Code.ROLE_MISSING: CodeInfo(
         403,
-        "The caller is known, but security.roles does not give it what the request needs.",
+        "The caller is known, but security.roles does not give it the role that this request needs.",
         "Add the role to the caller's entry of security.roles, then: systemctl reload kvmagent. GET /whoami shows what "
         "a caller has.",
     ),
     Code.TASK_NOT_YOURS: CodeInfo(
         403,
-        "The task id belongs to a task of another caller.",
-        "Use an id of your own. The task is shown to its caller, and to who has the role read for all VMs; only its "
-        "caller and admin send it again or take it back.",
+        "The task id belongs to another caller's task.",
+        "Use a new id. A task can be read by its caller and by callers with the role read for all VMs; it can be sent "
+        "again or cancelled only by its caller and by admin.",
     ),
     Code.CALLBACK_NOT_ALLOWED: CodeInfo(
         403,
-        "The callback URL leads to where callbacks may not go.",
+        "The agent is not allowed to send callbacks to this URL.",
         "Use a callback URL on the host that sends the command, or add its host, network or port to "
         "security.allowed_callbacks.",
     ),
     Code.WEB_PAGE_NOT_ALLOWED: CodeInfo(
         403,
-        "A browser sent a command, or a request without credentials named the agent by an unknown host name: a web "
-        "page of others may have made it do so.",
-        "Send commands from something other than a browser; open the status page by address, as "
+        "A browser sent a command, or a request without credentials used an unknown host name for the agent. Another "
+        "site's web page may have caused it.",
+        "Send commands with a client other than a browser. Open the status page by address, as "
         "http://127.0.0.1:7070/, or add the agent's name to security.host_names.",
     ),
     Code.TOO_MANY_CONNECTIONS: CodeInfo(
         503,
-        "The client, or all together, have too many connections open.",
+        "This client, or all clients together, have too many open connections.",
         "Use fewer connections, or raise http.max_connections_per_client in kvmagent.conf.",
     ),
     Code.CLIENT_NOT_ALLOWED: CodeInfo(
         403, "The client's address is not in security.allowed_clients.", "Add the address to security.allowed_clients."
     ),
-    Code.STOPPING: CodeInfo(503, "The agent is stopping and takes no new task.", "Send it again in a few seconds."),
+    Code.STOPPING: CodeInfo(
+        503, "The agent is stopping and accepts no new tasks.", "Send the request again in a few seconds."
+    ),
     Code.QUEUE_FULL: CodeInfo(
-        503, "Too many tasks are waiting.", "Send it again after the time in the Retry-After header."
+        503,
+        "Too many tasks are waiting to run, or too many callbacks to be delivered.",
+        "Send the request again after the time in the Retry-After header.",
     ),
     Code.JOURNAL_UNAVAILABLE: CodeInfo(
         503,
         "The task journal cannot be written, so no task can be accepted.",
-        "Check free space and permissions of agent.state_dir; the agent goes on by itself once it can write. Send the "
-        "command again with the same taskuuid: it is done once, even where the disk kept what was refused.",
+        "Check free space and permissions of agent.state_dir; the agent recovers by itself once it can write. Then "
+        "send "
+        "the command again with the same taskuuid: it runs only once.",
     ),
     Code.TASK_UNREADABLE: CodeInfo(
         500,
-        "The journal holds a task that this agent cannot carry out: its plugin is gone, or has changed since.",
-        "Put the plugin that declares the command back into agent.plugins, look at the VM, and send the command again "
-        "with a fresh taskuuid.",
+        "The journal holds a task that this agent cannot run: its plugin was removed or has changed.",
+        "Add the plugin that declares the command to agent.plugins again, check the VM, and send the command again "
+        "with a new taskuuid.",
     ),
     Code.ADDRESS_NOT_FREE: CodeInfo(
         500,
-        "The agent cannot listen on its address: another program has it, or this host does not have it. The start is "
-        "tried again.",
-        "Stop the program that has it, or give the agent another http.host, http.port or http.socket.",
+        "The agent cannot listen on its address: another program uses it, or this host does not have it. systemd "
+        "starts "
+        "the agent again.",
+        "Stop the other program, or set another http.host, http.port or http.socket.",
     ),
     Code.STATE_DIR_IN_USE: CodeInfo(
         500,
-        "Another agent runs with the same agent.state_dir.",
-        "Stop the other agent, or give this one a state_dir and port of its own.",
+        "Another agent is running with the same agent.state_dir.",
+        "Stop the other agent, or give this one its own state_dir and port.",
     ),
     Code.REFUSED_BY_HOOK: CodeInfo(
         403,
-        "A hook of the operator's, in before.d of hooks.directory, said no, could not be run or took too long. Nothing "
-        "was touched.",
-        "Do what the hook says and send the command again with a fresh taskuuid; or correct the hook that the message "
+        "One of the operator's hooks, in before.d of hooks.directory, rejected the task, could not be run or took too "
+        "long. Nothing was changed.",
+        "Do what the hook says and send the command again with a new taskuuid, or correct the hook that the message "
         "names.",
     ),
     Code.INTERNAL_ERROR: CodeInfo(
-        500, "The agent failed in a way that it should not.", "Report it with the agent's log lines of this task."
+        500, "The agent has a bug.", "Report it together with the agent's log lines for this task."
     ),
     Code.BAD_CONFIGURATION: CodeInfo(
         500, "The configuration cannot be used.", "Correct the key that the message names and start the agent again."
@@ -369,43 +376,46 @@ CODES: dict[Code, CodeInfo] = {
         "Check that libvirtd runs and that libvirt.uri is right, then send the command again.",
     ),
     Code.LIBVIRT_REFUSED: CodeInfo(
-        500, "libvirt or QEMU refused the call.", "Read libvirt's words in the message and QEMU's log of the VM."
+        500, "libvirt or QEMU refused the call.", "Read libvirt's error in the message and the VM's QEMU log."
     ),
     Code.LIBVIRT_BUSY: CodeInfo(
         503,
-        "Another libvirt job holds the VM.",
+        "Another libvirt job (a migration, a save) is running on the VM.",
         "Wait for the job (virsh domjobinfo names it) to end, then send the command again.",
     ),
     Code.NOT_SUPPORTED: CodeInfo(
-        400, "The hypervisor driver has no such function.", "Use a hypervisor that supports it."
+        400, "The hypervisor driver does not support this operation.", "Use a hypervisor that supports it."
     ),
     Code.NOT_VERIFIED: CodeInfo(
         500,
-        "libvirt said yes, but read again the VM does not have what was asked.",
-        "Look at the reply's numbers and at QEMU's log of the VM, then send the command again.",
+        "libvirt reported success, but the VM does not show the change.",
+        "Compare the numbers in the reply, read the VM's QEMU log, then send the command again.",
     ),
     Code.VM_NOT_FOUND: CodeInfo(
         404,
-        "This host has no VM of that name or UUID.",
+        "This host has no VM with that name or UUID.",
         "Check the VM's name or UUID against virsh list --all on this host.",
     ),
     Code.VM_NOT_RUNNING: CodeInfo(
         400,
-        "The VM is off, and the running VM was to be changed.",
-        'Start the VM, or use "affect": "config" to change its persistent definition alone.',
+        "The VM is off, but the request changes the running VM.",
+        'Start the VM, or use "affect": "config" to change only its persistent definition.',
     ),
     Code.VM_PAUSED: CodeInfo(
-        400, "The VM is paused, so the guest cannot take part.", "Resume the VM (virsh resume), then ask again."
+        400,
+        "The VM is paused, so the guest cannot respond.",
+        "Resume the VM (virsh resume), then send the command again.",
     ),
     Code.VM_SUSPENDED: CodeInfo(
         400,
-        "The guest sleeps (suspended to memory). A vCPU plugged or removed now leaves it dead when it wakes up.",
-        "Wake the guest: virsh dompmwakeup VM (virsh resume does not). Memory may be plugged while it sleeps.",
+        "The guest is suspended to memory. Plugging or removing a vCPU now would crash it when it wakes up.",
+        "Wake the guest with virsh dompmwakeup VM (virsh resume does not do it). Memory can be plugged while it "
+        "sleeps.",
     ),
     Code.VM_SAVED: CodeInfo(
         400,
-        "The VM has a managed save image: its next start restores that, with the definition that the image holds.",
-        "Start the VM, power it off and start it again; or discard the saved state, and what the guest had in memory: "
+        "The VM has a managed save image. Its next start restores that image, with the definition inside it.",
+        "Start the VM, power it off and start it again. Or discard the saved state, and the guest's memory with it: "
         "virsh managedsave-remove VM.",
     ),
     Code.VM_TRANSIENT: CodeInfo(
@@ -415,112 +425,116 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VM_MIGRATED: CodeInfo(
         200,
-        "The VM came to this host by live migration: some guests cannot bring vCPUs online that are plugged after one.",
-        "Look whether the guest brings plugged vCPUs online; where it does not, power the VM off and on, or use "
+        "The VM was live-migrated to this host. Some guests cannot bring vCPUs online that are plugged after a "
+        "migration.",
+        "Check whether the guest brings plugged vCPUs online. If it does not, power the VM off and on, or use "
         '"affect": "config" to have them at the next start.',
     ),
     Code.VM_CRASHED: CodeInfo(
-        500, "QEMU ended during the call.", "Read QEMU's log of the VM under the log directory of libvirt."
+        500, "QEMU exited during the call.", "Read the VM's QEMU log, /var/log/libvirt/qemu/VM.log."
     ),
     Code.VM_REPLACED: CodeInfo(
         404,
-        "The VM that the task began with is gone, and another VM has its name. The other one was not touched.",
-        "Send the command with a fresh taskuuid if it is meant for the VM that has the name now.",
+        "The VM that the task started with no longer exists, and another VM has its name. The other VM was not "
+        "changed.",
+        "If the command is meant for the VM that has the name now, send it with a new taskuuid.",
     ),
     Code.VM_RESTARTED: CodeInfo(
         409,
-        "The VM was powered off and on while the task went on: what is told is of the run that there is now.",
-        "Compare the numbers before and after; send the command with a fresh taskuuid if something is missing.",
+        "The VM was powered off and on while the task ran. The reply describes the VM since its last start.",
+        "Compare the numbers before and after; if something is missing, send the command with a new taskuuid.",
     ),
     Code.VM_OPTED_OUT: CodeInfo(
         400,
-        "The VM's owner allows no hotplug of it: the policy in its metadata has hotplug off, or cannot be read.",
+        "The VM's owner does not allow hotplug: the policy in its metadata says hotplug='off', or is unreadable.",
         _USE_POLICY,
     ),
     Code.ABOVE_POLICY: CodeInfo(
         400,
-        "The VM's owner allows it less: the policy in its metadata has a ceiling (maxCpuNum, maxMemorySize).",
-        f"Ask for no more than the message names. {_USE_POLICY}",
+        "The request is above the limit that the VM's owner set in its metadata (maxCpuNum, maxMemorySize).",
+        f"Request no more than the message names. {_USE_POLICY}",
     ),
     Code.POLICY_UNREADABLE: CodeInfo(
         200,
-        "The policy in the VM's metadata holds what cannot be read; that counts as the strictest it could have meant.",
+        "Part of the policy in the VM's metadata is unreadable. The agent applies the strictest possible reading.",
         _USE_POLICY,
     ),
     Code.NOT_AS_EXPECTED: CodeInfo(
         409,
-        "The VM has not what the caller said that it has now (expectedCpuNum, expectedMemorySize).",
-        "Read the VM again (GET /vms/{vmUuid}), work out the target anew, and send it with a fresh taskuuid.",
+        "The VM does not have the size that the caller expects it to have (expectedCpuNum, expectedMemorySize).",
+        "Read the VM again (GET /vms/{vmUuid}), calculate the new target, and send it with a new taskuuid.",
     ),
     Code.TARGET_BELOW_CURRENT: CodeInfo(
         400,
-        "A hot-plug was asked to come down to less than the VM has.",
-        "Ask for more than the VM has; to remove, use the hot-unplug path.",
+        "A hot-plug requested a total below the VM's current one.",
+        "Request more than the VM has. To remove, use the hot-unplug path.",
     ),
     Code.TARGET_ABOVE_CURRENT: CodeInfo(
         400,
-        "A hot-unplug was asked to come down to more than the VM has.",
-        "Ask for less than the VM has; to add, use the hot-plug path.",
+        "A hot-unplug requested a total above the VM's current one.",
+        "Request less than the VM has. To add, use the hot-plug path.",
     ),
-    Code.NO_ACPI: CodeInfo(
-        400, "The VM has no ACPI, by which hot-plugged devices are told to the guest.", _USE_PREPARE
-    ),
+    Code.NO_ACPI: CodeInfo(400, "The VM has no ACPI, which announces hot-plugged devices to the guest.", _USE_PREPARE),
     Code.MACHINE_NOT_SUPPORTED: CodeInfo(
         400,
-        "The VM's architecture or machine type cannot do this while the VM runs.",
+        "The VM's architecture or machine type does not support this while the VM runs.",
         "Change the VM's definition (virsh edit VM), then power it off and start it again.",
     ),
     Code.DEFINITION_REFUSED: CodeInfo(
         500,
-        "libvirt did not take the prepared definition; the one that was there is unchanged.",
-        "Read libvirt's words in the message, and prepare for less or correct that part of the definition.",
+        "libvirt rejected the prepared definition. The existing one is unchanged.",
+        "Read libvirt's error in the message; then prepare for smaller maxima or correct that part of the definition.",
     ),
     Code.DEFINITION_NOT_CHECKED: CodeInfo(
         400,
-        "A dry run could not hold the prepared definition against libvirt's schema, which this host does not have.",
-        "Install the file that the message names (it comes with libvirt's daemon), or let the real run show it: "
-        "libvirt leaves the definition as it is where it refuses the new one.",
+        "A dry run could not check the prepared definition, because this host does not have libvirt's schema.",
+        "Install the file that the message names (it comes with libvirt's daemon), or run without "
+        '"dryRun": if libvirt '
+        "rejects the new definition, the existing one stays unchanged.",
     ),
     Code.FORMER_XML_NOT_KEPT: CodeInfo(
         500,
-        "The former definition could not be kept in agent.state_dir, so it was not replaced.",
+        "The previous definition could not be saved in agent.state_dir, so it was not replaced.",
         "Check free space and permissions of agent.state_dir.",
     ),
     Code.CPU_ABOVE_MAXIMUM: CodeInfo(
         400,
-        "More vCPUs were asked for than the VM's maximum.",
-        "Ask for no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and "
+        "The requested number of vCPUs is above the VM's maximum.",
+        "Request no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and "
         "power the VM off and on.",
     ),
-    Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(400, "sockets x dies x cores x threads is not the vCPU maximum.", _PREPARE),
+    Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(
+        400, "sockets x dies x cores x threads does not equal the vCPU maximum.", _PREPARE
+    ),
     Code.CPU_NOT_WHOLE_CORE: CodeInfo(
         400,
-        "On this architecture whole cores are plugged, and the number is not one of whole cores.",
-        "Ask for a multiple of the threads that a core of the VM has.",
+        "On this architecture only whole cores can be plugged, and the requested number is not a multiple of a "
+        "core's threads.",
+        "Request a multiple of the threads per core of the VM.",
     ),
     Code.CPU_ABOVE_HOST_LIMIT: CodeInfo(
         400,
-        "The VM's vCPU maximum is above what the hypervisor gives to its machine type.",
+        "The VM's vCPU maximum is above the hypervisor's limit for its machine type.",
         "Lower the vCPU maximum; above 255 an x86 VM needs an IOMMU with eim='on'.",
     ),
     Code.CPU_NOT_REMOVABLE: CodeInfo(
         400,
-        "vCPUs that the VM was started with as not hotpluggable cannot be removed while it runs.",
-        'Ask for no less than the message names; or use "affect": "config" and power the VM off and on.',
+        "vCPUs that were not hotpluggable when the VM started cannot be removed while it runs.",
+        'Request at least the number in the message, or use "affect": "config" and power the VM off and on.',
     ),
     Code.CPU_REMOVAL_UNSAFE: CodeInfo(
         400,
-        "The VM is emulated (domain type qemu): QEMU never confirms the removal of a vCPU there, and crashes later.",
+        "The VM is emulated (domain type qemu). QEMU never confirms the removal of a vCPU there, and crashes later.",
         'Use "affect": "config" and power the VM off and on, or run the VM with KVM.',
     ),
     Code.CPU_SHARES_NOT_SET: CodeInfo(
         200,
-        "CPU shares were to follow the number of vCPUs, and the VM has none of its own: it weighs what any VM does.",
-        "Set <cputune><shares> (virsh schedinfo) if the VM is to weigh more or less than others.",
+        "CPU shares should follow the number of vCPUs, but the VM has no shares set: it has the default weight.",
+        "Set <cputune><shares> (virsh schedinfo) to give the VM more or less weight than others.",
     ),
     Code.CPU_REMOVAL_PENDING: CodeInfo(
         200,
-        "The guest has neither given up the vCPUs nor can it be told to have refused.",
+        "The guest has not given up the vCPUs yet, and has not refused either.",
         "Free the CPUs in the guest (tasks pinned to them, real-time threads), then send the command again.",
     ),
     Code.CPU_REMOVAL_REFUSED: CodeInfo(
@@ -530,51 +544,55 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.CPU_REMOVAL_UNFINISHED: CodeInfo(
         200,
-        "The guest gave up the vCPUs that it was asked for, and the time was over before it was asked for the others.",
-        'Send the command again to go on, with a longer "timeoutSec" if the guest is slow.',
+        "The guest gave up every vCPU that was requested of it, but the time ran out before the rest were requested.",
+        'Send the command again to continue, with a longer "timeoutSec" if the guest is slow.',
     ),
     Code.REMOVAL_LOST: CodeInfo(
         200,
-        "The VM was powered off before its guest had given up what was to be removed: the request ended with that run.",
-        "Send the command again to the VM as it runs now.",
+        "The VM was powered off before its guest gave up the device. The removal request ended with the power-off.",
+        "Send the command again once the VM runs.",
     ),
     Code.NO_MAX_MEMORY: CodeInfo(400, "The VM has no <maxMemory>, so no memory device can be attached.", _USE_PREPARE),
     Code.MEMORY_ABOVE_MAXIMUM: CodeInfo(
         400,
-        "More memory was asked for than the VM's <maxMemory>.",
-        "Ask for no more than the maximum, or raise <maxMemory> in the persistent definition and power the VM off "
+        "The requested memory is above the VM's <maxMemory>.",
+        "Request no more than the maximum, or raise <maxMemory> in the persistent definition and power the VM off "
         "and on.",
     ),
     Code.SLOTS_EXHAUSTED: CodeInfo(
         400,
-        "All memory slots are taken.",
-        "Raise slots in <maxMemory> of the persistent definition and power the VM off and on; use larger dimms.",
+        "All memory slots are in use.",
+        "Raise the slots of <maxMemory> in the persistent definition and power the VM off and on. Larger dimms need "
+        "fewer "
+        "slots.",
     ),
     Code.NO_NUMA_CELL: CodeInfo(400, "The VM has no guest NUMA cell, which memory hotplug needs.", _USE_PREPARE),
     Code.NUMA_CELLS_INCOMPLETE: CodeInfo(400, "The guest NUMA cells do not cover all possible vCPUs.", _USE_PREPARE),
     Code.NUMA_NODE_NOT_FOUND: CodeInfo(
-        400, "The guest has no such NUMA node.", 'Ask for a node that the message lists, or leave "node" out.'
+        400, "The guest has no such NUMA node.", 'Use a node that the message lists, or leave "node" out.'
     ),
     Code.MEMORY_NOT_ALIGNED: CodeInfo(
         400,
         "The amount to add is not a multiple of the guest's memory block, so the guest could never use it.",
-        'Ask for an amount that the message names, or leave "strict" out to have it rounded up.',
+        'Request an amount that the message names, or leave "strict" out to round it up.',
     ),
     Code.MEMORY_DEVICE_MISALIGNED: CodeInfo(
         400,
-        "A memory device of the VM is not a multiple of the guest's memory block: the guest cannot use it, nor what "
-        "is plugged after it.",
-        "Detach that device (virsh detach-device) before more memory is plugged.",
+        "The size of one of the VM's memory devices is not a multiple of the guest's memory block. The guest can use "
+        "neither that device nor any plugged after it.",
+        "Detach that device (virsh detach-device) before you plug more memory.",
     ),
     Code.HOST_MEMORY_SHORT: CodeInfo(
         400,
-        "The host has too little free memory for the amount.",
-        "Free memory on the host, move a VM away, or ask for less.",
+        "The host has too little free memory.",
+        "Free memory on the host, migrate a VM away, or request less.",
     ),
     Code.HOST_MEMORY_PROMISED: CodeInfo(
         400,
-        "The plug would promise VMs more memory than the host has: what they may have counts, used or not.",
-        "Unplug memory from an idle VM (kvmagentctl reclaim --dry-run shows what could come back), move one away, or "
+        "The plug would promise the VMs more memory than the host has. All the memory that a VM may use counts, "
+        "whether "
+        "the VM uses it now or not.",
+        "Unplug memory from an idle VM (kvmagentctl reclaim --dry-run shows candidates), migrate one away, or "
         "raise host.memory_overcommit.",
     ),
     Code.HOST_NODE_MEMORY_SHORT: CodeInfo(
@@ -585,52 +603,53 @@ CODES: dict[Code, CodeInfo] = {
     Code.HOST_HUGEPAGES_SHORT: CodeInfo(
         400,
         "The VM's memory is backed by hugepages, and the host has too few free ones of that size.",
-        "Reserve more hugepages of that size on the host (vm.nr_hugepages), or ask for less.",
+        "Reserve more hugepages of that size on the host (vm.nr_hugepages), or request less.",
     ),
     Code.MEMORY_HARD_LIMIT: CodeInfo(
         400,
-        "The VM's memtune hard_limit is too low for the amount: QEMU would be killed, or could not lock its memory.",
+        "The VM's memtune hard_limit is too low for the requested amount: QEMU would be killed or could not lock "
+        "memory.",
         "Raise <memtune><hard_limit> (virsh memtune --hard-limit), or remove it.",
     ),
     Code.MEMORY_LOCKED: CodeInfo(
-        400, "The VM's memory is locked, and virtio-mem cannot be used with that.", 'Use "method": "dimm".'
+        400, "The VM's memory is locked, which virtio-mem does not support.", 'Use "method": "dimm".'
     ),
     Code.MEMORY_LOCK_LIMIT: CodeInfo(
         400,
-        "The VM's memory is locked, for a passed-through device say, and its QEMU process may not lock so much.",
-        "Raise the limit of locked memory of the service that libvirt runs in (LimitMEMLOCK) and power the VM off and "
-        "on, or ask for less.",
+        "The VM's memory is locked (for example for a passed-through device), and QEMU may not lock this much.",
+        "Raise LimitMEMLOCK of libvirt's service and power the VM off and on, or request less.",
     ),
     Code.MEMORY_ENCRYPTED: CodeInfo(
         400,
-        "The VM's memory is encrypted (launchSecurity), so no memory can be plugged.",
-        "Give the VM its memory at start.",
+        "The VM's memory is encrypted (launchSecurity), so memory cannot be plugged.",
+        "Set the VM's memory in its definition, before it starts.",
     ),
     Code.MEMORY_NOT_REMOVABLE: CodeInfo(
         400,
-        "The VM has no memory device that could be removed without going below the target.",
-        "Ask for a total that the message names; memory that the VM was started with can only be ballooned.",
+        "None of the VM's memory devices can be removed without going below the requested total.",
+        "Request a total that the message names. Boot memory cannot be unplugged, only ballooned.",
     ),
     Code.MEMORY_SIZE_NOT_REACHABLE: CodeInfo(
         200,
-        "The VM's memory devices do not add up to the amount: less was removed, never more.",
-        "Ask for a total that the message names to have it exactly.",
+        "No combination of the VM's memory devices has exactly this size. Less was removed, never more.",
+        "To get an exact total, request one that the message names.",
     ),
     Code.MEMORY_REMOVAL_REFUSED: CodeInfo(
         409,
-        "The guest refused to give up a memory device: it holds memory that the kernel cannot move.",
+        "The guest refused to release a memory device, because its kernel cannot move some of the memory in it.",
         f"Reboot the guest with the kernel parameters {MOVABLE_PARAMETERS} (Linux 5.16 and later), so that plugged "
-        "memory stays removable as far as the kernel can bear it, or shrink what uses memory in it and try again.",
+        "memory stays removable within the kernel's limits, or free memory in the guest and send the command again.",
     ),
     Code.MEMORY_REMOVAL_PENDING: CodeInfo(
         200,
-        "The guest has neither given up a memory device nor refused: it may still do so later.",
-        "Look at the guest (is it running, busy, still booting?) and at the VM again. For a second callback at its "
-        'end, use "lateCallback": true.',
+        "The guest has neither released a memory device nor refused to. It may still release it later.",
+        "Check the guest (is it running, busy, still booting?) and read the VM again later. To get a second "
+        "callback when "
+        'the removal ends, use "lateCallback": true.',
     ),
     Code.VIRTIO_MEM_STALLED: CodeInfo(
         500,
-        "The guest did not bring its virtio-mem device to the requested size. The request was set to what it has.",
+        "The guest did not resize its virtio-mem device as requested. The request was set back to the actual size.",
         "Load the virtio_mem driver in the guest (Linux 5.8 and later) and look at its kernel log; to shrink, plugged "
         f"memory must be movable (kernel parameters {MOVABLE_PARAMETERS}, Linux 5.16 and later). Then send the command "
         "again.",
@@ -643,19 +662,21 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.BALLOON_ABOVE_TOTAL: CodeInfo(
         400,
-        "The balloon can give back no more than the VM's boot memory and plugged devices.",
-        'Use "method": "dimm" to go above it.',
+        "The balloon cannot give the VM more than its boot memory and plugged devices.",
+        'Use "method": "dimm" to add memory beyond that.',
     ),
     Code.BALLOON_NOT_ANSWERING: CodeInfo(
         500,
-        "The balloon did not reach its target: no driver in the guest answers, or the guest cannot give the memory. "
-        "The target was taken back.",
+        "The balloon did not reach its target: the guest has no balloon driver, or cannot give up the memory. The "
+        "target "
+        "was set back.",
         "Load the virtio_balloon driver in the guest, or free memory there, then send the command again.",
     ),
     Code.BALLOON_BELOW_FLOOR: CodeInfo(
         400,
-        "The balloon would take memory that the guest needs: what is offline in the guest counts as taken already.",
-        "Ask for no less than the message names; bring plugged memory online in the guest first.",
+        "The balloon would take memory that the guest needs. Memory that is offline in the guest counts as taken "
+        "already.",
+        "Request at least the amount in the message, or first bring the plugged memory online in the guest.",
     ),
     Code.GUEST_AGENT_ABSENT: CodeInfo(
         400,
@@ -666,18 +687,20 @@ CODES: dict[Code, CodeInfo] = {
         400, "No guest agent is connected.", "Install and start qemu-ga in the guest."
     ),
     Code.GUEST_AGENT_UNRESPONSIVE: CodeInfo(
-        400, "The guest agent does not answer in time.", "Restart qemu-ga in the guest; look for what blocks it."
+        400, "The guest agent did not answer in time.", "Restart qemu-ga in the guest, and find out what blocks it."
     ),
     Code.GUEST_AGENT_INVALID: CodeInfo(
         503,
-        "The guest agent answers in a form that no guest agent has, or with numbers that cannot be. Nothing that the "
-        "guest says is believed until it answers properly.",
-        "Look at what runs as the guest agent: install qemu-ga anew and restart it.",
+        "The guest agent sent an answer with an invalid format or impossible numbers. The agent ignores what this "
+        "guest "
+        "reports until its answers are valid.",
+        "Check which program runs as the guest agent; reinstall qemu-ga and restart it.",
     ),
     Code.GUEST_AGENT_FROZEN: CodeInfo(
         500,
-        "The guest's filesystems are frozen, as backups do, and its agent does nothing but thaw them.",
-        "Let the backup end, or run virsh domfsthaw VM, and send the command again.",
+        "The guest's filesystems are frozen (by a backup, for example). Until they are thawed, its guest agent does "
+        "nothing else.",
+        "Wait for the backup to end, or run virsh domfsthaw VM; then send the command again.",
     ),
     Code.GUEST_AGENT_REFUSED: CodeInfo(
         400,
@@ -686,73 +709,74 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.GUEST_ONLINE_NOT_ASKED: CodeInfo(
         400,
-        "The request had guestOnline false, or the VM's policy has it off: nothing was brought online in the guest.",
-        "Bring it online in the guest.",
+        "The request or the VM's policy turned guestOnline off, so nothing was brought online in the guest.",
+        "Bring the new vCPUs or memory online in the guest.",
     ),
     Code.GUEST_CPU_NOT_SEEN: CodeInfo(
         400,
         "The guest does not list a vCPU that the hypervisor plugged.",
-        "Check the guest's kernel log for ACPI messages, and its limits (maxcpus, nr_cpus).",
+        "Check the guest's kernel log for ACPI messages, and its kernel parameters maxcpus and nr_cpus.",
     ),
-    Code.GUEST_CPU_OFFLINE: CodeInfo(400, "The guest lists vCPUs that are offline in it.", CPU_ONLINE_HINT),
+    Code.GUEST_CPU_OFFLINE: CodeInfo(400, "Some of the guest's vCPUs are offline.", CPU_ONLINE_HINT),
     Code.GUEST_MEMORY_NOT_SEEN: CodeInfo(
         400,
         "The guest does not list memory that the hypervisor plugged.",
         "Check the guest's kernel log for ACPI and hotplug messages.",
     ),
-    Code.GUEST_MEMORY_OFFLINE: CodeInfo(
-        400, "The guest lists memory blocks that are offline in it.", MEMORY_ONLINE_HINT
-    ),
+    Code.GUEST_MEMORY_OFFLINE: CodeInfo(400, "Some of the guest's memory blocks are offline.", MEMORY_ONLINE_HINT),
     Code.GUEST_MEMORY_SHORT: CodeInfo(
         400,
-        "The guest has too little free memory for the change: its kernel needs 1/64 of what is added for the page "
-        "map, and room for what is in use of what is removed.",
-        "Free memory in the guest, or change less at a time.",
+        "The guest has too little free memory. Its kernel needs 1/64 of added memory for the page map, and must "
+        "move what "
+        "is in use in removed memory elsewhere.",
+        "Free memory in the guest, or request a smaller change.",
     ),
     Code.GUEST_CPU_IN_USE: CodeInfo(
         409,
-        "The guest would not take a CPU offline.",
-        "Look for what holds the CPU in the guest (its kernel log, tasks pinned to it).",
+        "The guest could not take a CPU offline.",
+        "Find out in the guest what keeps the CPU busy (kernel log, tasks pinned to it).",
     ),
     Code.GUEST_MEMORY_IN_USE: CodeInfo(
         409,
-        "The guest would not take memory blocks offline: they hold memory that its kernel cannot move.",
+        "The guest could not take memory blocks offline, because its kernel cannot move some of the memory in them.",
         f"Reboot the guest with the kernel parameters {MOVABLE_PARAMETERS} (Linux 5.16 and later), so that plugged "
-        "memory stays removable as far as the kernel can bear it, or shrink what uses memory in it and try again.",
+        "memory stays removable within the kernel's limits, or free memory in the guest and send the command again.",
     ),
     Code.GUEST_FREE_SHOWS_LESS: CodeInfo(
         200,
-        "The guest's free shows less than the VM has: firmware, the kernel, its page map (about 1.6 %) and a crash "
-        "kernel take their part before MemTotal is counted.",
-        "Nothing to do: compare growth, not totals.",
+        "The guest's free command shows less memory than the VM has. Firmware, the kernel, its page map (about 1.6 "
+        "%) and "
+        "a crash kernel are not part of MemTotal.",
+        "Nothing needs to be done. Compare how much the total grew, not the totals.",
     ),
     Code.GUEST_MEMORY_IMBALANCED: CodeInfo(
         200,
-        "The plugged memory is more than three times the boot memory. Where the guest has it online as movable, its "
-        "kernel cannot use it for itself, and ends processes for lack of memory while much is free.",
+        "The plugged memory is more than three times the boot memory. If the guest onlined it as movable, its kernel "
+        "cannot use it for itself, and may kill processes for lack of memory while much is free.",
         f"Start the guest with the kernel parameters {MOVABLE_PARAMETERS} (Linux 5.16 and later) and not with "
         "online_movable, or give the VM more boot memory.",
     ),
     Code.GUEST_OS_UNABLE: CodeInfo(
         400,
-        "The guest's operating system cannot do this while it runs.",
+        "The guest's operating system does not support this while it runs.",
         'Use "affect": "config" and power the VM off and on.',
     ),
     Code.GUEST_OS_LIMITED: CodeInfo(
         200,
-        "The guest's operating system is known not to do all of this by itself.",
-        "Look in the guest whether it uses what was plugged.",
+        "The guest's operating system does not use everything that is plugged by itself.",
+        "Check in the guest whether it uses what was plugged.",
     ),
     Code.PLAN_NOT_WHOLE: CodeInfo(
         200,
-        "The plan ends where only the guest can tell what comes next, such as what it has to bring online.",
-        "Nothing to do: the reply of the command itself has all steps.",
+        "The plan stops where the next steps depend on the guest, such as what it must bring online.",
+        "Nothing needs to be done. The reply of the command itself has all steps.",
     ),
     Code.LEFTOVER_TAKEN_BACK: CodeInfo(
         200,
-        "The guest had been asked for another amount before (a balloon target, a virtio-mem size), by whomever, and "
-        "had not reached it. The plug set the request to what the guest has: it could have been followed at any time.",
-        "Nothing to do; if the VM is to shrink, use the unplug path.",
+        "An earlier request to the guest (a balloon target or a virtio-mem size) was never reached, and the guest "
+        "could "
+        "have followed it at any time. The plug set that request to what the guest has.",
+        "Nothing needs to be done. To shrink the VM, use the unplug path.",
     ),
     Code.DRIFT: CodeInfo(
         200,
@@ -761,14 +785,14 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.RESTART_REQUIRED: CodeInfo(
         200,
-        "The persistent definition has what the running VM lacks: larger maxima, more slots, a device.",
-        "Power the VM off and start it again: a reboot of the guest is not enough.",
+        "The persistent definition has something that the running VM lacks: larger maxima, more slots or a device.",
+        "Power the VM off and start it again. A reboot of the guest is not enough.",
     ),
     Code.MEMORY_UNKNOWN_TO_LIBVIRT: CodeInfo(
         200,
-        "QEMU has memory that libvirt does not know, as happens where libvirtd is killed while it attaches a device. "
-        "It is counted; it cannot be removed, and the VM cannot be migrated.",
-        "Power the VM off and on when that suits: it then starts from its persistent definition.",
+        "QEMU has memory that libvirt does not know of, because libvirtd was killed while it attached a device. The "
+        "memory counts, but it cannot be removed, and the VM cannot be migrated.",
+        "Power the VM off and on when convenient. It then starts from its persistent definition.",
     ),
 }
 

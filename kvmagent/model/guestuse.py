@@ -118,7 +118,7 @@ def silence_warning(guest: Guest, hint: str) -> Problem:
     assert guest.silence is not None
     return Problem(
         code=guest.silence,
-        message=f"what the guest uses is unknown: {guest.silence_words}",
+        message=f"it is unknown what the guest uses: {guest.silence_words}",
         remedy=f"{CODES[guest.silence].remedy} {hint}".strip(),
     )
 
@@ -127,7 +127,7 @@ def refused_warning(guest: Guest, command: str, hint: str) -> Problem:
     """Return the warning of a guest agent that would not answer one command."""
     return Problem(
         code=Code.GUEST_AGENT_REFUSED,
-        message=f"what the guest uses is unknown: {command}: {guest.refused.get(command, 'no answer')}",
+        message=f"it is unknown what the guest uses: {command}: {guest.refused.get(command, 'no answer')}",
         remedy=f"{CODES[Code.GUEST_AGENT_REFUSED].remedy} {hint}".strip(),
     )
 

@@ -280,7 +280,7 @@ def _find_unfinished(ending: Ending, current: int, cpu_num: int) -> AgentError |
         return None
     return AgentError(
         Code.CPU_REMOVAL_UNFINISHED,
-        f"the VM has {current} vCPUs, it was to have {cpu_num}; in time the guest was asked to come down to {asked}",
+        f"the VM has {current} vCPUs instead of {cpu_num}; the guest was only asked to come down to {asked} in time",
     )
 
 
@@ -356,7 +356,7 @@ def _find_unknown(facts: Facts | None) -> list[Problem]:
     if not unknown:
         return []
     devices = ", ".join(f"{device.alias} ({format_size(device.size_bytes)})" for device in unknown)
-    return [warning(Code.MEMORY_UNKNOWN_TO_LIBVIRT, f"QEMU has memory that libvirt does not know: {devices}")]
+    return [warning(Code.MEMORY_UNKNOWN_TO_LIBVIRT, f"QEMU has memory that libvirt does not know of: {devices}")]
 
 
 def _guest_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:

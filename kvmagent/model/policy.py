@@ -20,7 +20,7 @@ def check_opt_out(domain: Domain, name: str, definition: Definition) -> Iterator
     if not policy.hotplug:
         yield Problem(
             code=Code.VM_OPTED_OUT,
-            message=f"the policy of VM {domain.name}'s {name} definition has hotplug off, it must be on{_told(policy)}",
+            message=f"the policy of VM {domain.name}'s {name} definition has hotplug='off'{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, hotplug=True)),
         )
 
@@ -31,7 +31,7 @@ def check_cpu_ceiling(domain: Domain, name: str, definition: Definition, cpu_num
     if ceiling is not None and cpu_num > max(ceiling, definition.vcpu_current):
         yield Problem(
             code=Code.ABOVE_POLICY,
-            message=f"{cpu_num} vCPUs were asked for, the policy of the {name} definition allows at most {ceiling}"
+            message=f"{cpu_num} vCPUs requested, the policy of the {name} definition allows at most {ceiling}"
             f"{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, max_cpu_num=cpu_num)),
         )
@@ -43,7 +43,7 @@ def check_memory_ceiling(domain: Domain, name: str, definition: Definition, size
     if ceiling is not None and size_bytes > ceiling:
         yield Problem(
             code=Code.ABOVE_POLICY,
-            message=f"{format_size(size_bytes)} would be had, the policy of the {name} definition allows at most "
+            message=f"{format_size(size_bytes)} would be the total, the policy of the {name} definition allows at most "
             f"{format_size(ceiling)}{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, max_memory_bytes=size_bytes)),
         )

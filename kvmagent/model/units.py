@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
     if found is None and text.strip().isdecimal():
         raise ValueError(f"{text.strip()} has no unit: write {text.strip()}M for MiB, or {text.strip()}B for bytes")
     if found is None:
-        raise ValueError(f"{text!r} is no size: write a number and a unit, as in 4G, 1.5GiB or 512MiB")
+        raise ValueError(f"{text!r} is not a size: write a number and a unit, as in 4G, 1.5GiB or 512MiB")
     whole, _, part = found["amount"].partition(".")
     unit_bytes = _UNITS[(found["unit"] or "").upper()]
     divisor: int = 10 ** len(part)

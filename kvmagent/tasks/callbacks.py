@@ -379,7 +379,7 @@ class _Lookups:
         with self._changed:
             addresses = self._ask(host, client, wait_s)
         if addresses is None:
-            raise OSError(f"the addresses of {host} are not known")
+            raise OSError(f"{host} could not be resolved")
         return addresses
 
     def _ask(self, host: str, client: str, wait_s: float) -> list[Address] | None:
@@ -436,7 +436,7 @@ def _host_and_port(url: str) -> tuple[str, int]:
         raise AgentError(Code.BAD_CALLBACK_URL, f"the URL {shown_url(url)!r} cannot be read") from error
     plain = url.isascii() and url.isprintable() and " " not in url
     if parts.scheme not in _PORTS or not host or port == 0 or not plain or parts.username is not None:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"{shown_url(url)!r} is no absolute http or https URL")
+        raise AgentError(Code.BAD_CALLBACK_URL, f"{shown_url(url)!r} is not an absolute http or https URL")
     return host.lower().rstrip("."), port or _PORTS[parts.scheme]
 
 

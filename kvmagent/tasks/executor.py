@@ -387,7 +387,7 @@ class Executor:
             if uuid and vm.uuid != uuid:
                 raise AgentError(
                     Code.VM_REPLACED,
-                    f"the task began with the VM of UUID {uuid}, {run.request.vm_uuid} is {vm.uuid} now",
+                    f"the task began with the VM with UUID {uuid}; {run.request.vm_uuid} is now {vm.uuid}",
                 )
             yield vm
 
@@ -551,9 +551,9 @@ class Executor:
             if failure.code in _NO_WAY_BACK:
                 raise
             if failure.expected:
-                log.warning("task cannot retreat", **error_fields(failure))
+                log.warning("changes cannot be undone", **error_fields(failure))
             else:
-                log.failure("task cannot retreat", failure, error_code=failure.code)
+                log.failure("changes cannot be undone", failure, error_code=failure.code)
 
     def _take_back(self, task: Task, run: Run, vm: HeldVm) -> None:
         """Take back what was asked of the guest and not reached: whatever the command, and however it ended.
@@ -572,7 +572,7 @@ class Executor:
             failure = make_error(error)
             if failure.code in _NO_WAY_BACK:
                 raise
-            log.warning("what was asked of the guest cannot be taken back", **error_fields(failure))
+            log.warning("the request to the guest cannot be taken back", **error_fields(failure))
 
     def _observe(self, vm: HeldVm, parts: frozenset[str]) -> Facts:
         """Return what is so now, with what the agent itself knows of the guest."""
@@ -597,7 +597,7 @@ class Executor:
         facts = self._observe(vm, run.command.observe_guest)
         if step in run.command.advance(run.goal, facts, spent):
             return False
-        log.info("step failed and is there already", step=type(step).__name__, error=error.message)
+        log.info("step failed and already exists", step=type(step).__name__, error=error.message)
         return True
 
     def _perform(self, task: Task, run: Run, vm: HeldVm, step: AnyStep) -> Problem | None:
@@ -691,7 +691,7 @@ def _refuse_undeclared(run: Run, steps: tuple[AnyStep, ...]) -> None:
         if step.resource is not None and step.resource not in declared:
             raise AgentError(
                 Code.INTERNAL_ERROR,
-                f"{run.command.name} plans {type(step).__name__}, and its goal has no total of {step.resource}",
+                f"{run.command.name} plans {type(step).__name__}, but its goal has no total of {step.resource}",
                 expected=False,
             )
 
@@ -702,7 +702,7 @@ def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> N
     if again is not None:
         raise AgentError(
             Code.NOT_VERIFIED,
-            f"libvirt confirmed {type(again).__name__}, and the VM does not show it",
+            f"libvirt confirmed {type(again).__name__}, but the VM does not show it",
             details={"step": msgspec.to_builtins(again)},
             expected=False,
         )

@@ -360,7 +360,7 @@ class Journal:
                 (step,) = db.execute(sql, (task_uuid,)).fetchone()
                 raise AgentError(
                     Code.TASK_NOT_CANCELLABLE,
-                    f"task {task_uuid} has begun to change its VM, it is at {step}",
+                    f"task {task_uuid} is already changing its VM ({step})",
                     details={"state": row["state"], "step": step},
                 )
             return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
@@ -379,7 +379,7 @@ class Journal:
             row = db.execute("SELECT state, reply FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
             # With this reply it is an earlier try, which came to disk all the same.
             if row is None or (row["state"] == "finished" and row["reply"] != reply):
-                raise AgentError(Code.TASK_CONFLICT, f"the first callback of task {task_uuid} is still owed")
+                raise AgentError(Code.TASK_CONFLICT, f"the first callback of task {task_uuid} is not delivered yet")
             values = {"reply": reply, "outcome": outcome, "finished_at": now}
             if owed:
                 return _move(db, task_uuid, "finished", **values, **since, attempts=0, delivery_error=None)
@@ -586,7 +586,7 @@ def _find_left(db: Database) -> Left:
 
 def task_not_yours(task_uuid: str) -> AgentError:
     """Return the refusal of what is asked about another caller's task: it says nothing of it."""
-    return AgentError(Code.TASK_NOT_YOURS, f"the task id {task_uuid} is another caller's")
+    return AgentError(Code.TASK_NOT_YOURS, f"the task id {task_uuid} belongs to another caller")
 
 
 @contextlib.contextmanager
@@ -636,7 +636,7 @@ def _refuse_withdrawn(db: Database, task_uuid: str, reply: bytes | None = None) 
     """
     row = db.execute("SELECT state, reply FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
     if row is not None and row["state"] not in UNFINISHED and row["reply"] != reply:
-        raise AgentError(Code.CANCELLED, f"task {task_uuid} was taken back")
+        raise AgentError(Code.CANCELLED, f"task {task_uuid} was cancelled")
 
 
 def _start_step(db: Database, task_uuid: str, n: int, step: bytes, now: float, own: float) -> None:

@@ -302,7 +302,7 @@ class JournalFile:
             try:
                 if self._reader is None:
                     if not self._has_log():
-                        raise sqlite3.OperationalError("its log was taken away and is being mended")
+                        raise sqlite3.OperationalError("its WAL was removed and is being restored")
                     self._reader = self._connect()
                 rows = self._reader.execute(sql, values).fetchall()
                 if self._log_inode is None:  # nobody had the file: this is the log that is open now
@@ -475,7 +475,7 @@ class JournalFile:
     def _refuse_another_file(self) -> None:
         inode, size = self._identify()
         if inode != self._inode or size < self._size:
-            raise sqlite3.DatabaseError("the file was replaced or truncated under the agent")
+            raise sqlite3.DatabaseError("the file was replaced or truncated while the agent ran")
         self._size = size
 
     def _has_log(self) -> bool:
@@ -496,9 +496,9 @@ class JournalFile:
                 # Kept open until it has succeeded: nobody else has that log.
                 (is_busy, _, _) = self._reader.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
                 if is_busy:
-                    raise sqlite3.OperationalError("its log was taken away, and another process reads it")
+                    raise sqlite3.OperationalError("its WAL was removed, and another process has the file open")
                 self._close_reader()
-        log.error("journal's log was taken away under the agent, and begun anew", path=self._log_path)
+        log.error("journal's WAL was removed while the agent ran, and begun anew", path=self._log_path)
 
     def _identify(self) -> tuple[tuple[int, int], int]:
         """Return what tells this file from another, and its size, which never shrinks."""
@@ -583,7 +583,7 @@ def _migrate(db: Database, path: Path) -> None:
         raise AgentError(
             Code.JOURNAL_UNAVAILABLE,
             f"{path}: schema version {found}, this agent knows up to {len(MIGRATIONS)}",
-            remedy="Run the newer agent that wrote it, or move the file away.",
+            remedy="Run the newer agent version that wrote it, or move the file away.",
         )
     for version, statements in enumerate(MIGRATIONS[found:], start=found + 1):
         db.execute("BEGIN IMMEDIATE")

@@ -74,7 +74,7 @@ class LateRemovals:
     def _note(self, vm_uuid: str, alias: str, at: float) -> None:
         problem = Problem(
             code=Code.MEMORY_REMOVAL_REFUSED,
-            message=f"the guest refused to give up {alias}",
+            message=f"the guest refused to release {alias}",
             remedy=CODES[Code.MEMORY_REMOVAL_REFUSED].remedy,
         )
         with contextlib.suppress(AgentError):  # the journal is closed: the agent stops

@@ -62,7 +62,7 @@ class Questions:
                 owed = self._journal.finish(task.task_uuid, msgspec.json.encode(reply), outcome)
             except AgentError as error:
                 if error.code is Code.CANCELLED:
-                    log.info("task was taken back")
+                    log.info("task was cancelled")
                     return
                 # The journal was closed under it: the next start finds the task unfinished and answers it.
                 log.error("task stays in the journal", **error_fields(error))

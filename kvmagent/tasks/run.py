@@ -72,7 +72,7 @@ def read_facts(recorded: bytes | None) -> Facts | None:
     try:
         return None if recorded is None else _FACTS.decode(recorded)
     except msgspec.ValidationError as error:
-        log.warning("what was so before the task cannot be read", error=str(error))
+        log.warning("the state before the task cannot be read", error=str(error))
         return None
 
 

@@ -54,7 +54,7 @@ class Withdrawal:
         """
         task = self._journal.find(task_uuid)
         if task is None:
-            raise AgentError(Code.UNKNOWN_TASK, f"no task has the id {task_uuid!r}")
+            raise AgentError(Code.UNKNOWN_TASK, f"there is no task with the id {task_uuid!r}")
         if _was_withdrawn(task):
             return task
 
@@ -65,7 +65,7 @@ class Withdrawal:
             with log_context(**task.log_fields):
                 log.info("task finished", outcome=OUTCOME, **error_fields(error))
 
-        error = AgentError(Code.CANCELLED, "the task was taken back before it touched anything")
+        error = AgentError(Code.CANCELLED, "the task was cancelled before it changed anything")
         self._journal.cancel(task_uuid, self._make_reply(task, error), OUTCOME, then=tell)
         return task
 

@@ -156,7 +156,7 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
         if cpu_num > definition.vcpu_maximum:
             yield blocker(
                 Code.CPU_ABOVE_MAXIMUM,
-                f"{cpu_num} vCPUs were asked for, the {name} definition allows at most {definition.vcpu_maximum}",
+                f"{cpu_num} vCPUs requested, the {name} definition allows at most {definition.vcpu_maximum}",
                 needs_restart=True,
             )
         yield from _blockers(policy.check_cpu_ceiling(facts.domain, name, definition, cpu_num))
@@ -166,7 +166,7 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
             if cpu_num % definition.vcpu_quantum:
                 yield blocker(
                     Code.CPU_NOT_WHOLE_CORE,
-                    f"{cpu_num} vCPUs were asked for, cores of the {name} definition have {threads} threads",
+                    f"{cpu_num} vCPUs requested, cores of the {name} definition have {threads} threads",
                 )
             if product != definition.vcpu_maximum:
                 yield blocker(
@@ -290,7 +290,7 @@ def check_device_room(
         if definition.total_bytes + wanted > definition.max_memory_bytes:
             yield blocker(
                 Code.MEMORY_ABOVE_MAXIMUM,
-                f"{format_size(definition.total_bytes)} and {format_size(wanted)} more were asked for, "
+                f"{format_size(definition.total_bytes)} and {format_size(wanted)} more requested, "
                 f"the {name} definition allows at most {format_size(definition.max_memory_bytes)}",
                 needs_restart=True,
             )
@@ -449,9 +449,9 @@ def round_up_addition(request: HotPlugMemoryRequest, wanted_bytes: int, quantum_
         upper = request.memory_size - wanted_bytes + aligned
         raise AgentError(
             Code.MEMORY_NOT_ALIGNED,
-            f"{format_size(wanted_bytes)} more were asked for, the guest takes multiples of "
+            f"{format_size(wanted_bytes)} more requested, but the guest takes multiples of "
             f"{format_size(quantum_bytes)}",
-            remedy=f'Ask for a total of {upper - quantum_bytes} or {upper} bytes, or leave "strict" out to have it '
+            remedy=f'Request a total of {upper - quantum_bytes} or {upper} bytes, or leave "strict" out to have it '
             "rounded up.",
         )
     return aligned

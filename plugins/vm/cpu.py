@@ -56,7 +56,7 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
     current = (facts.get_live() if live else facts.get_config()).vcpu_current
     if request.cpu_num < current:
         raise AgentError(
-            Code.TARGET_BELOW_CURRENT, f"{request.cpu_num} vCPUs were asked for, VM {facts.domain.name} has {current}"
+            Code.TARGET_BELOW_CURRENT, f"{request.cpu_num} vCPUs requested, VM {facts.domain.name} has {current}"
         )
     wanted = request.cpu_num
     goal = CpuGoal(
@@ -170,7 +170,7 @@ def _first_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[An
     rest = f"; {goal.added - 1} more were not plugged" if goal.added > 1 else ""
     raise AgentError(
         Code.VM_MIGRATED,
-        f"VM {facts.domain.name} came to this host by live migration, and its guest does not use the first vCPU that "
+        f"VM {facts.domain.name} was live-migrated to this host, and its guest does not use the first vCPU that "
         f"was plugged since{rest}",
     )
 

@@ -156,8 +156,8 @@ def check_guest_can_spare(facts: Facts, taken_bytes: int) -> None:
     if available is not None and taken_bytes and taken_bytes + GUEST_RESERVE_BYTES > available:
         raise AgentError(
             Code.GUEST_MEMORY_SHORT,
-            f"{format_size(taken_bytes)} would be taken from the guest and {format_size(GUEST_RESERVE_BYTES)} kept "
-            f"free, it has {format_size(available)} available",
+            f"{format_size(taken_bytes)} would be taken from the guest, which must keep "
+            f"{format_size(GUEST_RESERVE_BYTES)} free and has {format_size(available)} available",
         )
 
 

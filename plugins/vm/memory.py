@@ -444,7 +444,7 @@ def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
         raise AgentError(
             Code.MEMORY_NOT_ALIGNED,
             f'"dimmSize" is {format_size(dimm_bytes)}, the guest takes multiples of {format_size(quantum)}',
-            remedy=f"Ask for dimms of {align_up(dimm_bytes, quantum)} bytes.",
+            remedy=f"Request dimms of {align_up(dimm_bytes, quantum)} bytes.",
         )
     whole, rest = divmod(added_bytes, dimm_bytes)
     return [dimm_bytes] * whole + ([rest] if rest else [])
@@ -504,8 +504,7 @@ def balloon_actual(facts: Facts, affect: Affect) -> int:
 def _below_current(facts: Facts, target_bytes: int, current_bytes: int, addition: str) -> AgentError:
     return AgentError(
         Code.TARGET_BELOW_CURRENT,
-        f"{format_size(target_bytes)} were asked for, "
-        f"VM {facts.domain.name} has {format_size(current_bytes)}{addition}",
+        f"{format_size(target_bytes)} requested, VM {facts.domain.name} has {format_size(current_bytes)}{addition}",
     )
 
 

@@ -156,7 +156,7 @@ def find_stalled(
         if device is not None and device.current_bytes != requested_bytes:
             return AgentError(
                 Code.VIRTIO_MEM_STALLED,
-                f"{device.alias} was asked for {format_size(requested_bytes)}, it is at "
+                f"{device.alias} was set to {format_size(requested_bytes)} but is at "
                 f"{format_size(device.plugged_bytes)}",
             )
     return None
@@ -168,7 +168,7 @@ def _find_dead_balloon(goal: MemoryGoal, facts: Facts) -> AgentError | None:
         return None
     return AgentError(
         Code.BALLOON_NOT_ANSWERING,
-        f"the balloon was asked for {format_size(wanted)}, it is at {format_size(actual)}",
+        f"the balloon was set to {format_size(wanted)} but is at {format_size(actual)}",
     )
 
 
@@ -300,7 +300,7 @@ def _back_online_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) ->
 
 
 def _attach_steps(goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:
-    """A device that is already there under the task's alias is not attached again, and none above the goal's total.
+    """A device that already exists under the task's alias is not attached again, and none above the goal's total.
 
     A VM that was restarted meanwhile may have come up with more: then only what still lacks to the total is attached.
     """

@@ -115,7 +115,7 @@ def _plan_vcpus(
         raise AgentError(
             Code.TARGET_BELOW_CURRENT,
             f'"maxCpuNum" is {asked}, VM {facts.domain.name} has {config.vcpu_current} vCPUs',
-            remedy="Ask for a maximum that is not below what the VM has.",
+            remedy="Request a maximum that is not below the VM's current size.",
         )
     (limit, why), ceiling = find_vcpu_limit(facts.host, config), config.policy.max_cpu_num
     addressed = _most_addressed(facts, config)
@@ -174,7 +174,7 @@ def _plan_memory(
         raise AgentError(
             Code.TARGET_BELOW_CURRENT,
             f'"maxMemorySize" is {format_size(asked)}, VM {facts.domain.name} has {format_size(config.total_bytes)}',
-            remedy="Ask for a maximum that is not below what the VM has.",
+            remedy="Request a maximum that is not below the VM's current size.",
         )
     machine = find_machine(config)
     if not machine.does & {"plug dimms", "plug virtio-mem"}:

@@ -46,7 +46,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
     current = (facts.get_live() if live else facts.get_config()).vcpu_current
     if request.cpu_num > current:
         raise AgentError(
-            Code.TARGET_ABOVE_CURRENT, f"{request.cpu_num} vCPUs were asked for, VM {facts.domain.name} has {current}"
+            Code.TARGET_ABOVE_CURRENT, f"{request.cpu_num} vCPUs requested, VM {facts.domain.name} has {current}"
         )
     if live and request.cpu_num < current:
         refuse_first(check_awake(facts.domain, request.affect))
@@ -122,7 +122,7 @@ def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
     if cpu_num < fixed:
         raise AgentError(
             Code.CPU_NOT_REMOVABLE,
-            f"{cpu_num} vCPUs were asked for, {fixed} of VM {facts.domain.name}'s cannot be removed while it runs",
+            f"{cpu_num} vCPUs requested, {fixed} of VM {facts.domain.name}'s cannot be removed while it runs",
             details={"least": fixed},
         )
     leaving = leaving_ids(live, cpu_num)

@@ -58,7 +58,7 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
     if surplus < 0:
         raise AgentError(
             Code.TARGET_ABOVE_CURRENT,
-            f"{format_size(request.memory_size)} were asked for, VM {facts.domain.name} has {format_size(usable)}",
+            f"{format_size(request.memory_size)} requested, VM {facts.domain.name} has {format_size(usable)}",
         )
     removals = _decide_removals(request, facts, definition, surplus)
     surplus -= sum(removal.size_bytes for removal in removals)
@@ -215,8 +215,8 @@ def _decide_balloon(
     if target < floor:
         raise AgentError(
             Code.BALLOON_BELOW_FLOOR,
-            f"{format_size(target)} were asked for, the guest needs the balloon to leave {format_size(floor)}",
-            remedy=f"Ask for no less than {floor} bytes; bring plugged memory online in the guest first.",
+            f"{format_size(target)} requested, but the guest needs at least {format_size(floor)}",
+            remedy=f"Request no less than {floor} bytes; bring plugged memory online in the guest first.",
         )
     return target
 
@@ -236,7 +236,7 @@ def _not_removable(facts: Facts, definition: Definition, usable: int, target: in
     return AgentError(
         Code.MEMORY_NOT_REMOVABLE,
         f"no memory device of VM {facts.domain.name} fits into the {format_size(usable - target)} that are to leave",
-        remedy=f"Ask for a total of {' or '.join(map(str, totals))} bytes." if totals else None,
+        remedy=f"Request a total of {' or '.join(map(str, totals))} bytes." if totals else None,
         details={"reachable": totals},
     )
 
@@ -248,9 +248,9 @@ def _not_exact(ending: Ending) -> Problem:
     totals = _reachable(facts, definition, _usable_bytes(facts, request.affect), request.memory_size)
     return Problem(
         code=Code.MEMORY_SIZE_NOT_REACHABLE,
-        message=f"{format_size(request.memory_size)} were asked for, "
+        message=f"{format_size(request.memory_size)} requested, "
         f"{format_size(ending.goal.total_bytes)} is the nearest above that the VM's devices make",
-        remedy=f"Ask for a total of {' or '.join(map(str, totals))} bytes to have it exactly."
+        remedy=f"Request a total of {' or '.join(map(str, totals))} bytes to have it exactly."
         if totals
         else CODES[Code.MEMORY_SIZE_NOT_REACHABLE].remedy,
     )

@@ -72,7 +72,7 @@ NO_SPACE = libvirt_error(38, libvirt.VIR_FROM_NONE, "Failed to create file 'vm1.
 ROWS = {
     # vCPUs
     "vcpus above the maximum": Row(
-        CPU, {"cpuNum": 5}, "refused", "CPU_ABOVE_MAXIMUM", "5 vCPUs were asked for", "no more than the maximum"
+        CPU, {"cpuNum": 5}, "refused", "CPU_ABOVE_MAXIMUM", "5 vCPUs requested", "no more than the maximum"
     ),
     "vcpus of a vm that is off": Row(
         CPU, {"cpuNum": 2}, "refused", "VM_NOT_RUNNING", "is shutoff", '"affect": "config"', running=False
@@ -87,7 +87,7 @@ ROWS = {
         "refused",
         "NOT_AS_EXPECTED",
         "2 vCPUs were expected, VM vm1 has 1",
-        "fresh taskuuid",
+        "new taskuuid",
     ),
     "vcpus of a vm whose owner wants none": Row(
         CPU,
@@ -237,7 +237,7 @@ ROWS = {
         "refused",
         "NOT_AS_EXPECTED",
         "268435456 bytes of memory were expected, VM vm1 has 402653184",
-        "fresh taskuuid",
+        "new taskuuid",
         before=(dimm(),),
     ),
     "dimm for a guest that takes none": Row(
@@ -444,7 +444,7 @@ ROWS = {
         {"memorySize": 512 * MIB, "method": "virtio-mem", "timeoutSec": 1},
         "refused",
         "VIRTIO_MEM_STALLED",
-        "ua-vm was asked for 256 MiB, after 1 s it is at 0 B",
+        "ua-vm was set to 256 MiB, but after 1 s it is at 0 B",
         "virtio_mem driver",
         before=(VIRTIO_MEM,),
         guest={"virtio_mem_limit": 0},

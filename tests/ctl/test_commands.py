@@ -48,8 +48,8 @@ def test_a_refusal_is_one_line_with_its_remedy(ctl: Ctl) -> None:
     done = ctl("plug-cpu", "db-7", "99")
     assert (done.status, done.out) == (1, "")
     assert done.err == (
-        "kvmagentctl: CPU_ABOVE_MAXIMUM: 99 vCPUs were asked for, the running definition allows at most 4; "
-        "remedy: Ask for no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and "
+        "kvmagentctl: CPU_ABOVE_MAXIMUM: 99 vCPUs requested, the running definition allows at most 4; "
+        "remedy: Request no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and "
         "power the VM off and on.\n"
     )
 
@@ -103,7 +103,7 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
     ("arguments", "problem"),
     [
         (("plug-memory", "db-7", "512"), "512 has no unit: write 512M for MiB, or 512B for bytes"),
-        (("plug-memory", "db-7", "5X"), "'5X' is no size: write a number and a unit, as in 4G, 1.5GiB or 512MiB"),
+        (("plug-memory", "db-7", "5X"), "'5X' is not a size: write a number and a unit, as in 4G, 1.5GiB or 512MiB"),
         (("plug-cpu", "db-7", "many"), "'many' is not a valid integer range"),
         (("plug-cpu", "db-7"), "Missing argument 'CPUS'; remedy: See kvmagentctl plug-cpu --help."),
         (
@@ -112,7 +112,7 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
         ),
         (("ready", "db-7", "--apply", "--dry-run"), "--apply and --dry-run contradict each other"),
         (("plug-everything", "db-7"), "No such command 'plug-everything'"),
-        (("--url", "node1:7070", "status"), "'node1:7070' is no agent's URL"),
+        (("--url", "node1:7070", "status"), "'node1:7070' is not an agent's URL"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -201,7 +201,7 @@ def test_tasks_are_listed_and_followed(ctl: Ctl, agent: AgentProcess) -> None:
     assert re.match(rf"{task}  HotPlugCpu +db-7  delivered  refused CPU_ABOVE_MAXIMUM  ", newest)
     whole = ctl("task", task)
     assert "command   HotPlugCpu  vmUuid=db-7 affect=both" in whole.out
-    assert "error  CPU_ABOVE_MAXIMUM: 77 vCPUs were asked for" in whole.out
+    assert "error  CPU_ABOVE_MAXIMUM: 77 vCPUs requested" in whole.out
 
 
 def test_status_says_what_the_agent_is_at(ctl: Ctl, agent: AgentProcess) -> None:

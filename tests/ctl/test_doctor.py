@@ -124,9 +124,9 @@ def test_what_root_may_and_the_agent_s_user_may_not_is_told_by_a_look_as_that_us
     ("lines", "named"),
     [
         ("[hooks]\ndirectory = {tmp}/none", ["hooks.directory", "{tmp}/none"]),
-        ("[log]\nfile = {tmp}/none/kvmagent.log", ["log.file", "there is no directory {tmp}/none"]),
+        ("[log]\nfile = {tmp}/none/kvmagent.log", ["log.file", "there is not a directory {tmp}/none"]),
         ("[log]\nfile = {tmp}", ["log.file", "is no regular file"]),
-        ("[agent]\nstate_dir = {tmp}/kvmagent.conf/state", ["agent.state_dir", "is no directory"]),
+        ("[agent]\nstate_dir = {tmp}/kvmagent.conf/state", ["agent.state_dir", "is not a directory"]),
         ("[libvirt]\nuri = qemuu:///system", ["line 2", "libvirt.uri", "'qemuu'", "did you mean qemu?"]),
         ("[libvirt]\nuri = qemu:///sytem", ["line 2", "libvirt.uri", "did you mean system?"]),
         ("[libvirt]\nuri = qemu+unx:///system", ["line 2", "'unx'", "unix, tls"]),
@@ -200,7 +200,8 @@ def test_kvm_that_is_absent_closed_or_broken_is_told(tmp_path: Path) -> None:
     assert found(examine_kvm(tmp_path / "none"), "kvm")[0][0] == "warning"
     broken = tmp_path / "kvm"
     broken.touch()
-    assert found(examine_kvm(broken), "kvm") == [("wrong", f"{broken} makes no VM: Inappropriate ioctl for device")]
+    told = f"{broken} cannot create a VM: Inappropriate ioctl for device"
+    assert found(examine_kvm(broken), "kvm") == [("wrong", told)]
 
 
 def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path
     assert ("warning", f"{tmp_path} is open to others (0750)") in found(examine_state_dir(tmp_path), "state_dir")
     file = tmp_path / "file"
     file.touch()
-    assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is no directory")]
+    assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is not a directory")]
     assert found(examine_state_dir(tmp_path / "none"), "state_dir")[0][0] == "warning"
 
 
@@ -263,7 +264,7 @@ def test_certificates_are_told_before_they_expire_and_after(tmp_path: Path) -> N
     later = list(examine_certificates(settings, until + timedelta(days=1)))
     assert any(one.level == "wrong" and "expired on" in one.message for one in later)
     early = list(examine_certificates(settings, datetime(1999, 1, 1, tzinfo=UTC)))
-    assert any(one.level == "wrong" and "is good from" in one.message for one in early)
+    assert any(one.level == "wrong" and "is valid from" in one.message for one in early)
 
     other = authority.issue("node9.example")
     settings = Settings(security=SecuritySection(tls_cert=str(other)))

@@ -49,8 +49,8 @@ def _texts(value: Any) -> list[str]:
         ('Send ReadyForHotplug with {"prepare": true, "slots": 4} to', "Run kvmagentctl ready VM --apply --slots 4 to"),
         ('"guestOnline": false', "--no-guest-online"),
         ('Look again. To be told, use "lateCallback": true. Then rest.', "Look again. Then rest."),
-        ("Ask for a total of 1207959552 or 1073741825 bytes.", "Ask for a total of 1152MiB or 1073741825B."),
-        ("Send the command with a fresh taskuuid if", "Send the command if"),
+        ("Request a total of 1207959552 or 1073741825 bytes.", "Request a total of 1152MiB or 1073741825B."),
+        ("Send the command with a new taskuuid if", "Send the command if"),
         ('qemu says "failure": "config"', 'qemu says "failure": "config"'),
     ],
 )

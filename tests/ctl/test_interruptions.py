@@ -115,7 +115,7 @@ def test_ctrl_c_says_that_the_task_goes_on_and_how_to_look_at_it(ctl: Ctl) -> No
     task = front.posts()[0].headers["taskuuid"]
     assert (done.status, done.out) == (130, "")
     assert done.err == (
-        f"kvmagentctl: INTERRUPTED: interrupted; the task goes on in the agent as {task}; "
+        f"kvmagentctl: INTERRUPTED: interrupted; the task continues in the agent as {task}; "
         f"remedy: Look at it with: kvmagentctl task {task}\n"
     )
 
@@ -136,7 +136,7 @@ def test_a_terminal_shows_the_step_that_is_under_way(ctl: Ctl) -> None:
     lines = re.split(r"\n|\r\033\[K", shown)
     assert lines[0] == "  SetVcpus count=2 target=live 8 ms"
     assert lines[1] == "  AwaitGuestVcpus known=0 added=1 timeoutSec=60 ... 0 s"
-    assert lines[-2].startswith("kvmagentctl: UNFINISHED: no outcome after 2 s; the task goes on in the agent as ")
+    assert lines[-2].startswith("kvmagentctl: UNFINISHED: no outcome after 2 s; the task continues in the agent as ")
 
 
 def test_what_an_agent_says_moves_no_cursor(ctl: Ctl) -> None:

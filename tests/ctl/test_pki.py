@@ -18,7 +18,7 @@ def test_an_agent_and_its_client_take_what_is_issued(ctl: Ctl, node_uri: str, tm
     assert [path.stat().st_mode & 0o777 for path in sorted(pki.glob("*.key"))] == [0o600] * 3
 
     again = ctl(*issue)
-    assert (again.status, again.err.count("\n"), "node1.key is there already" in again.err) == (1, 1, True)
+    assert (again.status, again.err.count("\n"), "node1.key already exists" in again.err) == (1, 1, True)
     assert ctl("pki", "init", str(pki), "--client", "operator", "--json").json["files"] == [
         str(pki / "operator.key"),
         str(pki / "operator.pem"),
@@ -58,7 +58,7 @@ def test_nothing_to_issue_is_a_wrong_command_line(ctl: Ctl, tmp_path: Path) -> N
     assert ctl("pki", "init", str(tmp_path / "pki")).status == 2
     assert not (tmp_path / "pki").exists()
     outside = ctl("pki", "init", str(tmp_path / "pki"), "--client", "../outside")
-    assert (outside.status, "'../outside' is no host name and no address" in outside.err) == (1, True)
+    assert (outside.status, "'../outside' is neither a host name nor an address" in outside.err) == (1, True)
     assert not list(tmp_path.glob("outside*"))
 
 

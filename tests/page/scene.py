@@ -14,7 +14,7 @@ from tests.page.stage import NOW
 # The agent's remedies, but for those that the pictures show: other words for them are no other look.
 REMEDIES = {code: info.remedy for code, info in CODES.items()} | {
     Code.LIBVIRT_UNAVAILABLE: "Check that libvirtd runs and that libvirt.uri is right, then send the command again.",
-    Code.CPU_ABOVE_MAXIMUM: "Ask for no more than the maximum, or raise <vcpu> (and the topology) in the persistent "
+    Code.CPU_ABOVE_MAXIMUM: "Request no more than the maximum, or raise <vcpu> (and the topology) in the persistent "
     "definition and power the VM off and on.",
     Code.GUEST_CPU_OFFLINE: "Let the guest online new vCPUs by itself: udev rule "
     'SUBSYSTEM=="cpu", ACTION=="add", TEST=="online", ATTR{online}=="0", ATTR{online}="1"; '
@@ -179,7 +179,7 @@ VMS = [
         cpus=(2, 2, 2),
         memory=(2 * GIB, 0, None),
         blockers=(
-            (Code.CPU_ABOVE_MAXIMUM, "3 vCPUs were asked for, the running definition allows at most 2"),
+            (Code.CPU_ABOVE_MAXIMUM, "3 vCPUs requested, the running definition allows at most 2"),
             (Code.NO_NUMA_CELL, "the running definition has no guest NUMA cell"),
             (Code.NO_MAX_MEMORY, "the running definition has no <maxMemory>"),
         ),
@@ -231,7 +231,7 @@ TASKS = [
         "HotPlugCpu",
         "legacy-erp",
         outcome="refused",
-        error=(Code.CPU_ABOVE_MAXIMUM, "4 vCPUs were asked for, the running definition allows at most 2"),
+        error=(Code.CPU_ABOVE_MAXIMUM, "4 vCPUs requested, the running definition allows at most 2"),
         age_s=240,
         took_s=0.02,
     ),

@@ -112,7 +112,7 @@ def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
 
 def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened: Callable[..., Browser]) -> None:
     tasks = opened().text("#task-list")
-    assert "4 vCPUs were asked for, the running definition allows at most 2" in tasks
+    assert "4 vCPUs requested, the running definition allows at most 2" in tasks
     assert REMEDIES[Code.CPU_ABOVE_MAXIMUM] in tasks
     assert "for 14 s" in tasks
     assert "waiting for its turn" in tasks

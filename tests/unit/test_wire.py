@@ -119,7 +119,7 @@ def test_a_refusal_has_the_contract_s_fields() -> None:
         "success": False,
         "error": "the agent is stopping",
         "errorCode": "STOPPING",
-        "remedy": "Send it again in a few seconds.",
+        "remedy": "Send the request again in a few seconds.",
     }
 
 

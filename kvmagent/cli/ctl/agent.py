@@ -124,7 +124,7 @@ class Agent:
         Without an answer it is sent again for as long as `_RESEND_S`.
 
         Raises:
-            CtlError: refused; or no answer in time, and then the agent may have the task or not.
+            CtlError: refused; or no answer in time, and then the agent may or may not have received the task.
         """
         content = json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "taskuuid": task_uuid, "callbackurl": callback_url}
@@ -150,8 +150,8 @@ class Agent:
                 raise CtlError(
                     Exit.UNREACHABLE,
                     "ANSWER_LOST",
-                    f"{self.url}: {trouble}; the agent may have the task or not",
-                    f"Ask it when it is back: kvmagentctl task {task_uuid}",
+                    f"{self.url}: {trouble}; the agent may or may not have received the task",
+                    f"When the agent is back, run: kvmagentctl task {task_uuid}",
                     task_uuid=task_uuid,
                 )
             is_first = False
@@ -172,8 +172,8 @@ class Agent:
         raise CtlError(
             Exit.UNREACHABLE,
             "NOT_AN_AGENT",
-            f"{self.url}: answered HTTP {status} with what no agent says",
-            "Name the agent's own address with --url; there must be no proxy between.",
+            f"{self.url}: answered HTTP {status}, but not as an agent does",
+            "Give the agent's own address with --url, without a proxy in between.",
         )
 
     def _exchange(
@@ -248,7 +248,7 @@ def _explain(url: str, error: Exception) -> CtlError:
         remedy = "Name the CA that signed its certificate with --ca or KVMAGENT_CA, and the agent as it is named there."
         return CtlError(Exit.UNREACHABLE, "AGENT_NOT_TRUSTED", f"{url}: {error.verify_message}", remedy)
     if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-        return CtlError(Exit.UNREACHABLE, "NOT_TLS", f"{url}: no TLS is spoken there", "Name it as http://.")
+        return CtlError(Exit.UNREACHABLE, "NOT_TLS", f"{url}: it does not use TLS", "Use http:// in the URL.")
     if isinstance(error, ssl.SSLError):
         remedy = "Show a certificate that the agent's client_ca has signed: --cert and --key."
         return CtlError(Exit.UNREACHABLE, "TLS_REFUSED", f"{url}: {_words(error)}", remedy)
@@ -282,7 +282,7 @@ def _split(url: str) -> Any:
     is_plain = parts is not None and has_port and not parts.query and "@" not in parts.netloc
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or not is_plain:
         remedy = "Write it as https://node1.example:7070, or unix:///run/kvmagent/kvmagent.sock."
-        raise CtlError(Exit.USAGE, "BAD_URL", f"{shown_url(url)!r} is no agent's URL", remedy)
+        raise CtlError(Exit.USAGE, "BAD_URL", f"{shown_url(url)!r} is not an agent's URL", remedy)
     return parts
 
 

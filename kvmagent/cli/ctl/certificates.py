@@ -94,7 +94,7 @@ def load_authority(certificate: bytes, key: bytes) -> Authority:
     """
     found = serialization.load_pem_private_key(key, password=None)
     if not isinstance(found, ec.EllipticCurvePrivateKey):
-        raise ValueError("the CA's key is none of an elliptic curve")
+        raise ValueError("the CA's key is not an elliptic curve key")
     return Authority(x509.load_pem_x509_certificate(certificate), found)
 
 
@@ -141,7 +141,7 @@ def _name(text: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
         if not _HOST_NAME.fullmatch(text):
-            raise ValueError(f"{text!r} is no host name and no address") from None
+            raise ValueError(f"{text!r} is neither a host name nor an address") from None
         return x509.DNSName(text)
 
 

@@ -42,7 +42,7 @@ def check_log(settings: Settings) -> None:
             raise _bad(f"log.file {path} may not be written by the agent's user", f"chown kvmagent: {path}")
     elif not path.parent.is_dir():
         make = f"install -d -o kvmagent -g kvmagent -m 0700 {path.parent}"
-        raise _bad(f"log.file {path}: there is no directory {path.parent}", make)
+        raise _bad(f"log.file {path}: there is not a directory {path.parent}", make)
     elif not os.access(path.parent, os.W_OK | os.X_OK):
         raise _bad(f"log.file {path} may not be made by the agent's user", f"chown kvmagent: {path.parent}")
 
@@ -61,7 +61,7 @@ def check_state_dir(settings: Settings) -> None:
     except OSError as error:
         raise _bad(f"agent.state_dir {path}: {nearest}: {error.strerror}", make) from error
     if not is_directory:
-        raise _bad(f"agent.state_dir {path}: {nearest} is no directory", f"Move it away, then: {make}")
+        raise _bad(f"agent.state_dir {path}: {nearest} is not a directory", f"Move it away, then: {make}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         can = "written" if nearest == path else "made"
         raise _bad(f"agent.state_dir {path} may not be {can} by the agent's user", make)

@@ -127,7 +127,7 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
     """Look for what is known of the versions of libvirt and QEMU."""
     if found.driver != "QEMU":
         remedy = "Set libvirt.uri to qemu:///system."
-        yield Finding("qemu", "warning", f"libvirt.uri leads to the {found.driver} driver, not to QEMU", remedy)
+        yield Finding("qemu", "warning", f"libvirt.uri connects to the {found.driver} driver, not to QEMU", remedy)
         return
     libvirt, qemu = _dotted(found.libvirt), _dotted(found.hypervisor)
     if found.libvirt < _OLDEST_LIBVIRT or found.hypervisor < _OLDEST_QEMU:
@@ -138,10 +138,10 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
         yield Finding("qemu", "good", f"QEMU {qemu}")
     if found.hypervisor < _VIRTIO_MEM_UNPLUG:
         message = f"QEMU {qemu} cannot detach a virtio-mem device: it can be shrunk to nothing, its slot stays taken"
-        yield Finding("qemu", "note", message, "Update to QEMU 8.2 where slots run short.")
+        yield Finding("qemu", "note", message, "Update to QEMU 8.2 if VMs run out of slots.")
     if found.libvirt < _VIRTIO_MEM_NO_SLOT:
         message = f"libvirt {libvirt} counts a virtio-mem device against the memory slots"
-        yield Finding("qemu", "note", message, "Prepare VMs with a slot more than they need for dimms.")
+        yield Finding("qemu", "note", message, "Prepare VMs with one slot more than they need for dimms.")
     if not found.offers_kvm:
         remedy = (
             "See the finding on kvm, let QEMU's user open /dev/kvm, then: systemctl restart libvirtd (or virtqemud)."
@@ -152,7 +152,7 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
         message = (
             f"{_names(emulated)}: emulated, without KVM; vCPUs can be added and not be taken away again while running"
         )
-        yield Finding("qemu", "note", message, "Define them with <domain type='kvm'> where KVM can be used.")
+        yield Finding("qemu", "note", message, "If this host supports KVM, define VMs with <domain type='kvm'>.")
 
 
 def examine_guests(found: Probe) -> Iterator[Finding]:
@@ -206,7 +206,7 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
     yield from _examine_memory(health.get("memory"))
     if owed := health["owedCallbacks"]:
         remedy = "kvmagentctl tasks --state finished says to whom; see that those servers can be reached."
-        yield Finding("agent", "note", f"{owed} outcomes wait for their callback servers", remedy)
+        yield Finding("agent", "note", f"{owed} callbacks wait for their servers", remedy)
 
 
 def _examine_page(agent: Agent) -> Iterator[Finding]:

@@ -199,7 +199,7 @@ def read_hosts(path: Path) -> list[Host]:
         return [Host(words[0], words[-1]) for words in lines]
     hosts = _read_inventory(path)
     if not hosts:
-        raise CtlError(Exit.USAGE, "NO_HOSTS", f"{path} names no host", "Write a URL a line: https://node1:7070.")
+        raise CtlError(Exit.USAGE, "NO_HOSTS", f"{path} lists no host", "Write one URL per line: https://node1:7070.")
     return hosts
 
 
@@ -210,8 +210,8 @@ def _read_inventory(path: Path) -> list[Host]:
         raise CtlError(
             Exit.USAGE,
             "NO_ANSIBLE",
-            f"{path} is no list of URLs, and there is no ansible-inventory that could read it",
-            "Install ansible-core, or write a URL a line: https://node1:7070.",
+            f"{path} is not a list of URLs, and ansible-inventory is not installed to read it",
+            "Install ansible-core, or write one URL per line: https://node1:7070.",
         )
     command = [reader, "-i", str(path), "--list"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_INVENTORY_S, check=False)

@@ -88,7 +88,7 @@ def _examine_servers(front: Front) -> Iterator[Finding]:
         return
     if not any(line and not line.startswith("#") for line in lines):
         message = f"{front.servers_file or 'the acl from_server'} names no management server: nobody gets through"
-        yield Finding("front", "wrong", message, "Write their addresses, one a line, then: systemctl reload haproxy.")
+        yield Finding("front", "wrong", message, "Write their addresses, one per line, then: systemctl reload haproxy.")
 
 
 def _ask_this_agent(front: Front) -> Iterator[Finding]:

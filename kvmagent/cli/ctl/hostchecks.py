@@ -40,11 +40,11 @@ def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
         descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         remedy = "Switch virtualisation on in the firmware (or nested virtualisation in the hypervisor): modprobe kvm."
-        yield Finding("kvm", "warning", f"{device} is not there: VMs can only be emulated", remedy)
+        yield Finding("kvm", "warning", f"{device} does not exist: VMs can only be emulated", remedy)
         return
     except PermissionError:
         remedy = "Run doctor as root to have it examined; QEMU opens it as its own user."
-        yield Finding("kvm", "note", f"{device} may not be opened by this user", remedy)
+        yield Finding("kvm", "note", f"{device} cannot be opened by this user", remedy)
         return
     except OSError as error:
         yield Finding("kvm", "wrong", f"{device}: {error.strerror}", "Load the module: modprobe kvm_intel, or kvm_amd.")
@@ -54,16 +54,16 @@ def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
         os.close(fcntl.ioctl(descriptor, _KVM_CREATE_VM, 0))
     except OSError as error:
         remedy = "Another hypervisor may hold the processor, or virtualisation is off in the firmware: see dmesg."
-        yield Finding("kvm", "wrong", f"{device} makes no VM: {error.strerror}", remedy)
+        yield Finding("kvm", "wrong", f"{device} cannot create a VM: {error.strerror}", remedy)
         return
     finally:
         os.close(descriptor)
     if version != _KVM_API_VERSION:
         yield Finding(
-            "kvm", "wrong", f"{device} speaks version {version} of its API, needed is 12", "Update the kernel."
+            "kvm", "wrong", f"{device} has API version {version}, but version 12 is needed", "Update the kernel."
         )
     else:
-        yield Finding("kvm", "good", f"{device} makes VMs")
+        yield Finding("kvm", "good", f"{device} works")
 
 
 def examine_state_dir(path: Path) -> Iterator[Finding]:
@@ -73,13 +73,13 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         found, room = path.stat(), os.statvfs(path)
     except FileNotFoundError:
         check_state_dir(Settings(agent=AgentSection(state_dir=str(path))))
-        yield Finding("state_dir", "warning", f"{path} is not there; the agent makes it when it starts", make)
+        yield Finding("state_dir", "warning", f"{path} does not exist yet; the agent creates it at its start", make)
         return
     except OSError as error:
         yield Finding("state_dir", "note", f"{path}: {error.strerror}", "Run doctor as root or as the agent's user.")
         return
     if not stat.S_ISDIR(found.st_mode):
-        yield Finding("state_dir", "wrong", f"{path} is no directory", f"Move it away, then: {make}")
+        yield Finding("state_dir", "wrong", f"{path} is not a directory", f"Move it away, then: {make}")
         return
     faults = 0
     if mode := stat.S_IMODE(found.st_mode) & 0o077:
@@ -99,7 +99,7 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         yield Finding("state_dir", "wrong" if is_full else "warning", message, remedy)
         faults += 1
     if not faults:
-        yield Finding("state_dir", "good", f"{path} is {owner}'s alone and has {format_size(free_bytes)} left")
+        yield Finding("state_dir", "good", f"{path} belongs to {owner} alone and has {format_size(free_bytes)} left")
 
 
 def examine_log(section: LogSection) -> Iterator[Finding]:
@@ -184,12 +184,12 @@ def _examine_dates(key: str, one: Certificate, now: datetime) -> Finding:
     if now >= one.not_after:
         return Finding("certificates", "wrong", f"{name} expired on {one.not_after:%Y-%m-%d}", renew)
     if now < one.not_before:
-        message = f"{name} is good from {one.not_before:%Y-%m-%d %H:%M} UTC on, it is {now:%Y-%m-%d %H:%M}"
-        return Finding("certificates", "wrong", message, "Set the clock (timedatectl set-ntp true), or issue it anew.")
+        message = f"{name} is valid from {one.not_before:%Y-%m-%d %H:%M} UTC on, it is {now:%Y-%m-%d %H:%M}"
+        return Finding("certificates", "wrong", message, "Set the clock: timedatectl set-ntp true.")
     days = (one.not_after - now).days
     if one.not_after - now < _SOON:
         return Finding("certificates", "warning", f"{name} expires in {days} days", renew)
-    return Finding("certificates", "good", f"{name} is good for {days} more days")
+    return Finding("certificates", "good", f"{name} is valid for {days} more days")
 
 
 def _examine_names(path: Path, host: str) -> Iterator[Finding]:

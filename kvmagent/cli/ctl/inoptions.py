@@ -4,7 +4,7 @@ The agent names a request's field as JSON does, and kvmagentctl by its option:
 
     Use "affect": "config" and power the VM off and on.     Use --affect config and power the VM off and on.
     Send ReadyForHotplug with {"prepare": true} to ...      Run kvmagentctl ready VM --apply to ...
-    Ask for a total of 1207959552 bytes.                    Ask for a total of 1152MiB.
+    Request a total of 1207959552 bytes.                    Request a total of 1152MiB.
 
 A sentence about a field that kvmagentctl does not offer is left out. What --json prints is the API's.
 """
@@ -25,7 +25,7 @@ _UNITS = ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"), (1, "B"
 _OPTIONS = {"prepare": "--apply"}
 # kvmagentctl makes a task's id itself, a new one each time.
 _PHRASES = {
-    " with a fresh taskuuid": "",
+    " with a new taskuuid": "",
     " with the same taskuuid": "",
     "GET /vms/{vmUuid}": "kvmagentctl vms",
     "GET /tasks/{taskUuid}": "kvmagentctl task ID",

@@ -35,7 +35,7 @@ def pki(
     directory has a CA it is used. Keep its ca.key off the agents' hosts.
     """
     if not agents and not clients:
-        raise click.UsageError("nothing to issue: name an --agent or a --client", context)
+        raise click.UsageError("nothing to issue: give --agent or --client", context)
     session = session_of(context)
     written: list[str] = []
     try:
@@ -47,7 +47,7 @@ def pki(
                 written += _write(directory, parts[0], authority.issue(parts, use, days=days))
     except FileExistsError as error:
         remedy = "Move it away, or choose another name or directory."
-        raise CtlError(Exit.FAILED, "FILE_EXISTS", f"{error.filename} is there already", remedy) from error
+        raise CtlError(Exit.FAILED, "FILE_EXISTS", f"{error.filename} already exists", remedy) from error
     except (OSError, ValueError, IndexError) as error:
         remedy = "Name a directory that can be written, and host names or addresses."
         raise CtlError(Exit.FAILED, "NOT_ISSUED", f"{directory}: {error}", remedy) from error

@@ -54,7 +54,7 @@ def plan(
         raise click.UsageError("--cpus, --memory or both are needed", context)
     count = (len(cpu_totals) or 1) * (len(sizes) or 1)
     if count > MOST_TARGETS:
-        raise click.UsageError(f"{count} targets are more than the {MOST_TARGETS} that are planned at once", context)
+        raise click.UsageError(f"{count} targets given, at most {MOST_TARGETS} can be planned at once", context)
 
     def ask(agent: Agent, known: Json) -> Json:
         targets = make_targets(known.get("after") or {}, cpu_totals, sizes, fields)

@@ -42,7 +42,7 @@ class Submission:
             self._agent.post(path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=self._tell)
         except KeyboardInterrupt:
             remedy = f"Ask it: kvmagentctl task {task_uuid}"
-            message = "interrupted while the command was sent; the agent may have the task or not"
+            message = "interrupted while the command was sent; the agent may or may not have received the task"
             raise CtlError(Exit.INTERRUPTED, "INTERRUPTED", message, remedy, task_uuid=task_uuid) from None
         try:
             return {"taskUuid": task_uuid, **self._wait(task_uuid, wait_s)}
@@ -97,7 +97,7 @@ def _left(status: Exit, why: str, task_uuid: str) -> CtlError:
     return CtlError(
         status,
         status.name,
-        f"{why}; the task goes on in the agent as {task_uuid}",
+        f"{why}; the task continues in the agent as {task_uuid}",
         f"Look at it with: kvmagentctl task {task_uuid}",
         task_uuid=task_uuid,
     )

@@ -99,7 +99,7 @@ _VERDICT_COLOURS = {
 
 
 def view_plan(reply: Json) -> list[str]:
-    """Return the plans of one VM: a grid where vCPUs and memory were asked for, else a line each; then the reasons."""
+    """Return the plans of one VM: a grid where vCPUs and memory requested, else a line each; then the reasons."""
     plans = reply["plans"]
     cpus = list(dict.fromkeys(plan["target"].get("cpuNum") for plan in plans))
     sizes = list(dict.fromkeys(plan["target"].get("memorySize") for plan in plans))

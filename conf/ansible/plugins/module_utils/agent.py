@@ -124,7 +124,7 @@ class Agent:
                 if now - away_at >= _AWAY_S:
                     raise trouble
             if now - began_at >= wait_s:
-                message = f"no outcome after {wait_s} s; the task goes on in the agent as {task_uuid}"
+                message = f"no outcome after {wait_s} s; the task continues in the agent as {task_uuid}"
                 raise AgentError("UNFINISHED", message, f"Look at it with: kvmagentctl task {task_uuid}")
 
     def _post(self, path, request, task_uuid):
@@ -165,7 +165,7 @@ class Agent:
         except ValueError:
             told = None
         if not isinstance(told, dict):
-            raise AgentError("NOT_AN_AGENT", f"{self.url} answered HTTP {status} with what no agent says")
+            raise AgentError("NOT_AN_AGENT", f"{self.url} answered HTTP {status}, but not as an agent does")
         return status, told
 
     def _unreachable(self, error):
