@@ -20,7 +20,7 @@ def check_opt_out(domain: Domain, name: str, definition: Definition) -> Iterator
     if not policy.hotplug:
         yield Problem(
             code=Code.VM_OPTED_OUT,
-            message=f"the policy of VM {domain.name}'s {name} definition has hotplug='off'{_told(policy)}",
+            message=f"the policy of VM {domain.name}'s {name} definition has hotplug off{_told(policy)}",
             remedy=_remedy(domain, name, msgspec.structs.replace(policy, hotplug=True)),
         )
 

@@ -215,7 +215,7 @@ def _decide_balloon(
     if target < floor:
         raise AgentError(
             Code.BALLOON_BELOW_FLOOR,
-            f"{format_size(target)} requested, but the guest needs at least {format_size(floor)}",
+            f"{format_size(target)} requested, but the guest needs the balloon to leave {format_size(floor)}",
             remedy=f"Request no less than {floor} bytes; bring plugged memory online in the guest first.",
         )
     return target

@@ -122,7 +122,7 @@ ROWS = {
         "refused",
         "LIBVIRT_REFUSED",
         "Duplicate device ID",
-        "QEMU's log",
+        "QEMU log",
         fails={
             "setVcpusFlags": qemu_error(
                 1, "internal error: unable to execute QEMU command 'device_add': Duplicate device ID 'vcpu1'"
@@ -135,7 +135,7 @@ ROWS = {
         "refused",
         "LIBVIRT_REFUSED",
         "Duplicate device ID 'vcpu3'; what was done before was undone",
-        "QEMU's log",
+        "QEMU log",
         fails={"vcpu3": qemu_error(1, "internal error: unable to execute QEMU command 'device_add': " + DUPLICATE)},
         guest={"auto_online": True},
         domain={"virt_type": "kvm"},
@@ -146,7 +146,7 @@ ROWS = {
         "partial",
         "LIBVIRT_REFUSED",
         "Duplicate device ID 'vcpu3'; what was done before could not all be undone",
-        "QEMU's log",
+        "QEMU log",
         fails={"vcpu3": qemu_error(1, "internal error: unable to execute QEMU command 'device_add': " + DUPLICATE)},
         guest={"auto_online": True, "broken_cpus": True},
         domain={"virt_type": "kvm"},
@@ -157,7 +157,7 @@ ROWS = {
         "partial",
         "LIBVIRT_REFUSED",
         DUPLICATE,
-        "QEMU's log",
+        "QEMU log",
         fails={"vcpu3": qemu_error(1, "internal error: unable to execute QEMU command 'device_add': " + DUPLICATE)},
         guest={"agent": "running"},
     ),
@@ -167,7 +167,7 @@ ROWS = {
         "refused",
         "LIBVIRT_REFUSED",
         "No space left on device; what was done before was undone",
-        "libvirt's words",
+        "libvirt's error",
         fails={"save": NO_SPACE},
         guest={"agent": "running"},
         domain={"virt_type": "kvm"},
@@ -181,7 +181,7 @@ ROWS = {
         "refused",
         "CPU_NOT_REMOVABLE",
         "2 of VM vm1's cannot be removed",
-        "no less than",
+        "at least the number",
         spec={"vcpus": 2},
         domain={"virt_type": "kvm"},
     ),
@@ -213,7 +213,7 @@ ROWS = {
         "refused",
         "LIBVIRT_REFUSED",
         "failed to find appropriate hotpluggable vcpus",
-        "QEMU's log",
+        "QEMU log",
         before=HOTPLUGGED,
         domain={"virt_type": "kvm"},
         fails={
@@ -315,7 +315,7 @@ ROWS = {
         "refused",
         "LIBVIRT_REFUSED",
         "cannot set up guest memory",
-        "QEMU's log",
+        "QEMU log",
         fails={
             "attachDeviceFlags": qemu_error(
                 1,
@@ -345,7 +345,7 @@ ROWS = {
         "refused",
         "LIBVIRT_REFUSED",
         "unable to create hugepage path",
-        "QEMU's log",
+        "QEMU log",
         fails={"attachDeviceFlags": qemu_error(38, "unable to create hugepage path /dev/hugepages/libvirt/qemu/1-vm1")},
     ),
     "dimm while QEMU dies": Row(
@@ -354,7 +354,7 @@ ROWS = {
         "partial",
         "VM_CRASHED",
         "End of file from qemu monitor",
-        "QEMU's log",
+        "QEMU log",
         fails={"attachDeviceFlags": qemu_error(38, "End of file from qemu monitor (vm='vm1')")},
     ),
     "dimm with libvirtd gone": Row(
@@ -476,7 +476,7 @@ ROWS = {
         "refused",
         "DEFINITION_REFUSED",
         "CPU topology doesn't match",
-        "libvirt's words",
+        "libvirt's error",
         spec=BARE_MEMORY,
         fails={
             "defineXMLFlags": qemu_error(67, "unsupported configuration: CPU topology doesn't match maximum vcpu count")
@@ -488,7 +488,7 @@ ROWS = {
         "refused",
         "TARGET_BELOW_CURRENT",
         "has 256 MiB",
-        "not below what the VM has",
+        "not below the VM's current size",
     ),
     "a vm that is not there": Row(
         CPU, {"cpuNum": 2, "vmUuid": "vm2"}, "refused", "VM_NOT_FOUND", "vm2", "virsh list --all"
