@@ -8,7 +8,10 @@ What got no answer, or 503, is sent again with the same id until it is accepted:
 import contextlib
 import http.client
 import random
+import sys
 import threading
+import time
+import traceback
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -21,7 +24,7 @@ from tests.chaos.count import Count, Sent
 from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
-from tests.lab.processes import wait_for
+from tests.lab.processes import LOAD_FACTOR, wait_for
 from tests.lab.server import Callback, ManagementServer
 
 MIB = 2**20
@@ -76,6 +79,11 @@ class Client(threading.Thread):
         """Begin nothing new; what was sent is still waited for and counted."""
         self._ended.set()
 
+    def where(self) -> str:
+        """Where it waits, for whom finds it waiting for ever."""
+        frame = sys._current_frames().get(self.ident or 0)
+        return f"{self.name} waits at\n{''.join(traceback.format_stack(frame))}"
+
     def run(self) -> None:
         try:
             while not self._ended.is_set():
@@ -86,8 +94,7 @@ class Client(threading.Thread):
     def _serve_a_vm(self) -> None:
         self.vms += 1
         guest = self.make_guest(GuestSpec(name=f"c{self.number}v{self.vms}", **SPEC))
-        self._insist(guest.define)
-        self._insist(guest.start_paused)
+        self._insist(lambda: begin(guest))
         sent: list[Sent] = []
         for n in range(TASKS_PER_VM):
             if self._ended.is_set():
@@ -101,7 +108,7 @@ class Client(threading.Thread):
             what=f"the results of {[one.uuid for one in sent if one.uuid not in self.results.by_task]}",
         )
         self._insist(lambda: self.count.check_vm(guest, sent, self.results.by_task))
-        self._insist(lambda: _destroy(guest))
+        self._insist(lambda: end(guest))
 
     def _send(self, vm: str, n: int) -> Sent:
         """Have the n-th task of a VM accepted: of two in turn one more vCPU, and 128 MiB more."""
@@ -135,19 +142,31 @@ class Client(threading.Thread):
         assert answer.status == 200, answer
 
     def _insist(self, do: Callable[[], Any]) -> None:
-        """Do something as soon as agent and libvirt let it be done."""
+        """Do something as soon as agent and libvirt let it be done; it may have happened when it is said to fail."""
+        deadline = time.monotonic() + LOAD_FACTOR * RESULTS_S
         while True:
             try:
                 do()
             except (OSError, http.client.HTTPException, libvirt.libvirtError):
-                if self._ended.wait(PAUSE_S):
-                    threading.Event().wait(PAUSE_S)
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(PAUSE_S)
             else:
                 return
 
 
-def _destroy(guest: Guest) -> None:
-    with guest.domain() as domain:
-        if domain.isActive():
-            domain.destroy()
-        domain.undefine()
+def begin(guest: Guest) -> None:
+    """Have it defined and paused, whatever of that is done already: a killed libvirtd takes its answer along."""
+    if not guest.is_defined():
+        guest.define()
+    if not guest.is_running():
+        guest.start_paused()
+
+
+def end(guest: Guest) -> None:
+    """Have neither guest nor definition, whatever is left of them."""
+    if guest.is_defined():
+        with guest.domain() as domain:
+            if domain.isActive():
+                domain.destroy()
+            domain.undefine()

@@ -9,17 +9,18 @@ import os
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.clients import Client, Results
+from tests.chaos.clients import SPEC, Client, Results, begin, end
 from tests.chaos.count import Count
 from tests.chaos.monkey import Disk, Monkey
 from tests.chaos.shim import Shim, build_shim
 from tests.lab.agent import AgentProcess
+from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.image import Image
 from tests.lab.libvirtd import PrivateLibvirtd
@@ -52,6 +53,13 @@ def stack() -> Iterator[ExitStack]:
     """What is undone in the end."""
     with ExitStack() as stack:
         yield stack
+
+
+def test_a_client_goes_on_where_libvirtds_answer_was_lost(define: Callable[..., Guest]) -> None:
+    guest = define(GuestSpec(name="answered-twice", **SPEC), running=False)
+    for do in (begin, begin, end, end):
+        do(guest)
+    assert not guest.is_defined()
 
 
 def test_chaos(lab: PrivateLibvirtd, image: Image, tmp_path: Path, stack: ExitStack) -> None:
@@ -95,7 +103,7 @@ def test_chaos(lab: PrivateLibvirtd, image: Image, tmp_path: Path, stack: ExitSt
         print(f"\n{count.table(time.monotonic() - started, SEED)}")
     for client in clients:
         assert client.failure is None, (client.failure, agent.log()[-6000:])
-        assert not client.is_alive(), f"{client.name} waits for ever; the log:\n{agent.log()[-6000:]}"
+        assert not client.is_alive(), f"{client.where()}; the log:\n{agent.log()[-6000:]}"
     assert not count.faults, "\n".join(count.faults)
     assert count.results == count.accepted
     assert 0 < count.most_resident_kib * 1024 < find_memory_limit() / 4

@@ -146,6 +146,11 @@ class Guest:
         with self._lab.connect() as connection:
             yield connection.lookupByName(self.name)
 
+    def is_defined(self) -> bool:
+        """Whether libvirt has it, running or not."""
+        with self._lab.connect() as connection:
+            return self.name in [domain.name() for domain in connection.listAllDomains()]
+
     def is_running(self) -> bool:
         """Whether the domain is active."""
         with self.domain() as domain:
