@@ -65,8 +65,9 @@ class Agent:
         self._prefix = "" if self._socket else parts.path.rstrip("/")
         self._context = _make_context(target) if self.is_tls else None
         self._headers = {"Authorization": f"Bearer {_read_token(target.token_file)}"} if target.token_file else {}
-        #: Whether a token crosses a network in clear text.
-        self.shows_token = bool(target.token_file) and parts.scheme == "http" and not _is_loopback(self._host)
+        shows_token = bool(target.token_file) and parts.scheme == "http" and not _is_loopback(self._host)
+        #: What whoever asks is to know before the first request; empty for nothing.
+        self.warning = f"{shown_url(self.url)} is plain HTTP: the token can be read on the way" if shows_token else ""
 
     def get(self, *segments: str, query: str = "", timeout_s: float = _READ_S) -> Any:
         """Return what a GET path answers; /healthz also where it answers that the agent is not ready.

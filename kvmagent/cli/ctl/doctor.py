@@ -183,6 +183,8 @@ def examine_memory_balance(found: Probe) -> Iterator[Finding]:
 
 def _examine_agent(target: Target) -> Iterator[Finding]:
     agent = Agent(target)
+    if agent.warning:
+        yield Finding("agent", "warning", agent.warning, "Name it as https://, or run doctor on its host.")
     try:
         health = agent.get("healthz")
     except CtlError as error:

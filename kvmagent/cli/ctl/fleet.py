@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.agent import Agent
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
@@ -120,7 +120,7 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
     agents: dict[Host, Agent] = {}
     answers = Answers([], [], [])
     for host in read_hosts(Path(hosts_file)):
-        agents[host] = Agent(Target(**{**session.given, "url": host.url}))
+        agents[host] = session.connect({**session.given, "url": host.url})
     _ask_side_by_side(session, agents, question, Progress(), answers)
     for failure in answers.failures:
         failure.pop("raised")

@@ -1,6 +1,6 @@
 """The options that every subcommand takes, before or after its name, and what a subcommand works with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -40,11 +40,19 @@ class Session:
         """
         if self._agent is None:
             local = {} if "url" in self.given else find_local_target()
-            self._agent = Agent(Target(**local | self.given))
-            if self._agent.shows_token:
-                words = f"kvmagentctl: {self._agent.url} is plain HTTP: the token can be read on the way; use https://"
-                self.terminal.tell(paint(words, WARN))
+            self._agent = self.connect(local | self.given)
         return self._agent
+
+    def connect(self, target: Mapping[str, str]) -> Agent:
+        """Return an agent, after a warning where a token would cross a network in clear text.
+
+        Raises:
+            CtlError: the URL, a certificate or the token cannot be used.
+        """
+        agent = Agent(Target(**target))
+        if agent.warning:
+            self.terminal.tell(paint(f"kvmagentctl: {agent.warning}; use https://", WARN))
+        return agent
 
 
 def shared_options(command: CommandT, *, is_root: bool = False) -> CommandT:

@@ -6,6 +6,7 @@ Colour is for terminals alone, and for none where NO_COLOR is set. Source: no-co
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -15,6 +16,9 @@ from typing import Any, TextIO
 import click
 
 GOOD, WARN, BAD, DIM, BOLD = "green", "yellow", "red", "dim", "bold"
+# A colour of ours, which stays; or any other character.
+_COLOUR_OR_CHAR = re.compile(r"\x1b\[[0-9;]*m|.", re.DOTALL)
+_NOT_ASCII = re.compile(r"[^\n -~]")
 
 
 def paint(text: str, colour: str) -> str:
@@ -67,8 +71,21 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
     return lines
 
 
+def shown(line: str) -> str:
+    """Return a line as it may reach a terminal: in colour, and with nothing else in it that is no text."""
+    if line.isprintable():
+        return line
+    return _COLOUR_OR_CHAR.sub(lambda found: found[0] if len(found[0]) > 1 else printable(found[0]), line)
+
+
+def quoted_json(value: Any, *, indent: int | None = 2) -> str:
+    r"""Return JSON whose strings have \u in place of what moves a cursor or turns text around."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return _NOT_ASCII.sub(lambda found: found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1], text)
+
+
 class Terminal:
-    """Standard output and standard error."""
+    """Standard output and standard error. Whoever wrote it, nothing but text and our colours reaches them."""
 
     def __init__(self) -> None:
         self._out, self._err = _tolerant(sys.stdout), _tolerant(sys.stderr)
@@ -84,23 +101,23 @@ class Terminal:
         for line in lines:
             if isinstance(line, Prose) and self._out.isatty():
                 line = _fold(line, shutil.get_terminal_size().columns)
-            click.echo(line, self._out, color=_has_colour(self._out))
+            click.echo(shown(line), self._out, color=_has_colour(self._out))
 
     def print_json(self, value: Any, *, indent: int | None = 2) -> None:
         """Print a result as JSON."""
-        click.echo(json.dumps(value, indent=indent, ensure_ascii=False), self._out)
+        click.echo(quoted_json(value, indent=indent), self._out)
 
     def tell(self, line: str) -> None:
         """Tell something beside the result."""
         self.clear()
-        click.echo(line, self._err, color=_has_colour(self._err))
+        click.echo(shown(line), self._err, color=_has_colour(self._err))
 
     def show(self, line: str) -> None:
         """Show a line that the next one takes the place of; on a terminal only."""
         if self.shows_progress:
             self.clear()
             width = shutil.get_terminal_size().columns - 1
-            self._err.write(line[:width])
+            self._err.write(shown(line)[:width])
             self._err.flush()
             self._transient = True
 
