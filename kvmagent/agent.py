@@ -188,7 +188,9 @@ class Agent:
             on_finished=self._delivery.put,
             meters=metrics,
         )
-        intake = Intake(self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal)
+        intake = Intake(
+            self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal, node.names
+        )
         reads = Reads(
             node,
             self._journal,
@@ -329,7 +331,8 @@ class Agent:
         self._delivery.relieve()
         self._server.look_after()
         self._journal.look()
-        self._journal.prune(keep_tasks=self._settings.agent.keep_tasks, keep_s=self._settings.agent.keep_sec)
+        agent = self._settings.agent
+        self._journal.prune(keep_tasks=agent.keep_tasks, keep_s=agent.keep_sec, keep_changes_s=agent.keep_history_sec)
         stalls = self._find_stalls()
         if stalls.keys() != self._stalls.keys():
             if stalls:

@@ -1,6 +1,6 @@
 """The audit trail: one line for each command that was accepted, refused or finished, whatever log level is set.
 
-    audit event=accepted caller=token:zstack client=10.0.0.5 what=HotPlugCpu vm=db-7 task=9f1c outcome=accepted ...
+    audit event=accepted caller=token:zstack client=10.0.0.5 what=HotPlugCpu vm=db-7 uuid=4d6c... task=9f1c ...
 
 `caller` is who they proved to be, `client` the address that they came from; what is not known is left out,
 and a value that could be mistaken for two fields is quoted as JSON is. Refusals of clients that
@@ -32,6 +32,7 @@ def audit(
     client: str,
     what: str,
     vm: str = "",
+    uuid: str = "",
     task: str = "",
     outcome: str,
     error: str = "",
@@ -41,7 +42,7 @@ def audit(
 
     `error` is what a refusal says in words, `totals` are those of the VM before and after.
     """
-    known = {"caller": caller, "client": client, "what": what, "vm": vm, "task": task}
+    known = {"caller": caller, "client": client, "what": what, "vm": vm, "uuid": uuid, "task": task}
     known |= {"outcome": outcome, "error": error}
     log.info("audit", event=event, **{name: value for name, value in known.items() if value}, **totals)
 

@@ -133,6 +133,11 @@ def log_context(**fields: str) -> Iterator[None]:
         _context.reset(token)
 
 
+def add_context(**fields: str) -> None:
+    """Put fields on every line that follows inside the block of the `log_context` that this thread is in."""
+    _context.set({**_context.get(), **fields})
+
+
 def cut(text: str, longest: int) -> str:
     """Return a text that may come from outside, and no more of it than this; what is left out is counted."""
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text) - longest} more)"

@@ -51,6 +51,9 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_sec: Annotated[
         int, Meta(ge=0, description="Seconds after which a finished and delivered task is forgotten")
     ] = 604800
+    keep_history_sec: Annotated[
+        int, Meta(ge=0, description="Seconds after which an entry of a VM's history is forgotten")
+    ] = 34560000
     keep_bytes: Annotated[
         int,
         Meta(

@@ -50,6 +50,8 @@ class TaskEntry(msgspec.Struct, kw_only=True, rename="camel"):
     started_at: float | None
     finished_at: float | None
     client: str
+    caller: str
+    vm_uuid: str | None
     delivery: DeliveryState
 
 
@@ -66,6 +68,45 @@ class WholeTask(TaskEntry, kw_only=True, rename="camel"):
     goal: dict[str, Any] | None
     steps: list[dict[str, Any]]
     reply: dict[str, Any] | None
+
+
+class VmNumbers(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
+    """What a VM had: its vCPUs and memory, and what else a task changed; a number that is not known is left out."""
+
+    cpu_num: int | None = None
+    memory_size: int | None = None
+    max_cpu_num: int | None = None
+    max_memory_size: int | None = None
+    config_cpu_num: int | None = None
+    config_memory_size: int | None = None
+    balloon_size: int | None = None
+
+
+class HistoryEntry(msgspec.Struct, kw_only=True, rename="camel"):
+    """A task that changed a VM, or failed to: who, when, what was asked, from what to what.
+
+    `vm` is what the VM was called then; `caller` is who proved to have sent it, `client` from where.
+    """
+
+    task_uuid: str
+    vm: str
+    vm_uuid: str
+    command: str
+    caller: str
+    client: str
+    accepted_at: float
+    finished_at: float
+    outcome: str
+    error_code: str | None
+    asked: VmNumbers
+    before: VmNumbers
+    after: VmNumbers
+
+
+class History(msgspec.Struct, rename="camel"):
+    """What changed a VM, newest first; entries stay for longer than their tasks."""
+
+    changes: list[HistoryEntry]
 
 
 class RunningTask(msgspec.Struct, rename="camel"):

@@ -7,12 +7,13 @@ import msgspec
 
 from kvmagent.api.wire import decode_request, parse_callback_url, parse_task_uuid, parse_traceparent
 from kvmagent.audit import audit
+from kvmagent.hypervisor.vmnames import VmNames
 from kvmagent.logs import Log, log_context, struct_fields
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.model.roles import Access, Role
-from kvmagent.model.vmname import parse_uuid
+from kvmagent.model.vmname import VmId, parse_uuid
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task, task_not_yours
@@ -43,7 +44,9 @@ class Intake:
         callbacks: Callbacks,
         questions: Questions,
         withdrawal: Withdrawal,
+        names: VmNames,
     ) -> None:
+        self._names = names
         self._withdrawal = withdrawal
         self._questions = questions
         self._journal = journal
@@ -61,11 +64,14 @@ class Intake:
         Raises:
             AgentError: everything that refuses a request at once; nothing was stored.
         """
-        task_uuid, lane, caller = headers.get("taskuuid", "")[:64], "", access.caller
+        task_uuid, caller = headers.get("taskuuid", "")[:64], access.caller
+        vm = VmId("", "")
 
         def tell(event: Literal["accepted", "refused"], outcome: str, error: str = "") -> None:
             who: dict[str, Any] = {"caller": caller, "client": client}
-            audit(event, **who, what=command.name, vm=lane, task=task_uuid, outcome=outcome, error=error)
+            audit(
+                event, **who, what=command.name, vm=vm.name, uuid=vm.uuid, task=task_uuid, outcome=outcome, error=error
+            )
 
         def tell_accepted() -> None:
             tell("accepted", "accepted")
@@ -77,6 +83,8 @@ class Intake:
                 callback_url = _parse_callback_url(command, headers)
                 check_content_type(headers.get("content-type", "application/json"))
                 request, lane = _read(command, body)
+                known = self._names.find(lane)
+                vm = known or VmId("", lane)
                 role = _check_access(command, request, access)
                 task = Task(
                     task_uuid=task_uuid,
@@ -87,6 +95,8 @@ class Intake:
                     client=client,
                     caller=caller,
                     traceparent=parse_traceparent(headers.get("traceparent")),
+                    vm_uuid=known.uuid if known else "",
+                    vm_name=known.name if known else "",
                 )
                 with log_context(**task.log_fields, role=role):
                     if callback_url != NO_CALLBACK:
@@ -121,7 +131,16 @@ class Intake:
             audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
         outcome = Code.CANCELLED
-        audit("finished", caller=caller, client=client, what=what, vm=task.lane, task=task_uuid, outcome=outcome)
+        audit(
+            "finished",
+            caller=caller,
+            client=client,
+            what=what,
+            vm=task.vm,
+            uuid=task.vm_uuid,
+            task=task_uuid,
+            outcome=outcome,
+        )
         with log_context(**task.log_fields):
             log.info("task taken back")
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")

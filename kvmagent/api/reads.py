@@ -1,5 +1,6 @@
 """The GET paths: VMs, tasks, health and the OpenAPI document, which tells of all paths."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -13,10 +14,13 @@ from kvmagent.api.answers import (
     EXTENSIONS,
     DeliveryState,
     Health,
+    History,
+    HistoryEntry,
     ReclaimableMemory,
     RunningTask,
     TaskEntry,
     TaskList,
+    VmNumbers,
     WhoAmI,
     WholeTask,
 )
@@ -34,13 +38,15 @@ from kvmagent.model.host import Query
 from kvmagent.model.plans import PlanReply, PlanRequest
 from kvmagent.model.roles import Access
 from kvmagent.model.urls import shown_json, shown_text, shown_url
+from kvmagent.model.vmname import VmId, dashed_uuid
 from kvmagent.tasks.delivery import Delivery
-from kvmagent.tasks.journal import Journal, State, TaskSummary
+from kvmagent.tasks.journal import ChangeRecord, Journal, State, TaskSummary
 from kvmagent.tasks.lanes import Lanes
 
 _DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
 # A segment of a path that stands for any text.
 _VARIABLE = re.compile(r"\{\w+\}")
+_LIMIT = {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT}
 _PATHS = (
     OwnPath(
         "listVms",
@@ -51,15 +57,28 @@ _PATHS = (
     ),
     OwnPath("getVm", "/vms/{vmUuid}", "One VM: facts, headroom, blockers", "read", "vm"),
     OwnPath(
+        "listHistory",
+        "/vms/{vmUuid}/history",
+        "What changed a VM: who, when, from what to what, with what outcome; newest first, kept longer than tasks",
+        "read",
+        History,
+        query={"limit": _LIMIT},
+    ),
+    OwnPath(
         "listTasks",
         "/tasks",
         "Tasks, newest first: the caller's own, and with the role read for all VMs those of all",
         "caller",
         TaskList,
         query={
-            "vm": {"type": "string"},
+            "vm": {"type": "string", "description": "Name or UUID, whichever the task was sent with"},
             "state": {"enum": list(get_args(State))},
-            "limit": {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT},
+            "outcome": {"type": "string"},
+            "caller": {"type": "string"},
+            "since": {"type": "number", "description": "Accepted then or later, seconds since the epoch"},
+            "until": {"type": "number", "description": "Accepted before then, seconds since the epoch"},
+            "id": {"type": "string", "description": "What the task's id begins with"},
+            "limit": _LIMIT,
         },
     ),
     OwnPath("getTask", "/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery", "caller", WholeTask),
@@ -149,6 +168,7 @@ class Reads:
         handlers: Mapping[str, Handler] = {
             "/vms": self._vms,
             "/vms/{vmUuid}": self._vm,
+            "/vms/{vmUuid}/history": self._history,
             "/tasks": self._tasks,
             "/tasks/{taskUuid}": self._task,
             "/tasks/{taskUuid}/cancel": cancel,
@@ -204,19 +224,35 @@ class Reads:
         return self._asker.ask(lambda: self._describe_vm(vm), timeout_s=_VM_WAIT_S, about=f"reading VM {vm}")
 
     def _tasks(self, call: Call) -> Answer:
-        limit = call.query.get("limit", str(_DEFAULT_LIMIT))
-        if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LIMIT:
-            raise AgentError(Code.BAD_QUERY, f"limit must be 1 to {_MAX_LIMIT}, got {limit!r}")
+        vm = call.query.get("vm")
         state = call.query.get("state")
         if state is not None and state not in get_args(State):
             raise AgentError(Code.BAD_QUERY, f"state must be one of {', '.join(get_args(State))}; got {state!r}")
         tasks = self._journal.newest(
             state=state,  # type: ignore[arg-type]
-            lane=call.query.get("vm"),
-            caller=None if call.access.may("read") else call.access.caller,
-            limit=int(limit),
+            vm=None if vm is None else self._find_id(vm),
+            owner=None if call.access.may("read") else call.access.caller,
+            caller=call.query.get("caller"),
+            outcome=call.query.get("outcome"),
+            since=_parse_moment(call, "since"),
+            until=_parse_moment(call, "until"),
+            prefix=call.query.get("id"),
+            limit=_parse_limit(call),
         )
         return Answer(encode(TaskList([TaskEntry(**_summary(task)) for task in tasks])))
+
+    def _history(self, call: Call) -> Answer:
+        vm = call.parts[0]
+        call.access.check("read", vm=vm)
+        entries = self._journal.changes(self._find_id(vm), limit=_parse_limit(call))
+        if not entries:
+            self._asker.ask(lambda: self._node.check_vm(vm), timeout_s=_CHECK_WAIT_S, about=f"reading VM {vm}")
+        return Answer(encode(History([_entry(one) for one in entries])))
+
+    def _find_id(self, vm: str) -> VmId:
+        """Return a VM's names as far as they are known; what is not is empty."""
+        uuid = dashed_uuid(vm)
+        return self._node.names.find(vm) or VmId(uuid or "", "" if uuid else vm)
 
     def _task(self, call: Call) -> Answer:
         task = self._journal.find(call.parts[0])
@@ -262,7 +298,7 @@ class Reads:
         except AgentError as error:
             down["queue"] = error.message
         running = [
-            RunningTask(lane, task.task_uuid, task.command, round(seconds, 1))
+            RunningTask(self._find_id(lane).name or lane, task.task_uuid, task.command, round(seconds, 1))
             for lane, (task, seconds) in sorted(self._lanes.running().items(), key=lambda item: -item[1][1])
         ]
         body = Health(
@@ -306,7 +342,8 @@ def _summary(task: TaskSummary) -> dict[str, Any]:
     return {
         "task_uuid": task.task_uuid,
         "command": task.command,
-        "vm": task.lane,
+        "vm": task.vm,
+        "vm_uuid": task.vm_uuid or None,
         "state": task.state,
         "outcome": task.outcome,
         "error": told.error or None,
@@ -316,8 +353,47 @@ def _summary(task: TaskSummary) -> dict[str, Any]:
         "started_at": task.started_at,
         "finished_at": task.finished_at,
         "client": task.client,
+        "caller": task.caller,
         "delivery": DeliveryState(shown_url(task.callback_url), task.attempts, error),
     }
+
+
+def _entry(record: ChangeRecord) -> HistoryEntry:
+    totals: dict[str, int] = msgspec.json.decode(record.totals)
+
+    def numbers(end: str) -> VmNumbers:
+        ours = {name.removesuffix(end): value for name, value in totals.items() if name.endswith(end)}
+        return msgspec.convert(ours, VmNumbers)
+
+    told = {name: getattr(record, name) for name in _TOLD_AS_RECORDED}
+    asked = msgspec.json.decode(record.asked, type=VmNumbers)
+    return HistoryEntry(vm=record.vm_name, asked=asked, before=numbers("Before"), after=numbers("After"), **told)
+
+
+_TOLD_AS_RECORDED = (
+    "task_uuid", "vm_uuid", "command", "caller", "client", "accepted_at", "finished_at", "outcome", "error_code",
+)  # fmt: skip
+
+
+def _parse_limit(call: Call) -> int:
+    limit = call.query.get("limit", str(_DEFAULT_LIMIT))
+    if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LIMIT:
+        raise AgentError(Code.BAD_QUERY, f"limit must be 1 to {_MAX_LIMIT}, got {limit!r}")
+    return int(limit)
+
+
+def _parse_moment(call: Call, name: str) -> float | None:
+    """Return a moment of the query, seconds since the epoch."""
+    text = call.query.get(name)
+    if text is None:
+        return None
+    try:
+        moment = float(text)
+    except ValueError:
+        moment = math.nan
+    if not math.isfinite(moment):
+        raise AgentError(Code.BAD_QUERY, f"{name} must be seconds since the epoch, got {text!r}")
+    return moment
 
 
 def _whoami(call: Call) -> Answer:

@@ -23,6 +23,7 @@ from kvmagent.hypervisor.qemumemory import AskQemu
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes, was_migrated
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
+from kvmagent.hypervisor.vmnames import VmNames
 from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Reservation
 from kvmagent.model.errors import AgentError, Code
@@ -62,6 +63,8 @@ class Node:
         removes_emulated: bool = False,
         restarts: RestartMemory | None = None,
     ) -> None:
+        #: The names of the VMs that were seen.
+        self.names = VmNames()
         self._restarts = restarts
         self._connection = connection
         self._removes_emulated = removes_emulated
@@ -97,21 +100,36 @@ class Node:
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
-            uuids = [domain.UUIDString() for domain in connection.listAllDomains()]
+            domains = connection.listAllDomains()
+            for domain in domains:
+                self.names.note(domain.UUIDString(), domain.name())
+            uuids = [domain.UUIDString() for domain in domains]
         if self._restarts is not None:
             self._restarts.keep(uuids)
         return uuids
+
+    def check_vm(self, vm: str) -> None:
+        """Prove that a VM is there.
+
+        Raises:
+            AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
+        """
+        with self.hold(vm):
+            return
 
     def read_stats(self) -> tuple[VmStats, ...]:
         """Return what libvirt tells of all running VMs in one call, and what each may have of the host's memory."""
         with self._connection.lease() as connection:
             promises = self._budget.view(connection).promises
-            return tuple(
-                msgspec.structs.replace(vm, promised_bytes=promise.size_bytes, resident_bytes=promise.resident_bytes)
-                if (promise := promises.get(vm.uuid)) is not None
-                else vm
-                for vm in read_stats(connection)
-            )
+            stats = read_stats(connection)
+        for vm in stats:
+            self.names.note(vm.uuid, vm.name)
+        return tuple(
+            msgspec.structs.replace(vm, promised_bytes=promise.size_bytes, resident_bytes=promise.resident_bytes)
+            if (promise := promises.get(vm.uuid)) is not None
+            else vm
+            for vm in stats
+        )
 
     def last_budget(self) -> HostMemory | None:
         """Return the host's memory budget as it was seen last; asks nobody."""
@@ -203,6 +221,7 @@ class Node:
 
     def _complete(self, connection: libvirt.virConnect, domain: Domain, guest: Guest, parts: frozenset[str]) -> Facts:
         """Return what was seen of a VM together with what is so of its host."""
+        self.names.note(domain.uuid, domain.name)
         limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
             host = self._read_host()

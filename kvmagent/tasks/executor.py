@@ -39,7 +39,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from kvmagent.audit import audit
-from kvmagent.logs import Log, error_fields, log_context, struct_fields
+from kvmagent.logs import Log, add_context, error_fields, log_context, struct_fields
 from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Command, Ending, Reservation, StepReport, VmRequest, find_unreached
 from kvmagent.model.errors import AgentError, Code
@@ -52,7 +52,7 @@ from kvmagent.tasks.answers import make_error, make_reply, tell_totals
 from kvmagent.tasks.decision import decide
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
-from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
+from kvmagent.tasks.journal import UNFINISHED, Change, Journal, Owed, Task
 from kvmagent.tasks.left import LeftOffline
 from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
 from kvmagent.tasks.vmturns import NotYet, VmTurns
@@ -64,6 +64,10 @@ log = Log(__name__)
 _MAX_ROUNDS = 512
 # The outcome of a task whose removal the guest has neither done nor refused.
 PENDING = "pending"
+# Outcomes that leave no mark in a VM's history.
+_NO_CHANGE = ("unchanged", "planned")
+# What of a request its history tells.
+_ASKED = ("cpuNum", "memorySize", "maxCpuNum", "maxMemorySize")
 # After these nothing can be undone now: the task goes on from its goal when it can.
 _NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
 # Between two tries of a task whose connection broke and is there again.
@@ -116,7 +120,8 @@ class _Stopped(Exception):
 class _Ended(NamedTuple):
     """What came of a task: its reply as JSON, and the error that it tells.
 
-    `hooked`: the operator's hooks have been asked. `totals` are the VM's, before and after.
+    `hooked`: the operator's hooks have been asked. `totals` are the VM's, before and after;
+    `made` is what goes to its history. `facts` are what was seen of the VM last, where it was.
     """
 
     reply: bytes
@@ -124,6 +129,8 @@ class _Ended(NamedTuple):
     error: AgentError | None
     hooked: bool = False
     totals: Mapping[str, int] = MappingProxyType({})
+    made: Change | None = None
+    facts: Facts | None = None
 
 
 class Executor:
@@ -213,6 +220,7 @@ class Executor:
             self._meters.ended(task.command, ended.outcome, ended.error.code if ended.error else None)
             if ended.outcome == PENDING:
                 self._on_pending(task.task_uuid)
+            task = _named(task, ended.facts)
             _tell_end(task, ended, seconds=round(self._clock() - started, 3))
             if ended.hooked:
                 self._hooks.run_after(task, ended.reply)
@@ -226,7 +234,7 @@ class Executor:
         try:
             self._journal.start_task(task.task_uuid)
             ended = self._carry_out(task)
-            return ended, self._journal.finish(task.task_uuid, ended.reply, ended.outcome)
+            return ended, self._journal.finish(task.task_uuid, ended.reply, ended.outcome, ended.made)
         except (AgentError, NotYet, _Stopped):
             raise
         except Exception as error:
@@ -270,7 +278,9 @@ class Executor:
             if outcome == PENDING:
                 return
             owes = bool(getattr(run.request, "late_callback", False))
-            owed = self._journal.finish_late(task.task_uuid, reply, outcome, owed=owes)
+            totals = tell_totals(judgement)
+            made = _find_change(run, outcome, judgement.error, totals)
+            owed = self._journal.finish_late(task.task_uuid, reply, outcome, owed=owes, made=made)
         except NotYet:
             raise
         except AgentError as error:
@@ -280,7 +290,7 @@ class Executor:
             log.failure("pending removal cannot be looked at", error)
             return
         self._meters.ended_late(task.command, judgement.error.code if judgement.error else None)
-        _tell_end(task, _Ended(reply, outcome, judgement.error, totals=tell_totals(judgement)), late=True)
+        _tell_end(_named(task, run.after), _Ended(reply, outcome, judgement.error, totals=totals), late=True)
         if owed is not None:
             self._on_finished(owed)
 
@@ -321,7 +331,9 @@ class Executor:
                 log.failure("task failed", run.error, error_code=run.error.code)
             self._look_again(run)
         reply, judgement = make_reply(run.command, run.end())
-        return _Ended(reply, judgement.outcome, judgement.error, run.hooked, tell_totals(judgement))
+        totals = tell_totals(judgement)
+        made = _find_change(run, judgement.outcome, judgement.error, totals)
+        return _Ended(reply, judgement.outcome, judgement.error, run.hooked, totals, made, run.after or run.before)
 
     def _take_up(self, task: Task) -> Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
@@ -439,7 +451,7 @@ class Executor:
         if steps and fresh:
             assert run.goal is not None
             run.hooked = True
-            if self._hooks.run_before(task, run.goal):
+            if self._hooks.run_before(_named(task, run.after), run.goal):
                 # They take time and may change the host: what was seen before them is no ground to stand on.
                 run.goal = None
                 steps = self._plan(task, run, vm)
@@ -478,6 +490,7 @@ class Executor:
         """Look, decide where there is no goal yet, and return the steps towards it."""
         command = run.command
         run.after = self._observe(vm, command.observe_guest | command.observe_first)
+        self._note_vm(task, run.after)
         if run.goal is None:
             run.before = run.after
             run.goal, steps = decide(command, run.request, run.after, task.task_uuid)
@@ -578,6 +591,13 @@ class Executor:
         """Return what is so now, with what the agent itself knows of the guest."""
         return self._left.add(vm.observe(parts))
 
+    def _note_vm(self, task: Task, facts: Facts) -> None:
+        """Let the task and its lines of the log have its VM's name and UUID, however it was named."""
+        domain = facts.domain
+        if (domain.uuid, domain.name) != (task.vm_uuid, task.vm_name):
+            add_context(vm=domain.name, uuid=domain.uuid)
+            self._journal.note_vm(task.task_uuid, domain.uuid, domain.name)
+
     def _record_goal(self, task: Task, run: Run, steps: tuple[AnyStep, ...]) -> None:
         goal, before = msgspec.json.encode(run.goal), msgspec.json.encode(run.before)
         run.recorded = len(run.reports)
@@ -654,7 +674,8 @@ def _tell_end(task: Task, ended: _Ended, *, seconds: float | None = None, late: 
         caller=task.caller,
         client=task.client,
         what=task.command,
-        vm=task.lane,
+        vm=task.vm,
+        uuid=task.vm_uuid,
         task=task.task_uuid,
         outcome=ended.outcome,
         totals=ended.totals,
@@ -667,6 +688,23 @@ def _tell_end(task: Task, ended: _Ended, *, seconds: float | None = None, late: 
         **(error_fields(ended.error) if ended.error else {}),
         **ended.totals,
     )
+
+
+def _named(task: Task, facts: Facts | None) -> Task:
+    """Return the task with its VM's name and UUID, where that was seen."""
+    if facts is None:
+        return task
+    return msgspec.structs.replace(task, vm_uuid=facts.domain.uuid, vm_name=facts.domain.name)
+
+
+def _find_change(run: Run, outcome: str, error: AgentError | None, totals: Mapping[str, int]) -> Change | None:
+    """Return what goes to the VM's history: nothing of a task that had nothing to change, or was a dry run."""
+    seen = run.after or run.before
+    if seen is None or outcome in _NO_CHANGE:
+        return None
+    request = msgspec.to_builtins(run.request)
+    asked = {name: request[name] for name in _ASKED if isinstance(request.get(name), int)}
+    return Change(seen.domain.uuid, seen.domain.name, asked, totals, error.code if error else None)
 
 
 def _tell_step(report: StepReport) -> None:

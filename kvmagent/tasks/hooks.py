@@ -250,7 +250,7 @@ def _describe(event: Event, task: Task, **more: Any) -> bytes:
         "event": event,
         "taskUuid": task.task_uuid,
         "command": task.command,
-        "vm": task.lane,
+        "vm": task.vm,
         "caller": task.caller,
         "request": msgspec.Raw(task.request),
     }

@@ -11,7 +11,7 @@ is full: what was accepted may have to wait, and is never lost.
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import format_size
+from kvmagent.model.vmname import VmId
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journalfile import Database, JournalFile, Row
 
@@ -48,6 +49,8 @@ _SETTLED = f"state IN {SETTLED}"
 _PRUNE_BATCH, _PRUNE_INTERVAL_S = 200, 10.0
 # Where the file is full so many make room at once.
 _ROOM_BATCH = 20
+# Entries of VMs' histories that are kept: some 40 MB.
+_MOST_CHANGES = 100_000
 # A caller is not kept waiting longer by a disk that hangs, but for the one whose own thread is at it.
 _ACCEPT_WAIT_S = 30.0
 
@@ -70,14 +73,21 @@ class TaskSummary(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str | None = None
     attempts: int = 0
     delivery_error: str | None = None
+    vm_uuid: str = ""
+    vm_name: str = ""
+
+    @property
+    def vm(self) -> str:
+        """The VM's name, or as it was named in the request where the VM has not been seen."""
+        return self.vm_name or self.lane
 
 
 class Task(TaskSummary, frozen=True, kw_only=True):
     """One task as the journal has it; request, goal and before are JSON, the reply is whole.
 
     `own_at` is when it was accepted, or its callback last came to be owed, in the agent's own time. `traceparent`: the
-    trace that its caller named, or nothing. `recovered`: it was left unfinished and is taken up again. Not in the file:
-    it is so of what `unfinished` returns.
+    trace that its caller named, or nothing. `vm_uuid`, `vm_name`: of its VM, empty until that was seen.
+    `recovered`: it was left unfinished and is taken up again. Not in the file: it is so of what `unfinished` returns.
     """
 
     request: bytes
@@ -94,7 +104,8 @@ class Task(TaskSummary, frozen=True, kw_only=True):
         trace = {"traceparent": self.traceparent} if self.traceparent else {}
         return {
             "task": self.task_uuid,
-            "vm": self.lane,
+            "vm": self.vm,
+            **({"uuid": self.vm_uuid} if self.vm_uuid else {}),
             "command": self.command,
             "caller": self.caller or "unknown",
             **trace,
@@ -111,6 +122,36 @@ class StepRecord(msgspec.Struct, frozen=True):
     elapsed_ms: float | None
     problem: str | None
     cut_off: bool = False
+
+
+class Change(msgspec.Struct, frozen=True):
+    """What a task made of its VM, for the VM's history.
+
+    `asked` are the totals that it asked for, `totals` the VM's numbers before and after, by their names in a log line.
+    """
+
+    vm_uuid: str
+    vm_name: str
+    asked: Mapping[str, int]
+    totals: Mapping[str, int]
+    error_code: str | None
+
+
+class ChangeRecord(msgspec.Struct, frozen=True):
+    """One entry of a VM's history, which outlives its task; `asked` and `totals` are JSON."""
+
+    task_uuid: str
+    vm_uuid: str
+    vm_name: str
+    command: str
+    caller: str
+    client: str
+    accepted_at: float
+    finished_at: float
+    outcome: str
+    error_code: str | None
+    asked: bytes
+    totals: bytes
 
 
 class StepTime(NamedTuple):
@@ -325,15 +366,23 @@ class Journal:
         sql = "UPDATE steps SET cut_off = 1 WHERE task_uuid = ? AND n = ?"
         self._file.write_later("cut_step", lambda db: db.execute(sql, (task_uuid, n)))
 
-    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> Owed:
-        """-> finished: the result, and with it the callback that is owed.
+    def note_vm(self, task_uuid: str, vm_uuid: str, vm_name: str) -> None:
+        """Store which VM a task is about, now that it was seen; does not wait for the disk."""
+        sql = "UPDATE tasks SET vm_uuid = ?, vm_name = ? WHERE task_uuid = ?"
+        self._file.write_later("note_vm", lambda db: db.execute(sql, (vm_uuid, vm_name, task_uuid)))
+
+    def finish(self, task_uuid: str, reply: bytes, outcome: str, made: Change | None = None) -> Owed:
+        """-> finished: the result, with it the callback that is owed, and what it `made` of its VM.
 
         Raises AgentError CANCELLED when the task was taken back before: it has its result.
         """
 
         def change(db: Database) -> Owed:
             _refuse_withdrawn(db, task_uuid, reply)
-            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
+            moved = _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
+            if made is not None:
+                _add_change(db, task_uuid, made)
+            return moved
 
         now, since = self._clock(), self._owed_since()
         owed: Owed = self._file.write_now("finish", change)
@@ -369,7 +418,9 @@ class Journal:
         with _given_up_in_time("the withdrawal"):
             self._file.write_now("cancel", change, keep=False, then=then, timeout_s=_ACCEPT_WAIT_S)
 
-    def finish_late(self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool) -> Owed | None:
+    def finish_late(
+        self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool, made: Change | None = None
+    ) -> Owed | None:
         """Store a result that came after the answer, in place of it; return the callback, where one is owed.
 
         Not while the first callback is owed: it would be taken for the second. Raises AgentError TASK_CONFLICT then.
@@ -381,11 +432,15 @@ class Journal:
             if row is None or (row["state"] == "finished" and row["reply"] != reply):
                 raise AgentError(Code.TASK_CONFLICT, f"the first callback of task {task_uuid} is not delivered yet")
             values = {"reply": reply, "outcome": outcome, "finished_at": now}
+            moved = None
             if owed:
-                return _move(db, task_uuid, "finished", **values, **since, attempts=0, delivery_error=None)
-            columns = ", ".join(f"{name} = ?" for name in values)
-            db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
-            return None
+                moved = _move(db, task_uuid, "finished", **values, **since, attempts=0, delivery_error=None)
+            else:
+                columns = ", ".join(f"{name} = ?" for name in values)
+                db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
+            if made is not None:
+                _add_change(db, task_uuid, made)
+            return moved
 
         now, since = self._clock(), self._owed_since()
         callback: Owed | None = self._file.write_now("finish_late", change)
@@ -443,8 +498,10 @@ class Journal:
             owed: Owed = self._file.write_now("owe_again", change, keep=False, timeout_s=_ACCEPT_WAIT_S)
         return owed
 
-    def prune(self, *, keep_tasks: int, keep_s: float) -> None:
+    def prune(self, *, keep_tasks: int, keep_s: float, keep_changes_s: float) -> None:
         """Remove the oldest settled tasks above a number, and those above an age; does not wait.
+
+        VMs' histories go by their own age.
 
         Above an age by the clock and by the agent's own time. Cheap to call often. What is unfinished or owed stays,
         however old.
@@ -455,6 +512,7 @@ class Journal:
         self._pruned_at = own
 
         def change(db: Database) -> int:
+            _prune_changes(db, now - keep_changes_s, own - keep_changes_s)
             return _prune(db, keep_tasks, now - keep_s, own - keep_s)
 
         def again(removed: int) -> None:
@@ -498,16 +556,49 @@ class Journal:
         return [Owed(**dict(row)) for row in self._file.read(_OWED)]
 
     def newest(
-        self, *, state: State | None = None, lane: str | None = None, caller: str | None = None, limit: int
+        self,
+        *,
+        state: State | None = None,
+        vm: VmId | None = None,
+        owner: str | None = None,
+        caller: str | None = None,
+        outcome: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        prefix: str | None = None,
+        limit: int,
     ) -> list[TaskSummary]:
-        """Return tasks, newest first; of each reply what went wrong (error, errorCode, remedy), and no more is read."""
+        """Return tasks, newest first; of each reply what went wrong (error, errorCode, remedy), and no more is read.
+
+        `vm` is found by either of its names, whichever its caller used; a part that is not known is empty. `owner` and
+        `caller` are callers, of which both have to fit. `since` and `until` are of the acceptance; `prefix` begins the
+        task's id.
+        """
         where, values = ["1"], list[Any]()
-        for column, value in (("state", state), ("lane", lane), ("caller", caller)):
+        for condition, value in (
+            ("state = ?", state),
+            ("caller = ?", owner),
+            ("caller = ?", caller),
+            ("outcome = ?", outcome),
+            ("accepted_at >= ?", since),
+            ("accepted_at < ?", until),
+            # An id has nothing that GLOB takes for a pattern; what was asked for may.
+            ("task_uuid GLOB ?", None if prefix is None else f"{_glob_escaped(prefix)}*"),
+        ):
             if value is not None:
-                where.append(f"{column} = ?")
+                where.append(condition)
                 values.append(value)
+        if vm is not None:
+            where.append(f"({_of_vm('tasks')} OR lane IN (?, ?))")
+            values += [*_vm_values(vm), vm.name, vm.uuid.replace("-", "")]
         sql = f"SELECT {_SUMMARY} FROM tasks WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
         return [TaskSummary(**dict(row)) for row in self._file.read(sql, (*values, limit))]
+
+    def changes(self, vm: VmId, *, limit: int) -> list[ChangeRecord]:
+        """Return what changed a VM, newest first; a part of its names that is not known is empty."""
+        columns = ", ".join(ChangeRecord.__struct_fields__)
+        sql = f"SELECT {columns} FROM changes WHERE {_of_vm('changes')} ORDER BY seq DESC LIMIT ?"
+        return [ChangeRecord(**dict(row)) for row in self._file.read(sql, (*_vm_values(vm), limit))]
 
     def steps(self, task_uuid: str) -> list[StepRecord]:
         """Return the steps of a task in order."""
@@ -552,7 +643,9 @@ class Journal:
 
 
 # What a caller gives with a task, and what is written of a new one.
-_GIVEN = ("task_uuid", "command", "lane", "request", "callback_url", "client", "caller", "traceparent")
+_GIVEN = (
+    "task_uuid", "command", "lane", "request", "callback_url", "client", "caller", "traceparent", "vm_uuid", "vm_name",
+)  # fmt: skip
 _INSERT = (
     f"INSERT INTO tasks ({', '.join(_GIVEN)}, state, accepted_at, own_at)"
     f" VALUES ({', '.join('?' * (len(_GIVEN) + 3))}) ON CONFLICT (task_uuid) DO NOTHING"
@@ -573,6 +666,30 @@ _SUMMARY = ", ".join(
     f"CASE WHEN reply NOTNULL THEN CAST(json_object({_WRONG}) AS BLOB) END AS reply" if name == "reply" else name
     for name in TaskSummary.__struct_fields__
 )
+
+
+def _of_vm(table: str) -> str:
+    """Return the condition for a VM: its UUID, a name that it had, or the UUIDs that had this name."""
+    uuids = f"SELECT vm_uuid FROM {table} WHERE vm_name = ?"
+    return f"(vm_uuid != '' AND (vm_uuid = ? OR vm_name = ? OR vm_uuid IN ({uuids})))"
+
+
+def _vm_values(vm: VmId) -> tuple[str, ...]:
+    return vm.uuid, vm.name, vm.name
+
+
+def _glob_escaped(text: str) -> str:
+    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
+
+
+def _add_change(db: Database, task_uuid: str, made: Change) -> None:
+    """Store what a task made of its VM; a late result takes the place of the first."""
+    sql = (
+        "INSERT OR REPLACE INTO changes SELECT seq, task_uuid, ?, ?, command, caller, client, accepted_at, finished_at,"
+        " own_at, outcome, ?, ?, ? FROM tasks WHERE task_uuid = ?"
+    )
+    asked, totals = msgspec.json.encode(made.asked), msgspec.json.encode(made.totals)
+    db.execute(sql, (made.vm_uuid, made.vm_name, made.error_code, asked, totals, task_uuid))
 
 
 def _read_unfinished(row: Row) -> Task:
@@ -678,6 +795,15 @@ def _prune(db: Database, keep_tasks: int, before: float, own_before: float) -> i
         " ORDER BY seq LIMIT ?"
     )
     return _remove(db, db.execute(sql, (surplus["seq"] if surplus else 0, before, own_before, _PRUNE_BATCH)).fetchall())
+
+
+def _prune_changes(db: Database, before: float, own_before: float) -> None:
+    """Remove the oldest entries of VMs' histories above an age or a number, a batch of them."""
+    sql = (
+        "DELETE FROM changes WHERE seq IN (SELECT seq FROM changes WHERE finished_at < ? AND own_at < ?"
+        " OR seq <= (SELECT seq FROM changes ORDER BY seq DESC LIMIT 1 OFFSET ?) ORDER BY seq LIMIT ?)"
+    )
+    db.execute(sql, (before, own_before, _MOST_CHANGES, _PRUNE_BATCH))
 
 
 def _remove(db: Database, tasks: list[Row]) -> int:

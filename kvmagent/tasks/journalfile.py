@@ -112,6 +112,35 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Which of the caller's traces the task is a part of; empty: it named none.
         "ALTER TABLE tasks ADD COLUMN traceparent TEXT NOT NULL DEFAULT ''",
     ),
+    (
+        # Which VM a task is about, however it was named: empty until the VM was seen.
+        "ALTER TABLE tasks ADD COLUMN vm_uuid TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE tasks ADD COLUMN vm_name TEXT NOT NULL DEFAULT ''",
+        "UPDATE tasks SET vm_uuid = coalesce(json_extract(CAST(before AS TEXT), '$.domain.uuid'), ''),"
+        " vm_name = coalesce(json_extract(CAST(before AS TEXT), '$.domain.name'), '')"
+        " WHERE before NOTNULL AND json_valid(CAST(before AS TEXT))",
+        "CREATE INDEX tasks_by_vm ON tasks (vm_uuid, seq)",
+        "CREATE INDEX tasks_by_vm_name ON tasks (vm_name, seq)",
+        # What changed each VM, kept longer than tasks. `seq` is the task's, `asked` and `totals` are JSON.
+        """CREATE TABLE changes (
+            seq INTEGER PRIMARY KEY,
+            task_uuid TEXT NOT NULL,
+            vm_uuid TEXT NOT NULL,
+            vm_name TEXT NOT NULL,
+            command TEXT NOT NULL,
+            caller TEXT NOT NULL,
+            client TEXT NOT NULL,
+            accepted_at REAL NOT NULL,
+            finished_at REAL NOT NULL,
+            own_at REAL NOT NULL,
+            outcome TEXT NOT NULL,
+            error_code TEXT,
+            asked BLOB NOT NULL,
+            totals BLOB NOT NULL
+        )""",
+        "CREATE INDEX changes_by_vm ON changes (vm_uuid, seq)",
+        "CREATE INDEX changes_by_vm_name ON changes (vm_name, seq)",
+    ),
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256

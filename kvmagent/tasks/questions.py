@@ -74,7 +74,7 @@ class Questions:
                 caller=task.caller,
                 client=task.client,
                 what=task.command,
-                vm=task.lane,
+                vm=task.vm,
                 task=task.task_uuid,
                 outcome=failure.code if failure else outcome,
             )

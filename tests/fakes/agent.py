@@ -21,7 +21,7 @@ from kvmagent.model.command import Command
 from kvmagent.model.plans import PlanRequest
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.hooks import Hooks
-from kvmagent.tasks.journal import Journal, Task
+from kvmagent.tasks.journal import Change, Journal, Task
 from kvmagent.tasks.planner import Planner
 from kvmagent_plugins.vm_plugin import PLUGIN
 from tests.fakes.libvirt import FakeConnection, FakeDomain, FakeGuest, ask_qemu, send_to_agent
@@ -216,7 +216,8 @@ class NoJournal:
     def find_left(self, vm_uuid: str) -> tuple[None, frozenset[int]]:
         return None, frozenset()
 
-    def finish(self, task_uuid: str, reply: bytes, outcome: str) -> None:
+    def note_vm(self, *args: Any) -> None: ...
+    def finish(self, task_uuid: str, reply: bytes, outcome: str, made: Change | None = None) -> None:
         self.reply = msgspec.json.decode(reply)
 
 

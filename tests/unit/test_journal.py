@@ -148,7 +148,7 @@ class TestPruning:
         for n in range(450):
             running.finish(f"t{n}")
         running.journal.start_step("t0", 0, b"{}", wait=True)
-        running.journal.prune(keep_tasks=10, keep_s=1e9)
+        running.journal.prune(keep_tasks=10, keep_s=1e9, keep_changes_s=1e9)
         wait_for(lambda: len(running.journal.newest(limit=1000)) == 10, timeout_s=5, what="the pruning")
         assert [task.task_uuid for task in running.journal.newest(limit=1000)] == [f"t{n}" for n in range(449, 439, -1)]
         assert running.journal.steps("t0") == []
@@ -157,7 +157,7 @@ class TestPruning:
         running.finish("old")
         running.pass_time(1000)
         running.finish("new")
-        running.journal.prune(keep_tasks=100, keep_s=500)
+        running.journal.prune(keep_tasks=100, keep_s=500, keep_changes_s=1e9)
         wait_for(lambda: running.journal.find("old") is None, timeout_s=5, what="the pruning")
         assert running.journal.find("new") is not None
 
@@ -166,7 +166,7 @@ class TestPruning:
         running.finish("owed", settle=False)
         running.finish("settled")
         running.now += 1e6
-        running.journal.prune(keep_tasks=0, keep_s=0)
+        running.journal.prune(keep_tasks=0, keep_s=0, keep_changes_s=1e9)
         wait_for(lambda: running.journal.find("settled") is None, timeout_s=5, what="the pruning")
         assert [task.task_uuid for task in running.journal.newest(limit=9)] == ["owed", "accepted"]
 
@@ -177,25 +177,25 @@ class TestClocks:
     def test_a_step_of_the_clock_forgets_nothing(self, running: Running) -> None:
         running.finish("t1")
         running.now += 10 * 86400
-        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.journal.prune(keep_tasks=100, keep_s=86400, keep_changes_s=1e9)
         running.flush()
         assert running.journal.find("t1") is not None
         running.own += 86401
-        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.journal.prune(keep_tasks=100, keep_s=86400, keep_changes_s=1e9)
         wait_for(lambda: running.journal.find("t1") is None, timeout_s=5, what="the pruning")
 
     def test_a_clock_that_was_slow_until_it_was_corrected_forgets_nothing(self, running: Running) -> None:
         running.now -= 10 * 86400
         running.finish("t1")
         running.now += 10 * 86400
-        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.journal.prune(keep_tasks=100, keep_s=86400, keep_changes_s=1e9)
         running.flush()
         assert running.journal.find("t1") is not None
 
     def test_what_is_younger_than_the_age_by_the_clock_stays(self, running: Running) -> None:
         running.finish("t1")
         running.own += 86401
-        running.journal.prune(keep_tasks=100, keep_s=86400)
+        running.journal.prune(keep_tasks=100, keep_s=86400, keep_changes_s=1e9)
         running.flush()
         assert running.journal.find("t1") is not None
 

@@ -1,0 +1,37 @@
+"""Which name and which UUID are one VM's, as libvirt told it last. It asks nobody."""
+
+import threading
+
+from kvmagent.model.vmname import VmId, dashed_uuid
+
+# So many VMs no host has; what is over is of VMs that are gone.
+_MOST = 20000
+
+
+class VmNames:
+    """Thread-safe. A VM that was renamed has its new name from the next look on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: dict[str, str] = {}
+        self._uuids: dict[str, str] = {}
+
+    def note(self, vm_uuid: str, name: str) -> None:
+        """Take in what was seen."""
+        if self._names.get(vm_uuid) == name and self._uuids.get(name) == vm_uuid:
+            return
+        with self._lock:
+            if len(self._names) >= _MOST:
+                self._names.clear()
+                self._uuids.clear()
+            former = self._names.get(vm_uuid)
+            if former is not None and self._uuids.get(former) == vm_uuid:
+                del self._uuids[former]
+            self._names[vm_uuid], self._uuids[name] = name, vm_uuid
+
+    def find(self, vm: str) -> VmId | None:
+        """Return the VM of that name or UUID; None where none was seen."""
+        with self._lock:
+            vm_uuid = dashed_uuid(vm) or self._uuids.get(vm)
+            name = None if vm_uuid is None else self._names.get(vm_uuid)
+        return None if vm_uuid is None or name is None else VmId(vm_uuid, name)
