@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test test-matrix test-foreign test-on lint bench fuzz chaos audit deb
+.PHONY: help setup packages image demo test test-matrix test-foreign test-on test-pythons lint bench fuzz chaos audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-matrix   start thousands of definitions before and after they are prepared; ARGS='q35 kvm32' picks some"
 	@echo "make test-foreign  guests of POWER, s390x and Arm, and the newest QEMU and libvirt; ten minutes"
 	@echo "make test-on       the gate on another Debian, in a directory: SUITE=trixie ARGS='tests/unit'"
+	@echo "make test-pythons  the fast tests on Python 3.11 to 3.14; ARGS='--on 3.12' for one"
 	@echo "make check   the fast gate: lint, types, floors, golden plans, unit tests; under two minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
@@ -63,6 +64,9 @@ SUITE := trixie
 
 test-on: $(STAMP)
 	@$(BIN)/python -m tests.lab.suite $(SUITE) $(ARGS)
+
+test-pythons: setup
+	@$(BIN)/python -m tests.lab.pythons $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit

@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "kvmagent/__init__.py").read_text()).group(1)
 
+# What the fast tests need, on each Python.
+FAST = ["hypothesis>=6.100", "pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0", "trustme>=1.1"]
+
 setup(
     name="kvmagent",
     version=VERSION,
@@ -53,22 +56,19 @@ setup(
         "audit": ["pip-audit>=2.7"],
         "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
+        "fast": FAST,
         "test": [
+            *FAST,
             "ansible-core>=2.16",
             "ansible-lint>=24.2",
-            "hypothesis>=6.100",
             "lxml-stubs",
             "mypy>=1.10",
             "openapi-python-client>=0.29.1",
             "pillow>=10.0",
-            "pytest>=8.0",
-            "pytest-xdist>=3.6",
-            "pyyaml>=6.0",
             "ruff>=0.6",
             "schemathesis>=4.0",
             "selenium>=4.20",
             "setuptools>=70.1",
-            "trustme>=1.1",
             "types-simplejson",
         ],
     },

@@ -32,9 +32,9 @@ from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
 from kvmagent.model.reclaim import Reclaimable, find_reclaimable
 from kvmagent.model.steps import AnyStep, DefineShape
 
-# Source: libvirt 9.5 stopped to count virtio-mem among the slots. Observed: libvirt 12.8 adds an IOMMU with EIM when a
-# VM of more than 255 vCPUs is defined; an older one that does so, too, is asked for no more than it was.
-_VIRTIO_MEM_WITHOUT_SLOTS, _ADDS_IOMMU = 9_005_000, 12_000_000
+# Source: libvirt 9.5 stopped to count virtio-mem among the slots; 10.10 adds an IOMMU with EIM when a VM of more than
+# 255 vCPUs is defined; QEMU 9.0 emulates X2APIC. Observed: libvirt 11.3 with QEMU 10.0, 12.8 with 11.1.
+_VIRTIO_MEM_WITHOUT_SLOTS, _ADDS_IOMMU, _EMULATES_X2APIC = 9_005_000, 10_010_000, 9_000_000
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
 _SAME_LOOK_S = 0.05
 _VMS = frozenset({"vms", "settled vms"})
@@ -235,6 +235,7 @@ class Node:
             removes_emulated=self._removes_emulated,
             virtio_mem_takes_slots=version < _VIRTIO_MEM_WITHOUT_SLOTS,
             adds_iommu=version >= _ADDS_IOMMU,
+            emulates_x2apic=_emulates_x2apic(connection, domain.live or domain.config),
         )
         facts = Facts(domain=self._with_migrated(domain), guest=guest, host=host)
         self._budget.note(facts)
@@ -295,6 +296,14 @@ class Node:
                     return None
                 self._vcpu_limits[key] = None
         return self._vcpu_limits[key]
+
+
+def _emulates_x2apic(connection: libvirt.virConnect, definition: Definition | None) -> bool:
+    try:
+        is_emulated = definition is not None and definition.hypervisor == "qemu"
+        return is_emulated and connection.getVersion() >= _EMULATES_X2APIC
+    except libvirt.libvirtError:  # the host has no emulator of its own architecture
+        return False
 
 
 class HeldVm:

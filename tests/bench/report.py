@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,9 +87,10 @@ def format_row(row: Row) -> str:
 def describe_machine() -> dict[str, object]:
     """What the numbers depend on."""
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    git = shutil.which("git")
+    command = [git, "rev-parse", "HEAD"] if git else ["true"]
     return {
-        "commit": commit,
+        "commit": subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip(),
         "cpus": os.cpu_count(),
         "cpu": model.partition(":")[2].strip(),
         "load": os.getloadavg(),

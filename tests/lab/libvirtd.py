@@ -23,6 +23,7 @@ from types import TracebackType
 
 import libvirt
 
+from tests.lab.newest import enter
 from tests.lab.processes import Guard, stop_child, wait_for
 
 #: The first that the host has. virtqemud is the same driver, where libvirtd is no longer shipped.
@@ -34,16 +35,6 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
 # host_uuid: two daemons of one machine are two hosts to each other, so that a guest can migrate.
-#: Runs a daemon of a tree ($0) as a user ($1), in mounts of its own: the lab's and the guests' files are the host's.
-IN_TREE = """
-mount --make-rprivate /
-for directory in /tmp /var/tmp; do mount --bind $directory "$0$directory"; done
-mount -t proc none "$0/proc"
-mount --rbind /dev "$0/dev"
-mount --rbind /sys "$0/sys"
-exec chroot --userspec="$1" "$0" /usr/sbin/libvirtd
-"""
-
 # keepalive_interval: a test process that has an event loop registered and not running would be taken for dead.
 DAEMON_CONF = """\
 auth_unix_rw = "none"
@@ -111,7 +102,7 @@ class PrivateLibvirtd:
         command, is_root = [self._program], os.getuid() == 0 and self._tree is None
         if self._tree is not None:
             user = f"{self.user.pw_uid}:{self.user.pw_gid}"
-            command = ["unshare", "--mount", "sh", "-ec", IN_TREE, str(self._tree), user]
+            command = enter(self._tree, self._program, user=user)
         with self.log_file.open("ab") as log:
             self._child = subprocess.Popen(
                 command,

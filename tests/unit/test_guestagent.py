@@ -65,8 +65,8 @@ NONSENSE: dict[str, str | bytes] = {
     "what Python takes for bytes": '{"return": "\udc80"}',
     "5 MB": '{"return": "' + "x" * (5 * MIB) + '"}',
     "5 MB of blocks": '{"return": [' + ",".join('{"phys-index": 1, "online": true}' for _ in range(170000)) + "]}",
-    "depth 100,000": '{"return": ' + "[" * 100_000 + "]" * 100_000 + "}",
-    "depth 100,000 aside": '{"aside": ' + "[" * 100_000 + "]" * 100_000 + ', "return": []}',
+    "depth 1,000,000": '{"return": ' + "[" * 1_000_000 + "]" * 1_000_000 + "}",
+    "depth 1,000,000 aside": '{"aside": ' + "[" * 1_000_000 + "]" * 1_000_000 + ', "return": []}',
     "an error": '{"error": {"class": "GenericError", "desc": "no"}}',
     "null": '{"return": null}',
 }
