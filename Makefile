@@ -51,8 +51,11 @@ image: $(STAMP)
 demo: setup
 	@$(BIN)/python -m tests.lab.demo
 
+# One worker more than CPUs: many tests wait for a guest or a limit.
+WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-matrix: setup
 	@$(BIN)/python -m tests.matrix $(ARGS)
