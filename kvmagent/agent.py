@@ -36,9 +36,11 @@ from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.vmevents import VmEvents
 from kvmagent.logs import Log, error_fields
-from kvmagent.model.command import Command, Plugin
+from kvmagent.model.command import NO_CALLBACK, Command, Plugin
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
+from kvmagent.model.roles import LOCAL
+from kvmagent.model.units import parse_amount, parse_count, parse_size
 from kvmagent.private import make_private_directory
 from kvmagent.settings import Settings, parse_callback_rule
 from kvmagent.tasks.callbacks import Callbacks
@@ -50,6 +52,7 @@ from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import JOURNAL, Journal, Left, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.late import LateRemovals
+from kvmagent.tasks.ondefine import OWN_ACCESS, Maxima, Preparations
 from kvmagent.tasks.planner import Planner
 from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.reports import Reports
@@ -115,11 +118,6 @@ class Agent:
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
         device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
-        self._events = EventConnection(
-            settings.libvirt.uri,
-            (device_events.register, VmEvents(self._reports.tell_event).register),
-            on_gap=self._reports.tell_gap,
-        )
         self._restarts = RestartMemory(self._state_dir / "restarts.json")
         node = Node(
             self._connection,
@@ -190,6 +188,17 @@ class Agent:
         )
         intake = Intake(
             self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal, node.names
+        )
+        self._preparations = self._make_preparations(node, intake) if settings.prepare.on_define else None
+        preparations = self._preparations
+        vm_events = VmEvents(
+            self._reports.tell_event, on_definition=None if preparations is None else preparations.note
+        )
+        self._events = EventConnection(
+            settings.libvirt.uri,
+            (device_events.register, vm_events.register),
+            on_open=lambda: None if preparations is None else preparations.note_all(),
+            on_gap=self._reports.tell_gap,
         )
         reads = Reads(
             node,
@@ -271,6 +280,8 @@ class Agent:
         self._late.start()
         self._server.start()
         self._sampler.start()
+        if self._preparations is not None:
+            self._preparations.start(left.unfinished)
         log.info(
             "agent ready",
             version=__version__,
@@ -283,6 +294,8 @@ class Agent:
     def stop(self) -> None:
         """Refuse new tasks, finish what runs, leave the rest in the journal."""
         log.info("agent stopping", running=len(self._lanes.running()), queued=self._lanes.depth())
+        if self._preparations is not None:
+            self._preparations.stop()
         self._executor.stop()
         self._lanes.stop(self._settings.agent.stop_timeout_sec)
         self._hooks.stop()
@@ -375,6 +388,8 @@ class Agent:
 
     def _close(self) -> None:
         """Undo `_start`, as far as it came."""
+        if self._preparations is not None:
+            self._preparations.stop()
         self._server.stop()
         self._sampler.stop()
         self._journal.stop()
@@ -382,6 +397,24 @@ class Agent:
         self._connection.stop()
         self._reports.stop(_LAST_REPORT_S)
         self._journal.unlock()
+
+    def _make_preparations(self, node: Node, intake: Intake) -> Preparations:
+        command = next((one for one in self._commands.values() if one.prepares is not None), None)
+        if command is None:
+            raise AgentError(Code.BAD_CONFIGURATION, "prepare.on_define is true, and no plugin prepares VMs")
+        prepare = self._settings.prepare
+
+        def hand_in(command: Command, task_uuid: str, body: bytes) -> None:
+            headers = {"taskuuid": task_uuid, "callbackurl": NO_CALLBACK}
+            intake.accept(command, headers, body, client=LOCAL, access=OWN_ACCESS)
+
+        return Preparations(
+            node,
+            command,
+            Maxima(parse_amount(prepare.max_cpus, parse_count), parse_amount(prepare.max_memory, parse_size)),
+            find_task=self._journal.find,
+            hand_in=hand_in,
+        )
 
     def _run(self, task: Task) -> None:
         with self._metrics.timed(task):

@@ -15,6 +15,7 @@ from msgspec import Meta
 from kvmagent.inifile import Section, read_entries
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import parse_rule
+from kvmagent.model.units import parse_amount, parse_count, parse_size
 
 DEFAULT_PATH = "/etc/kvmagent/kvmagent.conf"
 
@@ -199,6 +200,25 @@ class HostSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1.0
 
 
+class PrepareSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """VMs that are prepared for hotplug without being asked to: what prepare does, docs/prepare.md says."""
+
+    on_define: Annotated[
+        bool,
+        Meta(
+            description="Prepare the persistent definition of each VM that is defined or started, and of all VMs when "
+            "the agent starts; one whose owner's policy excludes it is left alone"
+        ),
+    ] = False
+    max_cpus: Annotated[
+        str, Meta(description="vCPUs that these can grow to; xN: N times what it has, where it has no room to grow")
+    ] = "x4"
+    max_memory: Annotated[
+        str,
+        Meta(description="Memory that these can grow to, as in 64GiB; xN: N times, as above"),
+    ] = "x4"
+
+
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the agent logs. SIGHUP reads this section anew."""
 
@@ -247,6 +267,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log: LogSection = LogSection()
     metrics: MetricsSection = MetricsSection()
     hooks: HooksSection = HooksSection()
+    prepare: PrepareSection = PrepareSection()
 
 
 _SECTIONS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Settings)}
@@ -415,6 +436,14 @@ def check_together(settings: Settings) -> None:
         AgentError: BAD_CONFIGURATION.
     """
     _check_uri(settings.libvirt.uri)
+    for key, text, parse in (
+        ("max_cpus", settings.prepare.max_cpus, parse_count),
+        ("max_memory", settings.prepare.max_memory, parse_size),
+    ):
+        try:
+            parse_amount(text, parse)
+        except ValueError as error:
+            raise _bad(f"prepare.{key}: {error}") from error
     if settings.hooks.directory and not settings.hooks.directory.startswith("/"):
         raise _bad(f"hooks.directory must be an absolute path, got {settings.hooks.directory!r}")
     _check_security(settings)

@@ -32,11 +32,13 @@ class EventConnection:
         uri: str,
         registers: tuple[Register, ...],
         *,
+        on_open: Callable[[], None] = lambda: None,
         on_gap: Callable[[str], None] = lambda _reason: None,
         open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open,
     ) -> None:
         self._uri = uri
         self._registers = registers
+        self._on_open = on_open
         self._on_gap = on_gap
         self._open_libvirt = open_libvirt
         self._changed = threading.Event()
@@ -65,7 +67,6 @@ class EventConnection:
                 failures += 1
                 self._stopping.wait(BACKOFF.pause_s(failures))
                 continue
-            failures = 0
             try:
                 ids = self._listen(connection)
             except libvirt.libvirtError as error:
@@ -73,7 +74,12 @@ class EventConnection:
                 if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
                     log.info("no events from this driver", uri=self._uri)
                     return
+                log.warning("no events yet", error=translate(error, "registering for events").message)
+                failures += 1
+                self._stopping.wait(BACKOFF.pause_s(failures))
                 continue
+            failures = 0
+            self._on_open()
             if was_there:
                 self._on_gap("libvirt was away")
             was_there = True

@@ -1,4 +1,4 @@
-"""What libvirt tells of VMs: started, shut down and by whom, stopped, crashed, paused, resumed, rebooted.
+"""What libvirt tells of VMs: started, shut down and by whom, stopped, crashed, paused, resumed, rebooted; and defined.
 
 Source: libvirt virDomainEventType and its details. Callbacks run on the event loop's thread: they hand over at once
 and never call libvirt.
@@ -6,6 +6,7 @@ and never call libvirt.
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import libvirt
 
@@ -22,17 +23,35 @@ _KINDS: dict[int, VmEventKind] = {
     libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "paused",
     libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
 }
+_DEFINITIONS = (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_STARTED)
 _SHUTDOWN_BY = {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST: "guest", libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST: "host"}
 # QEMU resets more than once for one reboot of a guest: by keyboard controller, ACPI, and again in the firmware.
 # The times between grow where the host is busy. A guest needs longer from one reset to the next that is asked for.
 _SAME_REBOOT_S = 10.0
 
 
-class VmEvents:
-    """Hands each event on as a VmEvent; one reboot once, however many resets it takes."""
+class TakesDefinition(Protocol):
+    """Takes the UUID of a VM that was defined (`is_new`) or started."""
 
-    def __init__(self, hand_over: Callable[[VmEvent], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __call__(self, uuid: str, *, is_new: bool) -> None: ...
+
+
+class VmEvents:
+    """Hands each event on as a VmEvent; one reboot once, however many resets it takes.
+
+    `on_definition` hears of VMs that are defined or started. libvirt takes one callback for each kind of event and
+    connection: whoever else wants them has to be told from here.
+    """
+
+    def __init__(
+        self,
+        hand_over: Callable[[VmEvent], None],
+        *,
+        on_definition: TakesDefinition | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._hand_over = hand_over
+        self._on_definition = on_definition
         self._clock = clock
         # By UUID, when a reboot was handed over; only those that may still come again. Touched by one thread.
         self._rebooted: dict[str, float] = {}
@@ -48,6 +67,8 @@ class VmEvents:
     def _on_lifecycle(
         self, _connection: object, domain: libvirt.virDomain, event: int, detail: int, _opaque: object
     ) -> None:
+        if self._on_definition is not None and event in _DEFINITIONS:
+            self._on_definition(domain.UUIDString(), is_new=event == libvirt.VIR_DOMAIN_EVENT_DEFINED)
         kind = _KINDS.get(event)
         if kind is None:
             return

@@ -1,6 +1,8 @@
 """Sizes: every size inside the agent is a count of bytes; libvirt's KiB exist in hypervisor/ alone."""
 
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -54,6 +56,39 @@ def parse_size(text: str) -> int:
     if rest:
         raise ValueError(f"{text!r} is not a whole number of bytes")
     return size_bytes
+
+
+class Amount(NamedTuple):
+    """An amount, or how many times what there is."""
+
+    number: int
+    is_factor: bool = False
+
+    def of(self, has: int) -> int:
+        """Return the amount, of one that has so much."""
+        return self.number * has if self.is_factor else self.number
+
+
+def parse_amount(text: str, parse: Callable[[str], int]) -> Amount:
+    """Return an amount as people write it: x4 is four times what there is, anything else is what `parse` makes of it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text[:1] in ("x", "X") and text[1:].isdecimal() and int(text[1:]) > 0:
+        return Amount(int(text[1:]), is_factor=True)
+    return Amount(parse(text))
+
+
+def parse_count(text: str) -> int:
+    """Return a number of 1 or more.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{text.strip()!r} is no number of 1 or more")
+    return int(text)
 
 
 def format_ids(ids: "frozenset[int] | tuple[int, ...]") -> str:

@@ -640,6 +640,9 @@ class FakeConnection:
         return 0
 
     def domainEventRegisterAny(self, domain: None, event_id: int, callback: Callable[..., None], opaque: None) -> int:
+        if any(known == event_id for known, _ in self.callbacks.values()):
+            # As libvirt: of libvirt-python, one kind of event is one callback. Observed: libvirt 9.0.
+            raise libvirt_error(8, 0, "invalid argument: event callback already tracked")
         callback_id = next(self._ids)
         self.callbacks[callback_id] = (event_id, functools.partial(callback, self))
         return callback_id
@@ -659,6 +662,9 @@ class FakeConnection:
                 "unsupported configuration: CPU topology doesn't match maximum vcpu count",
             )
         domain.config = root
+        for wanted, callback in list(self.callbacks.values()):
+            if wanted == libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE:
+                callback(domain, libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_DEFINED_UPDATED, None)
         return domain
 
     def _tell(self, domain: FakeDomain, event_id: int, alias: str) -> None:

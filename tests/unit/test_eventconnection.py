@@ -1,4 +1,6 @@
+import itertools
 import threading
+import time
 from typing import Any
 
 import libvirt
@@ -73,6 +75,24 @@ def test_listens_again_after_a_loss_and_says_that_events_may_be_missing() -> Non
     events.stop()
     assert wires[1].closed
     assert not [thread for thread in threading.enumerate() if thread.name == "libvirt-watch"]
+
+
+def test_a_registration_that_fails_is_tried_again_with_pauses_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    opened, tries = threading.Event(), []
+
+    def register(_wire: Any) -> list[int]:
+        tries.append(time.monotonic())
+        if len(tries) < 4:
+            raise libvirt_error(8, 0, "invalid argument: event callback already tracked")
+        return [1]
+
+    events = EventConnection("fake", (register,), on_open=opened.set, open_libvirt=lambda _uri: Wire())  # type: ignore[arg-type,return-value]
+    events.start()
+    assert opened.wait(LIMIT_S)
+    events.stop()
+    assert len(tries) == 4
+    assert min(later - earlier for earlier, later in itertools.pairwise(tries)) > 0.01
+    assert len([one for one in caplog.records if "no events yet" in one.getMessage()]) == 3
 
 
 def test_a_connection_that_was_lost_is_closed_though_the_daemon_cannot_be_told() -> None:

@@ -23,6 +23,7 @@ from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
 from kvmagent.cli.ctl.terminal import BAD, Terminal, paint, printable
 from kvmagent.cli.ctl.views import view_preparations, view_vms
+from kvmagent.model import units
 
 _SIDE_BY_SIDE = 16
 # Many VMs take their time, each of whose guests is asked.
@@ -265,19 +266,15 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, hosts: s
 
 
 def parse_amount(text: str, parse: Callable[[str], int]) -> Callable[[int], int]:
-    """Return what makes an amount of what a VM has: x4 is four times that, anything else is what it says.
+    """Return what makes an amount of what a VM has.
 
     Raises:
-        click.UsageError: it is neither.
+        click.UsageError: it is none.
     """
-    if text[:1] in ("x", "X") and text[1:].isdecimal() and int(text[1:]) > 0:
-        factor = int(text[1:])
-        return lambda has: has * factor
     try:
-        amount = parse(text)
+        return units.parse_amount(text, parse).of
     except ValueError as error:
         raise click.UsageError(f"{text}: {error}") from None
-    return lambda _has: amount
 
 
 def make_ready(ready: click.Command) -> click.Command:

@@ -14,7 +14,7 @@ from kvmagent.cli.ctl.terminal import printable
 from kvmagent.cli.ctl.views import view_plan, view_plans
 from kvmagent.cli.ctl.vmnames import complete_vm
 from kvmagent.model.plans import MOST_TARGETS
-from kvmagent.model.units import parse_size
+from kvmagent.model.units import parse_count, parse_size
 
 PATH = "/vm/hotplug/plan"
 _VMS_S = 120.0
@@ -48,7 +48,7 @@ def plan(
     many = every or hosts is not None
     if (vm is None) is not many:
         raise click.UsageError("name one VM, or --all" if vm is None else "--all and --hosts are for all VMs", context)
-    cpu_totals = _parse(cpus, _parse_number)
+    cpu_totals = _parse(cpus, parse_count)
     sizes = _parse(memory, parse_size)
     if not cpu_totals and not sizes:
         raise click.UsageError("--cpus, --memory or both are needed", context)
@@ -102,13 +102,6 @@ def make_targets(
 
 def _parse(text: str | None, parse: Callable[[str], int]) -> list[Callable[[int], int]]:
     return [parse_amount(one.strip(), parse) for one in (text or "").split(",") if one.strip()]
-
-
-def _parse_number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError("it must be 1 or more")
-    return number
 
 
 PLAN = shared_options(plan)
