@@ -160,13 +160,18 @@ def find_unreached(goal: Goal, reports: Iterable[StepReport], facts: Facts) -> t
     the VM is gone."""
     if goal.run is not None and facts.run is not None and goal.run != facts.run:
         return ()
+    return tuple(step for one in find_asked(reports) for step in one.take_back(facts))
+
+
+def find_asked(reports: Iterable[StepReport]) -> tuple[AnyStep, ...]:
+    """Return the steps that asked the guest for an amount and were not seen to be followed: of each device the last."""
     asked: dict[str, AnyStep] = {}
     for report in reports:
         if report.problem is None and report.step.asks is not None:
             asked[report.step.asks] = report.step
         if report.problem is None and report.elapsed_ms is not None and report.step.awaits is not None:
             asked.pop(report.step.awaits, None)
-    return tuple(step for one in asked.values() for step in one.take_back(facts))
+    return tuple(asked.values())
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ class Code(StrEnum):
     # the plan
     PLAN_NOT_WHOLE = "PLAN_NOT_WHOLE"
     LEFTOVER_TAKEN_BACK = "LEFTOVER_TAKEN_BACK"
+    GUEST_STILL_ASKED = "GUEST_STILL_ASKED"
 
 
 class CodeInfo(msgspec.Struct, frozen=True):
@@ -778,6 +779,12 @@ CODES: dict[Code, CodeInfo] = {
         "have followed it at any time. The plug set that request to what the guest has.",
         "Nothing needs to be done. To shrink the VM, use the unplug path.",
     ),
+    Code.GUEST_STILL_ASKED: CodeInfo(
+        200,
+        "The task asked the guest for an amount, did not see it reached, and could not take the request back: libvirt "
+        "was away, or refused. The guest may follow it at any later time.",
+        "Send HotPlugMemory with the total that the VM has: it sets each request to what the guest has.",
+    ),
     Code.DRIFT: CodeInfo(
         200,
         "The running VM and its persistent definition differ.",
@@ -811,6 +818,7 @@ LOOKS: dict[Code, str] = {
     Code.QUEUE_FULL: "kvmagentctl status; kvmagentctl tasks --state running",
     Code.JOURNAL_UNAVAILABLE: "df -h /var/lib/kvmagent; df -i /var/lib/kvmagent; ls -ld /var/lib/kvmagent",
     Code.TASK_UNREADABLE: "kvmagentctl task ID; kvmagentctl config",
+    Code.GUEST_STILL_ASKED: "virsh dommemstat VM; virsh dumpxml VM | grep -A8 virtio-mem",
     Code.REFUSED_BY_HOOK: "journalctl -u kvmagent -g 'hook='; kvmagentctl config",
     Code.ADDRESS_NOT_FREE: "ss -ltnp; ss -lxp; systemctl status kvmagent",
     Code.STATE_DIR_IN_USE: "fuser -v /var/lib/kvmagent/journal.sqlite; systemctl status kvmagent",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvmagent.model.command import Ending, StepReport, Total, find_unreached
+from kvmagent.model.command import Ending, StepReport, Total, find_asked, find_unreached
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import (
@@ -31,7 +31,17 @@ from kvmagent.model.guestuse import (
 )
 from kvmagent.model.policy import find_mistakes, may_online
 from kvmagent.model.reply import SUCCESSFUL, Drift, Judgement, Numbers, Outcome, Problem, Stage
-from kvmagent.model.steps import AnyStep, DefineShape, OfflineGuestMemory, OfflineGuestVcpus, Resource, StageName
+from kvmagent.model.steps import (
+    AnyStep,
+    AttachVirtioMem,
+    DefineShape,
+    OfflineGuestMemory,
+    OfflineGuestVcpus,
+    ResizeVirtioMem,
+    Resource,
+    SetBalloon,
+    StageName,
+)
 from kvmagent.model.units import format_ids, format_size
 
 _PENDING = (Code.CPU_REMOVAL_PENDING, Code.MEMORY_REMOVAL_PENDING)
@@ -131,7 +141,7 @@ def _find_outcome(ending: Ending, error: AgentError | None, *, is_same: bool) ->
     if error is not None:
         if error.code in _PENDING:
             return "pending"
-        return "refused" if is_same and not _is_left_asked(ending) and not _find_left_offline(ending) else "partial"
+        return "refused" if is_same and not _find_left_asked(ending) and not _find_left_offline(ending) else "partial"
     if ending.planned is not None:
         return "planned"
     if is_same and not any(map(_is_done, ending.reports)):
@@ -147,11 +157,27 @@ def _is_done(report: StepReport) -> bool:
     return report.problem is None
 
 
-def _is_left_asked(ending: Ending) -> bool:
-    """Whether the guest is still asked for what it did not do."""
-    if ending.goal is None or ending.after is None:
-        return False
-    return bool(find_unreached(ending.goal, ending.reports, ending.after))
+def _find_left_asked(ending: Ending) -> list[Problem]:
+    """Return what the guest is still asked for, or may be where nobody could look."""
+    if ending.goal is None:
+        return []
+    asked, after = find_asked(ending.reports), ending.after
+    if after is not None:
+        is_left = bool(find_unreached(ending.goal, ending.reports, after))
+        asked = tuple(step for step in asked if is_left and step.take_back(after))
+    amounts = [words for step in asked if (words := _tell_request(step))]
+    if not amounts:
+        return []
+    how = "may still be" if ending.after is None else "is still"
+    return [warning(Code.GUEST_STILL_ASKED, f"the guest {how} asked for {' and '.join(amounts)}")]
+
+
+def _tell_request(step: AnyStep) -> str:
+    if isinstance(step, SetBalloon):
+        return f"{format_size(step.size_bytes)} by balloon"
+    if isinstance(step, AttachVirtioMem | ResizeVirtioMem):
+        return f"{format_size(step.requested_bytes)} of virtio-mem device {step.alias}"
+    return ""
 
 
 def _is_same(ending: Ending) -> bool:
@@ -338,7 +364,8 @@ def _find_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
     if outcome in ("refused", "planned"):
         return found + _planned_warnings(ending)
     told = {report.problem.code: report.problem for report in ending.reports if report.problem}
-    left = _find_left_offline(ending) if outcome == "partial" else []
+    left = _find_left_asked(ending)
+    left += _find_left_offline(ending) if outcome == "partial" else []
     for now in [*_guest_warnings(ending, outcome), *left]:
         way = told.get(now.code)
         words = now.message if way is None or way.message == now.message else f"{now.message}; {way.message}"

@@ -41,7 +41,7 @@ import msgspec
 from kvmagent.audit import audit
 from kvmagent.logs import Log, add_context, error_fields, log_context, struct_fields
 from kvmagent.meters import Meters, phase
-from kvmagent.model.command import Command, Ending, Reservation, StepReport, VmRequest, find_unreached
+from kvmagent.model.command import Command, Ending, Goal, Reservation, StepReport, VmRequest, find_unreached
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Progress
@@ -54,7 +54,7 @@ from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import UNFINISHED, Change, Journal, Owed, Task
 from kvmagent.tasks.left import LeftOffline
-from kvmagent.tasks.run import Run, bare_reply, read_facts, read_report, spent_by
+from kvmagent.tasks.run import GONE, Run, bare_reply, read_facts, read_report, spent_by
 from kvmagent.tasks.vmturns import NotYet, VmTurns
 
 log = Log(__name__)
@@ -314,7 +314,11 @@ class Executor:
             run = self._take_up(task)
         except AgentError as error:
             log.error("task cannot be read", **error_fields(error))
-            return _Ended(*bare_reply(task, error))
+            unread = self._take_up_unread(task, error)
+            if unread is None:
+                return _Ended(*bare_reply(task, error))
+            run = unread
+        unread_error = run.error
         if run.interrupted:
             log.info("task goes on from its recorded goal", steps=len(run.reports))
             self._recall(task, run)
@@ -326,6 +330,7 @@ class Executor:
             run.error = make_error(error)
             if run.error.code in (Code.JOURNAL_UNAVAILABLE, Code.CANCELLED, Code.STOPPING):
                 raise run.error from error
+        run.error = unread_error or run.error
         if run.error is not None:
             if not run.error.expected:
                 log.failure("task failed", run.error, error_code=run.error.code)
@@ -360,6 +365,28 @@ class Executor:
         except msgspec.MsgspecError as error:
             raise AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}") from error
         return run
+
+    def _take_up_unread(self, task: Task, error: AgentError) -> Run | None:
+        """Return a task that has a goal and no command any longer: it goes no further, and what it asked of its guest
+        is taken back. None for one that has no goal, or nothing of which can be read."""
+        if task.goal is None:
+            return None
+        try:
+            return Run(
+                GONE,
+                VmRequest(vm_uuid=task.lane),
+                recovered=task.recovered,
+                interrupted=True,
+                goal=msgspec.json.decode(task.goal, type=Goal),
+                before=read_facts(task.before),
+                reports=[read_report(step) for step in self._journal.steps(task.task_uuid)],
+                error=error,
+                started=self._clock(),
+                hooked=True,
+            )
+        except msgspec.MsgspecError as unreadable:
+            log.error("nothing of the task can be read", error=str(unreadable))
+            return None
 
     def _pursue_through_outages(self, task: Task, run: Run) -> None:
         """Pursue the goal; when libvirt is lost on the way, wait for it and go on from what is found then."""

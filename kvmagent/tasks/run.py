@@ -9,7 +9,7 @@ from kvmagent.logs import Log
 from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
-from kvmagent.model.reply import Outcome, Problem
+from kvmagent.model.reply import Outcome, Problem, VmReply
 from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.journal import StepRecord, Task
 
@@ -19,6 +19,30 @@ log = Log(__name__)
 _FACTS = msgspec.json.Decoder(Facts)
 _STEP: msgspec.json.Decoder[AnyStep] = msgspec.json.Decoder(AnyStep)
 _PROBLEM = msgspec.json.Decoder(Problem)
+
+
+def _decide_nothing(request: Any, facts: Facts, task_uuid: str) -> Goal:
+    return Goal()
+
+
+def _advance_nowhere(goal: Any, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    return ()
+
+
+#: In place of a command whose plugin is gone, or reads its tasks no longer: what is recorded is pursued no further.
+GONE = Command(
+    name="",
+    path="",
+    summary="",
+    request=VmRequest,
+    reply=VmReply,
+    goal=Goal,
+    observe_guest=frozenset({"cpus", "memory"}),
+    decide=_decide_nothing,
+    advance=_advance_nowhere,
+    refusals=(),
+    role="admin",
+)
 
 
 @dataclass

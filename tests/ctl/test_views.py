@@ -206,3 +206,20 @@ def test_the_parser_can_be_read_as_data() -> None:
     told = cli.to_info_dict(click.Context(cli))
     assert {"status", "vms", "tasks", "task", "doctor", "config", "openapi", *names()} <= set(told["commands"])
     assert all(re.search(r"\w", command["help"]) for command in told["commands"].values())
+
+
+def test_a_step_that_was_cut_off_is_told_apart_from_one_under_way_and_from_one_that_ended() -> None:
+    step = {"step": "SetVcpus", "count": 3, "target": "both"}
+    shown = {
+        name: click.unstyle(format_step(step | fields))
+        for name, fields in (
+            ("cut off", {"elapsedMs": None, "cutOff": True}),
+            ("under way", {"elapsedMs": None, "cutOff": False}),
+            ("ended", {"elapsedMs": 8.0}),
+        )
+    }
+    assert shown == {
+        "cut off": "SetVcpus count=3 target=both cut off",
+        "under way": "SetVcpus count=3 target=both",
+        "ended": "SetVcpus count=3 target=both 8 ms",
+    }

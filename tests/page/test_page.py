@@ -119,6 +119,24 @@ def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened
     assert "Callback not taken after 3 attempts: connection refused" in tasks
 
 
+def test_a_step_that_was_cut_off_is_told_as_such(stage: Stage, opened: Callable[..., Browser]) -> None:
+    cut = task(11, "HotPlugMemory", "web-1", outcome="plugged")
+    steps = [
+        {"step": "AttachMemory", "elapsedMs": None, "cutOff": True, "problem": None},
+        {"step": "AwaitGuestMemory", "elapsedMs": None, "cutOff": False, "problem": None},
+        {"step": "OnlineGuestMemory", "elapsedMs": 40.0, "cutOff": False, "problem": None},
+    ]
+    stage.stop()
+    stage.answers["/tasks"] = (200, {"tasks": [cut]})
+    stage.answers[f"/tasks/{cut['taskUuid']}"] = (200, cut | {"steps": steps, "reply": None, "plan": None})
+    stage.start()
+    browser = opened()
+    browser.run("document.querySelector('#task-list summary').click()")
+    browser.wait("document.querySelector('.steps li')")
+    told = [words.split(" · ")[1] for words in browser.text(".steps ol").splitlines() if " · " in words]
+    assert told == ["cut off", "under way", "40 ms"]
+
+
 def test_refreshes_itself_and_reads_the_vms_when_a_task_has_ended(stage: Stage, opened: Callable[..., Browser]) -> None:
     browser = opened()
     grown = vm(1, "web-1", cpus=(5, 5, 8))

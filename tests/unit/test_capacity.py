@@ -22,6 +22,10 @@ from tests.unit.test_planners_properties import BLOCK_MIB, Vm, vms
 GIB = 1024 * MIB
 FILES = tempfile.TemporaryDirectory(prefix="kvmagent-")
 examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PASSED_THROUGH = (
+    "<hostdev mode='subsystem' type='pci' managed='yes'><source><address domain='0' bus='1' slot='0' function='0'/>"
+    "</source></hostdev>"
+)
 sizes = st.one_of(st.integers(1, 44).map(lambda n: n * BLOCK_MIB * MIB), st.integers(1 * MIB, 5600 * MIB))
 
 
@@ -47,7 +51,7 @@ def add_device(domain: FakeDomain, xml: str, size_mib: int) -> None:
 
 @st.composite
 def any_vms(draw: st.DrawFn) -> Vm:
-    """VMs of all kinds: with less in one definition, with a virtio-mem device, encrypted, limited by their owner."""
+    """VMs and hosts of all kinds: less in one definition, a virtio-mem device, encrypted, limited by their owner."""
     vm = draw(vms())
     if draw(st.booleans()):
         size_mib = BLOCK_MIB * draw(st.integers(1, 4))
@@ -73,10 +77,29 @@ def any_vms(draw: st.DrawFn) -> Vm:
                 policy.set("maxCpuNum", str(draw(st.integers(0, 8))))
                 policy.set("maxMemorySize", str(draw(st.integers(0, 4000)) * MIB))
             etree.SubElement(root, "metadata").append(policy)
+    for root in draw_definitions(draw, vm):
+        actual = root.find("currentMemory")
+        actual.text = str(int(actual.text) - draw(st.integers(0, int(actual.text) // 16)) * 4)
+    for root in draw_definitions(draw, vm):
+        limit_mib = draw(st.integers(256, 6000))
+        root.append(etree.fromstring(f"<memtune><hard_limit unit='MiB'>{limit_mib}</hard_limit></memtune>"))
+    for xml, parent in (("<numatune><memory mode='strict' nodeset='0'/></numatune>", "."), (PASSED_THROUGH, "devices")):
+        if draw(st.integers(0, 4)) == 0:
+            for root in (vm.domain.live, vm.domain.config):
+                root.find(parent).append(etree.fromstring(xml))
+    vm.host["total_mib"] = draw(st.sampled_from([128 * 1024, 128 * 1024, 3 * 1024, 6 * 1024]))
+    vm.host["node_free_mib"] = draw(st.sampled_from([64 * 1024, 900]))
+    vm.__post_init__()
     vm.domain.paused = draw(st.sampled_from([False, False, False, True]))
     if draw(st.integers(0, 9)) == 0:
         vm.domain.live = None
     return vm
+
+
+def draw_definitions(draw: st.DrawFn, vm: Vm) -> tuple[Any, ...]:
+    """None of the VM's two definitions mostly, else one or both."""
+    live, config = vm.domain.live, vm.domain.config
+    return draw(st.sampled_from([(), (), (), (live,), (config,), (live, config)]))
 
 
 def accepts(vm: Vm, command: str, **fields: Any) -> bool:

@@ -159,7 +159,15 @@ CASES: dict[str, tuple[Ending, str, set[Code]]] = {
         end(SMALL, SMALL, FULL,
             reports=(report(SetBalloon(256 * MIB, "live")),
                      report(AwaitBalloon(256 * MIB, 1), Code.BALLOON_NOT_ANSWERING))),
-        "partial", {Code.BALLOON_NOT_ANSWERING},
+        "partial", {Code.BALLOON_NOT_ANSWERING, Code.GUEST_STILL_ASKED},
+    ),
+    "a balloon that nobody moves and nobody can look at again": (
+        end(SMALL, None, FULL, error=AgentError(Code.LIBVIRT_UNAVAILABLE, "gone"),
+            reports=(report(SetBalloon(256 * MIB, "live")),)), "partial", {Code.GUEST_STILL_ASKED},
+    ),
+    "a balloon that was followed before nobody could look again": (
+        end(SMALL, None, FULL, error=AgentError(Code.LIBVIRT_UNAVAILABLE, "gone"),
+            reports=(report(SetBalloon(256 * MIB, "live")), report(AwaitBalloon(256 * MIB, 1)))), "partial", set(),
     ),
     "gone back after a failure": (
         end(START, START, THREE, reports=(report(CPUS),),

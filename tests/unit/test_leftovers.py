@@ -1,16 +1,18 @@
 """What was asked of a guest and not reached is taken back; what others left so, a plug takes back and says so."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import libvirt
+import msgspec
 import pytest
 from lxml import etree
 
-from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
+from tests.fakes.agent import MIB, FakeAgent, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
-from tests.unit.test_recovery import Agent, Killed
+from tests.unit.test_recovery import LOST, Agent, Killed
 
 SPEC = GuestSpec(name="vm1")
 LIVE, CONFIG = libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG
@@ -80,6 +82,94 @@ def test_a_request_that_cannot_be_taken_back_leaves_the_task_partial(tmp_path: P
     domain.fail_next[f"setMemoryFlags({256 * 1024}, {LIVE})"] = qemu_error(1, "no")
     reply = carry_out(make_node(tmp_path, domain), "HotUnplugMemory", vmUuid="vm1", memorySize=200 * MIB, timeoutSec=1)
     assert (reply["outcome"], reply["errorCode"]) == ("partial", "BALLOON_NOT_ANSWERING")
+
+
+def lose_libvirt(domain: FakeDomain) -> Callable[[], None]:
+    """Have libvirt away until what is returned is called."""
+    calls = ("XMLDesc", "memoryStats", "info", "state")
+    originals = {name: getattr(domain, name) for name in calls}
+
+    def lost(*_arguments: Any) -> Any:
+        raise LOST
+
+    def come_back() -> None:
+        for name, original in originals.items():
+            setattr(domain, name, original)
+
+    for name in calls:
+        setattr(domain, name, lost)
+    return come_back
+
+
+@pytest.mark.parametrize(
+    ("command", "fields", "asked"),
+    [
+        ("HotUnplugMemory", {"memorySize": 200 * MIB}, "200 MiB by balloon"),
+        (
+            "HotPlugMemory",
+            {"memorySize": 512 * MIB, "method": "virtio-mem"},
+            "256 MiB of virtio-mem device ua-kvmagent-",
+        ),
+    ],
+)
+def test_a_request_that_libvirt_s_loss_left_behind_is_told_and_the_next_plug_takes_it_back(
+    tmp_path: Path, command: str, fields: dict[str, Any], asked: str
+) -> None:
+    domain = without_driver()
+    domain.guest.virtio_mem_limit = 64 * MIB
+    agent = FakeAgent(tmp_path, domain)
+    come_back: list[Callable[[], None]] = []
+    call = "setMemoryFlags" if command == "HotUnplugMemory" else "attachDeviceFlags"
+    original = getattr(domain, call)
+
+    def asked_then_lost(*arguments: Any) -> Any:
+        setattr(domain, call, original)
+        original(*arguments)
+        come_back.append(lose_libvirt(domain))
+
+    setattr(domain, call, asked_then_lost)
+    reply = agent.run(command, "t1", vmUuid="vm1", timeoutSec=1, **fields).reply
+    assert (reply["outcome"], reply["errorCode"]) == ("partial", "LIBVIRT_UNAVAILABLE")
+    (told,) = [warning for warning in reply["warnings"] if warning["code"] == "GUEST_STILL_ASKED"]
+    assert f"may still be asked for {asked}" in told["message"]
+    come_back[0]()
+    has = 256 * MIB if command == "HotUnplugMemory" else 320 * MIB
+    reply = agent.run("HotPlugMemory", "t2", vmUuid="vm1", memorySize=has).reply
+    assert reply["success"], reply
+    assert "LEFTOVER_TAKEN_BACK" in codes(reply)
+    domain.load_balloon_driver()
+    assert balloon_mib(domain) == 256
+    assert requests_mib(domain) == ([[], []] if command == "HotUnplugMemory" else [[64], [64]])
+    agent.stop()
+
+
+def test_what_cannot_be_taken_back_is_told(tmp_path: Path) -> None:
+    domain = without_driver()
+    domain.fail_next[f"setMemoryFlags({256 * 1024}, {LIVE})"] = qemu_error(1, "no")
+    reply = carry_out(make_node(tmp_path, domain), "HotUnplugMemory", vmUuid="vm1", memorySize=200 * MIB, timeoutSec=1)
+    (told,) = [warning for warning in reply["warnings"] if warning["code"] == "GUEST_STILL_ASKED"]
+    assert told["message"] == "the guest is still asked for 200 MiB by balloon"
+
+
+@pytest.mark.parametrize("killed_at", ["step:done@1", "step:begun@2"])
+@pytest.mark.parametrize("gone", [{"command": "Gone"}, {"request": b'{"vmUuid":"vm1","memorySize":"no number"}'}])
+def test_what_a_task_asked_is_taken_back_though_no_plugin_reads_it_any_longer(
+    tmp_path: Path, killed_at: str, gone: dict[str, Any]
+) -> None:
+    agent = Agent(tmp_path, without_driver())
+    task = agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=200 * MIB, timeoutSec=1)
+    agent.point = killed_at
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(msgspec.structs.replace(left, **gone))
+    agent.journal.stop()
+    reply = agent.reply()
+    assert (reply["success"], reply["errorCode"]) == (False, "TASK_UNREADABLE")
+    assert (reply["after"]["balloonSize"], reply["recovered"]) == (256 * MIB, True)
+    assert "GUEST_STILL_ASKED" not in codes(reply)
+    agent.domain.load_balloon_driver()
+    assert balloon_mib(agent.domain) == 256
 
 
 @pytest.mark.parametrize(("total_mib", "outcome"), [(384, "online"), (256, "unchanged")])
