@@ -4,6 +4,7 @@ The fake goes through the same contract tests as the lab, and the executor is th
 """
 
 import copy
+import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,94 @@ commands = st.one_of(
     st.tuples(st.just("HotPlugCpuMemory"), st.fixed_dictionaries({"cpuNum": st.integers(1, 12), "memorySize": sizes})),
 )
 examples = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+NONSENSE = (
+    "", "hello", "{}", '{"return": null}', '{"return": []}', '{"return": [{}]}', '{"return": {}}', '{"return": -1}',
+    '{"return": [{"online": true}]}', '{"return": {"size": 128}}', '{"return": {"size": 1125899906842624}}',
+    '{"return": [{"logical-id": 0, "online": true}, {"logical-id": 0, "online": true}]}', b'{"return": "\xff"}',
+    '{"return": ' + "[" * 3000 + "]" * 3000 + "}",
+)  # fmt: skip
+
+
+@dataclass
+class Liar:
+    """Answers a command with more than there is, or with nonsense, from its n-th answer on; the rest truly."""
+
+    guest: Any
+    kind: str
+    at: int
+
+    def __call__(self, n: int, command: str) -> str | bytes | None:
+        if n < self.at or self.kind == "honest":
+            return None
+        if self.kind.startswith("nonsense"):
+            return NONSENSE[int(self.kind.split()[1])]
+        if self.kind == "more CPUs" and command == "guest-get-vcpus":
+            listed = [{"logical-id": n, "online": True, "can-offline": True} for n in range(40)]
+            return json.dumps({"return": listed})
+        if self.kind == "more blocks" and command == "guest-get-memory-blocks":
+            listed = [{"phys-index": n, "online": True, "can-offline": True} for n in range(400)]
+            return json.dumps({"return": listed})
+        if self.kind == "all offline" and command in ("guest-get-vcpus", "guest-get-memory-blocks"):
+            truth = self.guest.answer({"execute": command})
+            return json.dumps({"return": [one | {"online": False} for one in truth]})
+        if self.kind == "says yes and does nothing" and command.startswith("guest-set-"):
+            return json.dumps({"return": 1 if "vcpus" in command else []})
+        return None
+
+
+LIES = ("honest", "honest", "more CPUs", "more blocks", "all offline", "says yes and does nothing")
+
+
+@st.composite
+def liars(draw: st.DrawFn) -> tuple[Vm, str]:
+    """VMs whose guests are slow, broken or lie, and how they do."""
+    vm = draw(vms())
+    guest = vm.domain.guest
+    guest.sees_nothing = draw(st.sampled_from([False, False, True]))
+    guest.broken_cpus = draw(st.sampled_from([False, False, True]))
+    guest.late_cpus, guest.late_blocks = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    guest.onlines = draw(st.sampled_from([1, 64]))
+    guest.balloon_driver = draw(st.booleans())
+    guest.virtio_mem_limit = draw(st.sampled_from([0, 130 * MIB, 1 << 60]))
+    kind = draw(st.sampled_from([*LIES, *(f"nonsense {n}" for n in range(len(NONSENSE)))]))
+    guest.says = Liar(guest, kind, draw(st.integers(0, 12)))
+    vm.domain.paused = draw(st.sampled_from([False, False, False, True]))
+    return vm, kind
+
+
+@examples
+@given(made=liars(), sequence=st.lists(commands, min_size=1, max_size=4))
+def test_nothing_is_online_but_what_the_guest_really_uses(
+    made: tuple[Vm, str], sequence: list[tuple[str, dict[str, Any]]]
+) -> None:
+    """Whatever the definition, the guest, its lies and the target: a reply says online of what the guest has online."""
+    vm, kind = made
+    guest = vm.domain.guest
+    for command, fields in sequence:
+        reply = vm.send(command, **fields)
+        assert reply["errorCode"] not in ("INTERNAL_ERROR", "NOT_VERIFIED"), reply
+        assert reply["outcome"] != "plugged" or reply["warnings"], "what is not proven says why"
+        for stage in reply["stages"]:
+            has = {"cpu": reply["after"]["cpuNum"], "memory": reply["after"]["memorySize"]}[stage["resource"]]
+            assert 0 <= stage["amount"] <= has
+        if reply["outcome"] != "online":
+            continue
+        assert guest.agent == "running"
+        if "cpuNum" in fields:
+            told = reply["after"]["guestCpuNum"]
+            assert told is not None
+            assert told <= reply["after"]["cpuNum"] == fields["cpuNum"]
+        if kind != "honest":
+            continue
+        if "cpuNum" in fields:
+            assert sum(guest.online_cpus.values()) == reply["after"]["guestCpuNum"]
+            assert "Unplug" in command or sum(guest.online_cpus.values()) == fields["cpuNum"]
+        if "memorySize" in fields and command in ("HotPlugMemory", "HotPlugCpuMemory"):
+            balloon = fields.get("method") == "balloon"
+            assert balloon or sum(guest.blocks.values()) * BLOCK_MIB * MIB >= fields["memorySize"]
+            assert not balloon or guest.balloon_driver
 
 
 @examples
