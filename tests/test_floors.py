@@ -4,6 +4,7 @@ A new module needs a row; a row that no module matches is stale and fails too.
 """
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for top in ("kvmagent", "plugins") for path in sorted((ROOT / top).rglob("*.py"))}
 
 
+@cache
 def imports(module: str) -> set[str]:
     """The absolute names that a module imports, at any depth of its code."""
     path, found = MODULES[module], set()
