@@ -23,6 +23,25 @@ HEAD = f"""\
 .Sh DESCRIPTION"""
 
 TAIL = """\
+.Sh FILES
+.Pa ~/.config/kvmagent/ctl.conf
+over
+.Pa /etc/kvmagent/ctl.conf :
+agents by name, for
+.Fl -host ,
+and the one that is asked where none is named:
+.Bd -literal -offset indent
+[default]
+agent = node1
+
+[agent node1]
+url = https://node1.example:7070
+ca = /etc/kvmagent/ca.pem
+token_file = ~/.config/kvmagent/token
+.Ed
+.Pp
+A section takes url, ca, cert, key and token_file.
+An option wins over the section, that over the environment.
 .Sh EXAMPLES
 Four vCPUs and 8 GiB of memory in all, or neither:
 .Pp
@@ -31,6 +50,11 @@ Four vCPUs and 8 GiB of memory in all, or neither:
 An agent on another host, over TLS:
 .Pp
 .Dl kvmagentctl --url https://10.0.0.21:7070 --ca ca.pem --cert me.pem vms
+.Pp
+Two GiB more than it has, and who changed it last:
+.Pp
+.Dl kvmagentctl plug-memory db-7 +2G
+.Dl kvmagentctl log db-7
 .Sh SEE ALSO
 .Xr kvmagent.conf 5 ,
 .Xr kvmagent 8

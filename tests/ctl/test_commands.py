@@ -25,7 +25,7 @@ def test_plugs_and_reads_the_reply_from_the_agent(ctl: Ctl, agent: AgentProcess)
     assert task["delivery"] == {"url": "none", "attempts": 0, "error": None}
     assert task["reply"] == {name: value for name, value in done.json.items() if name != "taskUuid"}
     again = ctl("plug-cpu", "db-7", "2")
-    assert (again.status, again.out.splitlines()[0], again.err) == (0, "db-7: unchanged", "")
+    assert (again.status, again.out.splitlines()[0], again.err) == (0, "db-7: unchanged, 2 vCPUs in all", "")
 
 
 def test_a_reply_shows_what_was_and_what_is(ctl: Ctl) -> None:
@@ -34,7 +34,7 @@ def test_a_reply_shows_what_was_and_what_is(ctl: Ctl) -> None:
     assert done.status == 3
     lines = done.out.splitlines()
     assert lines[:5] == [
-        "db-7: plugged",
+        "db-7: plugged, 3 vCPUs in all",
         "                  WAS      NOW  IN THE GUEST  AT NEXT START  AT MOST",
         "  vCPUs             2        3             -              3        4",
         "  memory      256 MiB  256 MiB             -        256 MiB    4 GiB",
@@ -197,8 +197,8 @@ def test_tasks_are_listed_and_followed(ctl: Ctl, agent: AgentProcess) -> None:
         assert interrupt(following).status == 130
     settled(agent, task)
     header, newest, *_ = ctl("tasks", "--limit", "2").out.splitlines()
-    assert header.split() == ["TASK", "COMMAND", "VM", "STATE", "OUTCOME", "ACCEPTED", "TOOK"]
-    assert re.match(rf"{task}  HotPlugCpu +db-7  delivered  refused CPU_ABOVE_MAXIMUM  ", newest)
+    assert header.split() == ["TASK", "COMMAND", "VM", "STATE", "OUTCOME", "ACCEPTED", "(UTC)", "AGE", "TOOK", "CALLER"]
+    assert re.match(rf"{task[:8]}\w* +HotPlugCpu +db-7  delivered  refused CPU_ABOVE_MAXIMUM  ", newest)
     whole = ctl("task", task)
     assert "command   HotPlugCpu  vmUuid=db-7 affect=both" in whole.out
     assert "error  CPU_ABOVE_MAXIMUM: 77 vCPUs requested" in whole.out

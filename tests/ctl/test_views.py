@@ -114,7 +114,7 @@ def test_readiness_tells_room_blockers_and_limits() -> None:
 def test_tasks_tell_how_long_ago_and_how_long() -> None:
     task: dict[str, Any] = {
         "taskUuid": "9f1c", "command": "HotPlugCpu", "vm": "db-7", "state": "running", "outcome": None,
-        "acceptedAt": 1000.0, "startedAt": 1000.0, "finishedAt": None, "client": "10.0.0.5",
+        "acceptedAt": 1000.0, "startedAt": 1000.0, "finishedAt": None, "client": "10.0.0.5", "caller": "token:zstack",
         "delivery": {"url": "http://10.0.0.5/", "attempts": 0, "error": None},
     }  # fmt: skip
     refused = {
@@ -125,9 +125,9 @@ def test_tasks_tell_how_long_ago_and_how_long() -> None:
         "errorCode": "DRIFT",
     }
     assert plain(view_tasks([task, {**task, **refused}], 1000 + 3 * 86400)) == [
-        "TASK  COMMAND     VM    STATE     OUTCOME        ACCEPTED   TOOK",
-        "9f1c  HotPlugCpu  db-7  running   -               3 d ago      -",
-        "9f1d  HotPlugCpu  db-7  given_up  refused DRIFT   3 d ago  2.5 s",
+        "TASK  COMMAND     VM    STATE     OUTCOME        ACCEPTED (UTC)           AGE   TOOK  CALLER",
+        "9f1c  HotPlugCpu  db-7  running   -              1970-01-01 00:16:40  3 d ago      -  token:zstack",
+        "9f1d  HotPlugCpu  db-7  given_up  refused DRIFT  1970-01-01 00:16:40  3 d ago  2.5 s  token:zstack",
     ]
     assert plain(view_tasks([], 0)) == ["no tasks"]
     whole = {**task, "request": {"vmUuid": "db-7", "memorySize": 2048 * MIB}, "reply": None,
@@ -136,7 +136,7 @@ def test_tasks_tell_how_long_ago_and_how_long() -> None:
         "task      9f1c",
         "command   HotPlugCpu  vmUuid=db-7 memorySize=2GiB",
         "state     running",
-        "accepted  2 min ago from 10.0.0.5",
+        "accepted  1970-01-01 00:16:40 UTC, 2 min ago, by token:zstack from 10.0.0.5",
         "took      -",
         "callback  http://10.0.0.5/  attempts=0",
         "",

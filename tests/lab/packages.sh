@@ -1,8 +1,9 @@
 #!/bin/sh
-# Installs the distribution packages that `make setup`, `make demo` and `make test` need, and only those that are
-# missing: with nothing missing, apt is not called. Starts, enables and configures no service.
+# Installs the distribution packages that `make demo` needs, or those of `make setup` and `make test`, and only those that
+# are missing: with nothing missing, apt is not called. Starts, enables and configures no service.
 #
-#   PYTHON=python3.12 tests/lab/packages.sh     the interpreter that the virtual environment will use; empty or
+#   tests/lab/packages.sh demo                  a third of all: to build, and to run one guest
+#   PYTHON=python3.12 tests/lab/packages.sh     all; the interpreter that the virtual environment will use; empty or
 #                                               unset where none is new enough: then a newer one is installed
 set -eu
 
@@ -10,7 +11,9 @@ set -eu
 BUILD="gcc libc6-dev libvirt-dev pkg-config"
 # To run a guest. The guest's own files come from packages that are downloaded, never installed (image.py);
 # xz and zstd unpack the kernel modules of newer distributions.
-LAB="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 qemu-system-ppc qemu-system-misc qemu-system-arm binutils xz-utils zstd"
+GUEST="libvirt-daemon libvirt-daemon-driver-qemu qemu-system-x86 binutils xz-utils zstd"
+# Other machines than the host's own.
+LAB="$GUEST qemu-system-ppc qemu-system-misc qemu-system-arm"
 # To hold the unit file and SECURITY.md to what they promise: systemd-analyze and libseccomp, of which nothing is
 # started, and openssl.
 UNIT="systemd util-linux openssl"
@@ -32,6 +35,10 @@ if command -v node >/dev/null && command -v npm >/dev/null; then NODE=""; fi
 # To build the Debian package, for the distribution's own python3, and to look into it; a fresh tree to install it in.
 # systemd-container boots one.
 DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap systemd-container"
+# To build the RPM package and to look into it.
+RPM="rpm rpmlint"
+# To try completion in each shell.
+SHELLS="bash fish zsh"
 # To look into the lab by hand.
 TOOLS="libvirt-clients"
 # What the lab and the build call, for a distribution without apt.
@@ -90,13 +97,15 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     command -v libvirtd >/dev/null || command -v virtqemud >/dev/null || [ -x /usr/sbin/libvirtd ] ||
         [ -x /usr/sbin/virtqemud ] || missing="$missing libvirtd"
     [ -z "$missing" ] || die "this is no Debian or Ubuntu; please install what is missing by hand:$missing
-(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $NODE $DEB $TOOLS)"
+(on Debian these are the packages: $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $NODE $DEB $RPM $SHELLS $TOOLS)"
     exit 0
 fi
 
 python=$(python_packages)
 missing=""
-for package in $BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $NODE $DEB $TOOLS $python; do
+wanted="$BUILD $LAB $UNIT $LOGS $FRONT $BROWSER $NODE $DEB $RPM $SHELLS $TOOLS $python"
+[ "${1:-}" != demo ] || wanted="$BUILD $GUEST $python"
+for package in $wanted; do
     is_installed "$package" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0

@@ -111,6 +111,20 @@ class Agent:
             raise self._unreachable(error) from error
         return status, kind
 
+    def get_text(self, path: str, timeout_s: float = _READ_S) -> str:
+        """Return what is no JSON: the metrics.
+
+        Raises:
+            CtlError: no answer; a refusal.
+        """
+        try:
+            status, _, content = self._exchange("GET", f"/{path}", None, {}, timeout_s)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        if status != http.HTTPStatus.OK:
+            raise CtlError(Exit.FAILED, f"HTTP_{status}", f"{self.url}/{path} answers HTTP {status}", "")
+        return content.decode(errors="replace")
+
     def post(
         self,
         path: str,

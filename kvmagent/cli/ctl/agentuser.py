@@ -49,6 +49,12 @@ def find_user() -> pwd.struct_passwd | None:
     return None
 
 
+def find_agent_pid() -> int | None:
+    """Return the process of the agent that systemd runs; None where there is none."""
+    pid = int(_unit().get("MainPID") or 0)
+    return pid or None
+
+
 def find_identity() -> Identity | None:
     """Return the agent's user with the groups that its unit gives it; None where there is none, or we may not be it."""
     user = find_user()
@@ -125,7 +131,7 @@ def _read(out: bytes) -> tuple[list[Finding], str]:
 
 def _unit() -> dict[str, str]:
     """Return what systemd says of the agent's unit; nothing where there is no systemd."""
-    command = ["systemctl", "show", "-p", "User", "-p", "SupplementaryGroups", _UNIT]
+    command = ["systemctl", "show", "-p", "User", "-p", "SupplementaryGroups", "-p", "MainPID", _UNIT]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SYSTEMCTL_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

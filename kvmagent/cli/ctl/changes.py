@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from kvmagent.cli.ctl.declared import load_commands, make_body, make_params
+from kvmagent.cli.ctl.declared import More, load_commands, make_body, make_params
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
@@ -14,6 +14,14 @@ from kvmagent.cli.ctl.vmnames import complete_vm
 from kvmagent.model.command import Command
 
 _READY = "ready"
+# The numbers that a reply's first line tells.
+_ASKED = {"cpuNum", "memorySize"}
+# Where each total stands among a VM's numbers: of the running VM, and of its next start.
+_NUMBERS = {"cpu_num": ("cpuNum", "configCpuNum"), "memory_size": ("memorySize", "configMemorySize")}
+_TOTALS = (
+    "\n\nCPUS and MEMORY are totals; +1 and +2G are added to what the VM has now, and refused where that changes "
+    "meanwhile."
+)
 # What says how to prepare.
 _PREPARING = ("max_cpu_num", "max_memory_size", "slots", "free_page_reporting", "memory_device")
 
@@ -32,19 +40,45 @@ def find(name: str) -> click.Command | None:
 
 
 def _make(command: Command) -> click.Command:
+    removes = command.subcommand.startswith("unplug")
+    adds = command.subcommand.startswith("plug")
+
     @click.pass_context
     def run(context: click.Context, /, **values: Any) -> int:
         session = session_of(context)
-        reply = _send(session, command, values)
-        return _answer(session, reply, view_reply(printable(reply)))
+        asked = _ASKED & make_body(command.request, values).keys()
+        reply = _send(session, command, _with_totals(session, values))
+        return _answer(session, reply, view_reply(printable(reply), removes=removes, asked=asked))
 
     made = click.Command(
         command.subcommand,
         callback=run,
-        params=make_params(command.request, complete_vm=complete_vm),
-        help=f"{command.summary}.",
+        params=make_params(command.request, complete_vm=complete_vm, adds=adds),
+        help=f"{command.summary}." + (_TOTALS if adds else ""),
     )
     return shared_options(_waiting_options(made))
+
+
+def _with_totals(session: Session, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with totals in place of what is to be added to what the VM has now.
+
+    They hold for that alone: where the VM has something else by the time that the task runs, it is refused.
+    """
+    more = {name: value.amount for name, value in values.items() if isinstance(value, More)}
+    if not more:
+        return values
+    now = session.agent.get("vms", values["vm_uuid"]).get("after") or {}
+    totals = dict(values)
+    for name, amount in more.items():
+        live, config = _NUMBERS[name]
+        has = now.get(live) if now.get(live) is not None and values.get("affect") != "config" else now.get(config)
+        if has is None:
+            words = f"it is not known how much {values['vm_uuid']} has"
+            raise CtlError(Exit.FAILED, "NOT_KNOWN", words, f"Look: kvmagentctl ready {values['vm_uuid']}")
+        totals[name] = has + amount
+        if values.get(f"expected_{name}") is None and now.get(live) is not None and values.get("affect") != "config":
+            totals[f"expected_{name}"] = has
+    return totals
 
 
 def _make_ready(command: Command) -> click.Command:

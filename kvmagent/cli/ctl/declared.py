@@ -37,6 +37,29 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3
             self.fail(str(error), param, ctx)
 
 
+class More(NamedTuple):
+    """So much more than there is: +1 or +2G."""
+
+    amount: int
+
+
+class Total(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on alone
+    """A total, or where it `adds` and + is before it what is to be added."""
+
+    def __init__(self, kind: "click.ParamType[Any]", *, adds: bool) -> None:
+        self.kind = kind
+        self.adds = adds
+        self.name = kind.name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the total, or More."""
+        if isinstance(value, str) and value.startswith("+"):
+            if not self.adds:
+                self.fail(f"{value} would add: write the total to come down to", param, ctx)
+            return More(int(self.kind.convert(value[1:], param, ctx)))
+        return self.kind.convert(value, param, ctx)
+
+
 class _Shape(NamedTuple):
     """What a field's annotation says of its values."""
 
@@ -74,16 +97,20 @@ def find_options(request: type[msgspec.Struct]) -> dict[str, str | None]:
     }
 
 
-def make_params(request: type[msgspec.Struct], *, complete_vm: Any) -> list[click.Parameter]:
-    """Return the arguments and options for a request; `complete_vm` completes names of VMs."""
+def make_params(request: type[msgspec.Struct], *, complete_vm: Any, adds: bool = False) -> list[click.Parameter]:
+    """Return the arguments and options for a request; `complete_vm` completes names of VMs.
+
+    `adds`: a required number may be what to add, and is More then.
+    """
     params: list[click.Parameter] = []
     fields = _fields(request)
     for field in sorted(fields, key=lambda field: not field.required):
         shape = _shape(field)
         if field.required:
             complete = complete_vm if field.name == "vm_uuid" else None
+            kind = Total(shape.type, adds=adds) if isinstance(shape.type, Size | click.IntRange) else shape.type
             params.append(
-                click.Argument([field.name], type=shape.type, metavar=_word(field).upper(), shell_complete=complete)
+                click.Argument([field.name], type=kind, metavar=_word(field).upper(), shell_complete=complete)
             )
             continue
         option = f"--{_word(field)}"

@@ -9,11 +9,12 @@ import json
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import click
 
@@ -21,7 +22,7 @@ from kvmagent.cli.ctl.agent import Agent
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
-from kvmagent.cli.ctl.terminal import BAD, Terminal, paint, printable
+from kvmagent.cli.ctl.terminal import BAD, WARN, Terminal, paint, printable
 from kvmagent.cli.ctl.views import view_preparations, view_vms
 from kvmagent.model import units
 
@@ -32,6 +33,7 @@ _LOOK_S = 0.2
 # So few VMs or hosts take a moment, in which nobody needs to be told how far they are.
 _AT_A_GLANCE = 10
 _INVENTORY_S = 60.0
+_WATCH_S = 2.0
 _PORT = 7070
 # From what nobody has to look at to what somebody has to first.
 _WORSE = (
@@ -121,7 +123,7 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
     agents: dict[Host, Agent] = {}
     answers = Answers([], [], [])
     for host in read_hosts(Path(hosts_file)):
-        agents[host] = session.connect({**session.given, "url": host.url})
+        agents[host] = session.connect({**session.target, "url": host.url})
     _ask_side_by_side(session, agents, question, Progress(), answers)
     for failure in answers.failures:
         failure.pop("raised")
@@ -176,6 +178,10 @@ def _show(terminal: Terminal, done: int, hosts: int, progress: Progress) -> None
 
 def print_answers(session: Session, answers: Answers, view: Callable[[list[Json]], list[str]]) -> Exit:
     """Print what the hosts answered, whole, and return the worst of their statuses."""
+    if session.output == "name":
+        names = [str(vm.get("name") or vm["vmUuid"]) for vm in answers.vms]
+        session.terminal.print(*printable(sorted(names)))
+        return answers.status
     if session.as_json:
         body: Json = {"vms": answers.vms}
         if answers.failures or any("host" in vm for vm in answers.vms):
@@ -242,9 +248,10 @@ def _make_url(name: str, variables: Json) -> str:
     "--pending-restart", is_flag=True, help="Those alone that must be powered off and on to have what is new."
 )
 @click.option("--not-ready", is_flag=True, help="Those alone to which hotplug can add nothing, and that are not full.")
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
 @hosts_option
 @click.pass_context
-def vms(context: click.Context, pending_restart: bool, not_ready: bool, hosts: str | None) -> int:
+def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: bool, hosts: str | None) -> int:
     """All VMs: vCPUs, memory, slots; ready, or what hinders.
 
     GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
@@ -262,7 +269,36 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, hosts: s
             and (not not_ready or not (vm.get("ready") or vm.get("atMaximum")))
         ]
 
-    return print_answers(session, ask_hosts(session, hosts, question), view_vms)
+    view = partial(view_vms, wide=session.is_wide)
+    if watch:
+        _watch(session, partial(ask_hosts, session, hosts, question), view)
+    return print_answers(session, ask_hosts(session, hosts, question), view)
+
+
+def _watch(session: Session, ask: Callable[[], Answers], view: Callable[[list[Json]], list[str]]) -> NoReturn:
+    """Show the VMs again and again; an agent that is away is waited for. Where nobody looks only changes are shown.
+
+    Raises:
+        CtlError: the first look fails.
+    """
+    shown: Any = None
+    while True:
+        try:
+            answers = ask()
+        except CtlError as error:
+            if shown is None or error.status is not Exit.UNREACHABLE:
+                raise
+            session.terminal.tell(paint(f"kvmagentctl: {error.message}; waiting for it", WARN))
+        else:
+            if answers.status is Exit.INTERRUPTED:
+                raise KeyboardInterrupt
+            if session.as_json:
+                if answers.vms != shown:
+                    session.terminal.print_json({"vms": answers.vms}, indent=None)
+            elif (lines := view(printable(answers.vms))) != shown or session.terminal.is_watched:
+                session.terminal.redraw(*lines)
+            shown = answers.vms if session.as_json else lines
+        time.sleep(_WATCH_S)
 
 
 def parse_amount(text: str, parse: Callable[[str], int]) -> Callable[[int], int]:

@@ -6,6 +6,7 @@ gives every subcommand with its arguments, options, defaults and help as plain d
 """
 
 import os
+import re
 import sys
 import traceback
 from typing import Any
@@ -19,7 +20,9 @@ from kvmagent.cli.ctl.terminal import BAD, paint, printable
 from kvmagent.model.errors import AgentError
 
 NAME = "kvmagentctl"
-_PKI, _VMS, _PLAN, _READY = "pki", "vms", "plan", "ready"
+_PKI, _VMS, _PLAN, _READY, _BUNDLE = "pki", "vms", "plan", "ready", "support-bundle"
+# How the command line asks for a result that programs read; it may be wrong otherwise, and not parsed.
+_STRUCTURED = re.compile(r"--json|-o ?(json|yaml)|--output[= ](json|yaml)")
 
 
 class _Cli(click.Group):
@@ -30,7 +33,7 @@ class _Cli(click.Group):
         from kvmagent.cli.ctl import changes, reads
 
         status, *others = reads.COMMANDS
-        return [status, _VMS, *others, _PLAN, *changes.names(), _PKI]
+        return [status, _VMS, *others, _PLAN, *changes.names(), _PKI, _BUNDLE]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a subcommand."""
@@ -50,6 +53,10 @@ class _Cli(click.Group):
             from kvmagent.cli.ctl.plan import PLAN
 
             return PLAN
+        if cmd_name == _BUNDLE:
+            from kvmagent.cli.ctl.bundle import BUNDLE
+
+            return BUNDLE
         from kvmagent.cli.ctl import changes, fleet
 
         found = changes.find(cmd_name)
@@ -79,7 +86,7 @@ def make_cli() -> click.Group:
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status. What goes wrong is told in one line, never a trace."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    wants_json = "--json" in arguments
+    wanted = _STRUCTURED.search(" ".join(arguments))
     try:
         status = make_cli().main(arguments, prog_name=NAME, standalone_mode=False)
         sys.stdout.flush()
@@ -104,15 +111,16 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exc()
         remedy = "Report it with what KVMAGENTCTL_DEBUG=1 shows."
         failure = CtlError(Exit.FAILED, "INTERNAL_ERROR", f"{type(error).__name__}: {error}", remedy)
-    return _tell(failure, wants_json)
+    return _tell(failure, "" if wanted is None else "yaml" if "yaml" in wanted[0] else "json")
 
 
-def _tell(failure: CtlError, wants_json: bool) -> int:
+def _tell(failure: CtlError, wanted: str) -> int:
     from kvmagent.cli.ctl.inoptions import in_options
 
     context = click.Context(click.Command(NAME))
     terminal = session_of(context).terminal
-    if wants_json:
+    terminal.as_yaml = wanted == "yaml"
+    if wanted:
         terminal.print_json(failure.body())
     else:
         words: dict[str, Any] = printable(failure.body())

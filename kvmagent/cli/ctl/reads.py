@@ -1,10 +1,13 @@
 """The subcommands that change nothing: they read the agent, the host or the configuration."""
 
+import math
+import re
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode
+from typing import Any, get_args
+from urllib.parse import quote, urlencode
 
 import click
 import msgspec
@@ -12,7 +15,17 @@ import msgspec
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.terminal import GOOD, WARN, paint, printable
-from kvmagent.cli.ctl.views import view_change, view_reclaimable, view_status, view_task, view_tasks
+from kvmagent.cli.ctl.views import (
+    view_cancelled,
+    view_change,
+    view_history,
+    view_reclaimable,
+    view_status,
+    view_task,
+    view_tasks,
+)
+from kvmagent.cli.ctl.vmnames import complete_task, complete_vm
+from kvmagent.model.reply import Outcome
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 
 _TASK_STATES = ("accepted", "running", "finished", "delivered", "gone", "given_up")
@@ -21,6 +34,31 @@ _VMS_S = 120.0
 _FOLLOW_S = 0.5
 _CHECK_S = 60.0
 _FOLLOWED = 200
+# One more than are told.
+_AMBIGUOUS = 4
+_AGO = re.compile(r"(?P<number>[0-9]+)(?P<unit>[smhdw])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+class Moment(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on alone
+    """A moment, by how long ago it is or by its date and time in UTC, as seconds since the epoch."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the seconds, or end with what is wrong."""
+        if isinstance(value, float):
+            return value
+        if ago := _AGO.fullmatch(value):
+            return math.floor(time.time()) - int(ago["number"]) * _SECONDS[ago["unit"]]
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            self.fail(f"{value!r} is no time: write 2h, 3d, 2026-11-27 or 2026-11-27T03:00", param, ctx)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+MOMENT = Moment()
 _CONFIG_OPTION = click.option(
     "--config", metavar="FILE", default=DEFAULT_PATH, show_default=True, help="The agent's configuration."
 )
@@ -51,29 +89,38 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
 
 
 @click.command()
-@click.option("--vm", help="Tasks of one VM, as it was named in them.")
+@click.option("--vm", help="Tasks of one VM, by its name or UUID.", shell_complete=complete_vm)
 @click.option("--state", type=click.Choice(_TASK_STATES), help="Tasks in one state.")
+@click.option("--outcome", type=click.Choice(get_args(Outcome)), help="Tasks with one outcome.")
+@click.option("--caller", help="Tasks of one caller, as whoami tells it.")
+@click.option("--since", type=MOMENT, help="Tasks that were accepted since then: 2h, 3d, 2026-11-27, 2026-11-27T03:00.")
+@click.option("--until", type=MOMENT, help="Tasks that were accepted before then. Times are UTC.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many at most.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with a line for each change of state, until Ctrl-C.")
 @click.pass_context
-def tasks(context: click.Context, vm: str | None, state: str | None, limit: int, follow: bool) -> None:
+def tasks(context: click.Context, /, state: str | None, limit: int, follow: bool, **chosen: Any) -> None:
     """The newest tasks, and with --follow what becomes of them.
 
     With --json, --follow prints one task a line.
     """
     session = session_of(context)
-    query = {name: value for name, value in (("vm", vm), ("state", state)) if value is not None}
+    query = {name: value for name, value in {**chosen, "state": state}.items() if value is not None}
 
     def read(number: int) -> list[dict[str, Any]]:
         found = session.agent.get("tasks", query=urlencode({**query, "limit": number}))["tasks"]
         return list(found)
 
-    if follow and state:
-        raise click.UsageError("--follow shows every change of state: it takes no --state", context)
+    if follow and (state or chosen["outcome"]):
+        raise click.UsageError("--follow shows every change of state: it takes no --state or --outcome", context)
     if follow:
         _follow(session, read, limit)
         return
-    _print(session, {"tasks": read(limit)}, lambda body: view_tasks(body["tasks"], time.time()))
+    _print(
+        session,
+        {"tasks": read(limit)},
+        lambda body: view_tasks(body["tasks"], time.time(), wide=session.is_wide),
+        names=lambda body: [task["taskUuid"] for task in body["tasks"]],
+    )
 
 
 def _follow(session: Session, read: Callable[[int], list[dict[str, Any]]], limit: int) -> None:
@@ -112,12 +159,63 @@ def _version(task: dict[str, Any]) -> tuple[Any, ...]:
 
 
 @click.command()
-@click.argument("task_id", metavar="ID")
+@click.argument("task_id", metavar="ID", shell_complete=complete_task)
 @click.pass_context
 def task(context: click.Context, task_id: str) -> None:
-    """One task: request, steps, reply, callback."""
+    """One task: request, steps, reply, callback. The beginning of its id is enough where no other has it."""
     session = session_of(context)
-    _print(session, session.agent.get("tasks", task_id), lambda body: view_task(body, time.time()))
+    found = session.agent.get("tasks", _find_task(session, task_id))
+    _print(session, found, lambda body: view_task(body, time.time()))
+
+
+@click.command()
+@click.argument("task_id", metavar="ID", shell_complete=complete_task)
+@click.pass_context
+def cancel(context: click.Context, task_id: str) -> None:
+    """Take a task back that has not touched its VM yet.
+
+    It ends as refused, code CANCELLED. A change that has begun is never stopped halfway: the answer says what it is at.
+    """
+    session = session_of(context)
+    found = _find_task(session, task_id)
+    body = session.agent.ask(f"/tasks/{quote(found, safe='')}/cancel", {})
+    _print(session, body, view_cancelled)
+
+
+@click.command()
+@click.argument("vm", shell_complete=complete_vm)
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many at most.")
+@click.pass_context
+def log(context: click.Context, vm: str, limit: int) -> None:
+    """Who changed a VM: when, from what to what, with what outcome; the newest first.
+
+    An entry is kept for agent.keep_history_sec (400 days), a task for agent.keep_sec (7 days).
+    """
+    session = session_of(context)
+    body = session.agent.get("vms", vm, "history", query=urlencode({"limit": limit}))
+    _print(
+        session,
+        body,
+        lambda shown: view_history(shown["changes"], time.time(), wide=session.is_wide),
+        names=lambda shown: [change["taskUuid"] for change in shown["changes"]],
+    )
+
+
+def _find_task(session: Session, beginning: str) -> str:
+    """Return the id of the one task that begins so.
+
+    Raises:
+        CtlError: several do.
+    """
+    found = session.agent.get("tasks", query=urlencode({"id": beginning, "limit": _AMBIGUOUS}))["tasks"]
+    ids = [one["taskUuid"] for one in found]
+    if beginning in ids or not ids:
+        return beginning
+    if len(ids) > 1:
+        several = ", ".join(ids[: _AMBIGUOUS - 1]) + (" and others" if len(ids) == _AMBIGUOUS else "")
+        words = f"several tasks begin with {beginning}: {several}"
+        raise CtlError(Exit.USAGE, "AMBIGUOUS_TASK", words, "Give more of the id.")
+    return str(ids[0])
 
 
 @click.command()
@@ -210,14 +308,18 @@ def completion(context: click.Context, shell: str) -> None:
     _print(session, {"shell": shell, "script": text}, lambda _: text.splitlines())
 
 
-def _print(session: Session, body: Any, view: Any) -> None:
+def _print(session: Session, body: Any, view: Any, *, names: Callable[[Any], list[str]] | None = None) -> None:
     if session.as_json:
         session.terminal.print_json(body)
+    elif session.output == "name":
+        if names is None:
+            raise click.UsageError("-o name is for lists: vms, tasks, log")
+        session.terminal.print(*names(printable(body)))
     else:
         session.terminal.print(*view(printable(body)))
 
 
 COMMANDS = {
     command.name or "": shared_options(command)
-    for command in (status, reclaim, tasks, task, doctor, config, openapi, completion)
+    for command in (status, reclaim, tasks, task, cancel, log, doctor, config, openapi, completion)
 }

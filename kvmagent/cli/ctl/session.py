@@ -1,20 +1,34 @@
 """The options that every subcommand takes, before or after its name, and what a subcommand works with."""
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.ctlconf import CtlConf, load_conf
+from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.terminal import WARN, Terminal, paint
 from kvmagent.settings import DEFAULT_PATH
 
+#: What -o takes.
+OUTPUTS = ("wide", "name", "json", "yaml")
 CommandT = TypeVar("CommandT", bound=click.Command)
 
 # Name, environment variable, metavar and meaning of each option that says which agent, and who asks.
+_HOST = "host"
 _TARGET = (
-    ("url", "KVMAGENT_URL", "URL", f"The agent. [default: this host's, by {DEFAULT_PATH}]"),
+    (
+        _HOST,
+        "KVMAGENT_HOST",
+        "NAME",
+        "The agent of that name in ~/.config/kvmagent/ctl.conf or /etc/kvmagent/ctl.conf.",
+    ),
+    ("url", "KVMAGENT_URL", "URL", f"The agent. [default: ctl.conf's, or this host's, by {DEFAULT_PATH}]"),
     ("ca", "KVMAGENT_CA", "FILE", "PEM file of the CAs that the agent is verified by. [default: the system's]"),
     ("cert", "KVMAGENT_CERT", "FILE", "PEM certificate to show to the agent."),
     ("key", "KVMAGENT_KEY", "FILE", "PEM key of that certificate, mode 0600. [default: in --cert]"),
@@ -27,9 +41,49 @@ class Session:
 
     def __init__(self) -> None:
         self.given: dict[str, str] = {}
-        self.as_json = False
+        self.environment: dict[str, str] = {}
+        #: How lists and answers are printed: "" for people, or wide, name, json, yaml.
+        self.output = ""
         self.terminal = Terminal()
         self._agent: Agent | None = None
+
+    @property
+    def as_json(self) -> bool:
+        """Whether standard output is for programs, as JSON or YAML."""
+        return self.output in ("json", "yaml")
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether nothing is to be left out of a list."""
+        return self.output == "wide"
+
+    @cached_property
+    def conf(self) -> CtlConf:
+        """kvmagentctl's own file.
+
+        Raises:
+            CtlError: it says what nobody understands.
+        """
+        return load_conf()
+
+    @property
+    def target(self) -> dict[str, str]:
+        """Return how the agent is reached and who asks, by the options' names; without "url" it is this host's.
+
+        An option wins over the agent that --host names, that over the environment, and that over ctl.conf's default.
+
+        Raises:
+            CtlError: no such agent; ctl.conf cannot be used.
+        """
+        named = self.given.get(_HOST) or self.environment.get(_HOST)
+        if named:
+            rest = {name: value for name, value in self.environment.items() if name != "url"}
+            found = {**rest, **self.conf.find(named)}
+        elif "url" in self.given or "url" in self.environment or not self.conf.default:
+            found = dict(self.environment)
+        else:
+            found = {**self.environment, **self.conf.find(self.conf.default)}
+        return {name: value for name, value in {**found, **self.given}.items() if name != _HOST}
 
     @property
     def agent(self) -> Agent:
@@ -39,8 +93,9 @@ class Session:
             CtlError: the URL, a certificate or the token cannot be used.
         """
         if self._agent is None:
-            local = {} if "url" in self.given else find_local_target()
-            self._agent = self.connect(local | self.given)
+            target = self.target
+            local = {} if "url" in target else find_local_target()
+            self._agent = self.connect(local | target)
         return self._agent
 
     def connect(self, target: Mapping[str, str]) -> Agent:
@@ -68,18 +123,36 @@ def shared_options(command: CommandT, *, is_root: bool = False) -> CommandT:
                 expose_value=False,
                 callback=_remember(name),
                 hidden=not is_root,
+                shell_complete=_complete_agent if name == _HOST else None,
             )
         )
-    command.params.append(
+    command.params += [
         click.Option(
-            ["--json", "as_json"],
+            ["--json"],
             is_flag=True,
             help="Print JSON, and nothing else, on standard output.",
             expose_value=False,
-            callback=_remember("as_json"),
-        )
-    )
+            callback=_remember("json"),
+        ),
+        click.Option(
+            ["-o", "--output"],
+            type=click.Choice(OUTPUTS),
+            help="wide leaves nothing out of a list, name prints names alone; json is --json.",
+            expose_value=False,
+            callback=_remember("output"),
+            hidden=not is_root,
+        ),
+    ]
     return command
+
+
+def _complete_agent(context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the agents of ctl.conf whose name begins with what was typed."""
+    try:
+        agents = session_of(context).conf.agents
+    except CtlError:
+        return []
+    return [CompletionItem(name) for name in sorted(agents) if name.startswith(incomplete)]
 
 
 def session_of(context: click.Context) -> Session:
@@ -88,11 +161,16 @@ def session_of(context: click.Context) -> Session:
 
 
 def _remember(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def remember(context: click.Context, _param: click.Parameter, value: Any) -> None:
+    def remember(context: click.Context, param: click.Parameter, value: Any) -> None:
         session = session_of(context)
-        if name == "as_json":
-            session.as_json = session.as_json or bool(value)
-        elif value:
+        if not value:
+            return
+        if name in ("json", "output"):
+            session.output = "json" if name == "json" else value
+            session.terminal.as_yaml = session.output == "yaml"
+        elif param.name and context.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
+            session.environment[name] = value
+        else:
             session.given[name] = value
 
     return remember

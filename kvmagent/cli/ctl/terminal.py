@@ -9,11 +9,13 @@ import os
 import re
 import shutil
 import sys
-import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any, TextIO
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TextIO
 
 import click
+
+from kvmagent.cli.ctl.yaml import write_yaml
 
 GOOD, WARN, BAD, DIM, BOLD = "green", "yellow", "red", "dim", "bold"
 # A colour of ours, which stays; or any other character.
@@ -38,7 +40,7 @@ class Prose(str):
 def prose(head: str, text: str) -> Prose:
     """Return a line that begins with `head`; where it is folded, the rest stands below `text`."""
     line = Prose(head + text)
-    line.indent = _width(head)
+    line.indent = text_width(head)
     return line
 
 
@@ -56,19 +58,118 @@ def printable(value: Any) -> Any:
     return value
 
 
-def format_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return aligned lines, the headers first. A header that begins with ">" is of a column of numbers."""
-    titles = [header.removeprefix(">") for header in headers]
-    table = [[paint(title, BOLD) if title.strip() else title for title in titles], *rows]
-    widths = [max(_width(row[n]) for row in table) for n in range(len(titles))]
-    lines = []
-    for row in table:
+class Column(NamedTuple):
+    """A column: its title, which begins with ">" where it is of numbers, and how soon it gives way.
+
+    Where a terminal is too narrow, columns with the highest `folds` stand below their row, under their `label`. One
+    with 0 never does.
+    """
+
+    title: str
+    folds: int = 0
+    label: str = ""
+
+
+class Row(str):
+    """A line of a table in full width; `folded` is what stands in its place on a narrow terminal."""
+
+    __slots__ = ("_n", "_table")
+    _table: "_Table"
+    _n: int
+
+    def folded(self, columns: int) -> str:
+        """Return it in lines of at most so many columns; a single word that is wider stays whole."""
+        return self._table.fold(columns)[self._n]
+
+
+class _Table:
+    """Cells, the titles first."""
+
+    def __init__(self, columns: list[Column], rows: list[list[str]]) -> None:
+        self._columns = columns
+        self._rows = [[_paint_title(column.title) for column in columns], *rows]
+        self._widths = [max(text_width(row[n]) for row in self._rows) for n in range(len(columns))]
+        self._folded: tuple[int, list[str]] = (0, [])
+
+    def lines(self) -> list[str]:
+        lines: list[str] = []
+        for n, row in enumerate(self._rows):
+            line = Row(self._join(row, range(len(self._columns))))
+            line._table, line._n = self, n
+            lines.append(line)
+        return lines
+
+    def fold(self, columns: int) -> list[str]:
+        if self._folded[0] != columns:
+            self._folded = columns, list(self._fold(columns))
+        return self._folded[1]
+
+    def _fold(self, columns: int) -> Iterator[str]:
+        kept = list(range(len(self._columns)))
+        while sum(self._widths[n] + 2 for n in kept) - 2 > columns:
+            soonest = max(kept, key=lambda n: (self._columns[n].folds, n))
+            if not self._columns[soonest].folds:
+                break
+            kept.remove(soonest)
+        moved = [n for n in range(len(self._columns)) if n not in kept]
+        for number, row in enumerate(self._rows):
+            line = self._join(row, kept)
+            told = [
+                f"{self._columns[n].label} {row[n]}".strip() for n in moved if click.unstyle(row[n]) not in ("", "-")
+            ]
+            if told and number > 0:
+                line += "\n" + fold(prose("    ", ", ".join(told)), columns)
+            yield line
+
+    def _join(self, row: Sequence[str], kept: Iterable[int]) -> str:
         cells = []
-        for header, cell, width in zip(headers, row, widths, strict=True):
-            space = " " * (width - _width(cell))
-            cells.append(space + cell if header.startswith(">") else cell + space)
-        lines.append("  ".join(cells).rstrip())
-    return lines
+        for n in kept:
+            space = " " * (self._widths[n] - text_width(row[n]))
+            cells.append(space + row[n] if self._columns[n].title.startswith(">") else row[n] + space)
+        return "  ".join(cells).rstrip()
+
+
+def format_table(headers: Sequence[str | Column], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return aligned lines, the headers first. A header that begins with ">" is of a column of numbers.
+
+    A plain header gives way to the left of it where a terminal is narrow; the first one never.
+    """
+    columns = [
+        header if isinstance(header, Column) else Column(header, n, header.removeprefix(">").lower())
+        for n, header in enumerate(headers)
+    ]
+    return _Table(columns, [list(row) for row in rows]).lines()
+
+
+def _paint_title(title: str) -> str:
+    shown = title.removeprefix(">")
+    return paint(shown, BOLD) if shown.strip() else shown
+
+
+def text_width(text: str) -> int:
+    """Return how many columns a terminal gives to text: two to a character of East Asia or an emoji, none to marks.
+
+    Source: Unicode Standard Annex 11; wcwidth(3). What a ZERO WIDTH JOINER joins is drawn as one.
+    """
+    width, last, joined = 0, 0, False
+    for char in click.unstyle(text):
+        if " " <= char <= "~":
+            width, last, joined = width + 1, 1, False
+        elif char == "\N{ZERO WIDTH JOINER}":
+            joined = True
+        elif char == "\N{VARIATION SELECTOR-16}":  # what precedes is drawn as an emoji
+            width, last = width + (last == 1), 2
+        elif unicodedata.category(char) in _NO_WIDTH or "\u1160" <= char <= "\u11ff":
+            continue
+        elif joined or (last == 2 and "\U0001f3fb" <= char <= "\U0001f3ff"):
+            joined = False
+        else:
+            last = 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+            width += last
+    return width
+
+
+_NO_WIDTH = ("Mn", "Me", "Cf")
 
 
 def shown(line: str) -> str:
@@ -90,22 +191,44 @@ class Terminal:
     def __init__(self) -> None:
         self._out, self._err = _tolerant(sys.stdout), _tolerant(sys.stderr)
         self._transient = False
+        #: Whether `print_json` prints YAML in its place.
+        self.as_yaml = False
+        self._documents = 0
 
     @property
     def shows_progress(self) -> bool:
         """Whether somebody looks at standard error."""
         return self._err.isatty()
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody looks at standard output."""
+        return self._out.isatty()
+
     def print(self, *lines: str) -> None:
         """Print lines of a result."""
         for line in lines:
-            if isinstance(line, Prose) and self._out.isatty():
-                line = _fold(line, shutil.get_terminal_size().columns)
+            if self._out.isatty():
+                columns = shutil.get_terminal_size().columns
+                line = fold(line, columns) if isinstance(line, Prose) else line
+                line = line.folded(columns) if isinstance(line, Row) else line
             click.echo(shown(line), self._out, color=_has_colour(self._out))
 
     def print_json(self, value: Any, *, indent: int | None = 2) -> None:
-        """Print a result as JSON."""
+        """Print a result as JSON, or as YAML where that was asked for; several are documents of one stream then."""
+        if self.as_yaml:
+            self._documents += 1
+            click.echo(("---\n" if self._documents > 1 or indent is None else "") + write_yaml(value), self._out)
+            self._out.flush()
+            return
         click.echo(quoted_json(value, indent=indent), self._out)
+
+    def redraw(self, *lines: str) -> None:
+        """Print lines in place of what stands there; where nobody looks they follow it."""
+        if self._out.isatty():
+            self._out.write("\033[H\033[J")
+        self.print(*lines)
+        self._out.flush()
 
     def tell(self, line: str) -> None:
         """Tell something beside the result."""
@@ -117,7 +240,10 @@ class Terminal:
         if self.shows_progress:
             self.clear()
             width = shutil.get_terminal_size().columns - 1
-            self._err.write(shown(line)[:width])
+            line = shown(line)
+            while text_width(line) > width:
+                line = line[:-1]
+            self._err.write(line)
             self._err.flush()
             self._transient = True
 
@@ -129,10 +255,19 @@ class Terminal:
             self._transient = False
 
 
-def _fold(line: Prose, columns: int) -> str:
-    return textwrap.fill(
-        line, columns, subsequent_indent=" " * line.indent, break_long_words=False, break_on_hyphens=False
-    )
+def fold(line: Prose, columns: int) -> str:
+    """Return a line as several, each no wider than `columns` unless one word is; no word is broken."""
+    lines = [""]
+    start = len(line) - len(line.lstrip(" "))
+    for word in line[start:].split(" "):
+        head = " " * (start if len(lines) == 1 else line.indent)
+        wider = f"{lines[-1]} {word}" if lines[-1] else head + word
+        if lines[-1].strip() and text_width(wider) > columns:
+            lines[-1] = lines[-1].rstrip()
+            lines.append(" " * line.indent + word)
+        else:
+            lines[-1] = wider
+    return "\n".join(lines)
 
 
 def _tolerant(stream: TextIO) -> TextIO:
@@ -144,7 +279,3 @@ def _tolerant(stream: TextIO) -> TextIO:
 
 def _has_colour(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def _width(text: str) -> int:
-    return len(click.unstyle(text))

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kvmagent.cli.ctl.inoptions import in_options
-from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, format_table, paint, prose
+from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, Column, format_table, paint, prose
 from kvmagent.model.units import format_ids, format_size
 
 Json = Mapping[str, Any]
@@ -33,7 +33,7 @@ def view_status(url: str, health: Json) -> list[str]:
     """Return what /healthz says."""
     ready = paint("ready", GOOD) if health["ready"] else paint("not ready", BAD)
     lines = [f"{url}: {ready}, version {health['version']}"]
-    lines += [f"  {paint('down', BAD)}  {name}: {why}" for name, why in health["down"].items()]
+    lines += [prose(f"  {paint('down', BAD)}  ", f"{name}: {why}") for name, why in health["down"].items()]
     lines.append(f"  {_count(health['queued'], 'task')} queued, {_count(health['owedCallbacks'], 'callback')} owed")
     lines += _memory_lines(health.get("memory"))
     running = [
@@ -46,13 +46,14 @@ def _memory_lines(memory: Json | None) -> list[str]:
     """Return how the host's memory is promised."""
     if memory is None:
         return []
-    words = f"  memory: {format_size(memory['promised'])} of {format_size(memory['budget'])} promised to VMs"
+    words = f"{format_size(memory['promised'])} of {format_size(memory['budget'])} promised to VMs"
     words += f", {format_size(memory['resident'])} in use by them; {format_size(memory['reserve'])} kept for the host"
+    told = prose("  memory: ", words)
     if memory["overSince"] is None:
-        return [words]
+        return [told]
     since = datetime.fromtimestamp(memory["overSince"], UTC)
     over = paint("over the budget", BAD)
-    return [words, f"  {over} since {since:%Y-%m-%d %H:%M} UTC: no VM gets more until some comes back"]
+    return [told, f"  {over} since {since:%Y-%m-%d %H:%M} UTC: no VM gets more until some comes back"]
 
 
 def view_reclaimable(answer: Json) -> list[str]:
@@ -72,20 +73,38 @@ def view_reclaimable(answer: Json) -> list[str]:
     return format_table(("VM", ">PROMISED", ">RESIDENT", ">UNUSED", "COULD LEAVE BY"), rows)
 
 
-def view_vms(vms: Iterable[Json]) -> list[str]:
-    """Return a table of VMs, by name: what each has, may have, and what its guest uses of it."""
-    headers = ("VM", "STATE", ">VCPUS", ">MAX", ">GUEST", ">MEMORY", ">MAX", ">GUEST", ">SLOTS", "HOTPLUG")
-    return _vm_table(headers, vms, _vm_row)
+def view_vms(vms: Iterable[Json], *, wide: bool = False) -> list[str]:
+    """Return a table of VMs, by name: what each has, may have, and what its guest uses of it; `wide`: their UUIDs."""
+    if not wide:
+        return _vm_table(_VM_COLUMNS, vms, _vm_row)
+    columns = (*_VM_COLUMNS, Column("UUID", 9, "UUID"))
+    return _vm_table(columns, vms, lambda vm: [*_vm_row(vm), str(vm.get("uuid") or vm["vmUuid"])])
 
 
-def _vm_table(headers: tuple[str, ...], vms: Iterable[Json], make_row: Callable[[Json], list[str]]) -> list[str]:
+_VM_COLUMNS: tuple[str | Column, ...] = (
+    Column("VM"),
+    Column("STATE", 1),
+    Column(">VCPUS"),
+    Column(">MAX", 5, "max vCPUs"),
+    Column(">GUEST", 4, "vCPUs in the guest"),
+    Column(">MEMORY"),
+    Column(">MAX", 6, "max memory"),
+    Column(">GUEST", 3, "memory in the guest"),
+    Column(">SLOTS", 8, "free slots"),
+    Column("HOTPLUG", 2),
+)
+
+
+def _vm_table(
+    headers: tuple[str | Column, ...], vms: Iterable[Json], make_row: Callable[[Json], list[str]]
+) -> list[str]:
     """Return a table of VMs by name, with a column for their host where there are several."""
     vms = sorted(vms, key=lambda vm: (str(vm.get("host") or ""), str(vm.get("name") or vm["vmUuid"])))
     if not vms:
         return ["no VMs"]
     if not any("host" in vm for vm in vms):
         return format_table(headers, map(make_row, vms))
-    return format_table(("HOST", *headers), [[str(vm.get("host", "")), *make_row(vm)] for vm in vms])
+    return format_table((Column("HOST"), *headers), [[str(vm.get("host", "")), *make_row(vm)] for vm in vms])
 
 
 _VERDICT_COLOURS = {
@@ -231,11 +250,15 @@ def _since(vm: Json) -> str:
     return "" if since is None else f" since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def view_reply(reply: Json) -> list[str]:
-    """Return a reply of any command: what became of it, and the numbers before and after."""
+def view_reply(reply: Json, *, removes: bool = False, asked: Iterable[str] = ()) -> list[str]:
+    """Return a reply of any command: what became of it, and the numbers before and after.
+
+    `removes`: it was to take something away. `asked` are the numbers that it was about, whose totals are told first.
+    """
     outcome = str(reply.get("outcome") or ("done" if reply.get("success") else "failed"))
     name = reply.get("name") or reply.get("vmUuid") or "task"
-    lines = [f"{name}: {paint(outcome, _OUTCOME_COLOURS.get(outcome, BOLD))}"]
+    totals = _totals(reply, asked) if outcome not in ("refused", "planned") else ""
+    lines = [f"{name}: {_outcome_words(outcome, removes=removes)}{totals}"]
     if outcome == "planned":
         steps = reply.get("steps") or []
         lines += [f"  {n}. {format_step(step)}" for n, step in enumerate(steps, 1)] or ["  nothing to do"]
@@ -249,6 +272,30 @@ def view_reply(reply: Json) -> list[str]:
         for one in reply.get("drift") or []
     ]
     return lines
+
+
+def _totals(reply: Json, asked: Iterable[str]) -> str:
+    """Return the totals of what was asked about, so that nobody takes a total for what was added."""
+    now = reply.get("after") or {}
+    told = []
+    for name, config in (("cpuNum", "configCpuNum"), ("memorySize", "configMemorySize")):
+        total = now.get(name) if now.get(name) is not None else now.get(config)
+        if name in asked and total is not None:
+            told.append(_count(total, "vCPU") if name == "cpuNum" else f"{format_size(total)} of memory")
+    return f", {' and '.join(told)} in all" if told else ""
+
+
+_REMOVED = {"online": "removed", "plugged": "removed, unconfirmed by the guest", "pending": "removal pending"}
+
+
+def _outcome_words(outcome: str, *, removes: bool) -> str:
+    """Return an outcome as an operator says it: what was to leave is removed, not online."""
+    colour = _OUTCOME_COLOURS.get(outcome, BOLD)
+    return paint(_REMOVED.get(outcome, outcome) if removes else outcome, colour)
+
+
+def _removes(command: str) -> bool:
+    return command.startswith("HotUnplug")
 
 
 def _numbers(before: Json, after: Json) -> list[str]:
@@ -328,22 +375,114 @@ def view_diff(diff: str) -> list[str]:
     return [paint(line, colours[line[0]]) if line[:1] in colours else line for line in diff.splitlines()]
 
 
-def view_tasks(tasks: Iterable[Json], now: float) -> list[str]:
-    """Return a table of tasks; `now` is seconds since the epoch."""
+def view_tasks(tasks: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
+    """Return a table of tasks; `now` is seconds since the epoch. `wide`: ids whole, not as far as they differ."""
+    tasks = list(tasks)
+    ids = [task["taskUuid"] for task in tasks]
+    shown = ids if wide else _shorten(ids)
     rows = [
         [
-            task["taskUuid"],
+            short,
             task["command"],
             task["vm"],
             paint(task["state"], _STATE_COLOURS[task["state"]]) if task["state"] in _STATE_COLOURS else task["state"],
             _outcome(task),
+            _when(task["acceptedAt"]),
             f"{_duration(now - task['acceptedAt'])} ago" if task["acceptedAt"] else "-",
             _took(task),
+            task.get("caller") or "-",
+            *([task.get("client") or "-", task.get("vmUuid") or "-"] if wide else []),
         ]
-        for task in tasks
+        for short, task in zip(shown, tasks, strict=True)
     ]
-    headers = ("TASK", "COMMAND", "VM", "STATE", "OUTCOME", ">ACCEPTED", ">TOOK")
+    headers = (*_TASK_COLUMNS, *((Column("CLIENT", 9, "from"), Column("UUID", 9, "UUID")) if wide else ()))
     return format_table(headers, rows) if rows else ["no tasks"]
+
+
+_TASK_COLUMNS: tuple[str | Column, ...] = (
+    Column("TASK"),
+    Column("COMMAND", 1),
+    Column("VM"),
+    Column("STATE", 6),
+    Column("OUTCOME", 2),
+    Column("ACCEPTED (UTC)", 3, "accepted"),
+    Column(">AGE", 5),
+    Column(">TOOK", 7, "took"),
+    Column("CALLER", 4, "by"),
+)
+# So much of an id is always told.
+_SHORT_ID = 8
+
+
+def _shorten(ids: list[str]) -> list[str]:
+    """Return ids as far as they differ from each other."""
+    length = _SHORT_ID
+    while len({one[:length] for one in ids}) < len(set(ids)):
+        length += 1
+    return [one[:length] for one in ids]
+
+
+def view_history(changes: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
+    """Return what changed a VM, newest first."""
+    changes = list(changes)
+    ids = [change["taskUuid"] for change in changes]
+    rows = [
+        [
+            _when(change["finishedAt"]),
+            f"{_duration(now - change['finishedAt'])} ago",
+            _changed(change),
+            _outcome(change),
+            change["caller"] or "-",
+            short,
+            *([change["command"], change["client"], change["vm"]] if wide else []),
+        ]
+        for short, change in zip(ids if wide else _shorten(ids), changes, strict=True)
+    ]
+    headers = (
+        *_HISTORY_COLUMNS,
+        *((Column("COMMAND", 7), Column("CLIENT", 8, "from"), Column("VM", 9)) if wide else ()),
+    )
+    return format_table(headers, rows) if rows else ["nothing has changed this VM"]
+
+
+_HISTORY_COLUMNS: tuple[str | Column, ...] = (
+    Column("WHEN (UTC)"),
+    Column(">AGE", 3),
+    Column("CHANGE"),
+    Column("OUTCOME", 1),
+    Column("BY", 2, "by"),
+    Column("TASK", 4, "task"),
+)
+
+
+def _changed(change: Json) -> str:
+    """Return "vCPUs 2 to 4", or what was asked for where nothing has changed."""
+    before, after = change["before"], change["after"]
+    moved = [
+        f"{_label(name)} {_value(name, before.get(name))} to {_value(name, after.get(name))}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name) and not _follows(name, before, after)
+    ]
+    if moved:
+        return ", ".join(moved)
+    asked = [f"{_label(name)} {_value(name, value)}" for name, value in change["asked"].items()]
+    return f"none; asked for {', '.join(asked)}" if asked else "none"
+
+
+def _follows(name: str, before: Json, after: Json) -> bool:
+    """Return whether a number of the next start only became what the running VM's became."""
+    live = name.removeprefix("config")
+    live = live[0].lower() + live[1:]
+    return live != name and after.get(name) == after.get(live) and before.get(live) != after.get(live)
+
+
+def view_cancelled(answer: Json) -> list[str]:
+    """Return what became of a task that was to be taken back."""
+    return [f"{answer['taskUuid']}: {paint('taken back', GOOD)}, its VM was not touched"]
+
+
+def _when(at: float | None) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}" if at else "-"
 
 
 def view_change(task: Json, at: str) -> str:
@@ -358,7 +497,12 @@ def view_change(task: Json, at: str) -> str:
 def view_task(task: Json, now: float) -> list[str]:
     """Return one task, whole."""
     request = " ".join(f"{name}={_value(name, value)}" for name, value in task["request"].items())
-    accepted = f"{_duration(now - task['acceptedAt'])} ago from {task['client']}" if task["acceptedAt"] else "-"
+    by = f"by {task['caller']} " if task.get("caller") else ""
+    accepted = (
+        f"{_when(task['acceptedAt'])} UTC, {_duration(now - task['acceptedAt'])} ago, {by}from {task['client']}"
+        if task["acceptedAt"]
+        else "-"
+    )
     delivery = task["delivery"]
     callback = f"{delivery['url']}  attempts={delivery['attempts']}"
     rows = [
@@ -374,12 +518,18 @@ def view_task(task: Json, now: float) -> list[str]:
         lines += ["", *(f"  {n}. {format_step(step)}" for n, step in enumerate(task["steps"], 1))]
     if reply := task["reply"]:
         is_readiness = "ready" in reply and not reply.get("error")
-        lines += ["", *(view_readiness(reply, with_diff=True) if is_readiness else view_reply(reply))]
+        lines += ["", *_view_task_reply(task, reply, is_readiness=is_readiness)]
         if reply.get("error"):
             lines += _problem(
                 "error", BAD, {"code": reply["errorCode"], "message": reply["error"], "remedy": reply["remedy"]}
             )
     return lines
+
+
+def _view_task_reply(task: Json, reply: Json, *, is_readiness: bool) -> list[str]:
+    if is_readiness:
+        return view_readiness(reply, with_diff=True)
+    return view_reply(reply, removes=_removes(task["command"]), asked=task["request"])
 
 
 def format_step(step: Json) -> str:
@@ -415,7 +565,7 @@ def _outcome(task: Json) -> str:
     if not outcome:
         return "-"
     code = f" {task['errorCode']}" if task.get("errorCode") else ""
-    return paint(outcome, _OUTCOME_COLOURS.get(outcome, BOLD)) + code
+    return _outcome_words(outcome, removes=_removes(task["command"])) + code
 
 
 def _took(task: Json) -> str:

@@ -1,4 +1,7 @@
-"""Completes names of VMs, as the agent has them; a slow or absent agent completes nothing, and says nothing."""
+"""Completes names of VMs and ids of tasks; a slow or absent agent completes nothing, and says nothing."""
+
+from typing import Any
+from urllib.parse import urlencode
 
 import click
 from click.shell_completion import CompletionItem
@@ -7,13 +10,27 @@ from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.session import session_of
 
 _TIMEOUT_S = 2.0
+_TASKS = 50
 
 
 def complete_vm(context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the VMs whose name or UUID begins with what was typed."""
-    try:
-        vms = session_of(context).agent.get("vms", timeout_s=_TIMEOUT_S)["vms"]
-    except CtlError:
-        return []
+    vms = _read(context, "vms")
     names = [str(vm.get("name") or vm["vmUuid"]) for vm in vms]
     return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+
+
+def complete_task(context: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the newest tasks whose id begins with what was typed, each with what it is."""
+    tasks = _read(context, "tasks", urlencode({"id": incomplete, "limit": _TASKS}))
+    return [
+        CompletionItem(task["taskUuid"], help=f"{task['command']} {task['vm']} {task['outcome'] or task['state']}")
+        for task in tasks
+    ]
+
+
+def _read(context: click.Context, path: str, query: str = "") -> list[dict[str, Any]]:
+    try:
+        return list(session_of(context).agent.get(path, query=query, timeout_s=_TIMEOUT_S)[path])
+    except CtlError:
+        return []
