@@ -42,7 +42,7 @@ from kvmagent.model.host import Query
 from kvmagent.model.roles import LOCAL
 from kvmagent.model.units import parse_amount, parse_count, parse_size
 from kvmagent.private import make_private_directory
-from kvmagent.settings import Settings, parse_callback_rule
+from kvmagent.settings import Settings, list_settings, parse_callback_rule, take_reloadable
 from kvmagent.tasks.callbacks import Callbacks
 from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.dump import dump_state
@@ -69,6 +69,8 @@ _LAST_REPORT_S = 2.0
 # How long closing HTTP, journal and libvirt may take beside that.
 _CLOSE_S = 30.0
 _TICK_S = 1.0
+# Sections whose reload says so itself, and whose values may be long.
+_READ_ALONE = ("security", "log")
 _STALLED_S = 30.0
 
 
@@ -118,6 +120,7 @@ class Agent:
         self._memory = ServerMemory(self._state_dir / "server.json")
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
         device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
+        self._budget = Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit)
         self._restarts = RestartMemory(self._state_dir / "restarts.json")
         node = Node(
             self._connection,
@@ -126,7 +129,7 @@ class Agent:
             meters=metrics,
             removes_emulated=settings.libvirt.allow_emulated_removal,
             restarts=self._restarts,
-            budget=Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit),
+            budget=self._budget,
         )
         self._journal = Journal(
             self._state_dir / JOURNAL,
@@ -210,7 +213,7 @@ class Agent:
             find_stalls=self._find_stalls,
             metrics=metrics,
         )
-        state = StateMetrics(
+        self._state_metrics = state = StateMetrics(
             self._lanes,
             self._delivery,
             self._journal,
@@ -313,8 +316,8 @@ class Agent:
     def run_until_signal(self, process: Process, signals: "queue.SimpleQueue[int]") -> None:
         """Look after the agent until SIGTERM or SIGINT comes. `signals` takes the numbers of what comes in.
 
-        SIGHUP: [security] with its certificates and tokens, and how to log, are read anew. SIGUSR1, SIGUSR2: the state
-        is dumped to the log.
+        SIGHUP: the configuration, certificates and tokens are read anew; what needs a restart is told. SIGUSR1,
+        SIGUSR2: the state is dumped to the log.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # What a handler may touch: this queue takes an entry even in the middle of its own `get`.
@@ -358,10 +361,11 @@ class Agent:
         return not stalls
 
     def _reload(self, process: Process) -> None:
-        """Read [security], its files and how to log anew; where one cannot be used, what was in force stays."""
+        """Read the configuration and its files anew; where something cannot be used, what was in force stays."""
         loads: dict[str, Callable[[], None]] = {
+            "limits": lambda: self._take_limits(process.read_settings()),
             "security": lambda: self._security.load(process.read_settings().security),
-            "callback": self._callbacks.load,
+            "callback": lambda: self._load_callbacks(process.read_settings()),
             "log": process.read_log_settings,
         }
         for section, load in loads.items():
@@ -371,6 +375,39 @@ class Agent:
                 log.error("section was not changed", section=section, **error_fields(error))
             else:
                 log.info("section read", section=section)
+
+    def _take_limits(self, read: Settings) -> None:
+        """Put limits and ratios in force as a changed configuration has them, and tell what needs a restart."""
+        former = {(section, key): value for section, key, value, _ in list_settings(self._settings)}
+        self._settings, waiting = take_reloadable(self._settings, read)
+        agent, callback, host = self._settings.agent, self._settings.callback, self._settings.host
+        self._lanes.set_limits(
+            workers=agent.workers,
+            max_queued=agent.max_queued,
+            max_queued_per_lane=agent.max_queued_per_vm,
+            max_queued_per_client=agent.max_queued_per_client,
+        )
+        self._state_metrics.max_queued = agent.max_queued
+        self._journal.max_bytes = agent.keep_bytes
+        self._delivery.set_limits(
+            timeout_s=callback.timeout_sec,
+            give_up_s=callback.give_up_sec,
+            max_owed=callback.max_undelivered,
+            max_owed_per_client=callback.max_undelivered_per_client,
+        )
+        self._budget.set_ratios(reserve_bytes=host.memory_reserve, overcommit=host.memory_overcommit)
+        self._executor.libvirt_wait_s = self._settings.libvirt.wait_sec
+        self._hooks.timeout_s = self._settings.hooks.timeout_sec
+        self._reports.timeout_s = callback.timeout_sec
+        self._server.set_limits(self._settings.http)
+        for section, key, value, _ in list_settings(self._settings):
+            if section not in _READ_ALONE and value != former[section, key]:
+                log.info("setting changed", key=f"{section}.{key}", value=value, former=former[section, key])
+        for key in waiting:
+            log.warning("setting needs a restart", key=key)
+
+    def _load_callbacks(self, read: Settings) -> None:
+        self._callbacks.load(read.callback, map(parse_callback_rule, read.security.allowed_callbacks))
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""

@@ -29,15 +29,20 @@ _HOST_NAME = re.compile(
 _MAX_SOCKET_PATH = 107
 
 
+# Marks a key that a running agent does not take: a reload says so where it has changed.
+_RESTART = {"restart": True}
+
+
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The agent itself."""
 
-    state_dir: Annotated[str, Meta(min_length=1, description="Directory of the task journal; the agent's alone")] = (
-        "/var/lib/kvmagent"
-    )
+    state_dir: Annotated[
+        str, Meta(extra=_RESTART, min_length=1, description="Directory of the task journal; the agent's alone")
+    ] = "/var/lib/kvmagent"
     workers: Annotated[int, Meta(ge=1, le=1024, description="VMs that are changed side by side, at most")] = 32
     plugins: Annotated[
-        tuple[str, ...], Meta(description="Plugins to load, in this order, by their entry point in kvmagent.plugins")
+        tuple[str, ...],
+        Meta(extra=_RESTART, description="Plugins to load, in this order, by their entry point in kvmagent.plugins"),
     ] = ("vm", "host")
     stop_timeout_sec: Annotated[
         int, Meta(ge=1, le=3600, description="Seconds that a stopping agent waits for running tasks")
@@ -72,17 +77,25 @@ class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the agent listens. Who may connect and what they may do, [security] says."""
 
     socket: Annotated[
-        str, Meta(description="UNIX socket for callers on this host, who are known by their user; empty: none")
+        str,
+        Meta(
+            extra=_RESTART, description="UNIX socket for callers on this host, who are known by their user; empty: none"
+        ),
     ] = "/run/kvmagent/kvmagent.sock"
     socket_group: Annotated[
         str,
-        Meta(description="Group that may connect to it; without such a group: root and the agent's user"),
+        Meta(
+            extra=_RESTART, description="Group that may connect to it; without such a group: root and the agent's user"
+        ),
     ] = "kvmagent-admin"
     host: Annotated[
         str,
-        Meta(description="Address to listen on by TCP; nothing listens there before [security] says who may connect"),
+        Meta(
+            extra=_RESTART,
+            description="Address to listen on by TCP; nothing listens there before [security] says who may connect",
+        ),
     ] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=1, le=65535, description="TCP port to listen on")] = 7070
+    port: Annotated[int, Meta(extra=_RESTART, ge=1, le=65535, description="TCP port to listen on")] = 7070
     max_body_bytes: Annotated[int, Meta(ge=256, le=64 * 2**20, description="Largest request body, bytes")] = 1048576
     request_timeout_sec: Annotated[
         int, Meta(ge=1, le=3600, description="Seconds from a request's first byte (or a connect) to its last")
@@ -98,14 +111,15 @@ class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LibvirtSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The hypervisor."""
 
-    uri: Annotated[str, Meta(min_length=1, description="libvirt connection URI")] = "qemu:///system"
+    uri: Annotated[str, Meta(extra=_RESTART, min_length=1, description="libvirt connection URI")] = "qemu:///system"
     wait_sec: Annotated[
         int, Meta(ge=0, le=86400, description="Seconds that a task waits for a libvirt that is away before it fails")
     ] = 120
     allow_emulated_removal: Annotated[
         bool,
         Meta(
-            description="Remove vCPUs of emulated VMs (domain type qemu) too, after which many QEMUs crash; for tests"
+            extra=_RESTART,
+            description="Remove vCPUs of emulated VMs (domain type qemu) too, after which many QEMUs crash; for tests",
         ),
     ] = False
 
@@ -134,7 +148,7 @@ class CallbackSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who may use the agent, and where callbacks may go. SIGHUP reads the files anew."""
+    """Who may use the agent, and where callbacks may go. A reload reads the files anew."""
 
     tls_cert: Annotated[str, Meta(description="PEM certificate chain of the agent; empty: plain HTTP")] = ""
     tls_key: Annotated[str, Meta(description="PEM key of tls_cert, mode 0600; empty: in tls_cert")] = ""
@@ -206,21 +220,26 @@ class PrepareSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_define: Annotated[
         bool,
         Meta(
+            extra=_RESTART,
             description="Prepare the persistent definition of each VM that is defined or started, and of all VMs when "
-            "the agent starts; one whose owner's policy excludes it is left alone"
+            "the agent starts; one whose owner's policy excludes it is left alone",
         ),
     ] = False
     max_cpus: Annotated[
-        str, Meta(description="vCPUs that these can grow to; xN: N times what it has, where it has no room to grow")
+        str,
+        Meta(
+            extra=_RESTART,
+            description="vCPUs that these can grow to; xN: N times what it has, where it has no room to grow",
+        ),
     ] = "x4"
     max_memory: Annotated[
         str,
-        Meta(description="Memory that these can grow to, as in 64GiB; xN: N times, as above"),
+        Meta(extra=_RESTART, description="Memory that these can grow to, as in 64GiB; xN: N times, as above"),
     ] = "x4"
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the agent logs. SIGHUP reads this section anew."""
+    """What the agent logs."""
 
     file: Annotated[str, Meta(description="Log file; empty logs to standard error, for journald")] = ""
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level that is logged")] = (
@@ -235,7 +254,10 @@ class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sample_sec: Annotated[
         int,
         Meta(
-            ge=0, le=86400, description="Seconds in which each running VM's guest is asked once what it uses; 0: never"
+            extra=_RESTART,
+            ge=0,
+            le=86400,
+            description="Seconds in which each running VM's guest is asked once what it uses; 0: never",
         ),
     ] = 300
 
@@ -246,8 +268,9 @@ class HooksSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     directory: Annotated[
         str,
         Meta(
+            extra=_RESTART,
             description="Absolute path of a directory whose before.d/ and after.d/ hold them, writable by root and the "
-            "agent's user alone; empty: none"
+            "agent's user alone; empty: none",
         ),
     ] = ""
     timeout_sec: Annotated[
@@ -321,12 +344,33 @@ def parse_sources(sources: Iterable[tuple[str, str]], overrides: Iterable[str] =
 
 def sample_conf() -> str:
     """Return conf/kvmagent.conf: every key with its meaning and its default."""
-    lines = ["# kvmagent's configuration. Every key is shown with its default; unknown keys stop the start."]
+    lines = [
+        "# kvmagent's configuration. Every key is shown with its default; unknown keys stop the start.",
+        "# A reload (systemctl reload kvmagent) takes a change, unless the key says that it needs a restart.",
+    ]
     for section in msgspec.structs.fields(Settings):
         lines += ["", f"# {section.type.__doc__.strip()}", f"[{section.name}]"]
         for field in msgspec.structs.fields(section.type):
             lines += [f"# {_description(field.type)}", f"{field.name} = {_format(field.default)}".rstrip()]
     return "\n".join(lines) + "\n"
+
+
+def take_reloadable(in_force: Settings, read: Settings) -> tuple[Settings, list[str]]:
+    """Return the settings that a reload puts in force, and the keys that have changed and need a restart."""
+    values: dict[str, Any] = {}
+    waiting: list[str] = []
+    for section in msgspec.structs.fields(Settings):
+        old, new = getattr(in_force, section.name), getattr(read, section.name)
+        kept = {
+            field.name: getattr(old, field.name)
+            for field in msgspec.structs.fields(section.type)
+            if _needs_restart(field.type)
+        }
+        waiting += [f"{section.name}.{key}" for key, value in kept.items() if value != getattr(new, key)]
+        values[section.name] = msgspec.structs.replace(new, **kept)
+    if in_force.security.opens_tcp != read.security.opens_tcp:
+        waiting.append("security: whether anybody is let in by TCP")
+    return Settings(**values), waiting
 
 
 def list_settings(settings: Settings) -> list[tuple[str, str, str, bool]]:
@@ -561,7 +605,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def _description(annotation: Any) -> str:
-    return next(meta.description for meta in annotation.__metadata__ if isinstance(meta, Meta) and meta.description)
+    words = next(meta.description for meta in annotation.__metadata__ if isinstance(meta, Meta) and meta.description)
+    return f"{words}. A change needs a restart" if _needs_restart(annotation) else words
+
+
+def _needs_restart(annotation: Any) -> bool:
+    return any(isinstance(meta, Meta) and (meta.extra or {}).get("restart") for meta in annotation.__metadata__)
 
 
 def _format(value: object) -> str:

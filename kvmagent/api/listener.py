@@ -97,9 +97,7 @@ class Listener(cheroot.server.HTTPServer):
         self.respond = respond
         self.ConnectionClass = _Connection
         self.max_request_header_size = MAX_HEAD_BYTES
-        self.max_request_body_size = http.max_body_bytes + READ_AWAY_BYTES
-        self.keep_alive_conn_limit = http.max_connections
-        self.http = http
+        self.set_limits(http)
         self.security = security
         self.meters = meters
         self.refusals = refusals
@@ -107,6 +105,12 @@ class Listener(cheroot.server.HTTPServer):
         self._open: Counter[str] = Counter()
         self._held_bytes = 0
         self._staying = threading.BoundedSemaphore(staying)
+
+    def set_limits(self, http: HttpSection) -> None:
+        """Have the limits of a section, which is of the same address."""
+        self.max_request_body_size = http.max_body_bytes + READ_AWAY_BYTES
+        self.keep_alive_conn_limit = http.max_connections
+        self.http = http
 
     def stay(self, connection: "_Connection") -> bool:
         """Wait for more from a client for a moment, where enough workers are free; return whether there is."""

@@ -123,6 +123,11 @@ class Server:
         if not self._opens_tcp:
             log.info("nothing listens by TCP", reason="[security] lets nobody in: SECURITY.md says how to")
 
+    def set_limits(self, http: HttpSection) -> None:
+        """Have the limits of a section, which is of the same address."""
+        for listener in self._listeners:
+            listener.set_limits(http)
+
     def look_after(self) -> None:
         """Tell what was only counted. To be called every second or so."""
         self._refusals.flush()

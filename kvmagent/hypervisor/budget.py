@@ -135,6 +135,12 @@ class Budget:
             check_growth(self._find_pools(seen, own), own, grown)
             self.recall(task_uuid, uuid, reservation)
 
+    def set_ratios(self, *, reserve_bytes: int, overcommit: float) -> None:
+        """Promise by other ratios from now on; what was promised stays so."""
+        with self._lock:
+            self._reserve_bytes, self._overcommit = reserve_bytes, overcommit
+            self._changes += 1
+
     def release(self, task_uuid: str) -> None:
         """Free what a task has reserved, which has ended: from now on the VM counts with what it has."""
         with self._lock:

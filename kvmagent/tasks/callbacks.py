@@ -84,21 +84,24 @@ class Callbacks:
         #: Until when the certificate in force is good; None without one.
         self.certificate_end: float | None = None
 
-    def load(self) -> None:
+    def load(self, section: CallbackSection | None = None, rules: Iterable[CallbackRule] | None = None) -> None:
         """Read the certificates that callbacks are sent with and verified by; connections that are open stay.
+
+        A `section` and `rules` that are given take the place of those in force.
 
         Raises:
             AgentError: BAD_CONFIGURATION; what was in force stays.
         """
-        section = self._section
+        section = section or self._section
         for name in _FILES:
             if path := getattr(section, name):
                 check_file(path, f"callback.{name}", user_id=self._user_id)
-        self._context = self._make_context() if section.server_ca or section.tls_cert else None
+        context = self._make_context(section) if section.server_ca or section.tls_cert else None
+        self._section, self._context = section, context
+        self._rules = self._rules if rules is None else tuple(rules)
         self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
 
-    def _make_context(self) -> ssl.SSLContext:
-        section = self._section
+    def _make_context(self, section: CallbackSection) -> ssl.SSLContext:
         try:
             context = ssl.create_default_context(cafile=section.server_ca or None)
             context.sslsocket_class = _TimedTlsSocket
@@ -132,7 +135,7 @@ class Callbacks:
         return Channel(url, lambda host, port, end: self._connect(host, port, client, end), self._get_context)
 
     def _get_context(self) -> ssl.SSLContext:
-        context = self._context or self._make_context()
+        context = self._context or self._make_context(self._section)
         self._context = context
         return context
 

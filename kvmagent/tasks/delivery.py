@@ -126,6 +126,12 @@ class Delivery:
         self._ends: dict[_Destination, float] = {}
         self._stop_at: float | None = None
 
+    def set_limits(self, *, timeout_s: float, give_up_s: float, max_owed: int, max_owed_per_client: int) -> None:
+        """Have other limits from now on; what is owed stays so."""
+        with self._changed:
+            self._timeout_s, self._give_up_s = timeout_s, give_up_s
+            self._max_owed, self._max_owed_per_client = max_owed, max_owed_per_client
+
     def put(self, owed: Owed) -> None:
         """Send a task's reply to its callback URL, soon; one that is owed already is tried again now.
 

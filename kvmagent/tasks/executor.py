@@ -162,7 +162,8 @@ class Executor:
         self._on_pending = on_pending
         self._on_progress = on_progress
         self._hooks = hooks or Hooks()
-        self._libvirt_wait_s = libvirt_wait_s
+        #: How long a task waits in all for a libvirt that is away.
+        self.libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
         self._meters = meters or Meters()
@@ -402,7 +403,7 @@ class Executor:
                     raise
                 now = self._clock()
                 if give_up_at is None:
-                    give_up_at = now + self._libvirt_wait_s
+                    give_up_at = now + self.libvirt_wait_s
                 run.interrupted = run.goal is not None
                 log.warning("libvirt is lost, the task waits", seconds=round(give_up_at - now), **error_fields(error))
                 if not self._wait_for_libvirt(give_up_at):

@@ -70,7 +70,7 @@ class Hooks:
     ) -> None:
         self._directory = directory
         self._owners = owners_of(user_id)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopping = False
@@ -111,7 +111,7 @@ class Hooks:
                 hooks = self._find("before")
             except OSError as error:
                 raise AgentError(Code.REFUSED_BY_HOOK, f"hooks.directory: {error}") from error
-            document, until = _describe("before", task, goal=goal), time.monotonic() + self._timeout_s
+            document, until = _describe("before", task, goal=goal), time.monotonic() + self.timeout_s
             for hook in hooks:
                 result = self._run(hook, document, until)
                 if self._stopping:
@@ -131,7 +131,7 @@ class Hooks:
             except OSError as error:
                 log.warning("hooks cannot be run", error=str(error))
                 return
-            document, until = _describe("after", task, reply=msgspec.Raw(reply)), time.monotonic() + self._timeout_s
+            document, until = _describe("after", task, reply=msgspec.Raw(reply)), time.monotonic() + self.timeout_s
             for hook in hooks:
                 _log_end(hook, self._run(hook, document, until))
 
@@ -171,7 +171,7 @@ class Hooks:
         if status == 0:
             return None
         if status is None:
-            return f"the time of the hooks, {self._timeout_s:g} s, ran out"
+            return f"the time of the hooks, {self.timeout_s:g} s, ran out"
         return _last_line(output) or (f"exit status {status}" if status > 0 else f"ended by signal {-status}")
 
     def _execute(self, hook: Path, document: bytes, until: float) -> tuple[int | None, bytes]:

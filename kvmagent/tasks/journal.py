@@ -213,7 +213,8 @@ class Journal:
     ) -> None:
         self._file = JournalFile(path, survey=_find_left, on_surveyed=on_left, fault=fault, meters=meters or Meters())
         self._on_accepted = on_accepted
-        self._max_bytes = max_bytes
+        #: What the file may hold; None: as much as there is room for.
+        self.max_bytes = max_bytes
         self._clock = clock
         self._elapsed = elapsed
         # When the agent's own time began, as `elapsed` counts.
@@ -621,8 +622,8 @@ class Journal:
         return {"owed_at": self._clock(), "own_at": self.own_time()}
 
     def _accept(self, db: Database, task: Task, *, for_all: bool) -> tuple[Task, bool]:
-        if self._max_bytes is not None and _count_bytes(db) > self._max_bytes:
-            _make_room(db, self._max_bytes, task.task_uuid)
+        if self.max_bytes is not None and _count_bytes(db) > self.max_bytes:
+            _make_room(db, self.max_bytes, task.task_uuid)
         values = {name: getattr(task, name) for name in _GIVEN} | {
             "state": "accepted",
             "accepted_at": self._clock(),

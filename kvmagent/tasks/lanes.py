@@ -65,6 +65,14 @@ class Lanes:
         self._taken_at = clock()
         self._stopping = False
 
+    def set_limits(
+        self, *, workers: int, max_queued: int, max_queued_per_lane: int, max_queued_per_client: int
+    ) -> None:
+        """Have other limits from now on; what was accepted stays."""
+        with self._changed:
+            self._workers, self._max_queued = workers, max_queued
+            self._max_queued_per_lane, self._max_queued_per_client = max_queued_per_lane, max_queued_per_client
+
     @contextmanager
     def hold_place(self, task: Task) -> Iterator[None]:
         """Hold a place in a task's lane while it is being stored, so that no more are accepted than may wait.

@@ -47,7 +47,7 @@ class Reports:
         self._plugins = tuple(plugins)
         self._get_server = get_server
         self._callbacks = callbacks
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._idle_s = idle_s
         self._changed = threading.Condition()
         self._waiting: deque[Report] = deque(maxlen=_MOST)
@@ -130,7 +130,7 @@ class Reports:
             headers = {"commandpath": report.command_path}
             body = msgspec.json.encode(report.body)
             channel = connection.open(server)
-            status, error = channel.post(server.send_command_url, body, headers, self._timeout_s)
+            status, error = channel.post(server.send_command_url, body, headers, self.timeout_s)
             if status == 404 and report.optional:
                 log.info("report not known to this server", path=report.command_path, vm=report.body.get("vmUuid"))
                 return

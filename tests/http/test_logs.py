@@ -6,6 +6,8 @@ import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from configparser import RawConfigParser
+from functools import partial
 from typing import Any
 
 import pytest
@@ -164,3 +166,33 @@ def hang_up(agent: AgentProcess) -> None:
 
 def json_lines_after_text(agent: AgentProcess) -> list[dict[str, Any]]:
     return [json.loads(line) for line in agent.log().splitlines() if line.startswith("{")]
+
+
+def test_a_hangup_takes_limits_ratios_and_allow_lists_and_says_what_needs_a_restart(node_uri: str) -> None:
+    url = f"http://127.0.0.2:{find_free_port()}/done"
+    with AgentProcess(uri=node_uri, settings={"security": {"allowed_callbacks": "127.0.0.1"}}) as agent:
+        post = partial(agent.post, "/vm/hotplug/cpu", {"vmUuid": "vm1", "cpuNum": 2}, callback_url=url)
+        assert post(task_uuid=new_task_uuid()).body["errorCode"] == "CALLBACK_NOT_ALLOWED"
+        parser = RawConfigParser()
+        parser.read(agent.config_file)
+        for place, value in {
+            "agent.max_queued": "123", "host.memory_reserve": "0", "security.allowed_callbacks": "127.0.0.2",
+            "http.max_body_bytes": "256", "http.port": str(find_free_port()), "libvirt.uri": "test:///default",
+        }.items():  # fmt: skip
+            section, key = place.split(".")
+            if not parser.has_section(section):
+                parser.add_section(section)
+            parser.set(section, key, value)
+        with agent.config_file.open("w") as file:
+            parser.write(file)
+        hang_up(agent)
+        assert post(task_uuid=new_task_uuid()).status == 200
+        assert "kvmagent_tasks_queued_limit 123" in agent.get("/metrics").body
+        wait_for(lambda: agent.get("/healthz").body["memory"]["reserve"] == 0, timeout_s=60, what="the new reserve")
+        long = {"vmUuid": "v" * 300, "cpuNum": 2}
+        told = agent.post("/vm/hotplug/cpu", long, task_uuid=new_task_uuid(), callback_url=url)
+        assert told.status == 413
+        waiting = re.findall(r"WARNING setting needs a restart key=(\S+)", agent.log())
+        assert sorted(waiting) == ["http.port", "libvirt.uri"]
+        assert "setting changed key=agent.max_queued value=123 former=10000" in agent.log()
+        assert [vm["name"] for vm in agent.get("/vms").body["vms"]] == ["vm1", "vm2"], "what needs a restart stays"

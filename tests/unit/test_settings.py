@@ -1,9 +1,10 @@
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import Settings, parse_settings, parse_sources, sample_conf
+from kvmagent.settings import Settings, list_settings, parse_settings, parse_sources, sample_conf, take_reloadable
 
 CONF = Path(__file__).parents[2] / "conf/kvmagent.conf"
 
@@ -92,3 +93,17 @@ def test_listens_on_loopback_as_it_is(host: str) -> None:
 def test_listens_beyond_loopback_where_both_keys_say_so() -> None:
     text = "[http]\nhost = 192.0.2.1\n[security]\nallow_unauthenticated = true\nallowed_clients = 192.0.2.0/24"
     assert parse_settings(text).security.allowed_clients == ("192.0.2.0/24",)
+
+
+def test_a_reload_takes_every_key_or_says_that_it_needs_a_restart() -> None:
+    """Whatever key changes: nothing is passed over in silence."""
+    base = Settings()
+    for section, key, _, _ in list_settings(base):
+        former = getattr(getattr(base, section), key)
+        value = {bool: True, int: 77, float: 2.5, str: "other", tuple: ("other",)}[type(former)]
+        values = msgspec.structs.replace(getattr(base, section), **{key: value})
+        taken, waiting = take_reloadable(base, msgspec.structs.replace(base, **{section: values}))
+        is_taken = getattr(getattr(taken, section), key) == value
+        assert is_taken != (f"{section}.{key}" in waiting), key
+    marked = [line for line in sample_conf().splitlines() if line.endswith("A change needs a restart")]
+    assert len(marked) == 13

@@ -44,7 +44,8 @@ class StateMetrics(Collector):
         self._is_connected = is_connected
         self._certificate_ends = certificate_ends
         self._memory = memory
-        self._max_queued = max_queued
+        #: How many tasks may wait in all.
+        self.max_queued = max_queued
         self._clock = clock
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
@@ -58,7 +59,7 @@ class StateMetrics(Collector):
             "tasks_running": len(running),
             "task_running_longest_seconds": max((seconds for _, seconds in running.values()), default=0.0),
             "tasks_queued": sum(queued.values()),
-            "tasks_queued_limit": self._max_queued,
+            "tasks_queued_limit": self.max_queued,
             "lanes_waiting": len(queued),
             "lane_depth_max": max(queued.values(), default=0),
             "callbacks_owed": sum(one.owed for one in backlog),
