@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo test test-matrix test-foreign test-on test-pythons lint bench fuzz chaos audit deb
+.PHONY: help setup packages image demo picture test test-matrix test-foreign test-on test-pythons lint bench fuzz chaos audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
 	@echo "make demo    boot a real guest, give it CPUs and memory while it runs, ask the guest"
+	@echo "make picture the picture of the demo in README"
 	@echo "make test    run all tests, those on a real guest too; ARGS='-k dimm' goes to pytest"
 	@echo "make test-matrix   start thousands of definitions before and after they are prepared; ARGS='q35 kvm32' picks some"
 	@echo "make test-foreign  guests of POWER, s390x and Arm, and the newest QEMU and libvirt; ten minutes"
@@ -48,13 +49,27 @@ image: $(STAMP)
 	@$(BIN)/python -m tests.lab.promtool
 	@$(BIN)/python -m tests.lab.nodepackages
 
-demo: setup
-	@$(BIN)/python -m tests.lab.demo
+# What the tests need beside it, a demo does not: a third of the packages, and an environment of its own.
+DEMO := $(VENV)-demo
+
+$(DEMO)/.installed: setup.py pyproject.toml
+	@PYTHON="$(PYTHON)" sh tests/lab/packages.sh demo
+	@echo "==> making $(DEMO): kvmagent and its Python packages (libvirt-python is compiled: a minute or so)"
+	@$(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+demo: $(DEMO)/.installed
+	@$(DEMO)/bin/python -m tests.lab.demo
+
+picture: $(DEMO)/.installed
+	@$(DEMO)/bin/python -m tests.lab.demo --svg docs/demo.svg
 
 # One worker more than CPUs: many tests wait for a guest or a limit.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 
 test: setup
+	@echo "==> all tests, real guests, browsers and packages too: some 35 minutes on two cores; make check takes two"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-matrix: setup

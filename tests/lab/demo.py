@@ -4,17 +4,22 @@
     demo <-- callback ------ agent
     demo -- "what do you see?" ------ second serial port ----> guest     the answers must match
 
-Ends with status 0 only if the guest itself confirms what the agent reported.
+Ends with status 0 only if the guest itself confirms what the agent reported. With `--svg FILE` what it has shown is
+drawn there as well: the picture in README.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -25,6 +30,7 @@ from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.image import ImageError, build_image
 from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.picture import draw_terminal
 from tests.lab.server import ManagementServer
 
 SPEC = GuestSpec(name="demo", vcpus=1, max_vcpus=4, memory_mib=256)
@@ -36,6 +42,9 @@ CALLBACK_TIMEOUT_S = 100.0
 #: The guest's kernel may describe new memory inside that memory, and then gains a little less than was plugged.
 LEAST_GAIN = 0.95
 MIB = 2**20
+#: What a terminal has at least.
+WIDTH = 80
+ANSI = re.compile(r"\033\[[0-9;]*m")
 ACCEPTED = 200
 
 Body = Mapping[str, Any]
@@ -50,22 +59,35 @@ class Screen:
 
     def __init__(self) -> None:
         self._has_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        #: What was shown, in colour.
+        self.lines: list[str] = []
+
+    def show(self, line: str) -> None:
+        """One line, which may be in colour."""
+        self.lines.append(line)
+        print(line if self._has_colour else ANSI.sub("", line), flush=True)
 
     def paint(self, text: str, code: str) -> str:
         """The text in a colour, by its ANSI code."""
-        return f"\033[{code}m{text}\033[0m" if self._has_colour else text
+        return f"\033[{code}m{text}\033[0m"
 
     def step(self, text: str) -> None:
         """What goes on, for those who wait."""
-        print(f"{self.paint('==>', '1;34')} {text}", flush=True)
+        first, *others = textwrap.wrap(text, WIDTH - 4, break_long_words=False, break_on_hyphens=False)
+        self.show(f"{self.paint('==>', '1;34')} {first}")
+        for line in others:
+            self.show(f"    {line}")
 
     def head(self, text: str) -> None:
         """The title of a scene."""
-        print(f"\n{self.paint(text, '1')}", flush=True)
+        self.show("")
+        self.show(self.paint(text, "1"))
 
     def row(self, name: str, text: str, code: str = "0") -> None:
-        """A fact."""
-        print(f"   {name:<12}{self.paint(text, code)}", flush=True)
+        """A fact, in as many lines as it takes."""
+        for line in textwrap.wrap(text, WIDTH - 15, break_long_words=False, break_on_hyphens=False) or [""]:
+            self.show(f"   {name:<12}{self.paint(line, code)}")
+            name = ""
 
 
 @dataclass(frozen=True)
@@ -104,19 +126,30 @@ def read_memory_mib(domain_xml: str) -> int:
 
 def main() -> int:
     """Run the demo; the exit status."""
+    parser = argparse.ArgumentParser(description="Give a guest CPUs and memory while it runs, and ask it.")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw what was shown there as well")
+    picture: Path | None = parser.parse_args().svg
     screen = Screen()
-    print(screen.paint("kvmagent demo: more CPUs and memory for a guest that keeps running", "1"))
+    status = run(screen)
+    if picture is not None and status == 0:
+        picture.write_text(draw_terminal(["\033[1m$\033[0m make demo", *screen.lines], columns=WIDTH))
+    return status
+
+
+def run(screen: Screen) -> int:
+    """Run it; the exit status."""
+    screen.show(screen.paint("kvmagent demo: more CPUs and memory for a guest that keeps running", "1"))
     began = time.monotonic()
     try:
         play(screen)
     except Mismatch as mismatch:
-        print(f"\n{screen.paint('It does NOT check out:', '1;31')} {mismatch}")
+        screen.head(f"{screen.paint('It does NOT check out:', '1;31')} {mismatch}")
         return 1
     except (ImageError, RuntimeError, TimeoutError) as error:
-        print(f"\n{screen.paint('The demo could not run:', '1;31')} {error}")
+        screen.head(f"{screen.paint('The demo could not run:', '1;31')} {error}")
         return 1
     except KeyboardInterrupt:
-        print("\nInterrupted; guest, libvirtd and agent are gone.")
+        screen.head("Interrupted; guest, libvirtd and agent are gone.")
         return 130
     screen.step(f"cleaned up; {time.monotonic() - began:.0f} s in all")
     return 0
@@ -148,10 +181,9 @@ def play(screen: Screen) -> None:
         show_table(screen, before, after)
         check_sight(before, after)
         screen.head(screen.paint("It checks out.", "1;32"))
-        print(
-            f"   The guest itself counts {TARGET_CPUS} CPUs online and {gained_kib(before, after) // 1024} MiB more"
-            " memory than before,\n   in the same boot, and keeps both at its next start."
-        )
+        gained = gained_kib(before, after) // 1024
+        screen.show(f"   The guest itself counts {TARGET_CPUS} CPUs online and {gained} MiB more memory than")
+        screen.show("   before, in the same boot, and keeps both at its next start.")
 
 
 def send_commands(screen: Screen, agent: AgentProcess, server: ManagementServer, guest: Guest) -> None:
@@ -223,9 +255,15 @@ def format_fields(fields: Body) -> str:
 
 def format_value(name: str, value: Any) -> str:
     """A field's value for a person."""
+    if value is None:
+        return "none"
+    if isinstance(value, list | tuple):
+        return ",".join(format_value(name, one) for one in value) or "none"
+    if isinstance(value, dict):
+        return f"({format_fields(value)})"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value / MIB:g} MiB" if name.endswith("Size") else str(value)
+    return f"{value / MIB:g}MiB" if name.endswith(("Size", "Granularity")) else str(value)
 
 
 def show_table(screen: Screen, before: Sight, after: Sight) -> None:
@@ -239,9 +277,9 @@ def show_table(screen: Screen, before: Sight, after: Sight) -> None:
         ("memory", "libvirt, now", f"{before.memory_mib} MiB", f"{after.memory_mib} MiB"),
         ("memory", "libvirt, next start", f"{before.next_memory_mib} MiB", f"{after.next_memory_mib} MiB"),
     ]
-    print(f"   {'':<12}{'':<20}{'before':>12}{'after':>12}")
+    screen.show(f"   {'':<12}{'':<20}{'before':>12}{'after':>12}")
     for what, whose, old, new in rows:
-        print(f"   {what:<12}{whose:<20}{old:>12}{screen.paint(f'{new:>12}', '1')}", flush=True)
+        screen.show(f"   {what:<12}{whose:<20}{old:>12}{screen.paint(f'{new:>12}', '1')}")
 
 
 def check_sight(before: Sight, after: Sight) -> None:
