@@ -32,6 +32,7 @@ from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.host import read_boot_id
+from kvmagent.hypervisor.migrations import Migrations
 from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.vmevents import VmEvents
@@ -121,6 +122,7 @@ class Agent:
         self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
         device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
         self._budget = Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit)
+        self._migrations = Migrations(self._state_dir / "migrations.json")
         self._restarts = RestartMemory(self._state_dir / "restarts.json")
         node = Node(
             self._connection,
@@ -130,6 +132,7 @@ class Agent:
             removes_emulated=settings.libvirt.allow_emulated_removal,
             restarts=self._restarts,
             budget=self._budget,
+            migrations=self._migrations,
         )
         self._journal = Journal(
             self._state_dir / JOURNAL,
@@ -195,11 +198,13 @@ class Agent:
         self._preparations = self._make_preparations(node, intake) if settings.prepare.on_define else None
         preparations = self._preparations
         vm_events = VmEvents(
-            self._reports.tell_event, on_definition=None if preparations is None else preparations.note
+            self._reports.tell_event,
+            on_definition=None if preparations is None else preparations.note,
+            hear=self._migrations.hear,
         )
         self._events = EventConnection(
             settings.libvirt.uri,
-            (device_events.register, vm_events.register),
+            (device_events.register, vm_events.register, self._migrations.find),
             on_open=lambda: None if preparations is None else preparations.note_all(),
             on_gap=self._reports.tell_gap,
         )
@@ -271,6 +276,7 @@ class Agent:
         self._journal.start()
         self._memory.load()
         self._restarts.load()
+        self._migrations.load()
         self._reports.start()
         self._connection.start()
         self._events.start()
@@ -347,6 +353,7 @@ class Agent:
         self._delivery.relieve()
         self._server.look_after()
         self._journal.look()
+        self._migrations.save()
         agent = self._settings.agent
         self._journal.prune(keep_tasks=agent.keep_tasks, keep_s=agent.keep_sec, keep_changes_s=agent.keep_history_sec)
         stalls = self._find_stalls()
@@ -431,6 +438,7 @@ class Agent:
         self._sampler.stop()
         self._journal.stop()
         self._events.stop()
+        self._migrations.save()
         self._connection.stop()
         self._reports.stop(_LAST_REPORT_S)
         self._journal.unlock()

@@ -26,6 +26,7 @@ from kvmagent.hypervisor.domainxml import (
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
+from kvmagent.hypervisor.migrations import MIGRATED
 from kvmagent.hypervisor.qemuballoon import ask_balloon_pages
 from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices
 from kvmagent.hypervisor.schema import check_definition
@@ -47,7 +48,6 @@ STATES: dict[int, VmState] = {
 }
 _OFF: frozenset[VmState] = frozenset({"shutoff", "crashed"})
 # Source: libvirt virDomainRunningReason. Observed: libvirt 9.0 keeps it over its own restart, not over a pause.
-_MIGRATED = {libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY}
 _AFFECT = {"live": libvirt.VIR_DOMAIN_AFFECT_LIVE, "config": libvirt.VIR_DOMAIN_AFFECT_CONFIG}
 # The number is libvirt's for good; a libvirt-python that was built before it has no name for it.
 _ASYNC_UNPLUG = getattr(libvirt, "VIR_DOMAIN_VCPU_ASYNC_UNPLUG", 1 << 5)
@@ -125,7 +125,7 @@ class VmHandle:
             balloon_unused=balloon_unused,
             job=self.find_job() if live_xml else None,
             saved=bool(config_xml) and self._has_saved_state(),
-            migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in _MIGRATED,
+            migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in MIGRATED,
         )
         if ask_target and live is not None and live.balloon and domain.balloon_bytes is not None:
             held = ask_balloon_pages(self._domain, self._means.ask_qemu)

@@ -18,9 +18,10 @@ from kvmagent.hypervisor.guestagent import Send
 from kvmagent.hypervisor.host import read_boot_id, read_host, read_host_load
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts, read_stats
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
+from kvmagent.hypervisor.migrations import Migrations
 from kvmagent.hypervisor.performers import foresee, perform, preview
 from kvmagent.hypervisor.qemumemory import AskQemu
-from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes, was_migrated
+from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.hypervisor.vmnames import VmNames
@@ -45,7 +46,7 @@ class Node:
 
     `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
     `host_root` where the kernel's files of the host are, `domain_schema` what a dry run is held against.
-    `removes_emulated`: see Host. `restarts` remembers since when VMs wait for one.
+    `removes_emulated`: see Host. `restarts` remembers since when VMs wait for one, `migrations` which came by one.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Node:
         domain_schema: Path = DOMAIN_SCHEMA,
         removes_emulated: bool = False,
         restarts: RestartMemory | None = None,
+        migrations: Migrations | None = None,
     ) -> None:
         #: The names of the VMs that were seen.
         self.names = VmNames()
@@ -82,7 +84,7 @@ class Node:
         self._budget = budget or Budget(host_root=host_root)
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
-        self._migrated: dict[str, tuple[int | None, bool]] = {}
+        self._migrations = migrations or Migrations(host_root=host_root)
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -99,6 +101,7 @@ class Node:
 
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
+        known = self._migrations.known()
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             domains = connection.listAllDomains()
             for domain in domains:
@@ -106,6 +109,7 @@ class Node:
             uuids = [domain.UUIDString() for domain in domains]
         if self._restarts is not None:
             self._restarts.keep(uuids)
+        self._migrations.forget(known.difference(uuids))
         return uuids
 
     def check_vm(self, vm: str) -> None:
@@ -237,7 +241,9 @@ class Node:
             adds_iommu=version >= _ADDS_IOMMU,
             emulates_x2apic=_emulates_x2apic(connection, domain.live or domain.config),
         )
-        facts = Facts(domain=self._with_migrated(domain), guest=guest, host=host)
+        facts = Facts(domain=domain, guest=guest, host=host)
+        domain = msgspec.structs.replace(domain, migrated=self._migrations.note(facts))
+        facts = msgspec.structs.replace(facts, domain=domain)
         self._budget.note(facts)
         if "budget" in parts and domain.live is not None:
             pools = self._budget.look(connection, domain.uuid)
@@ -257,20 +263,6 @@ class Node:
             libvirt_is_privileged=self._connection.is_privileged,
             has_domain_schema=has_schema(self._means.domain_schema),
         )
-
-    def _with_migrated(self, domain: Domain) -> Domain:
-        """Return the domain with whether it was migrated in this run.
-
-        Its process is looked up once for each run; what libvirt once said is remembered, for one that is not seen.
-        """
-        if domain.live is None:
-            return domain
-        run, migrated = self._migrated.get(domain.uuid, (None, False))
-        if run is None or run != domain.live.domain_id:
-            migrated = was_migrated(self._host_root, domain.uuid)
-        migrated = migrated or domain.migrated
-        self._migrated[domain.uuid] = domain.live.domain_id, migrated
-        return msgspec.structs.replace(domain, migrated=migrated)
 
     def _with_memlock(self, domain: Domain) -> Domain:
         """Return the domain with what its process may lock: looked up where memory is locked, by VFIO or by wish."""

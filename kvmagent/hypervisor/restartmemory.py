@@ -11,11 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvmagent.logs import Log
+from kvmagent.hypervisor.vmfile import VmFile
 from kvmagent.model.facts import Facts
-from kvmagent.private import write_file
-
-log = Log(__name__)
 
 
 class _Waiting(msgspec.Struct, frozen=True):
@@ -25,26 +22,18 @@ class _Waiting(msgspec.Struct, frozen=True):
     run: str | None
 
 
-_WAITING = msgspec.json.Decoder(dict[str, _Waiting])
-
-
 class RestartMemory:
     """Thread-safe. `clock` tells seconds since the epoch."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._path = path
+        self._file = VmFile(path, _Waiting, "since when VMs wait for a restart")
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: dict[str, _Waiting] = {}
 
     def load(self) -> None:
-        """Read what was noted; a file that cannot be read is told, and begun anew."""
-        try:
-            self._waiting = _WAITING.decode(self._path.read_bytes())
-        except FileNotFoundError:
-            return
-        except (OSError, msgspec.MsgspecError) as error:
-            log.warning("since when VMs wait for a restart is forgotten", path=self._path, error=str(error))
+        """Read what was noted."""
+        self._waiting = self._file.load()
 
     def note(self, facts: Facts) -> float | None:
         """Note whether a VM waits for a restart, and return since when; None where it does not."""
@@ -54,11 +43,11 @@ class RestartMemory:
             if not facts.restart_required:
                 if known is not None:
                     del self._waiting[uuid]
-                    self._save()
+                    self._file.save(self._waiting)
                 return None
             if known is None or known.run != facts.run:
                 known = self._waiting[uuid] = _Waiting(self._clock(), facts.run)
-                self._save()
+                self._file.save(self._waiting)
             return known.since
 
     def keep(self, uuids: Iterable[str]) -> None:
@@ -67,10 +56,4 @@ class RestartMemory:
         with self._lock:
             if gone := self._waiting.keys() - here:
                 self._waiting = {uuid: one for uuid, one in self._waiting.items() if uuid not in gone}
-                self._save()
-
-    def _save(self) -> None:
-        try:
-            write_file(self._path, msgspec.json.encode(self._waiting))
-        except OSError as error:
-            log.warning("since when VMs wait for a restart cannot be kept", path=self._path, error=str(error))
+                self._file.save(self._waiting)

@@ -376,6 +376,11 @@ class Host(msgspec.Struct, frozen=True):
     pools: tuple[MemoryPool, ...] = ()
 
 
+def format_run(domain_id: int | None, boot_id: str | None) -> str | None:
+    """Return the name of a VM's run; None where it does not run, or it is not known which boot of the host this is."""
+    return None if domain_id is None or domain_id < 0 or boot_id is None else f"{domain_id}@{boot_id}"
+
+
 class Facts(msgspec.Struct, frozen=True):
     """All that a planner may look at.
 
@@ -396,8 +401,8 @@ class Facts(msgspec.Struct, frozen=True):
 
         Source: libvirt counts domain ids up for as long as it runs, or the host does while a VM runs.
         """
-        live, boot_id = self.domain.live, self.host.boot_id
-        return None if live is None or live.domain_id is None or boot_id is None else f"{live.domain_id}@{boot_id}"
+        live = self.domain.live
+        return None if live is None else format_run(live.domain_id, self.host.boot_id)
 
     def get_live(self) -> Definition:
         """Return the running VM's definition.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 _ALLOW, _EPERM = 0x7FFF0000, 0x00050001
 _MASKED_EQ = 7
+_NOBODY_S_GROUP = 65533
 _WRITE, _EXEC = 2, 4
 # With MemoryDenyWriteExecute, memory that is or was writable never becomes executable: system call, and for its third
 # argument the bits that are looked at with the values that they may have. Source: systemd 252 seccomp-util.c,
@@ -32,6 +33,15 @@ def confine(unit: Path, command: Sequence[str]) -> list[str]:
     """The command line that runs a command as the unit confines it."""
     setpriv = ["setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
     return [*setpriv, sys.executable, "-I", __file__, str(unit), *command]
+
+
+def hide_processes(command: Sequence[str]) -> list[str]:
+    """The command line that runs a command as root under ProtectProc=invisible: it sees no other user's processes.
+
+    A group whose members see them all there has to be another than root's.
+    """
+    hide = f'mount --make-rprivate /; mount -t proc -o hidepid=invisible,gid={_NOBODY_S_GROUP} proc /proc; exec "$@"'
+    return ["unshare", "--mount", "sh", "-ec", hide, "sh", "setpriv", "--bounding-set=-sys_ptrace", *command]
 
 
 def read_service(unit: Path) -> dict[str, list[str]]:

@@ -1,0 +1,140 @@
+"""Which VMs came to this host by live migration, in their present run: known for the rest of it.
+
+    find   libvirt connected     each running VM's reason to run is read: what came while nobody listened
+    hear   an event of libvirt   a VM starts or runs on by migration, or stops
+    note   a look at a VM        libvirt's own word; once for each run its QEMU's command line, where it is seen
+    save   once a second         what is new goes into a small file, so that it outlives the agent
+
+libvirt forgets it at the first pause. A confined agent (ProtectProc=invisible) sees no QEMU: what it has not heard
+and not seen before that pause nobody can tell it.
+"""
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import libvirt
+
+from kvmagent.hypervisor.host import read_boot_id
+from kvmagent.hypervisor.qemuprocess import was_migrated
+from kvmagent.hypervisor.vmfile import VmFile
+from kvmagent.logs import Log
+from kvmagent.model.facts import Facts, format_run
+
+log = Log(__name__)
+
+MIGRATED = frozenset({libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY})
+_RUNNING = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING
+_ARRIVALS = frozenset(
+    {
+        (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED),
+        (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED),
+        (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_RESUMED_POSTCOPY),
+    }
+)
+
+
+class _Came(NamedTuple):
+    """How a VM came to its present run on this host."""
+
+    run: str
+    migrated: bool
+
+
+class Migrations:
+    """Thread-safe. `path` is the file, which has the run of each VM that came so; without one, nothing outlives this.
+
+    `host_root` is where the kernel's files of the host are.
+    """
+
+    def __init__(self, path: Path | None = None, *, host_root: Path = Path("/")) -> None:
+        self._file = None if path is None else VmFile(path, str, "which VMs came by live migration")
+        self._host_root = host_root
+        self._boot_id = read_boot_id(host_root)
+        self._lock = threading.Lock()
+        self._known: dict[str, _Came] = {}
+        self._is_saved = True
+
+    def load(self) -> None:
+        """Read what was kept."""
+        if self._file is not None:
+            kept = self._file.load().items()
+            # Every run ends with the host's boot.
+            present = [(uuid, run) for uuid, run in kept if run.endswith(f"@{self._boot_id}")]
+            self._known = {uuid: _Came(run, migrated=True) for uuid, run in present}
+
+    def find(self, connection: libvirt.virConnect) -> list[int]:
+        """Look at what runs on a new connection; it gets no callback of ours, and so there are no ids to return."""
+        try:
+            for domain, stats in connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, _RUNNING):
+                if stats.get("state.state") == libvirt.VIR_DOMAIN_RUNNING and stats.get("state.reason") in MIGRATED:
+                    self._put(domain)
+        except libvirt.libvirtError as error:
+            log.info("VMs that came by live migration are found at the next look", error=str(error))
+        return []
+
+    def hear(self, domain: libvirt.virDomain, event: int, detail: int) -> None:
+        """Take a lifecycle event into account. For the event loop's thread: what is new is written later."""
+        if (event, detail) in _ARRIVALS:
+            self._put(domain)
+        elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            self._forget(domain.UUIDString())
+
+    def note(self, facts: Facts) -> bool:
+        """Take a look at a VM into account, and return whether it came here by live migration in this run."""
+        uuid, run, told = facts.domain.uuid, facts.run, facts.domain.migrated
+        if run is None:
+            if facts.domain.live is None:
+                self._forget(uuid)
+            return told
+        with self._lock:
+            known = self._known.get(uuid)
+        if known is None or known.run != run:
+            told = told or was_migrated(self._host_root, uuid)
+        elif known.migrated or not told:
+            return known.migrated
+        with self._lock:
+            known = self._known.get(uuid)
+            # Its event may have come meanwhile.
+            came = known if not told and known is not None and known.run == run else _Came(run, told)
+            self._remember(uuid, came)
+        return came.migrated
+
+    def known(self) -> frozenset[str]:
+        """Return the VMs of which something is remembered."""
+        with self._lock:
+            return frozenset(self._known)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        """Forget VMs that are not on this host any more."""
+        for uuid in uuids:
+            self._forget(uuid)
+
+    def save(self) -> None:
+        """Write what has changed, if anything has."""
+        with self._lock:
+            if self._is_saved:
+                return
+            self._is_saved = True
+            came = {uuid: one.run for uuid, one in self._known.items() if one.migrated}
+        if self._file is not None and not self._file.save(came):
+            self._is_saved = False
+
+    def _put(self, domain: libvirt.virDomain) -> None:
+        run = format_run(domain.ID(), self._boot_id)
+        if run is not None:
+            with self._lock:
+                self._remember(domain.UUIDString(), _Came(run, migrated=True))
+
+    def _remember(self, uuid: str, came: _Came) -> None:
+        former = self._known.get(uuid)
+        self._known[uuid] = came
+        if former != came and (came.migrated or (former is not None and former.migrated)):
+            self._is_saved = False
+
+    def _forget(self, uuid: str) -> None:
+        with self._lock:
+            former = self._known.pop(uuid, None)
+            if former is not None and former.migrated:
+                self._is_saved = False
