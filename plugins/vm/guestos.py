@@ -60,6 +60,18 @@ def find_limits(os: GuestOs | None, *, dimm: bool, virtio_mem: bool) -> list[Pro
     return found
 
 
+def find_unknown(os: GuestOs | None) -> list[Problem]:
+    """Return that nobody knows whether the guest takes the virtio-mem devices that it is to have."""
+    if os is not None and os.family is not None:
+        return []
+    message = "it is not known whether the guest takes virtio-mem: it does not tell which system it runs"
+    remedy = (
+        "Before the restart, make sure that the guest runs Linux 5.8 or newer, or Windows with the viomem driver of "
+        "virtio-win: any other guest can then be given no memory while it runs."
+    )
+    return [Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy)]
+
+
 def find_socket_limits(os: GuestOs | None, sockets: int) -> list[Problem]:
     """Return that the guest's edition uses fewer sockets than it would get. Source: Microsoft, "Windows editions"."""
     if os is None or os.family != "windows" or "server" in os.name.lower():

@@ -22,7 +22,7 @@ from .checks import (
     refuse_first,
     virtio_mem_block_bytes,
 )
-from .guestos import check_virtio_mem, find_socket_limits
+from .guestos import check_virtio_mem, find_limits, find_socket_limits, find_unknown
 from .machines import check_machine, find_machine
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
@@ -87,7 +87,7 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
 
 
 def explain_preparation(goal: PrepareGoal | None, facts: Facts, *, planned: bool) -> list[Problem]:
-    """Return what a prepared definition cannot promise: sockets that the guest leaves unused, and what was not checked.
+    """Return what a prepared definition cannot promise: what the guest may leave unused, and what was not checked.
 
     `planned`: the definition was not made.
     """
@@ -98,6 +98,8 @@ def explain_preparation(goal: PrepareGoal | None, facts: Facts, *, planned: bool
         words = "the prepared definition was not held against /usr/share/libvirt/schemas/domain.rng: it is not there"
         found.append(warning(Code.DEFINITION_NOT_CHECKED, words))
     sockets = shape.vcpu_maximum if shape.topology is None else shape.topology[0]
+    if shape.virtio_mems:
+        found += find_unknown(facts.guest.os) + find_limits(facts.guest.os, dimm=False, virtio_mem=True)
     return found + find_socket_limits(facts.guest.os, sockets)
 
 

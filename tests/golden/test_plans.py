@@ -744,6 +744,8 @@ CASES = {
     "prepare-virtio-mem": Case(
         READY, {"prepare": True, "memoryDevice": "virtio-mem", "slots": 16}, spec={"numa_cells": 2}
     ),
+    "prepare-virtio-mem-unknown-system": Case(READY, {"prepare": True, "memoryDevice": "virtio-mem"}, guest={"os": {}}),
+    "prepare-virtio-mem-windows": Case(READY, {"prepare": True, "memoryDevice": "virtio-mem"}, guest={"os": WINDOWS}),
     "prepare-refused-virtio-mem-locked": Case(
         READY,
         {"prepare": True, "memoryDevice": "virtio-mem"},
