@@ -2,17 +2,20 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import libvirt
 import pytest
 
+from kvmagent.hypervisor.node import Node
+from tests.conftest import Boot
 from tests.fakes.agent import carry_out, open_node
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.processes import wait_for
 
 MIB = 1024 * 1024
 Define = Callable[..., Guest]
@@ -69,24 +72,98 @@ def test_a_managed_save_image_is_told_with_every_change_of_the_definition(
         assert domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE) == 1, "restored as it was saved"
 
 
+# QEMU ends by SIGTERM alone once its guest is off: where that is held back, the VM stays in shutdown.
+SLOW_TO_END = """#!/bin/sh
+case " $* " in
+    *guest=states,*) exec env --block-signal=TERM qemu-system-x86_64 "$@" ;;
+    *) exec qemu-system-x86_64 "$@" ;;
+esac
+"""
+
+
+@pytest.fixture(scope="module")
+def guest(boot_module: Boot, lab: PrivateLibvirtd) -> Guest:
+    """One that goes through states."""
+    emulator = lab.guests_directory / "slow-to-end"
+    emulator.write_text(SLOW_TO_END)
+    emulator.chmod(0o755)
+    sleeps = "<pm><suspend-to-mem enabled='yes'/></pm>"
+    return boot_module(GuestSpec(name="states", domain_xml=sleeps, devices_xml=f"<emulator>{emulator}</emulator>"))
+
+
+@pytest.fixture
+def node(lab: PrivateLibvirtd, tmp_path: Path) -> Iterator[Node]:
+    """The agent's inside on the lab's libvirt."""
+    with open_node(lab.uri, tmp_path) as opened:
+        yield opened
+
+
 @pytest.mark.guest
-def test_a_guest_that_sleeps_gets_memory_and_no_vcpu(
-    boot: Callable[[GuestSpec], Guest], lab: PrivateLibvirtd, tmp_path: Path
-) -> None:
-    guest = boot(GuestSpec(name="sleeper", domain_xml="<pm><suspend-to-mem enabled='yes'/></pm>"))
+def test_a_frozen_agent_is_told_with_what_thaws_it(guest: Guest, node: Node) -> None:
+    """The guest agent comes up frozen, as it does where it is started again amid a backup."""
+    guest.stop_agent()
+    guest.run("touch /run/qga.state.isfrozen")
+    guest.start_agent()
+    reply: dict[str, Any] = carry_out(node, "HotPlugCpu", vmUuid="states", cpuNum=2)
+    assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, "plugged", 2), reply
+    (told,) = [problem for problem in reply["warnings"] if problem["code"] == "GUEST_AGENT_FROZEN"]
+    assert "virsh domfsthaw" in told["remedy"]
+    reply = carry_out(node, "ReadyForHotplug", "task-2", vmUuid="states")
+    assert (reply["ready"], reply["confirmable"]) == (True, False), reply
+    with guest.domain() as domain:
+        domain.fsThaw()
+    reply = carry_out(node, "ReadyForHotplug", "task-3", vmUuid="states")
+    assert (reply["confirmable"], reply["after"]["guestCpuNum"]) == (True, 1), reply
+
+
+@pytest.mark.guest
+def test_a_guest_that_ignores_the_shutdown_is_one_that_runs(guest: Guest, node: Node) -> None:
+    guest.run("killall acpid")
+    with guest.domain() as domain:
+        domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    reply: dict[str, Any] = carry_out(node, "HotPlugCpu", vmUuid="states", cpuNum=2)
+    assert (reply["success"], reply["cpuNum"]) == (True, 2), reply
+
+
+@pytest.mark.guest
+def test_a_guest_that_sleeps_gets_memory_and_no_vcpu(guest: Guest, node: Node) -> None:
     looked = threading.Event()
-    with open_node(lab.uri, tmp_path) as node, guest.domain() as domain:
+    with guest.domain() as domain:
         guest.run("(usleep 200000; echo mem > /sys/power/state) &")
         while domain.state()[0] != libvirt.VIR_DOMAIN_PMSUSPENDED:
             looked.wait(0.1)
-        reply: dict[str, Any] = carry_out(node, "HotPlugCpu", vmUuid="sleeper", cpuNum=2)
+        reply: dict[str, Any] = carry_out(node, "HotPlugCpu", vmUuid="states", cpuNum=3)
         assert (reply["outcome"], reply["errorCode"]) == ("refused", "VM_SUSPENDED"), reply
         assert "virsh dompmwakeup" in reply["remedy"]
-        reply = carry_out(node, "HotPlugMemory", "task-2", vmUuid="sleeper", memorySize=384 * MIB)
+        reply = carry_out(node, "HotPlugMemory", "task-2", vmUuid="states", memorySize=384 * MIB)
         assert (reply["outcome"], reply["memorySize"]) == ("plugged", 384 * MIB), reply
         domain.pMWakeup(0)
         while domain.state()[0] != libvirt.VIR_DOMAIN_RUNNING:
             looked.wait(0.1)
         # Its agent may not answer after that: Observed: Linux 6.1, virtio-serial of QEMU 7.2.
-        reply = carry_out(node, "HotPlugCpu", "task-3", vmUuid="sleeper", cpuNum=2, guestOnline=False, timeoutSec=1)
-        assert (reply["success"], reply["cpuNum"]) == (True, 2), reply
+        reply = carry_out(node, "HotPlugCpu", "task-3", vmUuid="states", cpuNum=3, guestOnline=False, timeoutSec=1)
+        assert (reply["success"], reply["cpuNum"]) == (True, 3), reply
+
+
+@pytest.mark.guest
+def test_a_vm_in_shutdown_is_given_nothing(guest: Guest, node: Node) -> None:
+    guest.restart()
+    guest.run_later("poweroff -f")
+    with guest.domain() as domain:
+        wait_for(
+            lambda: domain.state()[0] == libvirt.VIR_DOMAIN_SHUTDOWN, timeout_s=60, what="the VM to be in shutdown"
+        )
+        for command, fields in (
+            ("HotPlugCpu", {"cpuNum": 4}),
+            ("HotPlugMemory", {"memorySize": 512 * MIB}),
+            ("HotUnplugMemory", {"memorySize": 256 * MIB}),
+        ):
+            reply = carry_out(node, command, f"task-{command}", vmUuid="states", **fields)
+            assert (reply["outcome"], reply["errorCode"]) == ("refused", "VM_NOT_RUNNING"), reply
+            assert "in shutdown" in reply["error"]
+            assert reply["steps"] == []
+        reply = carry_out(node, "ReadyForHotplug", vmUuid="states")
+        assert (reply["ready"], reply["state"]) == (False, "in shutdown"), reply
+        assert "VM_NOT_RUNNING" in [blocker["code"] for blocker in reply["blockers"]]
+        assert domain.state()[0] == libvirt.VIR_DOMAIN_SHUTDOWN, "QEMU lives still"
