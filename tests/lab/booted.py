@@ -25,6 +25,7 @@ class Booted:
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
+        self._former_cgroups: dict[str, set[Path]] = {}
 
     def __enter__(self) -> Booted:
         # The container gets its own; systemd-nspawn takes what is mounted there, and does not start.
@@ -51,6 +52,16 @@ class Booted:
         # With its first process the container ends, and with it systemd-nspawn, which holds our pipe.
         os.kill(self._leader, signal.SIGKILL)
         self._container.communicate()
+        for place, former in self._former_cgroups.items():
+            for directory in reversed(find_directories(Path(place))):
+                if directory not in former:
+                    with contextlib.suppress(OSError):
+                        directory.rmdir()
+
+    @property
+    def root(self) -> Path:
+        """Where its files are for the tests, those of its kernel too."""
+        return Path(f"/proc/{self._leader}/root")
 
     def run(self, *command: str) -> str:
         """Run a command in the container as its root; what it printed.
@@ -62,6 +73,21 @@ class Booted:
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-8000:]}")
         return done.stdout
+
+    def open_cgroups(self) -> None:
+        """Let systemd and libvirt share out CPU time. Cgroups of version 1 are the host's, and shown read-only.
+
+        libvirt starts no VM where it may write some controllers and not others.
+        """
+        mounts = [line.split()[1:4] for line in self.run("cat", "/proc/mounts").splitlines()]
+        shut = [place for place, kind, options in mounts if kind == "cgroup" and "ro" in options.split(",")]
+        self._former_cgroups = {place: set(find_directories(Path(place))) for place in shut}
+        for place in shut:
+            self.run("mount", "-o", "remount,bind,rw", place)
+        if shut:
+            # What it may use, systemd finds out at its start.
+            self.run("systemctl", "daemon-reexec")
+            wait_for(self._is_up, timeout_s=BOOT_TIMEOUT_S, what="systemd to be executed again")
 
     def show(self, unit: str, name: str) -> str:
         """A property of a unit."""
@@ -100,3 +126,8 @@ class Booted:
 
     def _is_up(self) -> bool:
         return self._run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
+
+
+def find_directories(top: Path) -> list[Path]:
+    """The directories below one, each before those in it."""
+    return sorted(path for path in top.rglob("*/") if path.is_dir())

@@ -1,12 +1,17 @@
 """The package under a real systemd, with real polkit and the distribution's own libvirtd."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.lab.agent import find_free_port
 from tests.lab.booted import Booted
+from tests.lab.domainxml import GuestSpec, format_domain
+from tests.lab.image import Image
 from tests.lab.processes import wait_for
 from tests.package.conftest import Made
 
@@ -14,6 +19,12 @@ pytestmark = pytest.mark.guest
 
 UNIT, CONF = "kvmagent.service", "/etc/kvmagent/kvmagent.conf"
 DROP_IN = f"/run/systemd/system/{UNIT}.d"
+# Cgroups of another run may be there.
+PINNED = f"pinned{os.getpid()}"
+CPUTUNE = (
+    "<cputune><shares>1000</shares><period>100000</period><quota>50000</quota>"
+    "<vcpupin vcpu='0' cpuset='0'/><vcpupin vcpu='1' cpuset='1'/><vcpupin vcpu='2' cpuset='0'/></cputune>"
+)
 KEEP_CONF = ("-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-confold")
 
 
@@ -21,8 +32,9 @@ KEEP_CONF = ("-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-con
 def machine(made: Made) -> Iterator[Booted]:
     """A booted machine with the package, whose agent listens on a port that is free on the host."""
     tree = made.debian.copy("systemd")
-    tree.install("systemd-sysv", "dbus", "libpam-systemd", "polkitd", "libvirt-daemon-system")
+    tree.install("systemd-sysv", "dbus", "libpam-systemd", "polkitd", "libvirt-daemon-system", "qemu-system-x86")
     with Booted(tree) as booted:
+        booted.open_cgroups()
         booted.run("sh", "-c", f"mkdir /etc/kvmagent && printf '[http]\\nport = {find_free_port()}\\n' >{CONF}")
         deb = f"/var/tmp/{tree.take(made.deb).name}"
         booted.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *KEEP_CONF, deb)
@@ -37,6 +49,85 @@ def test_the_installation_starts_the_service_and_its_user_reaches_libvirt(machin
     assert fields["Uid"].split()[0] == machine.run("id", "-u", "kvmagent").strip()
     assert (int(fields["CapEff"], 16), fields["NoNewPrivs"], fields["Seccomp"]) == (0, "1", "2")
     assert health(machine)["ready"] is True
+
+
+@pytest.fixture(scope="module")
+def pinned(machine: Booted, image: Image) -> Iterator[str]:
+    """A VM whose vCPUs have a quota each, shares together, and pins, but for the last one."""
+    files = [machine.root / "var/tmp" / file.name for file in (image.kernel, image.initramfs)]
+    for source, target in zip((image.kernel, image.initramfs), files, strict=True):
+        shutil.copyfile(source, target)
+    spec = GuestSpec(name=PINNED, max_vcpus=4, domain_xml=CPUTUNE)
+    xml = format_domain(
+        spec,
+        Image(*(Path("/var/tmp") / file.name for file in files), image.kernel_release),
+        virt_type="qemu",
+        console_log=Path("/var/log/libvirt/qemu/pinned-console.log"),
+        harness=Path("/var/lib/libvirt/qemu/pinned-harness.sock"),
+    )
+    xml = xml.replace("<vcpu placement='static'", "<vcpu placement='static' cpuset='0-1'")
+    (machine.root / "var/tmp/pinned.xml").write_text(xml)
+    machine.run("virsh", "define", "/var/tmp/pinned.xml")
+    machine.run("virsh", "start", spec.name)
+
+    def is_confirmable() -> bool:
+        told = json.loads(machine.run("kvmagentctl", "ready", spec.name, "--json"))
+        return bool(told["confirmable"])
+
+    wait_for(is_confirmable, timeout_s=120, what="the guest and its agent")
+    yield spec.name
+    machine.run("virsh", "destroy", spec.name)
+
+
+def test_plugged_vcpus_have_their_pins_and_quota_and_shares_follow_where_asked(machine: Booted, pinned: str) -> None:
+    """Held against what the kernel has of each vCPU's thread, and what libvirt says."""
+    assert (read_pins(machine), read_quotas(machine), read_shares(machine)) == (["0"], [0.5], 1000)
+    reply = json.loads(machine.run("kvmagentctl", "plug-cpu", pinned, "3", "--json"))
+    assert (reply["outcome"], reply["after"]["guestCpuNum"], read_shares(machine)) == ("online", 3, 1000), reply
+    reply = json.loads(machine.run("kvmagentctl", "plug-cpu", pinned, "4", "--scale-shares", "--json"))
+    assert (reply["outcome"], reply["after"]["guestCpuNum"]) == ("online", 4), reply
+    assert read_pins(machine) == ["0", "1", "0", "0-1"], "the last one has what the VM has"
+    assert read_quotas(machine) == [0.5] * 4, "of a CPU, each"
+    assert read_shares(machine) == 1333, "a third more, as the vCPUs"
+    pins = [line.split() for line in machine.run("virsh", "vcpupin", pinned).splitlines()[2:] if line]
+    assert pins == [["0", "0"], ["1", "1"], ["2", "0"], ["3", "0-1"]]
+    told = machine.run("virsh", "vcpuinfo", pinned).splitlines()
+    assert [line.split()[-1][:2] for line in told if line.startswith("CPU Affinity")] == ["y-", "-y", "y-", "yy"]
+    for where in ("--live", "--config"):
+        lines = machine.run("virsh", "schedinfo", pinned, where).splitlines()
+        values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        assert (values["cpu_shares"], values["vcpu_quota"]) == ("1333", "50000"), (where, values)
+
+
+def read_pins(machine: Booted) -> list[str]:
+    """The CPUs of the host on which the thread of each vCPU may run."""
+    threads = [words[0] for words in read_cgroups(machine, "vcpu*/cgroup.threads", "vcpu*/tasks")]
+    status = [Path(f"/proc/{thread}/status").read_text() for thread in threads]
+    return [text.partition("Cpus_allowed_list:\t")[2].split()[0] for text in status]
+
+
+def read_quotas(machine: Booted) -> list[float]:
+    """How much of a CPU each vCPU may use."""
+    maxima = read_cgroups(machine, "vcpu*/cpu.max")
+    if not maxima:
+        quotas, periods = (read_cgroups(machine, f"vcpu*/cpu.cfs_{name}_us") for name in ("quota", "period"))
+        maxima = [[*quota, *period] for quota, period in zip(quotas, periods, strict=True)]
+    return [int(quota) / int(period) for quota, period in maxima]
+
+
+def read_shares(machine: Booted) -> int:
+    """What the VM weighs."""
+    ((shares,),) = read_cgroups(machine, f"*{PINNED}*/cpu.weight", f"*{PINNED}*/cpu.shares")
+    return int(shares)
+
+
+def read_cgroups(machine: Booted, *patterns: str) -> list[list[str]]:
+    """The words of such files of the VM's cgroups, in order; where version 1 has one for each controller, of one."""
+    files = [
+        file for pattern in patterns for file in (machine.root / "sys/fs/cgroup").rglob(pattern) if PINNED in str(file)
+    ]
+    by_name = {file.parent.name: file for file in files}
+    return [by_name[name].read_text().split() for name in sorted(by_name)]
 
 
 def test_a_reload_keeps_the_process_and_a_restart_is_clean(machine: Booted) -> None:
