@@ -125,14 +125,14 @@ def make_node(
 
 
 @contextmanager
-def open_node(uri: str, directory: Path) -> Iterator[Node]:
-    """A Node on a real libvirt, with its events."""
+def open_node(uri: str, directory: Path, *, domain_schema: Path = DOMAIN_SCHEMA) -> Iterator[Node]:
+    """A Node on a real libvirt, with its events; `domain_schema` is that libvirt's own."""
     events = DeviceEvents()
     connection, event_connection = Connection(uri), EventConnection(uri, (events.register,))
     connection.start()
     event_connection.start()
     try:
-        yield Node(connection, events=events, former_xml_dir=directory / "former-xml")
+        yield Node(connection, events=events, former_xml_dir=directory / "former-xml", domain_schema=domain_schema)
     finally:
         event_connection.stop()
         connection.stop()

@@ -42,6 +42,12 @@ TOPOLOGIES: dict[str, tuple[int, int, int, int] | None] = {
 CELLS = ("none", "one", "two", "memory-only", "three")
 HOLES = (None, 1, 512)
 IOMMUS = ("none", "intel", "virtio")
+#: libvirt 9.0 knows no AMD IOMMU, and QEMU 7.2 emulating no eim: these are for newer ones.
+NEWER_IOMMUS = ("amd", "amd xtsup", "intel eim")
+_IOMMU_DRIVERS = {
+    "amd xtsup": "<driver intremap='on' xtsup='on'/>",
+    "intel eim": "<driver intremap='on' eim='on'/>",
+}
 #: What a definition without maxMemory has, MiB; an odd one too.
 MEMORIES = (512, 777, 3 * 1024)
 
@@ -89,17 +95,23 @@ class Row:
             "" if self.max_memory_gib is None else f"<maxMemory slots='4' unit='GiB'>{self.max_memory_gib}</maxMemory>",
             self._format_vcpus(),
             f"<os><type arch='x86_64' machine='{self.machine}'>hvm</type></os>",
-            "<features><acpi/>" + ("<ioapic driver='qemu'/>" if self.iommu == "intel" else "") + "</features>",
+            "<features><acpi/>" + ("<ioapic driver='qemu'/>" if "intel" in self.iommu else "") + "</features>",
             self._format_cpu(),
             "<devices><controller type='usb' model='none'/>",
             f"<controller type='pci' index='0' model='pci{'e' if is_q35 else ''}-root'>"
             f"<pcihole64 unit='GiB'>{self.hole_gib}</pcihole64></controller>"
             if self.hole_gib is not None
             else "",
-            f"<iommu model='{self.iommu}'/>" if self.iommu != "none" else "",
+            self._format_iommu(),
             "</devices></domain>",
         ]
         return "".join(parts)
+
+    def _format_iommu(self) -> str:
+        if self.iommu == "none":
+            return ""
+        model = self.iommu.partition(" ")[0]
+        return f"<iommu model='{model}'>{_IOMMU_DRIVERS.get(self.iommu, '')}</iommu>"
 
     def _format_vcpus(self) -> str:
         if not self.listed_vcpus:
@@ -190,4 +202,24 @@ def all_rows(machines: list[str]) -> Iterator[Row]:
     ):
         yield Row(machine, cpu, topology, cells, hole, listed_vcpus=listed)
     for iommu, cpu, topology, cells in itertools.product(IOMMUS[1:], CPUS, TOPOLOGIES, CELLS):
+        yield Row("q35", cpu, topology, cells, iommu=iommu)
+
+
+def newest_gate_rows() -> list[Row]:
+    """Each IOMMU that newer libvirt has, on definitions that are hard for it."""
+    q35 = Row("q35", iommu="amd xtsup")
+    return [
+        Row("q35", iommu="amd"),
+        replace(q35, cpu="EPYC", topology="1x1x6x1"),
+        replace(q35, cpu="max", topology="2x3x1x2", cells="two", hole_gib=512),
+        replace(q35, topology="1x1x3x2", cells="memory-only", listed_vcpus=True),
+        Row("q35", iommu="intel eim", topology="1x2x3x2"),
+        Row("q35", iommu="intel eim", cpu="EPYC", cells="two"),
+    ]
+
+
+def newest_rows() -> Iterator[Row]:
+    """What the newest QEMU is tried with: each of those IOMMUs with every CPU, topology and kind of cells."""
+    yield from newest_gate_rows()
+    for iommu, cpu, topology, cells in itertools.product(NEWER_IOMMUS, CPUS, TOPOLOGIES, CELLS):
         yield Row("q35", cpu, topology, cells, iommu=iommu)
