@@ -21,6 +21,13 @@ MIB = 1024 * 1024
 Define = Callable[..., Guest]
 
 
+@pytest.fixture
+def node(lab: PrivateLibvirtd, tmp_path: Path) -> Iterator[Node]:
+    """The agent's inside on the lab's libvirt."""
+    with open_node(lab.uri, tmp_path) as opened:
+        yield opened
+
+
 def test_vcpus_and_memory_are_plugged_while_a_pull_backup_runs(
     lab: PrivateLibvirtd, define: Define, tmp_path: Path
 ) -> None:
@@ -72,6 +79,19 @@ def test_a_managed_save_image_is_told_with_every_change_of_the_definition(
         assert domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE) == 1, "restored as it was saved"
 
 
+def test_vcpus_that_are_as_many_and_not_the_same_are_drift(define: Define, node: Node) -> None:
+    guest = define(GuestSpec(name="with-holes", max_vcpus=6))
+    with guest.domain() as domain:
+        for vcpu in ("1", "3", "5"):
+            domain.setVcpu(vcpu, 1, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        domain.setVcpusFlags(4, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    reply = carry_out(node, "ReadyForHotplug", vmUuid="with-holes")
+    assert reply["after"]["cpuNum"] == reply["after"]["configCpuNum"] == 4
+    assert reply["drift"] == [{"field": "vcpus", "live": "0-1,3,5", "config": "0-3"}]
+    (told,) = [problem["message"] for problem in reply["warnings"] if problem["code"] == "DRIFT"]
+    assert "0-1,3,5" in told
+
+
 # QEMU ends by SIGTERM alone once its guest is off: where that is held back, the VM stays in shutdown.
 SLOW_TO_END = """#!/bin/sh
 case " $* " in
@@ -89,13 +109,6 @@ def guest(boot_module: Boot, lab: PrivateLibvirtd) -> Guest:
     emulator.chmod(0o755)
     sleeps = "<pm><suspend-to-mem enabled='yes'/></pm>"
     return boot_module(GuestSpec(name="states", domain_xml=sleeps, devices_xml=f"<emulator>{emulator}</emulator>"))
-
-
-@pytest.fixture
-def node(lab: PrivateLibvirtd, tmp_path: Path) -> Iterator[Node]:
-    """The agent's inside on the lab's libvirt."""
-    with open_node(lab.uri, tmp_path) as opened:
-        yield opened
 
 
 @pytest.mark.guest
