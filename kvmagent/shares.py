@@ -17,6 +17,11 @@ class Shares:
         self._taken: Counter[Hashable] = Counter()
         self._free = total
 
+    def resize(self, total: int) -> None:
+        """Have so many places from now on; who has too many keeps them."""
+        self._free += total - self.total
+        self.total = total
+
     @property
     def free(self) -> int:
         """How many places nobody has."""

@@ -2,13 +2,14 @@
 
     selector -> worker: handshake and bytes, as far as they are there -> not whole yet: back to the selector
                                                                       -> whole: parse, `respond`, answer
+                        an answer that its client does not take at once: back to the selector, until it takes more
 
 A worker that has answered stays with its client for a moment where others are free, and saves the next request the
 way over the selector.
 
 cheroot's own worker reads from the socket and waits: a client that sends a byte a second keeps it for ever, and with
-TLS cheroot shakes hands in the thread that accepts. Here a worker takes what has come and lets go, so that however
-many clients dribble, a whole request finds a worker at once.
+TLS cheroot shakes hands in the thread that accepts. Here a worker takes what has come, writes what is taken, and lets
+go: however many clients dribble, or ask and never read, a whole request finds a worker at once. No socket ever blocks.
 Source: cheroot 11 server.HTTPConnection.communicate, connections.ConnectionManager.
 """
 
@@ -34,6 +35,7 @@ from typing import Any
 
 import cheroot.server
 
+from kvmagent.api.connections import Connections
 from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
 from kvmagent.api.localpeer import find_local_user
 from kvmagent.api.security import Peer, Security, certificate_end, certificate_names
@@ -46,6 +48,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import LOCAL
 from kvmagent.private import check_trusted, owners_of
 from kvmagent.settings import HttpSection
+from kvmagent.shares import Shares
 
 log = Log(__name__)
 
@@ -60,11 +63,17 @@ _STAYING, _STAY_S = 8, 0.25
 _LOCAL_THREADS, _LOCAL_STAYING = 6, 2
 # Connects beyond the backlog wait a second or more for the kernel to try again.
 _BACKLOG = 1024
-# A connection that says nothing for so long is closed, and a client that does not read its answer given up.
-_IDLE_S = 10
+# A connection that says nothing for so long is closed, as is one whose client takes nothing of its answer; and in all
+# an answer must be taken within so long.
+_IDLE_S, _ANSWER_S = 10, 60
 _READ_BYTES = 65536
+# Of what a client still sends to whom it was refused so much is taken; one that goes on is not waited for.
+_READ_AWAY_TIMES = 64
 _TLS_HANDSHAKE = b"\x16"  # RFC 8446 5.1: the first byte of every TLS connection
-# Requests that are not whole take so much memory together, beside one of the largest.
+# What the kernel keeps for a connection, in each direction (it doubles this): it counts for the agent, and would grow.
+_KERNEL_BYTES = 128 * 1024
+# Requests that are not whole and answers that are not taken have so much memory together, beside two of the largest
+# requests: any client has room for one.
 _MAX_HELD_BYTES = 64 * 2**20
 # All addresses that may not connect get an answer that says so, and no more connections than these together.
 _STRANGERS, _MAX_STRANGERS = "strangers", 64
@@ -75,6 +84,8 @@ class Listener(cheroot.server.HTTPServer):
 
     By TCP, or where a `path` is given by a UNIX socket there.
     """
+
+    _connections: Any
 
     def __init__(
         self,
@@ -95,22 +106,22 @@ class Listener(cheroot.server.HTTPServer):
         self.request_queue_size = _BACKLOG
         self.timeout = _IDLE_S
         self.respond = respond
-        self.ConnectionClass = _Connection
         self.max_request_header_size = MAX_HEAD_BYTES
-        self.set_limits(http)
         self.security = security
         self.meters = meters
         self.refusals = refusals
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
-        self._held_bytes = 0
+        self._held = Shares(0)
         self._staying = threading.BoundedSemaphore(staying)
+        self.set_limits(http)
 
     def set_limits(self, http: HttpSection) -> None:
         """Have the limits of a section, which is of the same address."""
         self.max_request_body_size = http.max_body_bytes + READ_AWAY_BYTES
-        self.keep_alive_conn_limit = http.max_connections
         self.http = http
+        with self._lock:
+            self._held.resize(_MAX_HELD_BYTES + 2 * http.max_body_bytes)
 
     def stay(self, connection: "_Connection") -> bool:
         """Wait for more from a client for a moment, where enough workers are free; return whether there is."""
@@ -155,6 +166,13 @@ class Listener(cheroot.server.HTTPServer):
             self.socket.close()
             raise
 
+    def prepare(self) -> None:
+        super().prepare()
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):  # what is accepted inherits them
+            self.socket.setsockopt(socket.SOL_SOCKET, option, _KERNEL_BYTES)
+        self._connections.close()  # cheroot's own, which nothing has come to yet
+        self._connections = Connections(self.socket, self._connect, self.process_conn, idle_s=_IDLE_S)
+
     def stop(self) -> None:
         """Close, and leave no socket behind that nobody listens at."""
         super().stop()
@@ -162,13 +180,18 @@ class Listener(cheroot.server.HTTPServer):
             if self._bound is not None and os.path.samestat(os.lstat(self.path), self._bound):
                 os.unlink(self.path)
 
-    def enter(self, address: str) -> None:
+    def find_share(self, address: str) -> tuple[str, int]:
+        """Return as whose an address's connections count, and how many of them may be open."""
+        if not self.path and not self.security.is_allowed_address(address):
+            return _STRANGERS, _MAX_STRANGERS
+        return network_of(address), self.http.max_connections_per_client
+
+    def enter(self, key: str, limit: int) -> None:
         """Count a connection in.
 
         Raises:
             AgentError: TOO_MANY_CONNECTIONS; then it is not counted.
         """
-        key, limit = self._limit(address)
         with self._lock:
             # Nobody takes more than are free: two who work together leave the others a third.
             if self._open[key] >= min(limit, self.http.max_connections - self._open.total()):
@@ -177,34 +200,36 @@ class Listener(cheroot.server.HTTPServer):
                 raise AgentError(Code.TOO_MANY_CONNECTIONS, f"{found}; {limits}")
             self._open[key] += 1
 
-    def leave(self, address: str) -> None:
+    def leave(self, key: str) -> None:
         """Count a connection out that was counted in."""
-        key, _ = self._limit(address)
         with self._lock:
             self._open[key] -= 1
             if not self._open[key]:
                 del self._open[key]
 
-    def hold(self, before: int, now: int) -> None:
-        """Count the bytes that a connection keeps of a request which is not whole.
+    def hold(self, key: str, before: int, now: int) -> None:
+        """Count the bytes that are kept for a connection: of a request, or of an answer.
 
         Raises:
-            AgentError: TOO_MANY_CONNECTIONS: all together keep too many; they are counted all the same.
+            AgentError: TOO_MANY_CONNECTIONS: its client has too many already; they are counted all the same.
         """
         with self._lock:
-            self._held_bytes += now - before
-            held, limit = self._held_bytes, _MAX_HELD_BYTES + self.http.max_body_bytes
-        if now > before and held > limit:
-            message = f"{held} bytes of requests that are not whole are kept, the limit is {limit}"
+            self._held.leave(key, places=before)
+            has_room = now <= before or self._held.has_room(key, places=now)
+            self._held.take(key, places=now)
+            held, free = self._held.taken(key), self._held.free
+        if not has_room:
+            message = f"{held} bytes of requests and answers are kept for {key}, {free} are left for all"
             raise AgentError(Code.TOO_MANY_CONNECTIONS, message)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
         log.write(level, "http server", sys.exc_info()[1] if traceback else None, error=msg.strip())
 
-    def _limit(self, address: str) -> tuple[str, int]:
-        if not self.path and not self.security.is_allowed_address(address):
-            return _STRANGERS, _MAX_STRANGERS
-        return network_of(address), self.http.max_connections_per_client
+    def _connect(self, accepted: socket.socket, address: Any) -> "_Connection":
+        connection = _Connection(self, accepted)
+        if not self.path:
+            connection.remote_addr, connection.remote_port = address[:2]
+        return connection
 
 
 class _Gateway(cheroot.server.Gateway):
@@ -246,20 +271,23 @@ class _Inbox(io.BytesIO):
 
 
 class _Outbox(io.RawIOBase):
-    """What is written to a client, sent whole: cheroot's own writer sends the head of an answer before its body."""
+    """What is written to a client, sent whole: cheroot's own writer sends the head of an answer before its body.
+
+    `flush` sends what the client takes at once, and waits for nobody; `waiting` is the rest.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._waiting: list[bytes] = []
+        self.waiting = bytearray()
 
     def write(self, data: Any) -> int:
-        self._waiting.append(data)
+        self.waiting += data
         return len(data)
 
     def flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if waiting:
-            self._socket.sendall(b"".join(waiting))
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
+            while self.waiting:
+                del self.waiting[: self._socket.send(self.waiting)]
 
 
 class _Connection(cheroot.server.HTTPConnection):
@@ -267,10 +295,12 @@ class _Connection(cheroot.server.HTTPConnection):
 
     RequestHandlerClass = Request
     server: Listener
+    wfile: _Outbox
     #: The other end, as far as the connection tells.
     peer: Peer
 
-    def __init__(self, server: Listener, sock: socket.socket, makefile: Any = None) -> None:
+    def __init__(self, server: Listener, sock: socket.socket) -> None:
+        sock.setblocking(False)
         super().__init__(server, sock, _make_file)
         self._framing = Framing(server.http.max_body_bytes)
         self._context = server.context
@@ -280,6 +310,19 @@ class _Connection(cheroot.server.HTTPConnection):
         self._held_bytes = 0
         # By when the request must be whole that is under way, if one is; the first one with its handshake.
         self._deadline: float | None = time.monotonic() + server.http.request_timeout_sec
+        # By when an answer must be taken, if one waits; and whether it is the last one.
+        self._answer_deadline: float | None = None
+        self._is_last = False
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether its client has not taken its answer yet."""
+        return bool(self.wfile.waiting)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether it can go on at once: bytes of its next request are there."""
+        return self.rfile.has_data() and not self.is_writing
 
     @property
     def is_outdated(self) -> bool:
@@ -287,10 +330,32 @@ class _Connection(cheroot.server.HTTPConnection):
         return self._generation != self.server.security.generation
 
     def communicate(self) -> bool:
-        """Go on with what has come in; return whether the connection stays open."""
-        while (answered := self._go_on()) and self.server.stay(self):
-            pass
-        return answered is not None
+        """Go on with what has come in; return whether the connection stays open, if only to be written to."""
+        try:
+            self.wfile.flush()
+            goes_on = True
+            while goes_on and not self.is_writing and not self._is_last:
+                answered = self._go_on()
+                self._is_last = answered is None
+                goes_on = bool(answered) and not self.is_writing and self.server.stay(self)
+            return self._wait_taken() if self.is_writing else not self._is_last
+        except AgentError as error:
+            self.server.meters.refused(error.code)
+            self.server.refusals.tell(self.remote_addr, what="answer", outcome=error.code, error=error.message)
+        except OSError as error:
+            log.debug("client left", client=self.remote_addr, error=str(error))
+        return False
+
+    def _wait_taken(self) -> bool:
+        """Let go until the client takes more of its answer; return False where it has had its time.
+
+        Raises:
+            AgentError: TOO_MANY_CONNECTIONS: too much waits for it.
+        """
+        if self._answer_deadline is None:
+            self._answer_deadline = time.monotonic() + _ANSWER_S
+        self._hold(len(self.wfile.waiting))
+        return time.monotonic() < self._answer_deadline
 
     def wait_readable(self, timeout_s: float) -> bool:
         """Wait until more has come in from the client, or it has gone; return whether it is so."""
@@ -301,7 +366,8 @@ class _Connection(cheroot.server.HTTPConnection):
         return bool(poll.poll(timeout_s * 1000))
 
     def _go_on(self) -> bool | None:
-        """Go on with what has come in; return whether a request was answered, None when the connection is done."""
+        """Go on with what has come in; return whether a request was answered, None when no other one will be."""
+        self._answer_deadline = None
         try:
             if not self._is_counted:
                 self._enter()
@@ -314,11 +380,6 @@ class _Connection(cheroot.server.HTTPConnection):
         except AgentError as error:
             self.refuse(error)
             return None
-        except OSError as error:
-            log.debug("client left", client=self.remote_addr, error=str(error))
-            return None
-        finally:
-            self.socket.settimeout(self.server.timeout)
         return True if super().communicate() else None  # type: ignore[no-untyped-call]
 
     def send(self, data: bytes) -> None:
@@ -342,7 +403,6 @@ class _Connection(cheroot.server.HTTPConnection):
             f"Content-Length: {len(body)}\r\nConnection: close\r\n"
             + ("Retry-After: 5\r\n\r\n" if error.status == 503 else "\r\n")
         )
-        self.socket.settimeout(self.server.timeout)
         self.send(head.encode() + body)
         self._read_away()
 
@@ -351,7 +411,7 @@ class _Connection(cheroot.server.HTTPConnection):
         self._hold(0)
         if self._is_counted:
             self._is_counted = False
-            self.server.leave(self._counted_as)
+            self.server.leave(self._key)
         super().close()
 
     def _wait(self) -> None:
@@ -368,19 +428,20 @@ class _Connection(cheroot.server.HTTPConnection):
     def _hold(self, size: int) -> None:
         before, self._held_bytes = self._held_bytes, size
         if size != before:
-            self.server.hold(before, size)
+            self.server.hold(self._key, before, size)
 
     def _enter(self) -> None:
         if self.server.path:
             self.remote_addr, self.remote_port = LOCAL, 0
             self.peer = Peer(LOCAL, user=find_local_user(self.socket))
-            self._counted_as = f"unix:{self.peer.user.name if self.peer.user else ''}"
+            counted_as = f"unix:{self.peer.user.name if self.peer.user else ''}"
         else:
             address = ipaddress.ip_address(self.remote_addr)
             if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
                 self.remote_addr = str(address.ipv4_mapped)
-            self.peer, self._counted_as = Peer(self.remote_addr), self.remote_addr
-        self.server.enter(self._counted_as)
+            self.peer, counted_as = Peer(self.remote_addr), self.remote_addr
+        self._key, limit = self.server.find_share(counted_as)
+        self.server.enter(self._key, limit)
         self._is_counted = True
 
     def _receive(self) -> bool:
@@ -390,7 +451,6 @@ class _Connection(cheroot.server.HTTPConnection):
             BlockingIOError, ssl.SSLWantReadError: more is needed.
             AgentError: what came in is not taken.
         """
-        self.socket.settimeout(0)
         if not self._has_shaken_hands and not self._shake_hands():
             return False
         if self.is_outdated and self._framing.is_empty:
@@ -439,9 +499,9 @@ class _Connection(cheroot.server.HTTPConnection):
         """Say that no more comes and take what is there: else closing would reset the answer away."""
         try:
             self.socket.shutdown(socket.SHUT_WR)
-            self.socket.settimeout(0)
-            while self.socket.recv(_READ_BYTES):
-                pass
+            for _ in range(_READ_AWAY_TIMES):
+                if not self.socket.recv(_READ_BYTES):
+                    break
         except OSError:
             pass
 

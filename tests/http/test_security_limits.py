@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
 import ssl
 import threading
@@ -272,6 +273,66 @@ def test_what_is_too_long_or_can_be_read_in_two_ways_is_refused(
         response.begin()
         assert response.status == status
         assert json.loads(response.read())["errorCode"] == code
+
+
+@pytest.mark.parametrize("clients", [20, 200])
+def test_clients_that_never_read_hold_up_no_healthy_client(
+    agent: AgentProcess, server: ManagementServer, clients: int
+) -> None:
+    ask = b"GET /page.css HTTP/1.1\r\nHost: a\r\n\r\n" * 1000
+    with contextlib.ExitStack() as many:
+        for _ in range(clients):
+            connection = many.enter_context(connect_narrow(agent.port))
+            connection.settimeout(0)
+            with contextlib.suppress(OSError):
+                connection.send(ask)
+        # Workers that wait for a reader wait for ten seconds at a time.
+        assert slowest_s(agent, server, 6) < 8
+    assert "Traceback" not in agent.log()
+
+
+def test_a_client_that_never_reads_is_let_go_with_what_was_kept_for_it(agent: AgentProcess) -> None:
+    before = len(os.listdir(f"/proc/{agent.pid}/fd"))
+    with connect_narrow(agent.port) as connection:
+        connection.settimeout(0)
+        with contextlib.suppress(OSError):
+            connection.send(b"GET /page.css HTTP/1.1\r\nHost: a\r\n\r\n" * 1000)
+        wait_for(lambda: len(os.listdir(f"/proc/{agent.pid}/fd")) > before, timeout_s=10, what="the connection")
+        wait_for(lambda: len(os.listdir(f"/proc/{agent.pid}/fd")) <= before, timeout_s=30, what="its end")
+
+
+@pytest.mark.parametrize("secured", [False, True], ids=["plain", "TLS"])
+def test_an_answer_that_is_read_slowly_arrives_whole(node_uri: str, tmp_path: Path, *, secured: bool) -> None:
+    own = Authority(tmp_path)
+    security = {"tls_cert": str(own.issue(LOOPBACK)), "client_ca": str(own.ca_file)}
+    tls = own.client(own.issue("server.example")) if secured else None
+    with AgentProcess(uri=node_uri, settings={"security": security} if secured else {}, tls=tls) as agent:
+        expected = agent.get("/openapi.json").body
+        connection: socket.socket = connect_narrow(agent.port)
+        if tls is not None:
+            connection = tls.wrap_socket(connection, server_hostname=LOOPBACK)
+        with connection:
+            # Two asked for at once, so that the second one waits for the first one to be read.
+            ask = b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n"
+            connection.sendall(ask + b"\r\n" + ask + b"Connection: close\r\n\r\n")
+            answers = b""
+            while part := connection.recv(8192):
+                answers += part
+                time.sleep(0.001)
+    for answer in answers.split(b"HTTP/1.1 200 OK\r\n")[1:]:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert f"content-length: {len(body)}" in head.decode().lower()
+        assert json.loads(body) == expected
+    assert answers.count(b"HTTP/1.1 200 OK\r\n") == 2
+
+
+def connect_narrow(port: int) -> socket.socket:
+    """A connection whose client takes little before it reads."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(60)
+    connection.connect((LOOPBACK, port))
+    return connection
 
 
 def test_a_client_that_resets_a_handshake_costs_nothing(node_uri: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a request may cost: no more than in proportion to what was sent, and never all of it for one."""
 
+import itertools
 import json
 import time
 
@@ -77,12 +78,31 @@ def test_two_addresses_of_one_host_do_not_take_all_connections() -> None:
     def enter_all(prefix: str) -> int:
         for n in range(1, 200):
             try:
-                listener.enter(f"{prefix}{n}")
+                listener.enter(*listener.find_share(f"{prefix}{n}"))
             except AgentError:
                 return n - 1
         return 200
 
     assert enter_all("127.0.0.") == 50
     assert enter_all("2001:db8::") == 25
-    listener.enter("192.0.2.1")
-    listener.leave("127.0.0.1")
+    listener.enter(*listener.find_share("192.0.2.1"))
+    listener.leave(listener.find_share("127.0.0.1")[0])
+
+
+def test_one_client_does_not_take_all_memory_for_requests_and_answers() -> None:
+    http = HttpSection(port=1, max_body_bytes=2**20)
+    listener = Listener(http, Security(SecuritySection()), lambda request: (b"", [], b""), Meters(), Refusals())
+
+    def hold_all(key: str) -> int:
+        for n in itertools.count():
+            try:
+                listener.hold(key, 0, http.max_body_bytes)
+            except AgentError:
+                listener.hold(key, http.max_body_bytes, 0)  # its connection is closed
+                return n
+
+    # Half of all, then half of what that leaves, and so on.
+    assert [hold_all(f"192.0.2.{n}") for n in range(1, 5)] == [33, 16, 8, 4]
+    for _ in range(33):
+        listener.hold("192.0.2.1", http.max_body_bytes, 0)
+    assert hold_all("192.0.2.5") >= 16
