@@ -462,7 +462,7 @@ class Agent:
         )
 
     def _run(self, task: Task) -> None:
-        with self._metrics.timed(task):
+        with self._metrics.timed(task, self._journal.own_time() - task.own_at):
             (self._questions if task.command in self._queries else self._executor).run(task)
 
     def _put(self, task: Task) -> None:

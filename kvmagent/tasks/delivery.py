@@ -45,8 +45,7 @@ _Payers = tuple[str, ...]
 
 @dataclass(eq=False)
 class _Destination:
-    """One callback server and what is owed to it: by VM the ids with the time since when, oldest first: by the clock,
-    which is told, and in the agent's own time, which counts.
+    """One callback server and what is owed to it: by VM the ids, oldest first, since when in the agent's own time.
 
     A lane's first callback is under way (`busy`), may go now (`ready`), or waits until a moment of `waits`. There the
     key None is the whole destination's: none of its callbacks goes before. Guarded by Delivery's lock, but for
@@ -57,7 +56,7 @@ class _Destination:
     channel: Channel
     client: str
     host: str
-    lanes: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    lanes: dict[str, dict[str, float]] = field(default_factory=dict)
     ready: dict[str, None] = field(default_factory=dict)
     waits: dict[str | None, float] = field(default_factory=dict)
     failures: int = 0
@@ -72,12 +71,12 @@ class _Destination:
 
 
 class Backlog(NamedTuple):
-    """What is owed to one destination: how many callbacks, the oldest since when (seconds since the epoch), how often
-    in a row it did not answer, which VM's callback is under way, in how many seconds another is due."""
+    """What is owed to one destination: how many callbacks, the oldest for how long, how often in a row it did not
+    answer, which VM's callback is under way, in how many seconds another is due."""
 
     destination: str
     owed: int
-    oldest_at: float
+    oldest_s: float
     failures: int
     under_way: str | None
     next_in_s: float | None
@@ -152,7 +151,7 @@ class Delivery:
             lane = destination.lanes.setdefault(owed.lane, {})
             known = owed.task_uuid in lane
             if not known:
-                lane[owed.task_uuid] = owed.owed_at, owed.own_at
+                lane[owed.task_uuid] = owed.own_at
                 self._owed[owed.client] += 1
             if known:  # its caller asked for it: whatever the pause
                 destination.waits.pop(None, None)
@@ -189,12 +188,12 @@ class Delivery:
     def backlog(self) -> list[Backlog]:
         """Return what is owed to each destination that is owed anything."""
         with self._changed:
-            now = time.monotonic()
+            now, own = time.monotonic(), self._journal.own_time()
             return [
                 Backlog(
                     destination=destination.url,
                     owed=sum(map(len, destination.lanes.values())),
-                    oldest_at=min(next(iter(lane.values()))[0] for lane in destination.lanes.values()),
+                    oldest_s=own - min(next(iter(lane.values())) for lane in destination.lanes.values()),
                     failures=destination.failures,
                     under_way=destination.busy,
                     next_in_s=None if (at := destination.next_at()) is None else max(0.0, at - now),
@@ -381,7 +380,7 @@ class Delivery:
         """Forget what this destination has been owed for too long, and return it: it has just been tried once more."""
         oldest, old = self._journal.own_time() - self._give_up_s, []
         for lane, owed in list(destination.lanes.items()):
-            for task_uuid in [task_uuid for task_uuid, (_, own_at) in owed.items() if own_at <= oldest]:
+            for task_uuid in [task_uuid for task_uuid, own_at in owed.items() if own_at <= oldest]:
                 self._forget(destination, lane, task_uuid)
                 old.append(task_uuid)
         return old

@@ -7,7 +7,6 @@ dump thread     the name of each thread, by the id that the stacks have
 """
 
 import threading
-import time
 
 from kvmagent.logs import Log
 from kvmagent.tasks.delivery import Delivery
@@ -37,12 +36,12 @@ def dump_state(lanes: Lanes, delivery: Delivery, journal: Journal) -> None:
         task, seconds = running.get(lane, (None, 0.0))
         fields = {} if task is None else {**task.log_fields, "seconds": round(seconds, 1)}
         log.info("dump lane", **{"vm": lane, **fields, "queued": queued.get(lane, 0)})
-    for one in sorted(backlog, key=lambda one: one.oldest_at)[:_MOST_LINES]:
+    for one in sorted(backlog, key=lambda one: -one.oldest_s)[:_MOST_LINES]:
         log.info(
             "dump callbacks",
             destination=one.destination,
             owed=one.owed,
-            oldest_seconds=round(time.time() - one.oldest_at),
+            oldest_seconds=round(one.oldest_s),
             failures=one.failures,
             under_way=one.under_way,
             next_in_seconds=one.next_in_s and round(one.next_in_s, 1),

@@ -193,6 +193,17 @@ def test_it_is_given_up_after_the_time_limit(sender: Sender, server: ManagementS
     sender.wait("t1", "given_up")
 
 
+def test_what_is_told_of_its_age_follows_no_step_of_the_clock(sender: Sender, server: ManagementServer) -> None:
+    server.stop()
+    sender.send("t1", server.url)
+    sender.now -= 86400
+    sender.own += 5
+    (backlog,) = sender.delivery.backlog()
+    assert backlog.oldest_s == 5
+    sender.now += 30 * 86400
+    assert max(one.oldest_s for one in sender.delivery.backlog()) == 5
+
+
 def test_a_step_of_the_clock_gives_nothing_up(sender: Sender, server: ManagementServer) -> None:
     server.stop()
     for n in range(3):

@@ -1,6 +1,5 @@
 """What happens, counted as it happens, and /metrics as text."""
 
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -96,16 +95,18 @@ class Metrics(Meters):
         return generate_latest(self._registry)
 
     @contextmanager
-    def timed(self, task: Task) -> Iterator[None]:
-        """Measure the phases of a task that is carried out inside the block; a later look at one is none."""
+    def timed(self, task: Task, waited_s: float) -> Iterator[None]:
+        """Measure the phases of a task that is carried out inside the block, so long after it was accepted.
+
+        A later look at one is none.
+        """
         if task.outcome is not None:
             yield
             return
-        # A restart lies between the acceptance of a recovered task and now.
-        waited_s = 0.0 if task.recovered else max(0.0, time.time() - task.accepted_at)
         with measured("plan") as spent:
             yield
-        spent["queue"] = spent.get("queue", 0.0) + waited_s
+        # A restart lies between the acceptance of a recovered task and now.
+        spent["queue"] = spent.get("queue", 0.0) + (0.0 if task.recovered else waited_s)
         for phase, seconds in spent.items():
             self._observe(task.command, phase, seconds)
 

@@ -2,7 +2,6 @@
 
 import platform
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.core import GaugeMetricFamily
@@ -35,7 +34,6 @@ class StateMetrics(Collector):
         certificate_ends: Callable[[], Mapping[str, float | None]],
         memory: Callable[[], HostMemory | None],
         max_queued: int,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._lanes = lanes
         self._delivery = delivery
@@ -46,13 +44,11 @@ class StateMetrics(Collector):
         self._memory = memory
         #: How many tasks may wait in all.
         self.max_queued = max_queued
-        self._clock = clock
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """Return the metrics; takes each part's lock for a moment."""
         yield make_gauge("kvmagent_build_info", [((__version__, platform.python_version()), 1)])
         running, queued, backlog = self._lanes.running(), self._lanes.queued(), self._delivery.backlog()
-        oldest_at = min((one.oldest_at for one in backlog), default=None)
         now = {
             "threads": threading.active_count(),
             "libvirt_up": self._is_connected(),
@@ -63,7 +59,7 @@ class StateMetrics(Collector):
             "lanes_waiting": len(queued),
             "lane_depth_max": max(queued.values(), default=0),
             "callbacks_owed": sum(one.owed for one in backlog),
-            "callbacks_owed_oldest_seconds": 0.0 if oldest_at is None else max(0.0, self._clock() - oldest_at),
+            "callbacks_owed_oldest_seconds": max((one.oldest_s for one in backlog), default=0.0),
             "callback_destinations_failing": sum(one.failures > 0 for one in backlog),
             "journal_up": self._journal.check() is None,
         }
