@@ -181,7 +181,7 @@ class Reads:
         }
         return {
             (own.method.upper(), _VARIABLE.sub("*", own.path)): Route(
-                handlers[own.path], own.needs, own.host, frozenset(own.query)
+                handlers[own.path], own.needs, own.host, frozenset(own.query), changes=own.path != PLAN_PATH
             )
             for own in _PATHS
         }

@@ -112,19 +112,19 @@ class Security:
             raise AgentError(Code.CLIENT_NOT_ALLOWED, f"{peer.address} is not an allowed client")
         return Access(ANONYMOUS)
 
-    def check_browser(self, method: str, headers: Mapping[str, str], peer: Peer) -> None:
+    def check_browser(self, method: str, headers: Mapping[str, str], peer: Peer, *, asks_only: bool = False) -> None:
         """Refuse what a web page of others made a browser send. Header names are in lower case.
 
         A browser shows its user's certificate, and reaches what its host reaches, for any page that it has open. The
-        agent's own page only reads; on all else a browser puts Origin. What another page reads is kept from it, unless
-        its name was made to resolve to the agent after it had been loaded: where the request itself carries nothing
-        that says who sent it, a name that may be the page's is refused.
+        agent's own page only reads, and asks what changes nothing (`asks_only`); on all but GET a browser puts Origin.
+        What another page reads is kept from it, unless its name was made to resolve to the agent after it had been
+        loaded: where the request carries nothing that says who sent it, a name that may be the page's is refused.
         Source: Fetch Standard, "append a request Origin header"; RFC 9110 7.2.
 
         Raises:
             AgentError: WEB_PAGE_NOT_ALLOWED.
         """
-        if method != "GET" and "origin" in headers:
+        if method != "GET" and "origin" in headers and not (asks_only and _is_own_page(headers)):
             raise AgentError(Code.WEB_PAGE_NOT_ALLOWED, f"a page of {headers['origin']} sent a {method}")
         if self._section.authenticates and peer.user is None:
             return
@@ -279,3 +279,8 @@ def _as_written(text: str) -> str:
 
 def _refuse_passphrase() -> str:
     raise ValueError("the key has a passphrase, which the agent cannot ask for")
+
+
+def _is_own_page(headers: Mapping[str, str]) -> bool:
+    """Whether the page that sent a request came from where it is sent to."""
+    return headers["origin"].lower().partition("://")[2] == headers.get("host", "").lower() != ""

@@ -63,13 +63,15 @@ Handler = Callable[[Call], Answer]
 class Route:
     """What answers a path, the role that its callers need, and the query parameters that it takes.
 
-    `host`: it concerns the whole host, so that a role for some VMs is not enough.
+    `host`: it concerns the whole host, so that a role for some VMs is not enough. `changes`: no page in a browser may
+    send it; what changes nothing the agent's own page may.
     """
 
     handler: Handler
     needs: Role | Open
     host: bool = False
     query: frozenset[str] = frozenset()
+    changes: bool = True
 
 
 # Of every answer that does not say otherwise: what the agent tells is of this moment, and is never run or shown by
@@ -235,8 +237,9 @@ class _Dispatcher:
         client, path, access = request.remote.ip, request.path_info, Access("")
         try:
             headers = _read_headers(request)
-            self._security.check_browser(request.method, headers, request.peer)
             methods, parts = self._find(path)
+            asks_only = request.method in methods and not methods[request.method].changes
+            self._security.check_browser(request.method, headers, request.peer, asks_only=asks_only)
             if any(route.needs == "public" for route in methods.values()):
                 access = self._security.admit(request.peer)
             else:

@@ -46,8 +46,9 @@ from kvmagent.model.units import KIB
 
 log = Log(__name__)
 
-# Looks that come so close together are one: a list of VMs is many looks.
-_SAME_LOOK_S = 0.05
+# Looks that come so close together are one: a list of VMs is many looks. On a host of many VMs a look takes its time,
+# and is good for so many times of that: else the looks for each of n VMs would ask n times of all n.
+_SAME_LOOK_S, _SAME_LOOK_TIMES = 0.05, 5
 # How old what is shown may be: a page and a scraper ask often.
 _VIEW_S = 1.0
 # How long what a guest said of its memory is no news.
@@ -74,6 +75,7 @@ class _Seen(msgspec.Struct, frozen=True):
     """
 
     at: float = -inf
+    took_s: float = 0.0
     changes: int = 0
     capacity: HostCapacity = HostCapacity(0, 0, 1.0)
     promises: dict[str, Promise] = {}
@@ -169,7 +171,8 @@ class Budget:
             AgentError: libvirt's errors.
         """
         with self._asking:
-            seen = self._see(connection, _SAME_LOOK_S)
+            age_s = min(max(_SAME_LOOK_S, _SAME_LOOK_TIMES * self._seen.took_s), _VIEW_S)
+            seen = self._see(connection, age_s)
             own = seen.promises.get(uuid)
             return () if own is None else self._find_pools(seen, own)
 
@@ -237,6 +240,7 @@ class Budget:
 
         What is released while libvirt is asked still counts: what the task plugged may be missing in the answer.
         """
+        began = time.monotonic()
         with self._lock:
             changes, before, notes = self._changes, dict(self._reservations), dict(self._notes)
         capacity = read_capacity(self._host_root, self._reserve_bytes, self._overcommit)
@@ -248,7 +252,8 @@ class Budget:
         for uuid, reservation in reservations.values():
             if uuid in promises:
                 promises[uuid] = promises[uuid].grown_to(reservation)
-        self._seen = _Seen(time.monotonic(), changes, capacity.without_others(now.values()), promises, now)
+        now_s = time.monotonic()
+        self._seen = _Seen(now_s, now_s - began, changes, capacity.without_others(now.values()), promises, now)
         return self._seen
 
     def _read(

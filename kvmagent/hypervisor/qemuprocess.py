@@ -4,6 +4,7 @@ Source: proc(5); libvirt qemuBuildCommandLine gives every QEMU its VM's UUID as 
 """
 
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -17,10 +18,17 @@ def find_pid(root: Path, uuid: str) -> int | None:
 
     An agent that is confined (ProtectProc=invisible) sees no other user's processes, and so none.
     """
-    for path in (root / "proc").glob("[0-9]*/cmdline"):
-        arguments = (read_text(path) or "").split("\0")
-        if ("-uuid", uuid) in itertools.pairwise(arguments):
-            return int(path.parent.name)
+    # Hosts have thousands of processes: each is one read, and nothing is made of it. Each argument ends with a zero.
+    wanted = f"\0-uuid\0{uuid}\0".encode()
+    processes = root / "proc"
+    for name in filter(str.isdecimal, os.listdir(processes) if processes.is_dir() else ()):
+        try:
+            with open(f"{processes}/{name}/cmdline", "rb", buffering=0) as file:
+                arguments = file.read()
+        except OSError:  # it has ended, or is not to be seen
+            continue
+        if wanted in arguments:
+            return int(name)
     return None
 
 

@@ -11,6 +11,7 @@ What is free at the moment is no measure: memory that was plugged and not touche
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import msgspec
 
@@ -52,7 +53,7 @@ class Part(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-class Promise(msgspec.Struct, frozen=True):
+class Promise(msgspec.Struct, frozen=True, dict=True):
     """What one running VM may have: its guest's memory by node, what its balloon holds of that, its vCPUs.
 
     `cgroups` are those that it is in, by path below the host's, from the outermost. `resident_bytes` is what its QEMU
@@ -70,7 +71,7 @@ class Promise(msgspec.Struct, frozen=True):
     resident_bytes: int | None = None
     spare_bytes: int | None = None
 
-    @property
+    @cached_property
     def claims(self) -> tuple[Claim, ...]:
         """What it takes of the host, by kind; QEMU's own is normal memory from anywhere."""
         claims, left = [], self.ballooned_bytes
@@ -95,7 +96,7 @@ class Promise(msgspec.Struct, frozen=True):
             sizes[part.node] = sizes.get(part.node, 0) + part.size_bytes
         return sizes
 
-    @property
+    @cached_property
     def idle_bytes(self) -> int:
         """What of it could come back, by the one means that gives most; 0 where nothing is known."""
         spare = self.spare_bytes

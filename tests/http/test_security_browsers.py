@@ -88,6 +88,18 @@ def test_a_command_of_a_web_page_is_refused_and_leaves_no_task(agent: AgentProce
     assert reply.status == 403
 
 
+def test_the_agents_own_page_may_ask_for_plans_and_no_other_page(agent: AgentProcess) -> None:
+    def plan(origin: str, **headers: str) -> int:
+        body = {"vmUuid": "vm1", "targets": [{"cpuNum": 2}]}
+        return agent.post("/vm/hotplug/plan", body, headers={"Origin": origin, **headers}).status
+
+    assert plan(agent.url) == 200
+    for origin in ("http://evil.example", "null", "", f"{agent.url}.evil.example", "http://127.0.0.1", "http://"):
+        assert plan(origin) == 403, origin
+    # A name that was made to resolve to the agent is its page's origin and the request's host.
+    assert plan("http://evil.example", Host="evil.example") == 403
+
+
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:7070", "127.0.0.1.evil.example", "localhost.evil.example."]
 )

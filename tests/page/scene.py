@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import VmState
 from kvmagent.model.host import HostLoad
+from kvmagent.model.plans import Plan, PlannedCommand, PlanReply, PlanTarget, Reason, Reserved, Verdict
 from kvmagent.model.reply import Numbers, Problem
 from kvmagent_plugins.vm.requests import Blocker, Headroom, PluggedOffline, ReadinessReply
 from tests.page.stage import NOW
@@ -250,8 +253,41 @@ TASKS = [
     task(3, "ReadyForHotplug", "spare", outcome="unchanged", age_s=9000, took_s=0.1),
 ]
 RUNNING = [{"vm": "ml-train", "taskUuid": TASKS[1]["taskUuid"], "command": "HotPlugMemory", "seconds": 14.0}]
+
+
+def plans(question: dict[str, Any]) -> PlanReply:
+    """What each target means to a VM that was started for twice of what it has, and can be prepared for more."""
+    numbers = next(one.after for one in VMS if isinstance(one, ReadinessReply) and one.vm_uuid == question["vmUuid"])
+    assert numbers is not None
+    told = []
+    for asked in question["targets"]:
+        target = msgspec.convert(asked, PlanTarget)
+        most = numbers.max_cpu_num if target.cpu_num else numbers.max_memory_size
+        total = target.cpu_num or target.memory_size or 0
+        verdict: Verdict = "live" if total <= (most or 0) else "restart" if total <= 4 * (most or 0) else "never"
+        code = Code.CPU_ABOVE_MAXIMUM if target.cpu_num else Code.NO_MAX_MEMORY
+        reason = Reason(code, f"{total} was asked for, the running definition allows at most {most}", REMEDIES[code])
+        prepare = PlannedCommand(command="ReadyForHotplug", path="/vm/hotplug/ready", request={}, steps=[])
+        told.append(
+            Plan(
+                target=target,
+                verdict=verdict,
+                outcome="online" if verdict == "live" else None,
+                cpu_num=target.cpu_num,
+                memory_size=target.memory_size,
+                reasons=[] if verdict == "live" else [reason],
+                commands=[],
+                prepare=[prepare] if verdict == "restart" else [],
+                reserved=Reserved(0, 0),
+                took=None,
+            )
+        )
+    return PlanReply(vm_uuid=question["vmUuid"], name="", state="running", plans=told)
+
+
 ANSWERS: dict[str, tuple[int, Any]] = {
     "/healthz": (200, health(running=RUNNING, queued=1, owedCallbacks=1)),
     "/vms": (200, {"vms": VMS}),
     "/tasks": (200, {"tasks": TASKS}),
+    "/vm/hotplug/plan": (200, plans),
 }

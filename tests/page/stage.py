@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ NOW = 1_790_000_000
 
 class Stage:
     """Serves the page and `answers`: path to (status, body), which may be replaced at any time.
+
+    A body that can be called is made of what was asked, and its path is one of POST.
 
     While `gate` is cleared nothing but the page itself is answered. Counts requests by path, and those that wait.
     """
@@ -53,7 +56,12 @@ class Stage:
 
     def start(self) -> None:
         """Listen; on the earlier port, if there was one."""
-        routes = {("GET", path): Route(self._answer(path), "read", query=frozenset({"limit"})) for path in self.answers}
+        routes = {
+            ("POST" if callable(body) else "GET", path): Route(
+                self._answer(path), "read", query=frozenset({"limit"}), changes=False
+            )
+            for path, (_, body) in self.answers.items()
+        }
         self._server = Server(
             HttpSection(host=LOOPBACK, port=self._port, socket=""),
             Security(SecuritySection(allow_unauthenticated=True, allowed_clients=(LOOPBACK,))),
@@ -70,7 +78,7 @@ class Stage:
             self._server = None
 
     def _answer(self, path: str) -> Callable[[Call], Answer]:
-        def answer(_call: Call) -> Answer:
+        def answer(call: Call) -> Answer:
             with self._lock:
                 self.asked[path] += 1
                 self._waiting[path] += 1
@@ -79,6 +87,8 @@ class Stage:
             with self._lock:
                 self._waiting[path] -= 1
             status, body = self.answers[path]
+            if callable(body):
+                body = body(json.loads(call.body))
             return Answer(encode(body), status=status, headers={"Date": formatdate(NOW, usegmt=True)})
 
         return answer

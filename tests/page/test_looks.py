@@ -31,6 +31,7 @@ def draw(browser: Browser, stage: Stage, name: str) -> Image.Image:
     browser.wait(f"document.querySelectorAll('#task-list > li').length === {len(TASKS)}")
     # One row as whoever looks for the cause has it.
     browser.run("document.querySelector('#vm-rows button').click()")
+    browser.wait("document.querySelector('.ladder li')")
     browser.wait("document.querySelector('#vms-age').innerText && document.fonts.status === 'loaded'")
     # On a slow machine it is not "just now".
     browser.run("document.querySelectorAll('.age').forEach((words) => { words.style.visibility = 'hidden' })")

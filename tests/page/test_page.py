@@ -37,6 +37,7 @@ for (const element of document.querySelectorAll('body *')) {
 return found.sort((a, b) => a[0] - b[0])[0];
 """
 ROWS = "document.querySelectorAll('#vm-rows tbody').length"
+PLAN = "/vm/hotplug/plan"
 NAMES = "return [...document.querySelectorAll('#vm-rows .name')].map((name) => name.textContent)"
 
 
@@ -96,6 +97,46 @@ def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -
     for code in (Code.CPU_ABOVE_MAXIMUM, Code.NO_NUMA_CELL, Code.NO_MAX_MEMORY):
         assert code in told
         assert REMEDIES[code] in told
+
+
+def test_an_opened_row_shows_what_the_vm_can_have_now_after_a_restart_and_never(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    browser = opened()
+    assert stage.asked[PLAN] == 0
+    ready = browser.run(NAMES).index("web-1") + 1
+    row = f"#vm-rows tbody:nth-of-type({ready})"
+    assert browser.text(f"{row} button") == "What it can have"
+    browser.run(f"document.querySelector('{row} button').click()")
+    browser.wait(f"document.querySelectorAll('{row} .ladder li').length === 8")
+    told = [" ".join(words.split()) for words in browser.text(f"{row} .ladder").splitlines() if words]
+    assert told[:6] == ["vCPUs: what it can have", "1 vCPU now", "3 vCPUs now", "4 vCPUs now", "8 vCPUs now", told[5]]
+    assert "2 GiB now" in told
+    assert "16 GiB now" in told
+    # legacy-erp was started without room.
+    none = f"#vm-rows tbody:nth-of-type({browser.run(NAMES).index('legacy-erp') + 1})"
+    browser.run(f"document.querySelector('{none} button').click()")
+    browser.wait(f"document.querySelectorAll('{none} .ladder li').length > 4")
+    told = [" ".join(words.split()) for words in browser.text(f"{none} .ladder").splitlines() if words]
+    assert "4 vCPUs after a prepare and a restart" in told
+    assert "4 GiB no" in told
+    assert "4 was asked for, the running definition allows at most 2" in told
+    assert stage.asked[PLAN] == 2
+    # It is asked again when the VM is another than it was, and not before.
+    stage.answers["/vms"] = (200, {"vms": [vm(1, "web-1", cpus=(3, 3, 8), memory=(4 * GIB, 0, 16 * GIB))]})
+    browser.run("document.querySelector('#pause').click(); document.querySelector('#pause').click()")
+    browser.wait("document.querySelector('.ladder').innerText.includes('6 vCPUs now')")
+    assert stage.asked[PLAN] == 3
+
+
+def test_what_it_can_have_is_not_known_is_told_with_the_remedy(stage: Stage, opened: Callable[..., Browser]) -> None:
+    refusal = {"success": False, "error": "VM web-1 is not there", "errorCode": "VM_NOT_FOUND", "remedy": "Look again."}
+    stage.answers[PLAN] = (404, lambda _question: refusal)
+    browser = opened()
+    browser.run("document.querySelector('#vm-rows button').click()")
+    browser.wait("document.querySelector('.ladder').innerText.includes('VM web-1 is not there')")
+    assert "Look again." in browser.text(".ladder")
+    browser.complaints()  # the browser logs every answer of 404 itself
 
 
 def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
@@ -186,7 +227,9 @@ def test_asks_for_nothing_while_nobody_looks_and_at_once_when_somebody_does(
     browser.run(pause, 3000)  # longer than between two reads of /healthz, and of /tasks
     assert stage.asked == before
     browser.run(f"{see} document.dispatchEvent(new Event('visibilitychange'))", False)
-    wait_for(lambda: set(stage.asked - before) == set(stage.answers), timeout_s=2, what="all to be read at once")
+    wait_for(
+        lambda: set(stage.asked - before) == set(stage.answers) - {PLAN}, timeout_s=2, what="all to be read at once"
+    )
 
 
 def test_says_so_when_the_agent_is_down_and_goes_on_when_it_is_back(browser: Browser, stage: Stage) -> None:
@@ -242,12 +285,17 @@ HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</scrip
 def test_a_hostile_name_is_text_and_nothing_else(stage: Stage, opened: Callable[..., Browser]) -> None:
     blocker = (Code.NO_ACPI, HOSTILE)
     stage.answers["/vms"] = (200, {"vms": [vm(1, HOSTILE, blockers=(blocker,), warnings=(blocker,))]})
+    plan = {"target": {"cpuNum": 3}, "verdict": HOSTILE, "memorySize": None, "prepare": []}
+    plan["reasons"] = [{"code": "X", "message": HOSTILE, "remedy": HOSTILE}]
+    stage.answers[PLAN] = (200, lambda _question: {"plans": [plan]})
     refused = task(1, "HotPlugCpu", HOSTILE, outcome="refused", error=(Code.NO_ACPI, HOSTILE), delivery_error=HOSTILE)
     stage.answers["/tasks"] = (200, {"tasks": [refused | {"remedy": HOSTILE, "state": "finished"}]})
     stage.answers["/healthz"] = (200, health(down={HOSTILE: HOSTILE}, ready=False))
     browser = opened()
     assert browser.run(NAMES) == [HOSTILE]
     assert browser.text("#task-list").count("<img src=x") >= 4
+    browser.run("document.querySelector('#vm-rows button').click()")
+    browser.wait("document.querySelector('.ladder').innerText.split('<img src=x').length === 3")
     assert browser.run("return document.querySelectorAll('img, script:not([src])').length") == 0
     assert browser.run("return document.title") == "⚠ node-17 \u2013 kvmagent"
 
@@ -334,6 +382,8 @@ def test_the_running_agent_shows_its_vms_and_asks_for_a_token(browser: Browser, 
         browser.wait(f"{ROWS} === 2")
         browser.wait("document.querySelector('#task-list').innerText.includes('CPU_ABOVE_MAXIMUM')")
         assert reply["remedy"] in browser.text("#task-list")
+        browser.run("document.querySelector('#vm-rows button').click()")
+        browser.wait("document.querySelectorAll('#vm-rows .ladder li').length > 4")
         browser.run("document.querySelector('#task-list summary').click()")
         browser.wait("document.querySelector('.steps').innerText.includes('No step was taken')")
         assert browser.run("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]

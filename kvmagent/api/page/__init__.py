@@ -18,6 +18,7 @@ FILES = {
     "/dom.js": ("dom.js", "text/javascript; charset=utf-8"),
     "/poll.js": ("poll.js", "text/javascript; charset=utf-8"),
     "/tasks.js": ("tasks.js", "text/javascript; charset=utf-8"),
+    "/ladder.js": ("ladder.js", "text/javascript; charset=utf-8"),
     "/vms.js": ("vms.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }

@@ -86,3 +86,8 @@ export function ago(seconds) {
 export function plural(count, one, many = `${one}s`) {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 }
+
+/** A message with a capital letter, unless it begins with the name of a field. */
+export function sentence(text) {
+  return /^[a-z]+[ -]/.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
+}

@@ -22,11 +22,13 @@ export class Refused extends Error {
 let ahead = 0;
 export const now = () => Date.now() / 1000 + ahead;
 
-/** Read a path; a status of `also` is an answer too. Throws Refused, or what fetch throws when nothing answers. */
-export async function read(path, { timeout = 10000, also = [] } = {}) {
+/** Read a path, or ask it something; a status of `also` is an answer too. Throws Refused, or as fetch without answer. */
+export async function read(path, { timeout = 10000, also = [], question = null } = {}) {
   const known = token.get();
   const response = await fetch(path, {
-    headers: known ? { Authorization: `Bearer ${known}` } : {},
+    method: question ? "POST" : "GET",
+    body: question && JSON.stringify(question),
+    headers: { ...(known && { Authorization: `Bearer ${known}` }), ...(question && { "Content-Type": "application/json" }) },
     cache: "no-store",
     redirect: "error",
     signal: AbortSignal.timeout(timeout),

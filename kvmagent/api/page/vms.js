@@ -1,6 +1,7 @@
 // The table of VMs. Rows are kept from one answer to the next, and changed only where their VM has changed.
 
-import { fill, h, icon, makeBar, plural, remedy, size } from "./dom.js";
+import { fill, h, icon, makeBar, plural, remedy, sentence, size } from "./dom.js";
+import { showLadder } from "./ladder.js";
 
 // Rows that are drawn at once: a browser takes seconds for thousands of them.
 const AT_ONCE = 100;
@@ -114,7 +115,7 @@ function summary() {
   };
 }
 
-/** A VM's group of rows: its numbers, and what stands in its way once somebody has asked. */
+/** A VM's group of rows: its numbers, and once somebody has asked what stands in its way and what it can have. */
 function row(entry) {
   const known = rows.get(entry.vm.vmUuid);
   if (known?.print === entry.print) return known.element;
@@ -124,6 +125,7 @@ function row(entry) {
   const { vm, measures } = entry;
   const unread = vm.success === false;
   const problems = unread || !measures.live ? [] : worstFirst(vm);
+  const ladder = known?.ladder ?? h("div", { class: "ladder", "aria-live": "polite" });
   fill(
     element,
     h("tr", { role: "row" },
@@ -134,16 +136,19 @@ function row(entry) {
       unread ? h("td", { role: "cell", class: "unread" }, "–") : cpuCell(measures, vm),
       unread ? h("td", { role: "cell", class: "unread" }, "–") : memoryCell(measures, vm),
       h("td", { role: "cell", class: "why" }, why(vm, problems, open))),
-    problems.length ? h("tr", { role: "row", class: "problems", hidden: !open },
-      h("td", { role: "cell", colspan: 4 }, h("ul", {}, problems.map(explain)))) : null);
+    unread ? null : h("tr", { role: "row", class: "problems", hidden: !open },
+      h("td", { role: "cell", colspan: 4 }, problems.length ? h("ul", {}, problems.map(explain)) : null, ladder)));
   const button = element.querySelector("button");
+  const ask = () => showLadder(ladder, vm, measures);
   button?.addEventListener("click", () => {
     const opens = button.getAttribute("aria-expanded") !== "true";
     button.setAttribute("aria-expanded", String(opens));
     element.lastElementChild.hidden = !opens;
+    if (opens) ask();
   });
+  if (open && !unread) ask(); // it is not what it was
   if (focused) button?.focus();
-  rows.set(vm.vmUuid, { element, print: entry.print });
+  rows.set(vm.vmUuid, { element, print: entry.print, ladder });
   return element;
 }
 
@@ -199,23 +204,18 @@ function worstFirst({ warnings, blockers }) {
   return [...warnings.filter(idle), ...warnings.filter(silent), ...blockers, ...others];
 }
 
-/** Whether hotplug can be had; where something stands in the way, the first of it and a button for all. */
+/** Whether hotplug can be had, or the first of what stands in the way; and a button for all of it. */
 function why(vm, problems, open) {
   if (vm.success === false) return [h("p", { class: "problem" }, icon("bad"), sentence(vm.error)), remedy(vm.remedy)];
+  const [first, ...others] = problems;
+  const opener = (words) => h("button", { type: "button", class: "link", "aria-expanded": String(open) }, words);
+  if (first) return [h("p", {}, sentence(first.message)), opener(others.length ? `and ${plural(others.length, "other")}: what to do` : "What to do")];
   if (vm.state === "shutoff") {
     const after = vm.readyAfterRestart ? "ready once it is started" : "not ready once it is started";
-    return h("p", { class: "muted" }, `off; ${after}`);
+    return [h("p", { class: "muted" }, `off; ${after}`), opener("What it can have")];
   }
-  if (!problems.length) {
-    const words = vm.atMaximum ? "at its maximum; more needs a prepare and a restart" : "ready";
-    return h("p", { class: "ready" }, icon("good"), words);
-  }
-  const [first, ...others] = problems;
-  return [
-    h("p", {}, sentence(first.message)),
-    h("button", { type: "button", class: "link", "aria-expanded": String(open) },
-      others.length ? `and ${plural(others.length, "other")}: what to do` : "What to do"),
-  ];
+  const words = vm.atMaximum ? "at its maximum; more needs a prepare and a restart" : "ready";
+  return [h("p", { class: "ready" }, icon("good"), words), opener("What it can have")];
 }
 
 function explain(problem) {
@@ -224,9 +224,4 @@ function explain(problem) {
       h("p", {}, sentence(problem.message)),
       h("p", { class: "code" }, problem.code, problem.needsRestart ? " · needs a restart of the VM" : "")),
     remedy(problem.remedy));
-}
-
-/** A message with a capital letter, unless it begins with the name of a field. */
-function sentence(text) {
-  return /^[a-z]+[ -]/.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;
 }
