@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.ctl.ctl import Ctl
+from tests.ctl.front import Answer, Front, Request, pass_on
 from tests.fakes.agent import write_node
 from tests.lab.agent import LOOPBACK, AgentProcess, find_free_port
 from tests.lab.domainxml import GuestSpec
@@ -102,3 +107,76 @@ def test_an_ansible_inventory_names_the_hosts(ctl: Ctl, agent: AgentProcess, tmp
     path = f"{ctl.script.parent}:{ctl.environment['PATH']}"
     done = ctl("vms", "--hosts", str(inventory), "--json", environment={"PATH": path})
     assert sorted({vm["host"] for vm in done.json["vms"]}) == ["alpha", "beta"]
+
+
+@contextmanager
+def slow_host(agent: AgentProcess) -> Iterator[tuple[Front, threading.Event, threading.Event]]:
+    """An agent in front of which everything but lists waits: whether something waits, and what lets it go on."""
+    waits, goes_on = threading.Event(), threading.Event()
+
+    def decide(request: Request) -> Answer:
+        if not request.path.startswith("/vms"):
+            waits.set()
+            assert goes_on.wait(60)
+        return pass_on(agent.port, request)
+
+    with Front(decide) as front:
+        yield front, waits, goes_on
+
+
+def test_ctrl_c_says_what_is_known_and_begins_with_no_vm_more(ctl: Ctl, agent: AgentProcess) -> None:
+    with slow_host(agent) as (front, waits, goes_on):
+        child = ctl.start("--url", front.url, "plan", "--all", "--cpus", "2", "--json")
+        assert waits.wait(60)
+        child.send_signal(signal.SIGINT)
+        goes_on.set()
+        out, err = child.communicate(timeout=60)
+    told = json.loads(out)
+    assert (child.returncode, told["interrupted"], len(told["vms"])) == (130, True, 1)
+    assert told["vms"][0]["plans"], "what was begun is said whole"
+    assert err == "kvmagentctl: interrupted: 1 of 2 VMs were asked, and no more are\n"
+
+
+def test_a_second_ctrl_c_waits_for_no_agent_that_hangs(ctl: Ctl, agent: AgentProcess) -> None:
+    with slow_host(agent) as (front, waits, goes_on):
+        child = ctl.start("--url", front.url, "ready", "--all", "--apply")
+        assert waits.wait(60)
+        while child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(0.5)
+        _, err = child.communicate(timeout=60)
+        goes_on.set()
+    assert child.returncode == 130
+    assert "Traceback" not in err
+    assert "0 of 2 VMs were asked, and no more are; not waited for: " in err
+    assert err.endswith("a task that was sent goes on\n")
+
+
+def test_the_exit_status_is_that_of_the_worst(ctl: Ctl, hosts: Path, agent: AgentProcess, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    alone.write_text(f"{agent.url}\n")
+    assert ctl("vms", "--hosts", str(alone)).status == 0
+    refused = ctl("plan", "--hosts", str(alone), "--cpus", "2", "--method", "dimm", "--memory", "x2", "--json")
+    assert (refused.status, len(refused.json["vms"]), refused.json["failures"]) == (0, 2, [])
+    failed = ctl("ready", "--hosts", str(alone), "--apply", "--max-cpus", "1", "--max-memory", "64M", "--json")
+    assert {vm["errorCode"] for vm in failed.json["vms"]} == {"TARGET_BELOW_CURRENT"}
+    assert failed.status == 1
+    # A host that nobody answers for is worse than a VM that is refused.
+    lines = hosts.read_text().splitlines()[:3]
+    hosts.write_text("\n".join(lines))
+    worst = ctl("ready", "--hosts", str(hosts), "--apply", "--max-cpus", "1", "--max-memory", "64M", "--json")
+    assert (worst.status, [one["host"] for one in worst.json["failures"]]) == (4, ["node2"])
+
+
+def test_the_shell_completes_names_options_and_files(ctl: Ctl) -> None:
+    def complete(*words: str) -> list[str]:
+        line = {"COMP_WORDS": " ".join(["kvmagentctl", *words]), "COMP_CWORD": str(len(words))}
+        done = ctl(environment={"_KVMAGENTCTL_COMPLETE": "bash_complete", **line})
+        return [one.partition(",")[2] for one in done.out.splitlines()]
+
+    assert complete("plan", "db") == ["db-7"]
+    assert {"--cpus", "--memory", "--all", "--hosts"} <= set(complete("plan", "--"))
+    assert complete("plan", "db-7", "--affect", "c") == ["config"]
+    assert {"--all", "--hosts"} <= set(complete("ready", "--"))
+    assert {"--hosts", "--not-ready", "--pending-restart"} <= set(complete("vms", "--"))

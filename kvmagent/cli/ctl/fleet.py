@@ -2,16 +2,18 @@
 
 --hosts FILE      a URL, or NAME URL, a line; anything else is an Ansible inventory, which ansible-inventory reads
 ask_hosts         the hosts side by side; of each its VMs one after another
-                  a host that fails is told and fails no other; Ctrl-C ends with what is known by then
+                  a host that fails is told and fails no other; Ctrl-C ends with what is known by then, again at once
 """
 
 import json
+import queue
 import shutil
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -65,6 +67,7 @@ class Progress:
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self.done = self.known = 0
+        self._under_way: list[str] = []
 
     def expect(self, vms: int) -> None:
         """Note that so many VMs more are to be asked."""
@@ -76,9 +79,18 @@ class Progress:
         for vm in vms:
             if self._stopped.is_set():
                 return
+            name = str(vm.get("name") or vm.get("vmUuid"))
+            with self._lock:
+                self._under_way.append(name)
             yield vm
             with self._lock:
+                self._under_way.remove(name)
                 self.done += 1
+
+    def under_way(self) -> list[str]:
+        """Return the VMs that are asked about at the moment."""
+        with self._lock:
+            return sorted(self._under_way)
 
     def stop(self) -> None:
         """Begin with no VM more."""
@@ -99,6 +111,7 @@ class Answers(NamedTuple):
 
 
 Question = Callable[[Agent, Progress], list[tuple[Json, Exit]]]
+_Future = Future[list[tuple[Json, Exit]]]
 
 
 def hosts_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,10 +149,13 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
 def _ask_side_by_side(
     session: Session, agents: dict[Host, Agent], question: Question, progress: Progress, answers: Answers
 ) -> None:
-    pool = ThreadPoolExecutor(min(_SIDE_BY_SIDE, len(agents) or 1))
-    asked: dict[Future[list[tuple[Json, Exit]]], Host] = {
-        pool.submit(question, agent, progress): host for host, agent in agents.items()
-    }
+    asked: dict[_Future, Host] = {Future(): host for host in agents}
+    work = queue.SimpleQueue[tuple[_Future, Agent]]()
+    for future, agent in zip(asked, agents.values(), strict=True):
+        work.put((future, agent))
+    for _ in range(min(_SIDE_BY_SIDE, len(agents))):
+        # Daemons: whoever presses Ctrl-C twice waits for no agent that hangs.
+        threading.Thread(target=_answer, args=(work, question, progress), daemon=True).start()
     open_futures = set(asked)
     try:
         while open_futures:
@@ -150,15 +166,17 @@ def _ask_side_by_side(
         progress.stop()
         for future in asked:
             future.cancel()
-        wait(future for future in asked if not future.cancelled())
         answers.statuses.append(Exit.INTERRUPTED)
+        with suppress(KeyboardInterrupt):
+            wait(future for future in asked if not future.cancelled())
         words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs were asked, and no more are"
-        session.terminal.tell(f"kvmagentctl: {words}")
+        if left := progress.under_way():
+            words += f"; not waited for: {', '.join(left)}; a task that was sent goes on"
+        session.terminal.tell(printable(f"kvmagentctl: {words}"))
     finally:
         session.terminal.clear()
-        pool.shutdown()
     for future, host in asked.items():
-        if future.cancelled():
+        if future.cancelled() or not future.done():
             continue
         try:
             found = future.result()
@@ -169,6 +187,19 @@ def _ask_side_by_side(
         for vm, status in found:
             answers.vms.append({"host": host.name, **vm} if host.name else vm)
             answers.statuses.append(status)
+
+
+def _answer(work: "queue.SimpleQueue[tuple[_Future, Agent]]", question: Question, progress: Progress) -> None:
+    while not work.empty():
+        try:
+            future, agent = work.get_nowait()
+        except queue.Empty:
+            return
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(question(agent, progress))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _show(terminal: Terminal, done: int, hosts: int, progress: Progress) -> None:
