@@ -184,7 +184,7 @@ CPU_ONLINE_HINT = (
 MEMORY_ONLINE_HINT = (
     "Let the guest online new memory by itself: kernel parameters memhp_default_state=online "
     "memory_hotplug.online_policy=auto-movable (they also last over a reboot, and keep memory removable), or "
-    ' udev rule SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", ATTR{state}="online"; '
+    'udev rule SUBSYSTEM=="memory", ACTION=="add", ATTR{state}=="offline", ATTR{state}="online"; '
     "or start the guest agent (qemu-ga) and run in the guest: echo online > /sys/devices/system/memory/memoryN/state."
 )
 

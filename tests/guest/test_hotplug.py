@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvmagent.model.errors import MOVABLE_PARAMETERS
 from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
@@ -124,7 +125,7 @@ def test_without_its_agent_the_guest_s_numbers_are_unknown_and_the_remedy_is_tol
 def test_the_balloon_gives_memory_back_and_auto_goes_on_with_a_dimm(
     boot: Callable[[GuestSpec], Guest], agent: AgentProcess, server: ManagementServer
 ) -> None:
-    guest = boot(GuestSpec(name="vm-balloon", kernel_args="memhp_default_state=online"))
+    guest = boot(GuestSpec(name="vm-balloon", kernel_args=MOVABLE_PARAMETERS))
     send = Caller(agent, server, guest.name)
     full_kib = guest.mem_total_kib()
     with guest.domain() as domain:
@@ -142,6 +143,12 @@ def test_the_balloon_gives_memory_back_and_auto_goes_on_with_a_dimm(
     assert reply["after"]["balloonSize"] == 512 * MIB
     assert guest.mem_total_kib() - full_kib == 256 * 1024
     assert reply["drift"] == []
+    # The kernel parameters that every remedy names: plugged memory comes up by itself, and movable up to its ratio.
+    assert "OnlineGuestMemory" not in [step["step"] for step in reply["steps"]]
+    assert guest.run("cat /sys/devices/system/memory/memory3[23]/valid_zones").split() == ["Movable"] * 2
+    reply = send("memory", memorySize=1536 * MIB)
+    assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 1536 * MIB), reply
+    assert guest.run("cat /sys/devices/system/memory/memory3[45]/valid_zones").split() == ["Normal"] * 2
 
 
 def _until_inflated(send: Caller) -> Any:
