@@ -8,6 +8,9 @@ PYTHON ?= $(shell for python in /usr/bin/python3 python3 python3.13 python3.12 p
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Every Python package has the version and one of the hashes in conf/locked, what builds them too.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --use-pep517
+LOCKED := $(PIP) --require-hashes
 
 .DEFAULT_GOAL := help
 .PHONY: help setup packages image demo picture test test-matrix test-foreign test-on test-pythons lint bench fuzz chaos audit deb
@@ -27,20 +30,23 @@ help:
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
 	@echo "make chaos   everything at once is done to the agent, for hours: SECONDS=3600 SEED=1; figures at its end"
 	@echo "make audit   known holes in the Python packages that are installed"
-	@echo "make deb     the Debian package, in dist/; with the Python packages of $(VENV)"
+	@echo "make lock    write conf/locked anew: the versions and hashes of all Python packages; UPGRADE=NAME or all"
+	@echo "make deb     the Debian package and its SBOM, in dist/; with the Python packages of conf/locked"
 
 setup: packages $(STAMP) image
 
 packages:
 	@PYTHON="$(PYTHON)" sh tests/lab/packages.sh
 
-$(STAMP): setup.py pyproject.toml | packages
+$(STAMP): setup.py pyproject.toml $(wildcard conf/locked/*.txt) | packages
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: Python 3.11 or newer is needed; name one: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> installing kvmagent and its Python packages (libvirt-python is compiled: a minute or so)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(LOCKED) -r conf/locked/build.txt
+	@$(LOCKED) -r conf/locked/test.txt
+	@$(PIP) --no-deps --editable .
 	@touch $@
 
 image: $(STAMP)
@@ -95,14 +101,14 @@ lint: $(STAMP)
 	$(BIN)/mypy --strict kvmagent plugins
 
 bench: setup
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(LOCKED) -r conf/locked/bench.txt
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 SECONDS := 60
 FUZZED := wire framing domainxml
 
 fuzz: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fuzz]'
+	@$(LOCKED) -r conf/locked/fuzz.txt
 	@for target in $(FUZZED); do $(BIN)/python -m tests.fuzz.coverage_guided $$target $(SECONDS) || exit 1; done
 
 SEED := 1
@@ -111,8 +117,14 @@ chaos: setup
 	KVMAGENT_CHAOS_SECONDS=$(SECONDS) KVMAGENT_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos
 
 audit: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[audit]'
+	@$(LOCKED) -r conf/locked/audit.txt
 	@$(BIN)/pip-audit --skip-editable
+
+# UPGRADE=NAME or UPGRADE=all: what is locked is replaced by the newest version; without it, only what setup.py asks.
+.PHONY: lock
+lock: $(STAMP)
+	@$(LOCKED) -r conf/locked/lock.txt
+	@$(BIN)/python conf/locked/lock.py $(UPGRADE)
 
 deb: $(STAMP)
 	@sh conf/debian/build.sh $(BIN)/python dist

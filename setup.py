@@ -57,10 +57,12 @@ setup(
         "bench": ["py-spy>=0.3.14"],
         "fuzz": ["atheris>=2.3"],
         "fast": FAST,
+        "lock": ["uv>=0.9"],
         "test": [
             *FAST,
             "ansible-core>=2.16",
             "ansible-lint>=24.2",
+            "cyclonedx-python-lib>=8.0",
             "lxml-stubs",
             "mypy>=1.10",
             "openapi-python-client>=0.29.1",
@@ -82,7 +84,12 @@ setup(
     data_files=[
         (
             "share/kvmagent/conf",
-            ["conf/kvmagent.conf", "conf/50-kvmagent.rules", "conf/kvmagent.sysusers"],
+            [
+                "conf/kvmagent.conf",
+                "conf/50-kvmagent.rules",
+                "conf/60-kvmagent-access.rules",
+                "conf/kvmagent.sysusers",
+            ],
         ),
         ("share/kvmagent/conf/logrotate.d", ["conf/logrotate.d/kvmagent"]),
         ("share/kvmagent/conf/prometheus", ["conf/prometheus/kvmagent.rules.yml"]),

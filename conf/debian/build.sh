@@ -1,8 +1,9 @@
 #!/bin/sh
-# Builds kvmagent_<version>_<arch>.deb in a copy of the sources, since Debian's tools want debian/ at the top.
+# Builds kvmagent_<version>_<arch>.deb in a copy of the sources, since Debian's tools want debian/ at the top; and its
+# bill of materials beside it, kvmagent_<version>_<arch>.cdx.json.
 #
-#   conf/debian/build.sh PYTHON DIRECTORY     PYTHON: of the environment that the tests ran in. It lends its pip, and
-#                                             what it has is what the package gets. DIRECTORY: where the package goes
+#   conf/debian/build.sh PYTHON DIRECTORY     PYTHON: of the environment that the tests ran in, which lends its pip.
+#                                             DIRECTORY: where the package goes. What is in it, conf/locked says.
 set -eu
 
 python=$(cd "$(dirname "$1")" && pwd)/$(basename "$1")
@@ -31,13 +32,15 @@ export SOURCE_DATE_EPOCH
     echo " -- $(sed -n 's/^Maintainer: //p' conf/debian/control)  $(LC_ALL=C date --utc --rfc-email --date "@$SOURCE_DATE_EPOCH")"
 } >"$source/debian/changelog"
 
-"$python" -m pip --disable-pip-version-check freeze --exclude-editable >"$source/debian/constraints.txt"
-
 log=$copy/log
 if ! (cd "$source" && PIP="$python -m pip" TMPDIR="$copy" dpkg-buildpackage --build=binary --no-sign) >"$log" 2>&1; then
     cat "$log" >&2
     echo "build.sh: the package could not be built, see above" >&2
     exit 1
 fi
-cp "$copy"/kvmagent_*.deb "$out"
-ls "$out"/kvmagent_"$version"_*.deb
+deb=$(ls "$copy"/kvmagent_*.deb)
+bom=$(basename "$deb" .deb).cdx.json
+"$python" conf/debian/sbom.py "$source/debian/installed.json" "$source"/debian/kvmagent/usr/lib/kvmagent/lib/python3*/site-packages \
+    "$deb" "$SOURCE_DATE_EPOCH" >"$copy/$bom"
+cp "$deb" "$copy/$bom" "$out"
+ls "$out"/kvmagent_"$version"_*.deb "$out/$bom"

@@ -23,9 +23,12 @@ class Authority:
         self.ca_file = directory / f"{name}.pem"
         self._ca.cert_pem.write_to_path(self.ca_file)
 
-    def issue(self, *names: str, expired: bool = False, file_name: str | None = None) -> Path:
+    def issue(
+        self, *names: str, expired: bool = False, not_after: datetime | None = None, file_name: str | None = None
+    ) -> Path:
         """A file of key and certificate, mode 0600, whose subject alternative names are `names`."""
-        not_after = datetime.now(UTC) - timedelta(days=1) if expired else None
+        if expired:
+            not_after = datetime.now(UTC) - timedelta(days=1)
         issued = self._ca.issue_cert(*names, not_after=not_after, key_type=trustme.KeyType.ECDSA)
         file = self._directory / f"{file_name or names[0]}.pem"
         issued.private_key_and_cert_chain_pem.write_to_path(file)

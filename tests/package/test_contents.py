@@ -1,17 +1,25 @@
 """What is in the package, before it is installed anywhere."""
 
+import hashlib
+import json
 import re
+import runpy
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import click
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from packaging.utils import canonicalize_name
 
 from kvmagent.cli.ctl.exits import MEANINGS
 from kvmagent.cli.ctl.main import make_cli
 from tests.lab.agent import find_command
 from tests.package.conftest import ROOT, Made, run
+from tests.package.test_locked import read_locked
 
 SCRIPTS = [
     "init.d/kvmagent",
@@ -28,6 +36,31 @@ def unpacked(deb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("unpacked")
     subprocess.run(["dpkg-deb", "--extract", str(deb), str(directory)], check=True)
     return directory
+
+
+def test_the_bill_of_materials_names_what_is_in_the_package_by_the_archives_that_are_locked(
+    deb: Path, unpacked: Path
+) -> None:
+    text = deb.with_name(f"{deb.stem}.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bom = json.loads(text)
+    assert bom["metadata"]["component"]["hashes"][0]["content"] == hashlib.sha256(deb.read_bytes()).hexdigest()
+    (packages,) = unpacked.glob("usr/lib/kvmagent/lib/python3*/site-packages")
+    there = {canonicalize_name(one.metadata["Name"]): one.version for one in distributions(path=[str(packages)])}
+    del there["kvmagent"]
+    assert {one["name"]: one["version"] for one in bom["components"]} == there
+    locked, python = read_locked("agent"), packages.parent.name.removeprefix("python")
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    brought = {name for name, one in locked.items() if not one.marker or one.marker.evaluate(environment)}
+    assert set(there) == brought - runpy.run_path(str(ROOT / "conf/leave_out.py"))["DISTRIBUTIONS"]
+    lines = (ROOT / "conf/locked/agent.txt").read_text()
+    for one in bom["components"]:
+        assert locked[one["name"]].specifier.contains(one["version"])
+        assert f"--hash=sha256:{one['hashes'][0]['content']}" in lines
+        assert one["licenses"][0]
+    needed = {entry["ref"]: entry["dependsOn"] for entry in bom["dependencies"]}
+    assert set(needed) == {bom["metadata"]["component"]["bom-ref"], *(one["bom-ref"] for one in bom["components"])}
+    assert any(ref.startswith("pkg:pypi/libvirt-python@") for ref in needed[bom["metadata"]["component"]["bom-ref"]])
 
 
 def test_lintian_finds_nothing_that_is_not_explained(made: Made) -> None:
