@@ -24,6 +24,11 @@ _BY_CODE = {
     libvirt.VIR_ERR_AGENT_UNSYNCED: Code.GUEST_AGENT_UNRESPONSIVE,
 }
 
+# libvirt's access control driver is on, and knows nothing of the agent.
+_ACCESS_REMEDY = (
+    "Let the agent's user in: install -m 0644 /usr/share/kvmagent/60-kvmagent-access.rules /etc/polkit-1/rules.d/"
+)
+
 
 @contextmanager
 def libvirt_errors(doing: str) -> Iterator[None]:
@@ -46,5 +51,6 @@ def translate(error: libvirt.libvirtError, doing: str) -> AgentError:
     return AgentError(
         meaning,
         f"{doing}: {error.get_error_message() or error}",
+        remedy=_ACCESS_REMEDY if code == libvirt.VIR_ERR_ACCESS_DENIED else None,
         details={"libvirtCode": code, "libvirtDomain": domain},
     )

@@ -58,6 +58,7 @@ def probe(uri: str) -> Probe:
     with _open(uri) as connection, libvirt_errors("looking at libvirt"):
         domains = connection.listAllDomains()
         running = [domain for domain in domains if domain.isActive()]
+        _check_access(connection)
         return Probe(
             libvirt=_version(connection.getLibVersion()),
             hypervisor=_version(connection.getVersion()),
@@ -66,6 +67,15 @@ def probe(uri: str) -> Probe:
             running=tuple(_probe_vms(running)),
             vms=len(domains),
         )
+
+
+def _check_access(connection: libvirt.virConnect) -> None:
+    """Raise where libvirt's access control lets nobody do more than look, which the other calls here do not tell."""
+    try:
+        connection.getDomainCapabilities()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_ACCESS_DENIED:
+            raise
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     tokens.write_text(f"{LINE}\n")
     settings = {
         "agent": {"plugins": "vm"},
-        "security": {"tokens_file": str(tokens), "allowed_callbacks": CALLBACKS},
+        "security": {"tokens_file": str(tokens), "roles": "token:zstack plug", "allowed_callbacks": CALLBACKS},
     }
     with AgentProcess(uri="test:///default", settings=settings, token=TOKEN) as running:
         yield running

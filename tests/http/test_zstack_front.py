@@ -99,7 +99,11 @@ def node(tmp_path: Path, server: ManagementServer) -> Iterator[Node]:
     tokens.write_text(f"{line}\n")
     settings = {
         "agent": {"plugins": "vm"},
-        "security": {"tokens_file": str(tokens), "allowed_callbacks": f"127.0.0.1:{server.port}"},
+        "security": {
+            "tokens_file": str(tokens),
+            "roles": "token:zstack plug",
+            "allowed_callbacks": f"127.0.0.1:{server.port}",
+        },
     }
     original = Original()
     original.start()

@@ -116,6 +116,8 @@ def test_a_setting_that_changes_restarts_the_agent_and_a_token_is_the_agent_s_al
     (after,) = tree.processes()
     assert before.pid != after.pid
     assert tree.run("stat", "--format=%U %a", "/etc/kvmagent/tokens").strip() == "kvmagent 600"
+    roles = tree.run("grep", "^roles", "/etc/kvmagent/kvmagent.conf").strip()
+    assert roles == "roles = group:kvmagent-admin admin, certificate:* admin, token:* plug unplug prepare read"
 
 
 def health(port: int, context: ssl.SSLContext) -> int:

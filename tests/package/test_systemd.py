@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tests.lab.booted import Booted
 from tests.lab.domainxml import GuestSpec, format_domain
 from tests.lab.image import Image
 from tests.lab.processes import wait_for
-from tests.package.conftest import Made
+from tests.package.conftest import ROOT, Made
 
 pytestmark = pytest.mark.guest
 
@@ -25,6 +27,8 @@ CPUTUNE = (
     "<cputune><shares>1000</shares><period>100000</period><quota>50000</quota>"
     "<vcpupin vcpu='0' cpuset='0'/><vcpupin vcpu='1' cpuset='1'/><vcpupin vcpu='2' cpuset='0'/></cputune>"
 )
+RULES, ACTIVE_RULES = "/usr/share/kvmagent/60-kvmagent-access.rules", "/etc/polkit-1/rules.d"
+LIBVIRT_CONF = "/etc/libvirt/libvirtd.conf"
 KEEP_CONF = ("-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-confold")
 
 
@@ -54,21 +58,9 @@ def test_the_installation_starts_the_service_and_its_user_reaches_libvirt(machin
 @pytest.fixture(scope="module")
 def pinned(machine: Booted, image: Image) -> Iterator[str]:
     """A VM whose vCPUs have a quota each, shares together, and pins, but for the last one."""
-    files = [machine.root / "var/tmp" / file.name for file in (image.kernel, image.initramfs)]
-    for source, target in zip((image.kernel, image.initramfs), files, strict=True):
-        shutil.copyfile(source, target)
     spec = GuestSpec(name=PINNED, max_vcpus=4, domain_xml=CPUTUNE)
-    xml = format_domain(
-        spec,
-        Image(*(Path("/var/tmp") / file.name for file in files), image.kernel_release),
-        virt_type="qemu",
-        console_log=Path("/var/log/libvirt/qemu/pinned-console.log"),
-        harness=Path("/var/lib/libvirt/qemu/pinned-harness.sock"),
-    )
-    xml = xml.replace("<vcpu placement='static'", "<vcpu placement='static' cpuset='0-1'")
-    (machine.root / "var/tmp/pinned.xml").write_text(xml)
-    machine.run("virsh", "define", "/var/tmp/pinned.xml")
-    machine.run("virsh", "start", spec.name)
+    xml = format_vm(machine, image, spec)
+    start_vm(machine, spec.name, xml.replace("<vcpu placement='static'", "<vcpu placement='static' cpuset='0-1'"))
 
     def is_confirmable() -> bool:
         told = json.loads(machine.run("kvmagentctl", "ready", spec.name, "--json"))
@@ -77,6 +69,27 @@ def pinned(machine: Booted, image: Image) -> Iterator[str]:
     wait_for(is_confirmable, timeout_s=120, what="the guest and its agent")
     yield spec.name
     machine.run("virsh", "destroy", spec.name)
+
+
+def format_vm(machine: Booted, image: Image, spec: GuestSpec) -> str:
+    """The XML of a VM that boots the lab's image in the machine."""
+    files = [machine.root / "var/tmp" / file.name for file in (image.kernel, image.initramfs)]
+    for source, target in zip((image.kernel, image.initramfs), files, strict=True):
+        shutil.copyfile(source, target)
+    return format_domain(
+        spec,
+        Image(*(Path("/var/tmp") / file.name for file in files), image.kernel_release),
+        virt_type="qemu",
+        console_log=Path(f"/var/log/libvirt/qemu/{spec.name}-console.log"),
+        harness=Path(f"/var/lib/libvirt/qemu/{spec.name}-harness.sock"),
+    )
+
+
+def start_vm(machine: Booted, name: str, xml: str) -> None:
+    """Define a VM and start it."""
+    (machine.root / f"var/tmp/{name}.xml").write_text(xml)
+    machine.run("virsh", "define", f"/var/tmp/{name}.xml")
+    machine.run("virsh", "start", name)
 
 
 def test_plugged_vcpus_have_their_pins_and_quota_and_shares_follow_where_asked(machine: Booted, pinned: str) -> None:
@@ -153,6 +166,64 @@ def test_an_agent_that_dies_or_hangs_is_started_again(machine: Booted) -> None:
     wait_for(lambda: "watchdog" in machine.journal(UNIT).lower(), timeout_s=30, what="the watchdog")
     wait_for(lambda: machine.show(UNIT, "ActiveState") == "active", timeout_s=60, what="the agent")
     assert health(machine)["ready"] is True
+
+
+@contextmanager
+def access_controlled(machine: Booted) -> Iterator[None]:
+    """Have libvirt ask polkit for each call, and log what it asks for."""
+    machine.run("cp", LIBVIRT_CONF, "/run/libvirtd.conf")
+    more = r'access_drivers = ["polkit"]\nlog_filters = "1:access.accessdriverpolkit"\nlog_outputs = "1:stderr"\n'
+    machine.run("sh", "-c", f"printf '{more}' >>{LIBVIRT_CONF}")
+    machine.run("systemctl", "restart", "libvirtd")
+    try:
+        yield
+    finally:
+        machine.run("cp", "/run/libvirtd.conf", LIBVIRT_CONF)
+        machine.run("systemctl", "restart", "libvirtd")
+
+
+def test_libvirts_access_control_lets_the_agent_do_its_job_and_no_more(machine: Booted, image: Image) -> None:
+    spec = GuestSpec(name="vm1", devices_xml="<graphics type='vnc' passwd='secret'/>")
+    with access_controlled(machine):
+        start_vm(machine, spec.name, format_vm(machine, image, spec))
+        ping = """virsh qemu-agent-command vm1 '{"execute":"guest-ping"}' || true"""
+        wait_for(lambda: "return" in machine.run("sh", "-c", ping), timeout_s=120, what="the guest's agent")
+        # Without the rules: refused, with the command that mends it.
+        refused = machine.run("sh", "-c", "kvmagentctl plug-cpu vm1 2 2>&1 || true")
+        assert f"install -m 0644 {RULES} {ACTIVE_RULES}/" in refused
+        assert "60-kvmagent-access.rules" in machine.run("sh", "-c", "kvmagentctl doctor || true")
+        machine.run("install", "-m", "0644", RULES, f"{ACTIVE_RULES}/")
+        wait_for(
+            lambda: "access denied" not in machine.run("sh", "-c", "kvmagentctl doctor || true"),
+            timeout_s=60,
+            what="polkit",
+        )
+        plugged = json.loads(machine.run("kvmagentctl", "--json", "plug", "vm1", "2", "512M"))
+        assert (plugged["cpuNum"], plugged["memorySize"]) == (2, 512 << 20)
+        ready = json.loads(machine.run("kvmagentctl", "--json", "ready", "vm1", "--max-cpus", "8", "--apply"))
+        assert ready["ready"] is True
+        definition = machine.run("virsh", "dumpxml", "vm1", "--inactive", "--security-info")
+        assert "passwd='secret'" in definition
+        assert ">8</vcpu>" in definition
+        machine.run("sh", "-c", "kvmagentctl unplug-memory vm1 256M || true")  # the guest may refuse
+        user = machine.run("id", "-u", "kvmagent").strip()
+        asked = re.findall(
+            rf"Check action 'org\.libvirt\.api\.([^']*)'.* uid {user}$", machine.journal("libvirtd"), re.M
+        )
+        assert set(asked) == set(
+            re.findall(r'"((?:connect|domain)\.[a-z-]+)"', (ROOT / f"conf/{Path(RULES).name}").read_text())
+        )
+        for command in (
+            "destroy vm1",
+            "undefine vm1",
+            "save vm1 /run/saved",
+            "screenshot vm1",
+            "pool-list",
+            "secret-list",
+        ):
+            done = machine.run("sh", "-c", f"runuser -u kvmagent -- virsh -c qemu:///system {command} 2>&1 || true")
+            assert "access denied" in done, command
+        machine.run("virsh", "destroy", "vm1")
 
 
 def health(machine: Booted) -> dict[str, object]:

@@ -148,6 +148,7 @@ def test_the_manual_s_steps_make_a_node_and_its_way_back_unmakes_it(
         "root 600",
         "kvmagent 600",
     ]
+    assert roles(machine) == ["token:zstack plug", "group:kvmagent-admin admin"]
     assert "kvmagent/kvmagent" in machine.journal("haproxy.service")
     machine.run("systemctl", "kill", "--signal=SIGKILL", "kvmagent")
     wait_for(lambda: node.post("/vm/increase/cpu", {})[0] == 400, timeout_s=60, what="the agent to be back")
@@ -189,4 +190,10 @@ def test_the_role_makes_the_same_node_and_changes_nothing_the_second_time(
     first = machine.run(*play)
     assert re.search(r"node1 .* failed=0 ", first), first
     node.is_served()
+    assert roles(machine) == ["token:zstack plug", "group:kvmagent-admin admin", "certificate:* admin"]
     assert re.search(r"node1 .* changed=0 .* failed=0 ", again := machine.run(*play)), again
+
+
+def roles(machine: Booted) -> list[str]:
+    """Who may do what on the node: haproxy's token plugs, and nothing else."""
+    return machine.run("sed", "-n", "s/^roles = //p", "/etc/kvmagent/kvmagent.conf").strip().split(", ")
