@@ -1,10 +1,12 @@
 """Who may do what: the socket's callers by user, others by token or certificate; roles, VMs, ownership, revocation."""
 
+import grp
 import hashlib
 import http.client
 import json
 import os
 import pwd
+import re
 import signal
 import socket
 import ssl
@@ -186,6 +188,112 @@ def test_a_task_is_its_callers(guarded: AgentProcess, server: ManagementServer) 
     assert guarded.post(path, body, task_uuid=task, callback_url=url).status == 200  # by admin
     assert len(server.callbacks(task)) >= 1
     assert "secret" not in guarded.log()
+
+
+# Who asks about a task of the plugger's -> what becomes of each thing that it may ask.
+ACTS = ("send", "send without callback", "read", "list", "cancel")
+OWNERS = {
+    "plugger": dict.fromkeys(ACTS, "yes"),
+    "chief": dict.fromkeys(ACTS, "yes"),
+    "watcher": {"send": "ROLE_MISSING", "send without callback": "ROLE_MISSING", "read": "yes", "list": "yes"},
+    "preparer": {"send": "ROLE_MISSING", "send without callback": "ROLE_MISSING", "read": "yes", "list": "yes"},
+    "tenant": {"send": "TASK_NOT_YOURS", "send without callback": "TASK_NOT_YOURS", "read": "TASK_NOT_YOURS"},
+    "remover": {"send": "ROLE_MISSING", "send without callback": "ROLE_MISSING", "read": "TASK_NOT_YOURS"},
+    "zstack": {"send": "ROLE_MISSING", "send without callback": "ROLE_MISSING", "read": "TASK_NOT_YOURS"},
+    "nobody": {"send": "ROLE_MISSING", "send without callback": "ROLE_MISSING", "read": "TASK_NOT_YOURS"},
+}
+
+
+@pytest.fixture(scope="module")
+def owned(guarded: AgentProcess, server: ManagementServer) -> str:
+    """A task of the plugger's that has ended."""
+    task, (path, body) = new_task_uuid(), COMMANDS["plug"]
+    mine = {"Authorization": "Bearer plugger"}
+    assert guarded.post(path, body, task_uuid=task, callback_url=server.url, headers=mine).status == 200
+    server.wait(task, 60)
+    return task
+
+
+@pytest.mark.parametrize("token", OWNERS)
+def test_the_matrix_of_owners(guarded: AgentProcess, server: ManagementServer, owned: str, token: str) -> None:
+    assert OWNERS.keys() == MAY.keys()
+    headers, (path, body) = {"Authorization": f"Bearer {token}"}, COMMANDS["plug"]
+    replies = {
+        "read": guarded.get(f"/tasks/{owned}", headers=headers),
+        "cancel": guarded.post(f"/tasks/{owned}/cancel", b"", headers=headers),
+        "send": guarded.post(path, body, task_uuid=owned, callback_url=server.url, headers=headers),
+        "send without callback": guarded.post(path, body, task_uuid=owned, callback_url="none", headers=headers),
+    }
+    for act, reply in replies.items():
+        expected = OWNERS[token].get(act, "TASK_NOT_YOURS")
+        told = reply.body.get("errorCode") or "yes"
+        # What is done can be taken back by nobody; its caller and an administrator are told so.
+        known = ("yes", "TASK_NOT_CANCELLABLE", "TASK_CONFLICT") if expected == "yes" else (expected,)
+        assert told in known, act
+        if expected != "yes":
+            assert "HotPlugCpu" not in json.dumps(reply.body)
+            assert server.url not in json.dumps(reply.body)
+    listed = guarded.get("/tasks?limit=1000", headers=headers).body["tasks"]
+    assert (owned in {one["taskUuid"] for one in listed}) == (OWNERS[token].get("list") == "yes")
+
+
+@pytest.mark.parametrize("token", MAY)
+def test_a_host_is_taken_over_by_its_management_server_alone(
+    guarded: AgentProcess, server: ManagementServer, token: str
+) -> None:
+    first = {"hostUuid": "first", "sendCommandUrl": server.url, "version": "1"}
+    chief, headers = {"Authorization": "Bearer chief"}, {"Authorization": f"Bearer {token}"}
+    assert guarded.post("/host/connect", first, headers=chief).body["success"] is True
+    reply = guarded.post("/host/connect", {**first, "hostUuid": "second"}, headers=headers)
+    sent = {"task_uuid": new_task_uuid(), "callback_url": server.url}
+    moved = guarded.post("/host/update/configuration", {**first, "hostUuid": "second"}, headers=headers, **sent)
+    asked = new_task_uuid()
+    assert guarded.post("/host/ping", {}, task_uuid=asked, callback_url=server.url, headers=chief).status == 200
+    known = server.wait(asked, 60)["hostUuid"]
+    if "host" in MAY[token]:
+        assert (reply.status, known) == (200, "second")
+    else:
+        assert (reply.status, reply.body["errorCode"], known) == (403, "ROLE_MISSING", "first")
+        assert (moved.status, moved.body["errorCode"]) == (403, "ROLE_MISSING")
+
+
+# The socket's caller: its entry in the table -> what it may.
+SOCKET_PEERS = {
+    "unix:nobody read": {"read"},
+    "unix:nobody plug prepare": {"plug"},
+    "unix:nobody host": {"host"},
+    f"group:{grp.getgrgid(NOBODY.pw_gid).gr_name} unplug read": {"unplug", "read"},
+    "unix:nobody admin": {"read", "plug", "unplug", "prepare", "host"},
+    "unix:root admin": set(),
+    "token:nobody admin": set(),
+}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask as another user")
+def test_the_matrix_of_the_socket_s_callers(node_uri: str) -> None:
+    ask = (
+        "import http.client, json, os, socket, sys\n"
+        f"os.setgroups([]); os.setgid({NOBODY.pw_gid}); os.setuid({NOBODY.pw_uid})\n"
+        "def one(path, body):\n"
+        "    s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+        "    c = http.client.HTTPConnection('localhost'); c.sock = s\n"
+        "    h = {'Content-Type': 'application/json'}\n"
+        "    c.request('POST', path, json.dumps(body), h); return json.loads(c.getresponse().read()).get('errorCode')\n"
+        "print(json.dumps({name: one(*request) for name, request in json.loads(sys.argv[2]).items()}))"
+    )
+    first = next(iter(SOCKET_PEERS))
+    with AgentProcess(uri=node_uri, settings={"security": {"roles": first}}, by_socket=True) as agent:
+        agent.directory.chmod(0o711)
+        agent.socket.chmod(0o666)
+        for entry, may in SOCKET_PEERS.items():
+            text = re.sub(r"(?m)^roles = .*$", f"roles = {entry}", agent.config_file.read_text())
+            agent.config_file.write_text(text)
+            hang_up(agent)
+            command = [sys.executable, "-c", ask, str(agent.socket), json.dumps(COMMANDS)]
+            told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            # Without a task's id a command goes no further than to say so.
+            let_in = {name for name, code in told.items() if code != "ROLE_MISSING"}
+            assert let_in - {"prepare"} == may - {"prepare"}, entry
 
 
 @pytest.mark.parametrize("path", ["/vms", "/whoami"])

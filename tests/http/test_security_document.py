@@ -1,5 +1,6 @@
 """SECURITY.md: its lines work as they stand there."""
 
+import re
 import ssl
 import subprocess
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 from kvmagent.settings import parse_settings
 from tests.lab.agent import AgentProcess
 
-DOCUMENT = (Path(__file__).parents[2] / "SECURITY.md").read_text()
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "SECURITY.md").read_text()
+THREATS = [line for line in DOCUMENT.splitlines() if line.startswith("| ") and not line.startswith("| who |")]
+THREATS = THREATS[: next(n for n, line in enumerate(THREATS) if line.startswith("| role |"))]
 
 
 def block(first: str) -> str:
@@ -46,3 +50,16 @@ def test_the_configuration_of_the_document_is_one() -> None:
     settings = parse_settings(block("[http]"))
     assert settings.security.authenticates
     assert settings.security.allowed_callbacks == ("caller", "10.0.0.100:8080")
+
+
+@pytest.mark.parametrize("row", THREATS, ids=lambda row: row.split(" | ")[0].removeprefix("| "))
+def test_each_threat_has_its_test(row: str) -> None:
+    assert len(THREATS) >= 17
+    *columns, tests = row.strip("| ").split(" | ")
+    assert len(columns) == 4
+    assert all(columns)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", tests)
+    assert named
+    assert tests.count("`") == 2 * len(named), "nothing else stands in the column"
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file} has no {name}"
