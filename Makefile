@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Every Python package has the version and one of the hashes in conf/locked, what builds them too.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --use-pep517
+PIP := -m pip install --quiet --disable-pip-version-check --no-build-isolation --use-pep517
 LOCKED := $(PIP) --require-hashes
 
 .DEFAULT_GOAL := help
@@ -44,9 +44,9 @@ $(STAMP): setup.py pyproject.toml $(wildcard conf/locked/*.txt) | packages
 	@echo "==> making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> installing kvmagent and its Python packages (libvirt-python is compiled: a minute or so)"
-	@$(LOCKED) -r conf/locked/build.txt
-	@$(LOCKED) -r conf/locked/test.txt
-	@$(PIP) --no-deps --editable .
+	@$(BIN)/python $(LOCKED) -r conf/locked/build.txt
+	@$(BIN)/python $(LOCKED) -r conf/locked/test.txt
+	@$(BIN)/python $(PIP) --no-deps --editable .
 	@touch $@
 
 image: $(STAMP)
@@ -58,11 +58,13 @@ image: $(STAMP)
 # What the tests need beside it, a demo does not: a third of the packages, and an environment of its own.
 DEMO := $(VENV)-demo
 
-$(DEMO)/.installed: setup.py pyproject.toml
+$(DEMO)/.installed: setup.py pyproject.toml $(wildcard conf/locked/*.txt)
 	@PYTHON="$(PYTHON)" sh tests/lab/packages.sh demo
 	@echo "==> making $(DEMO): kvmagent and its Python packages (libvirt-python is compiled: a minute or so)"
 	@$(PYTHON) -m venv $(DEMO)
-	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(DEMO)/bin/python $(LOCKED) -r conf/locked/build.txt
+	@$(DEMO)/bin/python $(LOCKED) -r conf/locked/agent.txt
+	@$(DEMO)/bin/python $(PIP) --no-deps --editable .
 	@touch $@
 
 demo: $(DEMO)/.installed
@@ -101,14 +103,14 @@ lint: $(STAMP)
 	$(BIN)/mypy --strict kvmagent plugins
 
 bench: setup
-	@$(LOCKED) -r conf/locked/bench.txt
+	@$(BIN)/python $(LOCKED) -r conf/locked/bench.txt
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 SECONDS := 60
 FUZZED := wire framing domainxml
 
 fuzz: $(STAMP)
-	@$(LOCKED) -r conf/locked/fuzz.txt
+	@$(BIN)/python $(LOCKED) -r conf/locked/fuzz.txt
 	@for target in $(FUZZED); do $(BIN)/python -m tests.fuzz.coverage_guided $$target $(SECONDS) || exit 1; done
 
 SEED := 1
@@ -117,13 +119,13 @@ chaos: setup
 	KVMAGENT_CHAOS_SECONDS=$(SECONDS) KVMAGENT_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos
 
 audit: $(STAMP)
-	@$(LOCKED) -r conf/locked/audit.txt
+	@$(BIN)/python $(LOCKED) -r conf/locked/audit.txt
 	@$(BIN)/pip-audit --skip-editable
 
 # UPGRADE=NAME or UPGRADE=all: what is locked is replaced by the newest version; without it, only what setup.py asks.
 .PHONY: lock
 lock: $(STAMP)
-	@$(LOCKED) -r conf/locked/lock.txt
+	@$(BIN)/python $(LOCKED) -r conf/locked/lock.txt
 	@$(BIN)/python conf/locked/lock.py $(UPGRADE)
 
 deb: $(STAMP)
