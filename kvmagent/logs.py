@@ -32,7 +32,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.units import format_ids
-from kvmagent.model.urls import shown_line, shown_text
+from kvmagent.model.urls import shown_field, shown_line
 from kvmagent.settings import LogSection
 
 #: What no field may be called: the JSON line has these of its own.
@@ -295,7 +295,7 @@ def _event(record: logging.LogRecord) -> tuple[str, Mapping[str, object]]:
     """Return a line's event and fields; of a library's line its text is a field, for who knows what is in it."""
     if isinstance(record.msg, Event):
         fields = record.msg.fields.items()
-        return record.msg.name, {name: shown_text(one) if isinstance(one, str) else one for name, one in fields}
+        return record.msg.name, {name: shown_field(name, one) if isinstance(one, str) else one for name, one in fields}
     return record.name, {"message": shown_line(record.getMessage())}
 
 

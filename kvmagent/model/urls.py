@@ -30,14 +30,21 @@ def shown_line(text: str) -> str:
     return shown_text(_QUERY.sub("?...", text))
 
 
+def shown_field(name: str, value: str) -> str:
+    """Return the text of a field; one that is named as a URL is one whole, with blanks in its secrets too."""
+    return shown_url(value) if name.lower().endswith("url") else shown_text(value)
+
+
 def shown_json(value: Any) -> Any:
-    """Return JSON, each text in it as `shown_text` has it."""
+    """Return JSON, each text in it as `shown_text` has it, each field as `shown_field`."""
     if isinstance(value, str):
         return shown_text(value)
     if isinstance(value, list):
         return [shown_json(one) for one in value]
     if isinstance(value, dict):
-        return {name: shown_json(one) for name, one in value.items()}
+        return {
+            name: shown_field(name, one) if isinstance(one, str) else shown_json(one) for name, one in value.items()
+        }
     return value
 
 

@@ -128,6 +128,16 @@ def test_a_server_that_cannot_be_told_anything_is_not_remembered(zstack: ZStack,
     assert "hostUuid" not in zstack.call("/host/ping", {})
 
 
+@pytest.mark.parametrize("secrets", ["user:s3cr3t@", "us er:s3cr3t@", 'u"s3cr3t@'])
+def test_a_server_s_password_is_in_no_log_line_error_or_task(zstack: ZStack, secrets: str) -> None:
+    url = zstack.server.url.replace("://", f"://{secrets}") + "?token=a s3cr3t"
+    assert "s3cr3t" not in str(connect(zstack, sendCommandUrl=url))
+    zstack.call("/host/update/configuration", {"hostUuid": HOST, "sendCommandUrl": url})
+    tasks = zstack.agent.get("/tasks").body["tasks"]
+    for text in (zstack.agent.log(), *(str(zstack.agent.get(f"/tasks/{task['taskUuid']}").body) for task in tasks)):
+        assert "s3cr3t" not in text
+
+
 def test_ping_tells_who_connected_also_after_a_restart(zstack: ZStack) -> None:
     assert zstack.call("/host/ping", {"hostUuid": HOST}) == {"success": True, "error": ""}
     connect(zstack)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvmagent.api.wire import parse_callback_url
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.urls import shown_json, shown_line, shown_text, shown_url
+from kvmagent.model.urls import shown_field, shown_json, shown_line, shown_text, shown_url
 
 # Upper case stands for what must not be seen: no other part of these URLs has any.
 SECRET = st.text(string.ascii_uppercase + "!$&'()*+,;=:%", min_size=1, max_size=12)
@@ -30,6 +30,17 @@ def test_no_secret_of_a_url_is_shown_alone_in_a_text_or_in_json(url: str) -> Non
         assert_hidden(shown_text(text))
         assert_hidden(shown_json({"a": [text]})["a"][0])
         assert_hidden(AgentError(Code.BAD_QUERY, text).message)
+
+
+@given(st.text(string.ascii_uppercase + ' \t"<>@:', min_size=1), st.sampled_from(["sendCommandUrl", "url"]))
+def test_a_field_that_is_a_url_hides_secrets_with_blanks_and_quotes_in_them(secret: str, name: str) -> None:
+    for url in (
+        f"http://{secret}@h.example/done",
+        f"http://h.example/done?{secret}",
+        f"http://u:{secret}@h.example?{secret}",
+    ):
+        assert_hidden(shown_field(name, url))
+        assert_hidden(shown_json({"request": [{name: url}]})["request"][0][name])
 
 
 @given(st.sampled_from(["http:/", "http:", "", "http:\\\\", "http:// "]), USER, QUERY)
