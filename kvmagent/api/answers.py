@@ -56,9 +56,10 @@ class TaskEntry(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class TaskList(msgspec.Struct, rename="camel"):
-    """Tasks, newest first."""
+    """Tasks, newest first; `next` is the cursor of those that follow, where there are more."""
 
     tasks: list[TaskEntry]
+    next: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class WholeTask(TaskEntry, kw_only=True, rename="camel"):
@@ -104,9 +105,10 @@ class HistoryEntry(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class History(msgspec.Struct, rename="camel"):
-    """What changed a VM, newest first; entries stay for longer than their tasks."""
+    """What changed a VM, newest first; entries stay for longer than their tasks. `next` is as that of tasks."""
 
     changes: list[HistoryEntry]
+    next: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunningTask(msgspec.Struct, rename="camel"):

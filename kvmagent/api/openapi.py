@@ -9,6 +9,7 @@ import msgspec
 from kvmagent import __version__
 from kvmagent.api.answers import API_VERSION, UnreadableVm
 from kvmagent.api.intake import Accepted
+from kvmagent.api.pages import FIELDS_TYPE
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.host import Query
@@ -58,7 +59,7 @@ class OwnPath(NamedTuple):
 def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -> dict[str, Any]:
     """Return the document."""
     declared, own = list(declared), list(own)
-    vm = next((one.reply for one in declared if one.name == "ReadyForHotplug"), VmReply)
+    vm = find_vm_shape(declared)
     answers = [one.answer for one in own if not isinstance(one.answer, str)]
     asked = [shape for one in declared for shape in (one.request, one.reply)]
     asked += [one.request for one in own if one.request is not None]
@@ -66,7 +67,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
     _, schemas = msgspec.json.schema_components(dict.fromkeys(shapes), ref_template=_REF)
     _finish_schemas(schemas, requests=[one.request for one in (*declared, *own) if one.request is not None])
     paths: dict[str, Any] = {one.path: {"post": _operation(one)} for one in declared}
-    paths |= {one.path: {one.method: _own(one, vm)} for one in own}
+    paths |= {one.path: {one.method: _own(one, vm, schemas)} for one in own}
     for item in paths.values():
         for operation in item.values():
             _add_examples(operation, schemas)
@@ -92,6 +93,11 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
             for code, info in CODES.items()
         },
     }
+
+
+def find_vm_shape(declared: Iterable[Command | Query]) -> type[msgspec.Struct]:
+    """Return the shape of what is told of one VM."""
+    return next((one.reply for one in declared if one.name == "ReadyForHotplug"), VmReply)
 
 
 def _finish_schemas(schemas: Mapping[str, Any], *, requests: Iterable[type[msgspec.Struct]]) -> None:
@@ -180,13 +186,16 @@ def _sync_operation(query: Query) -> dict[str, Any]:
     }
 
 
-def _own(own: OwnPath, vm: type[msgspec.Struct]) -> dict[str, Any]:
+def _own(own: OwnPath, vm: type[msgspec.Struct], schemas: dict[str, Any]) -> dict[str, Any]:
     names = [segment[1:-1] for segment in own.path.split("/") if segment.startswith("{")]
     refusals = _refusals(_ANY + _READ + (_COMMAND if own.method == "post" else ()))
     content = _answer(own.answer, vm)
     if own.path == "/healthz":
         both = [content["application/json"]["schema"], _ref(Refusal)]
         refusals["503"] = {"description": "Not ready", "content": {"application/json": {"schema": {"anyOf": both}}}}
+    if is_list := "fields" in own.query:
+        content[FIELDS_TYPE] = {"schema": _tell_chosen(content["application/json"]["schema"], schemas)}
+        refusals["304"] = {"description": "It is as it was in the answer with that ETag"}
     return {
         "operationId": own.operation,
         "tags": ["reads" if own.method == "get" else "commands"],
@@ -195,10 +204,36 @@ def _own(own: OwnPath, vm: type[msgspec.Struct]) -> dict[str, Any]:
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names),
             *({"name": name, "in": "query", "schema": schema} for name, schema in own.query.items()),
+            *([{"name": "If-None-Match", "in": "header", "schema": {"type": "string"}}] if is_list else []),
         ],
         **({"requestBody": {"required": True, "content": _json(own.request)}} if own.request else {}),
-        "responses": {"200": {"description": own.summary, "content": content}, **refusals},
+        "responses": {
+            "200": {"description": own.summary, "content": content, **({"headers": _ETAG} if is_list else {})},
+            **refusals,
+        },
     }
+
+
+def _tell_chosen(listed: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a list of whose entries only some fields are told; the schema of such an entry is added."""
+    while "$ref" in listed:
+        listed = schemas[listed["$ref"].rpartition("/")[2]]
+    (name,) = listed["required"]
+    entry, *others = listed["properties"][name]["items"].get("anyOf", [listed["properties"][name]["items"]])
+    whole = entry["$ref"].rpartition("/")[2]
+    key = next(key for key in ("taskUuid", "vmUuid") if key in schemas[whole]["properties"])
+    chosen = f"{whole}Fields"
+    words = f"Those fields of a {whole} that were asked for."
+    schemas[chosen] = schemas[whole] | {"title": chosen, "description": words, "required": [key]}
+    items = {"anyOf": [{"$ref": _REF.format(name=chosen)}, *others]} if others else {"$ref": _REF.format(name=chosen)}
+    return {
+        "type": "object",
+        "required": [name],
+        "properties": {**listed["properties"], name: {"type": "array", "items": items}},
+    }
+
+
+_ETAG = {"ETag": {"description": "Of this answer, for If-None-Match", "schema": {"type": "string"}}}
 
 
 def _answer(answer: type[msgspec.Struct] | str, vm: type[msgspec.Struct]) -> dict[str, Any]:
@@ -209,7 +244,7 @@ def _answer(answer: type[msgspec.Struct] | str, vm: type[msgspec.Struct]) -> dic
         return _json(vm)
     if answer == "vms":
         items = {"anyOf": [_ref(vm), _ref(UnreadableVm)]}
-        properties = {"vms": {"type": "array", "items": items}}
+        properties = {"vms": {"type": "array", "items": items}, "next": {"type": "string"}}
         return {"application/json": {"schema": {"type": "object", "required": ["vms"], "properties": properties}}}
     return {answer: {"schema": {"type": "object" if answer == "application/json" else "string"}}}
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -27,7 +27,8 @@ from kvmagent.api.answers import (
 from kvmagent.api.deadline import Asker
 from kvmagent.api.intake import Accepted, check_owner
 from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
-from kvmagent.api.openapi import OwnPath, build_openapi
+from kvmagent.api.openapi import OwnPath, build_openapi, find_vm_shape
+from kvmagent.api.pages import LIST_QUERY, Page, answer_list, choose_fields, read_page
 from kvmagent.api.planning import PATH as PLAN_PATH
 from kvmagent.api.server import Answer, Call, Handler, Route
 from kvmagent.api.wire import encode, encode_error
@@ -43,17 +44,23 @@ from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import ChangeRecord, Journal, State, TaskSummary
 from kvmagent.tasks.lanes import Lanes
 
-_DEFAULT_LIMIT, _MAX_LIMIT = 100, 1000
+# Of tasks and changes, which are told newest first.
+_NEWEST = 100
+_NEWEST_QUERY = {**LIST_QUERY, "limit": {**LIST_QUERY["limit"], "default": _NEWEST}}
+# So many VMs at least are looked at together, where a page lacks few because roles hide others.
+_VMS_AT_ONCE = 16
+# Of a page of VMs the last one's UUID, of others the last one's number.
+_VM_CURSOR, _NUMBER_CURSOR = re.compile(r"[0-9a-f-]{36}"), re.compile(r"[0-9]{1,18}")
 # A segment of a path that stands for any text.
 _VARIABLE = re.compile(r"\{\w+\}")
-_LIMIT = {"type": "integer", "minimum": 1, "maximum": _MAX_LIMIT, "default": _DEFAULT_LIMIT}
-_PATHS = (
+OWN_PATHS = (
     OwnPath(
         "listVms",
         "/vms",
         "All VMs of this host with their numbers and what stands in the way of hotplug",
         "read",
         "vms",
+        query=LIST_QUERY,
     ),
     OwnPath("getVm", "/vms/{vmUuid}", "One VM: facts, headroom, blockers", "read", "vm"),
     OwnPath(
@@ -62,7 +69,7 @@ _PATHS = (
         "What changed a VM: who, when, from what to what, with what outcome; newest first, kept longer than tasks",
         "read",
         History,
-        query={"limit": _LIMIT},
+        query=_NEWEST_QUERY,
     ),
     OwnPath(
         "listTasks",
@@ -78,7 +85,7 @@ _PATHS = (
             "since": {"type": "number", "description": "Accepted then or later, seconds since the epoch"},
             "until": {"type": "number", "description": "Accepted before then, seconds since the epoch"},
             "id": {"type": "string", "description": "What the task's id begins with"},
-            "limit": _LIMIT,
+            **_NEWEST_QUERY,
         },
     ),
     OwnPath("getTask", "/tasks/{taskUuid}", "One task: state, goal, steps, reply, delivery", "caller", WholeTask),
@@ -161,7 +168,9 @@ class Reads:
         self._find_stalls = find_stalls
         self._metrics = metrics
         self._asker = Asker(at_once=_AT_ONCE)
-        self._openapi = encode(build_openapi(declared, _PATHS))
+        declared = list(declared)
+        self._vm_fields = _names_of(find_vm_shape(declared))
+        self._openapi = encode(build_openapi(declared, OWN_PATHS))
 
     def routes(self, *, cancel: Handler, plan: Handler) -> Mapping[tuple[str, str], Route]:
         """Return the paths of the OpenAPI document that no plugin declares, and what answers them."""
@@ -183,30 +192,47 @@ class Reads:
             (own.method.upper(), _VARIABLE.sub("*", own.path)): Route(
                 handlers[own.path], own.needs, own.host, frozenset(own.query), changes=own.path != PLAN_PATH
             )
-            for own in _PATHS
+            for own in OWN_PATHS
         }
 
     def _vms(self, call: Call) -> Answer:
-        uuids = self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs")
+        page = read_page(call.query, cursor=_VM_CURSOR, fields=self._vm_fields)
+        ahead = sorted(self._asker.ask(self._node.list_vms, timeout_s=_CHECK_WAIT_S, about="listing VMs"))
+        if page.cursor is not None:
+            ahead = [uuid for uuid in ahead if uuid > page.cursor]
+        most = len(ahead) if page.limit is None else page.limit
+        found: dict[str, Any] = {}
+        while ahead and len(found) < most:
+            count = max(most - len(found), _VMS_AT_ONCE)
+            found |= self._read_vms(ahead[:count], page.fields, call.access)
+            ahead = ahead[count:]
+        told = list(found)[:most]
+        # A VM that the caller may not see is in no cursor.
+        more = {"next": told[-1]} if ahead or len(told) < len(found) else {}
+        return answer_list(call, page, encode({"vms": [found[uuid] for uuid in told], **more}))
+
+    def _read_vms(self, uuids: Iterable[str], fields: frozenset[str] | None, access: Access) -> dict[str, Any]:
+        """Return VMs as JSON, those that the caller may see."""
         # Made JSON one by one: what cannot be said of one VM is said of no other.
-        questions = {uuid: partial(self._encode_vm, uuid, call.access) for uuid in uuids}
+        questions = {uuid: partial(self._encode_vm, uuid, fields, access) for uuid in uuids}
         answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
         # One VM that hangs is told as such, and hides no other; one that is gone since it was listed is left out.
-        vms = [
-            {"vmUuid": uuid} | msgspec.json.decode(encode_error(answer)) if isinstance(answer, AgentError) else answer
+        return {
+            uuid: {"vmUuid": uuid} | msgspec.json.decode(encode_error(answer))
+            if isinstance(answer, AgentError)
+            else answer
             for uuid, answer in answers.items()
             if answer is not None
-            and not (
-                isinstance(answer, AgentError) and (answer.code is Code.VM_NOT_FOUND or not call.access.covers(uuid))
-            )
-        ]
-        return Answer(encode({"vms": vms}))
+            and not (isinstance(answer, AgentError) and (answer.code is Code.VM_NOT_FOUND or not access.covers(uuid)))
+        }
 
-    def _encode_vm(self, uuid: str, access: Access) -> msgspec.Raw | None:
-        """Return a VM as JSON; None for one that the caller's roles are not for."""
+    def _encode_vm(self, uuid: str, fields: frozenset[str] | None, access: Access) -> msgspec.Raw | None:
+        """Return a VM as JSON, or those fields of it; None for one that the caller's roles are not for."""
         described = self._describe_vm(uuid)
         name = _NAMED.decode(described).name if access.vms else None
-        return described if access.covers(uuid, name or "") else None
+        if not access.covers(uuid, name or ""):
+            return None
+        return described if fields is None else choose_fields(described, fields | {"vmUuid"})
 
     def _reclaimable(self, call: Call) -> Answer:
         """Ask each running VM's guest; one that cannot be read is left out, and so is one that is off."""
@@ -225,6 +251,7 @@ class Reads:
 
     def _tasks(self, call: Call) -> Answer:
         vm = call.query.get("vm")
+        page = read_page(call.query, cursor=_NUMBER_CURSOR, fields=_TASK_FIELDS)
         state = call.query.get("state")
         if state is not None and state not in get_args(State):
             raise AgentError(Code.BAD_QUERY, f"state must be one of {', '.join(get_args(State))}; got {state!r}")
@@ -237,17 +264,18 @@ class Reads:
             since=_parse_moment(call, "since"),
             until=_parse_moment(call, "until"),
             prefix=call.query.get("id"),
-            limit=_parse_limit(call),
+            **_of_page(page),
         )
-        return Answer(encode(TaskList([TaskEntry(**_summary(task)) for task in tasks])))
+        return _answer_newest(call, page, "tasks", tasks, lambda task: TaskEntry(**_summary(task)))
 
     def _history(self, call: Call) -> Answer:
+        page = read_page(call.query, cursor=_NUMBER_CURSOR, fields=_CHANGE_FIELDS)
         vm = call.parts[0]
         call.access.check("read", vm=vm)
-        entries = self._journal.changes(self._find_id(vm), limit=_parse_limit(call))
-        if not entries:
+        changes = self._journal.changes(self._find_id(vm), **_of_page(page))
+        if not changes:
             self._asker.ask(lambda: self._node.check_vm(vm), timeout_s=_CHECK_WAIT_S, about=f"reading VM {vm}")
-        return Answer(encode(History([_entry(one) for one in entries])))
+        return _answer_newest(call, page, "changes", changes, _entry)
 
     def _find_id(self, vm: str) -> VmId:
         """Return a VM's names as far as they are known; what is not is empty."""
@@ -335,6 +363,29 @@ _TOLD = msgspec.json.Decoder(_Told)
 _NAMED = msgspec.json.Decoder(_Named)
 
 
+def _names_of(shape: type[msgspec.Struct]) -> frozenset[str]:
+    """Return the names that the fields of a shape have in JSON."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(shape))
+
+
+_TASK_FIELDS, _CHANGE_FIELDS = _names_of(TaskEntry), _names_of(HistoryEntry)
+
+
+def _of_page(page: Page) -> dict[str, Any]:
+    """Return what the journal is asked for: one more than the page has, which says that there are more."""
+    return {"before": None if page.cursor is None else int(page.cursor), "limit": (page.limit or _NEWEST) + 1}
+
+
+def _answer_newest(call: Call, page: Page, name: str, found: Sequence[Any], tell: Callable[[Any], Any]) -> Answer:
+    """Return a page of what the journal has, by its number."""
+    most = page.limit or _NEWEST
+    entries: list[Any] = [tell(one) for one in found[:most]]
+    if page.fields is not None:
+        entries = [choose_fields(encode(one), page.fields | {"taskUuid"}) for one in entries]
+    more = {"next": str(found[most - 1].seq)} if len(found) > most else {}
+    return answer_list(call, page, encode({name: entries, **more}))
+
+
 def _summary(task: TaskSummary) -> dict[str, Any]:
     told = _TOLD.decode(task.reply) if task.reply else _Told()
     # An older agent may have written it with the URL's query.
@@ -373,13 +424,6 @@ def _entry(record: ChangeRecord) -> HistoryEntry:
 _TOLD_AS_RECORDED = (
     "task_uuid", "vm_uuid", "command", "caller", "client", "accepted_at", "finished_at", "outcome", "error_code",
 )  # fmt: skip
-
-
-def _parse_limit(call: Call) -> int:
-    limit = call.query.get("limit", str(_DEFAULT_LIMIT))
-    if not limit.isdecimal() or not 1 <= int(limit) <= _MAX_LIMIT:
-        raise AgentError(Code.BAD_QUERY, f"limit must be 1 to {_MAX_LIMIT}, got {limit!r}")
-    return int(limit)
 
 
 def _parse_moment(call: Call, name: str) -> float | None:

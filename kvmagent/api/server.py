@@ -9,6 +9,8 @@ says, and the same `Access` is asked again when that is known. Routes come from 
 function from `Call` to `Answer` and knows no CherryPy.
 """
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +83,10 @@ _HEADERS: Mapping[str, str] = MappingProxyType(
 )
 
 
+# A list of all VMs has megabytes, of which the C library keeps what it was made of.
+_LARGE_BYTES = 2**18
+
+
 class Server:
     """Serves `routes` by (method, path); a segment of a path that is `*` matches any text."""
 
@@ -95,7 +101,7 @@ class Server:
     ) -> None:
         meters = meters or Meters()
         self._refusals = Refusals()
-        application = _Application(_Dispatcher(security, routes, meters, self._refusals))
+        self._application = application = _Application(_Dispatcher(security, routes, meters, self._refusals))
         self._opens_tcp = opens_tcp
         paths = ([http.socket] if http.socket else []) + ([""] if opens_tcp else [])
         self._listeners = [
@@ -131,8 +137,11 @@ class Server:
             listener.set_limits(http)
 
     def look_after(self) -> None:
-        """Tell what was only counted. To be called every second or so."""
+        """Tell what was only counted, give back what large answers took. To be called every second or so."""
         self._refusals.flush()
+        if self._application.was_large:
+            self._application.was_large = False
+            _give_memory_back()
 
     def stop(self) -> None:
         """Answer what came in, then close."""
@@ -147,6 +156,8 @@ class _Application:
     """One CherryPy application, called by the listener without WSGI between them."""
 
     def __init__(self, dispatcher: "_Dispatcher") -> None:
+        #: Whether there was an answer since this was last False after which memory is worth to be given back.
+        self.was_large = False
         self._application = cherrypy.Application(None, "", {"/": {"request.dispatch": dispatcher}})
         self._application.request_class = _Request
         # CherryPy's own line for each request repeats what the task's lines say.
@@ -171,7 +182,9 @@ class _Application:
                 [(name.decode("latin-1"), value.decode("latin-1")) for name, value in asked.inheaders.items()],
                 asked.rfile,
             )
-            return response.output_status, response.header_list, b"".join(response.body)
+            body = b"".join(response.body)
+            self.was_large = self.was_large or len(body) >= _LARGE_BYTES
+            return response.output_status, response.header_list, body
         except Exception as error:
             log.failure("request failed before it was one", error, client=connection.remote_addr)
             body = encode_error(AgentError(Code.INTERNAL_ERROR, type(error).__name__, expected=False))
@@ -327,6 +340,12 @@ def _decode_path(path: bytes) -> str:
         return path.decode()
     except UnicodeDecodeError:
         return path.decode("latin-1")
+
+
+def _give_memory_back() -> None:
+    """Have the C library return what is free to the system. Source: malloc_trim(3)."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _refusal(error: AgentError) -> Answer:

@@ -138,8 +138,9 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class ChangeRecord(msgspec.Struct, frozen=True):
-    """One entry of a VM's history, which outlives its task; `asked` and `totals` are JSON."""
+    """One entry of a VM's history, which outlives its task; `seq` is the task's, `asked` and `totals` are JSON."""
 
+    seq: int
     task_uuid: str
     vm_uuid: str
     vm_name: str
@@ -567,13 +568,14 @@ class Journal:
         since: float | None = None,
         until: float | None = None,
         prefix: str | None = None,
+        before: int | None = None,
         limit: int,
     ) -> list[TaskSummary]:
         """Return tasks, newest first; of each reply what went wrong (error, errorCode, remedy), and no more is read.
 
         `vm` is found by either of its names, whichever its caller used; a part that is not known is empty. `owner` and
         `caller` are callers, of which both have to fit. `since` and `until` are of the acceptance; `prefix` begins the
-        task's id.
+        task's id. `before`: accepted before the task with this number (`seq`).
         """
         where, values = ["1"], list[Any]()
         for condition, value in (
@@ -583,6 +585,7 @@ class Journal:
             ("outcome = ?", outcome),
             ("accepted_at >= ?", since),
             ("accepted_at < ?", until),
+            ("seq < ?", before),
             # An id has nothing that GLOB takes for a pattern; what was asked for may.
             ("task_uuid GLOB ?", None if prefix is None else f"{_glob_escaped(prefix)}*"),
         ):
@@ -595,11 +598,18 @@ class Journal:
         sql = f"SELECT {_SUMMARY} FROM tasks WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?"
         return [TaskSummary(**dict(row)) for row in self._file.read(sql, (*values, limit))]
 
-    def changes(self, vm: VmId, *, limit: int) -> list[ChangeRecord]:
-        """Return what changed a VM, newest first; a part of its names that is not known is empty."""
+    def changes(self, vm: VmId, *, before: int | None = None, limit: int) -> list[ChangeRecord]:
+        """Return what changed a VM, newest first; a part of its names that is not known is empty.
+
+        `before`: before the change with this number (`seq`).
+        """
         columns = ", ".join(ChangeRecord.__struct_fields__)
-        sql = f"SELECT {columns} FROM changes WHERE {_of_vm('changes')} ORDER BY seq DESC LIMIT ?"
-        return [ChangeRecord(**dict(row)) for row in self._file.read(sql, (*_vm_values(vm), limit))]
+        where, values = _of_vm("changes"), list[Any](_vm_values(vm))
+        if before is not None:
+            where = f"({where}) AND seq < ?"
+            values.append(before)
+        sql = f"SELECT {columns} FROM changes WHERE {where} ORDER BY seq DESC LIMIT ?"
+        return [ChangeRecord(**dict(row)) for row in self._file.read(sql, (*values, limit))]
 
     def steps(self, task_uuid: str) -> list[StepRecord]:
         """Return the steps of a task in order."""

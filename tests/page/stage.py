@@ -6,11 +6,13 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from email.utils import formatdate
 from types import TracebackType
 from typing import Any
 
 from kvmagent.api.page import page_routes
+from kvmagent.api.pages import LIST_QUERY, Page, answer_list
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Route, Server
 from kvmagent.api.wire import encode
@@ -58,7 +60,7 @@ class Stage:
         """Listen; on the earlier port, if there was one."""
         routes = {
             ("POST" if callable(body) else "GET", path): Route(
-                self._answer(path), "read", query=frozenset({"limit"}), changes=False
+                self._answer(path), "read", query=frozenset(LIST_QUERY), changes=False
             )
             for path, (_, body) in self.answers.items()
         }
@@ -89,6 +91,9 @@ class Stage:
             status, body = self.answers[path]
             if callable(body):
                 body = body(json.loads(call.body))
-            return Answer(encode(body), status=status, headers={"Date": formatdate(NOW, usegmt=True)})
+            told = Answer(encode(body), status=status)
+            if status == 200 and path in ("/vms", "/tasks"):
+                told = answer_list(call, Page(None, None, None), told.body)
+            return replace(told, headers={**told.headers, "Date": formatdate(NOW, usegmt=True)})
 
         return answer

@@ -22,20 +22,29 @@ export class Refused extends Error {
 let ahead = 0;
 export const now = () => Date.now() / 1000 + ahead;
 
-/** Read a path, or ask it something; a status of `also` is an answer too. Throws Refused, or as fetch without answer. */
-export async function read(path, { timeout = 10000, also = [], question = null } = {}) {
-  const known = token.get();
+/**
+ * Read a path, or ask it something; a status of `also` is an answer too. Throws Refused, or as fetch without answer.
+ * `known` is {tag, body} of the answer before: where nothing has changed the agent sends it no second time.
+ */
+export async function read(path, { timeout = 10000, also = [], question = null, known = {} } = {}) {
+  const secret = token.get();
   const response = await fetch(path, {
     method: question ? "POST" : "GET",
     body: question && JSON.stringify(question),
-    headers: { ...(known && { Authorization: `Bearer ${known}` }), ...(question && { "Content-Type": "application/json" }) },
+    headers: {
+      ...(secret && { Authorization: `Bearer ${secret}` }),
+      ...(question && { "Content-Type": "application/json" }),
+      ...(known.tag && { "If-None-Match": known.tag }),
+    },
     cache: "no-store",
     redirect: "error",
     signal: AbortSignal.timeout(timeout),
   });
   const date = Date.parse(response.headers.get("Date") ?? "") / 1000;
   if (date) ahead = date - Date.now() / 1000;
+  if (response.status === 304) return known.body;
   const body = await response.json();
+  if (response.ok) Object.assign(known, { tag: response.headers.get("ETag"), body });
   if (!response.ok && !also.includes(response.status)) throw new Refused(response.status, body);
   return body;
 }
@@ -47,6 +56,7 @@ export class Poll {
     this.busySince = null;
     this.answeredAt = null;
     this.timer = null;
+    this.known = {};
   }
 
   /** Read at once, unless a request is under way already. */

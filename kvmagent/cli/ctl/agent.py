@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from kvmagent.backoff import Backoff
 from kvmagent.cli.ctl.exits import CtlError, Exit
@@ -21,6 +21,8 @@ from kvmagent.model.urls import shown_url
 from kvmagent.private import read_private
 
 _CONNECT_S, _READ_S = 5.0, 30.0
+# So many VMs are asked for at once: each page is answered in time, whatever the host has.
+_PAGE = 100
 # How long a server that refuses a client's certificate may take to say so.
 _ALERT_S = 2.0
 # How long a POST whose answer was lost is sent again, and with what pauses at first and at most.
@@ -46,10 +48,11 @@ class Target:
 
 
 class Reply(NamedTuple):
-    """An answer's status, and its JSON."""
+    """An answer's status, its JSON, and its ETag where it has one."""
 
     status: int
     body: Any
+    tag: str = ""
 
 
 class Agent:
@@ -64,6 +67,8 @@ class Agent:
         self._socket = parts.path if parts.scheme == "unix" else ""
         self._prefix = "" if self._socket else parts.path.rstrip("/")
         self._context = _make_context(target) if self.is_tls else None
+        # Of what was read last at a path its ETag and its answer: an unchanged list is not sent again.
+        self._known: dict[str, tuple[str, Any]] = {}
         self._headers = {"Authorization": f"Bearer {_read_token(target.token_file)}"} if target.token_file else {}
         shows_token = bool(target.token_file) and parts.scheme == "http" and not _is_loopback(self._host)
         #: What whoever asks is to know before the first request; empty for nothing.
@@ -76,13 +81,38 @@ class Agent:
             CtlError: no answer; a refusal.
         """
         path = "/" + "/".join(quote(segment, safe="") for segment in segments) + (f"?{query}" if query else "")
+        known_tag, known = self._known.get(path, ("", None))
         try:
-            reply = self._request("GET", path, None, {}, timeout_s)
+            reply = self._request("GET", path, None, {"If-None-Match": known_tag} if known_tag else {}, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
+        if reply.status == 304:
+            return known
+        if reply.tag:
+            self._known[path] = reply.tag, reply.body
         if reply.status == 200 or (segments == ("healthz",) and "ready" in reply.body):
             return reply.body
         raise _refusal(reply)
+
+    def list_vms(self, *, fields: str = "", timeout_s: float = _READ_S) -> list[Any]:
+        """Return all VMs, page by page, with these fields alone or whole. An agent that knows no pages tells all.
+
+        Raises:
+            CtlError: no answer; a refusal.
+        """
+        query = {"limit": _PAGE} | ({"fields": fields} if fields else {})
+        found: list[Any] = []
+        try:
+            while True:
+                body = self.get("vms", query=urlencode(query), timeout_s=timeout_s)
+                found += body["vms"]
+                if "next" not in body:
+                    return found
+                query["cursor"] = body["next"]
+        except CtlError as error:
+            if error.code != "BAD_QUERY" or found:
+                raise
+            return list(self.get("vms", timeout_s=timeout_s)["vms"])
 
     def ask(self, path: str, body: Mapping[str, Any], *, timeout_s: float = _READ_S) -> Any:
         """Return the answer of a POST that changes nothing.
@@ -106,10 +136,10 @@ class Agent:
             CtlError: no answer.
         """
         try:
-            status, kind, _ = self._exchange("GET", f"/{path}", None, {}, timeout_s)
+            status, headers, _ = self._exchange("GET", f"/{path}", None, {}, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
-        return status, kind
+        return status, headers.get("Content-Type", "")
 
     def get_text(self, path: str, timeout_s: float = _READ_S) -> str:
         """Return what is no JSON: the metrics.
@@ -177,11 +207,13 @@ class Agent:
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> Reply:
         """Raises OSError and HTTPException where no whole answer came."""
-        status, _, text = self._exchange(method, path, content, headers, timeout_s)
+        status, told, text = self._exchange(method, path, content, headers, timeout_s)
+        if status == 304:
+            return Reply(status, None)
         try:
             answer = json.loads(text)
             if isinstance(answer, dict):
-                return Reply(status, answer)
+                return Reply(status, answer, told.get("ETag", ""))
         except ValueError:
             pass
         raise CtlError(
@@ -193,15 +225,15 @@ class Agent:
 
     def _exchange(
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
-    ) -> tuple[int, str, bytes]:
-        """Return status, content type and body. Raises OSError and HTTPException where no whole answer came."""
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        """Return status, headers and body. Raises OSError and HTTPException where no whole answer came."""
         connection = self._open()
         try:
             connection.connect()
             connection.sock.settimeout(timeout_s)
             connection.request(method, self._prefix + path, content, {**self._headers, **headers})
             response = connection.getresponse()
-            return response.status, response.headers.get("Content-Type", ""), response.read()
+            return response.status, response.headers, response.read()
         finally:
             connection.close()
 

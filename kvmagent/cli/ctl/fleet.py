@@ -291,7 +291,7 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: b
     session = session_of(context)
 
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
-        found = agent.get("vms", timeout_s=_VMS_S)["vms"]
+        found = agent.list_vms(timeout_s=_VMS_S)
         progress.expect(len(found))
         return [
             (vm, Exit.REACHED)
@@ -412,7 +412,7 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
         return {**reply, "name": reply.get("name") or vm.get("name")}, exit_of(reply)
 
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
-        found = agent.get("vms", timeout_s=_VMS_S)["vms"]
+        found = agent.list_vms(timeout_s=_VMS_S)
         progress.expect(len(found))
         if prepares:
             return [prepare(agent, vm) for vm in progress.each(found)]

@@ -69,7 +69,7 @@ def plan(
         return Exit.REACHED
 
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
-        found = agent.get("vms", timeout_s=_VMS_S)["vms"]
+        found = agent.list_vms(fields="name,after", timeout_s=_VMS_S)
         progress.expect(len(found))
         answered: list[tuple[Json, Exit]] = []
         for known in progress.each(found):
