@@ -204,7 +204,7 @@ POINTS = [
     "step:done",
     *(
         f"journal.{name}:{when}"
-        for name in ("start_task", "keep_left", "record_goal", "start_step", "finish_step", "finish")
+        for name in ("start_task", "note_vm", "keep_left", "record_goal", "start_step", "finish_step", "finish")
         for when in ("written", "committed")
     ),
 ]
