@@ -171,7 +171,8 @@ class Security:
         allowed = [name for name in peer.names if not self._allowed_names or _normal_name(name) in self._allowed_names]
         if not allowed:
             raise AgentError(Code.CERTIFICATE_NOT_ALLOWED, f"the certificate is for {', '.join(peer.names)}")
-        return allowed[0]
+        # Names are compared without regard to case: an entry that gives less must not be passed by another spelling.
+        return _normal_name(allowed[0])
 
     def _find_token(self, authorization: str) -> str:
         scheme, _, token = authorization.partition(" ")

@@ -118,6 +118,8 @@ def parse_rule(text: str) -> Rule:
         raise ValueError(f"{unknown[0]!r} must be one of the roles {', '.join(ROLES)}")
     if not all(vms):
         raise ValueError("vm= needs the name, UUID or pattern of a VM")
+    if kind == "certificate":
+        who = who.lower()
     return Rule(who, frozenset(role for role in ROLES if role in roles), vms)
 
 

@@ -362,6 +362,14 @@ def test_an_ipv6_address_in_allowed_names_is_one_however_it_is_written(name: str
     assert security.identify(Peer(LOOPBACK, names=("2001:db8::1",)), None).caller == "certificate:2001:db8::1"
 
 
+@pytest.mark.parametrize("named", ["watcher.example", "WATCHER.Example"])
+@pytest.mark.parametrize("written", ["watcher.example", "Watcher.EXAMPLE", "*.Example"])
+def test_no_spelling_of_a_certificate_s_name_passes_the_entry_that_gives_less(named: str, written: str) -> None:
+    section = SecuritySection(client_ca="/ca", roles=(f"certificate:{written} read", "certificate:* admin"))
+    found = Security(section).identify(Peer(LOOPBACK, names=(named,)), None)
+    assert (found.caller, found.roles) == ("certificate:watcher.example", {"read"})
+
+
 def test_root_and_the_agents_own_user_may_everything_on_the_socket_whatever_the_table_says() -> None:
     security = Security(SecuritySection(roles=("group:ops read",)))
     for uid in (0, os.geteuid()):
@@ -408,6 +416,29 @@ def test_whatever_comes_in_is_answered_in_json_and_without_a_trace(agent: AgentP
     json.loads(body)
     assert b"Traceback" not in answer
     assert b".py" not in answer
+
+
+def test_what_cannot_be_decoded_leaves_an_audit_line(node_uri: str) -> None:
+    requests = [
+        (b"GET /vms?x=%ff HTTP/1.1\r\nHost: a\r\n\r\n", "outcome=BAD_QUERY"),
+        (b"GET /vms?limit=1&limit=1 HTTP/1.1\r\nHost: a\r\n\r\n", "outcome=BAD_QUERY"),
+        (b"GET /vms HTTP/1.-1\r\nHost: a\r\n\r\n", "outcome=BAD_HTTP"),
+        (
+            b"POST /vm/hotplug/cpu HTTP/1.1\r\nHost: a\r\ntaskuuid: \xff\r\nContent-Length: 0\r\n\r\n",
+            "outcome=BAD_TASK_UUID",
+        ),
+        (b"\x80\x00\r\n\r\n", "outcome=BAD_HTTP"),
+    ]
+    with AgentProcess(uri=node_uri) as agent:
+        for request, outcome in requests:
+            before = [line for line in agent.log().splitlines() if "audit event=refused" in line]
+            with socket.create_connection((LOOPBACK, agent.port), timeout=30) as client:
+                client.sendall(request)
+                client.shutdown(socket.SHUT_WR)
+                while client.recv(65536):
+                    pass
+            after = [line for line in agent.log().splitlines() if "audit event=refused" in line]
+            assert outcome in after[len(before)], request
 
 
 def test_a_header_means_what_it_says(agent: AgentProcess, server: ManagementServer) -> None:
