@@ -194,6 +194,39 @@ def test_no_reservation_outlives_its_task_whatever_is_raised(agent: Agent, raise
     assert reserved(agent) == 0
 
 
+@pytest.mark.parametrize("call", ["attachDeviceFlags", "XMLDesc"])
+@pytest.mark.parametrize("starts_again", [False, True])
+def test_a_vm_that_ends_in_the_middle_of_its_task_leaves_no_reservation(
+    agent: Agent, call: str, starts_again: bool
+) -> None:
+    """Off, or off and on again: what the task had reserved is free with its end, and counts for nobody before."""
+    called, calls = getattr(agent.domain, call), []
+
+    def end_then_call(*arguments: Any) -> Any:
+        calls.append(reserved(agent))
+        setattr(agent.domain, call, called)
+        agent.domain.power_cycle(start=starts_again)
+        return called(*arguments)
+
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, guestOnline=False)
+    agent.point = "step:begun"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    setattr(agent.domain, call, end_then_call)
+    agent.executor.run(left)
+    reply = agent.reply()
+    assert calls
+    assert reserved(agent) == 0
+    host = agent.node.view_budget().host
+    if starts_again:
+        assert reply["outcome"] in ("plugged", "partial", "online"), reply
+        assert reply["memorySize"] in (256 * MIB, 512 * MIB)
+    else:
+        assert not reply["success"]
+        assert host.promised == 0, "a VM that is off is promised nothing"
+
+
 class Unforeseen(Exception):
     """What no code of the agent raises on purpose."""
 
