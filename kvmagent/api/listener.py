@@ -249,6 +249,12 @@ class Request(cheroot.server.HTTPRequest):
 
     conn: "_Connection"
 
+    def parse_request(self) -> None:
+        try:
+            super().parse_request()
+        except ValueError as error:  # of a URL that Python cannot take apart; cheroot would log a traceback for each
+            self.simple_response("400 Bad Request", f"the request cannot be read: {error}")
+
     def respond(self) -> None:
         super().respond()
         self.conn.wfile.flush()

@@ -148,7 +148,11 @@ _BATCH = 256
 LATER_S = 0.02
 # After a commit that failed, the next try without anyone asking for it.
 _BACKOFF = Backoff(0.1, 2.0)
+# Of a log that is put back, at a time.
+_COPY_BYTES = 2**20
 # For each connection; the kernel's own cache has the rest of the file.
+# Of a log that is put back, at a time.
+_COPY_BYTES = 2**20
 _CACHE_KIB = 256
 # The log is cut back to this when it starts anew: one large commit does not keep its space for good.
 _LOG_BYTES = 16 * 2**20
@@ -198,6 +202,10 @@ class JournalFile:
         self._log_path = path.with_name(f"{path.name}-wal")
         self._survey, self._on_surveyed = survey, on_surveyed
         self._lock_fd: int | None = None
+        # The log that was open last, by a descriptor of our own too: while SQLite has it closed after an error, nobody
+        # else would have what is in it. None once SQLite has taken it away in good order.
+        self._log_lock = threading.Lock()
+        self._log_fd: int | None = None
         self._log_inode: tuple[int, int] | None = None
         self._meters = meters
         self._fault = fault
@@ -256,7 +264,7 @@ class JournalFile:
             _migrate(self._db, self._path)
             self._reader = self._connect()
             self._inode, self._size = self._identify()
-            self._log_inode = _find_inode(self._log_path)
+            self._watch_log()
         except (sqlite3.Error, OSError) as error:
             self._close_db()
             raise self._unavailable(error) from error
@@ -276,6 +284,7 @@ class JournalFile:
         self._thread.join()
         with self._read_lock:
             self._close_reader()
+        self._drop_log()
 
     def write_now(
         self,
@@ -335,7 +344,7 @@ class JournalFile:
                     self._reader = self._connect()
                 rows = self._reader.execute(sql, values).fetchall()
                 if self._log_inode is None:  # nobody had the file: this is the log that is open now
-                    self._log_inode = _find_inode(self._log_path)
+                    self._watch_log()
                 return rows
             except sqlite3.Error as error:
                 self._close_reader()
@@ -463,7 +472,7 @@ class JournalFile:
             outcomes.append((write, *write.context.run(_attempt, write, self._db)))
             self._fault(f"journal.{write.name}:written")
         if self._log_inode is None:
-            self._log_inode = _find_inode(self._log_path)
+            self._watch_log()
         self._db.execute("COMMIT")
         # Nothing is told of what went to a file that nobody will find again.
         self._refuse_another_file()
@@ -515,7 +524,7 @@ class JournalFile:
         """Bring what the lost log holds into the file, and begin a new one.
 
         It is still whole for whoever has it open. What lies in its place by now is another's, and goes: SQLite removes
-        the log by its name when the last connection is closed.
+        the log by its name when the last connection is closed. Where none is open, after an error, it is put back.
         """
         with self._read_lock:
             if self._db is not None:
@@ -527,7 +536,38 @@ class JournalFile:
                 if is_busy:
                     raise sqlite3.OperationalError("its WAL was removed, and another process has the file open")
                 self._close_reader()
+                self._drop_log()
+            else:
+                self._restore_log()
         log.error("journal's WAL was removed while the agent ran, and begun anew", path=self._log_path)
+
+    def _restore_log(self) -> None:
+        assert self._log_fd is not None
+        whole = self._log_path.with_name(f"{self._log_path.name}.restored")
+        with open(whole, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as target:
+            for at in range(0, os.fstat(self._log_fd).st_size, _COPY_BYTES):
+                target.write(os.pread(self._log_fd, _COPY_BYTES, at))
+            target.flush()
+            os.fsync(target.fileno())
+        whole.replace(self._log_path)
+        self._watch_log()
+
+    def _watch_log(self) -> None:
+        with self._log_lock:
+            self._let_log_go()
+            with contextlib.suppress(FileNotFoundError):
+                self._log_fd = os.open(self._log_path, os.O_RDONLY)
+                facts = os.fstat(self._log_fd)
+                self._log_inode = facts.st_dev, facts.st_ino
+
+    def _drop_log(self) -> None:
+        with self._log_lock:
+            self._let_log_go()
+
+    def _let_log_go(self) -> None:
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+        self._log_fd = self._log_inode = None
 
     def _identify(self) -> tuple[tuple[int, int], int]:
         """Return what tells this file from another, and its size, which never shrinks."""
@@ -536,22 +576,24 @@ class JournalFile:
 
     def _close_db(self) -> None:
         if self._db is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.close()
-            self._db = None
-            self._forget_log()
+            db, self._db = self._db, None
+            self._close(db)
 
     def _close_reader(self) -> None:
         if self._reader is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._reader.close()
-            self._reader = None
-            self._forget_log()
+            reader, self._reader = self._reader, None
+            self._close(reader)
 
-    def _forget_log(self) -> None:
-        """Whoever closes the file last takes its log away in good order; the next one may be another."""
-        if self._db is None and self._reader is None:
-            self._log_inode = None
+    def _close(self, db: sqlite3.Connection) -> None:
+        """Close a connection. The last one takes the log away once all that it holds is in the file.
+
+        A log that stays after that is needed yet, as is one that somebody took away before.
+        """
+        was_there = self._has_log()
+        with contextlib.suppress(sqlite3.Error):
+            db.close()
+        if self._db is None and self._reader is None and was_there and not self._log_path.exists():
+            self._drop_log()
 
     def _unavailable(self, error: Exception) -> AgentError:
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)

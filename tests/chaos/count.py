@@ -89,6 +89,8 @@ class Count:
     outcomes: Counter[str] = field(default_factory=Counter)
     done_to: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    #: What the agent itself did not foresee, and told.
+    unforeseen: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check_vm(self, guest: Guest, sent: list[Sent], by_task: Mapping[str, list[Any]]) -> None:
@@ -118,6 +120,8 @@ class Count:
             self.results += 1
             self.copies += len(copies)
             self.outcomes[first.get("errorCode") or first["outcome"]] += 1
+            if first.get("errorCode") == "INTERNAL_ERROR":
+                self.unforeseen.append(f"{vm}: task {one.uuid}: {first['error']}")
             if any(copy != first for copy in copies):
                 self.fault(f"{vm}: task {one.uuid} has two results: {by_task[one.uuid]}")
             if first["success"] and first[one.number] != one.total:
@@ -167,4 +171,4 @@ class Count:
             "most memory that the agent had, MiB": self.most_resident_kib // 1024,
             "faults": len(self.faults),
         }
-        return "\n".join(f"{name:<60}{value:>12}" for name, value in rows.items())
+        return "\n".join([*(f"{name:<60}{value:>12}" for name, value in rows.items()), *self.unforeseen])

@@ -71,6 +71,35 @@ def test_a_task_that_was_refused_and_is_on_disk_is_done_although_nobody_sends_it
     assert host.vcpus("vm1") == (3, 3)
 
 
+@pytest.mark.parametrize("loss", ["removed", "replaced", "removed with -shm"])
+def test_the_log_may_be_taken_away_while_the_disk_fails(
+    agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host, loss: str
+) -> None:
+    log = agent.directory / "state/journal.sqlite-wal"
+    assert log.stat().st_size > 0
+    break_disk(shim)
+    assert send(agent, server, "t1", 3) == 503
+    assert agent.get("/tasks?vm=nobody").status == 503  # by an index of which the reader has no page yet
+    if loss == "replaced":
+        log.rename(log.with_name("gone"))
+        log.write_bytes(b"")
+    else:
+        log.unlink()
+    if loss.endswith("-shm"):
+        log.with_name("journal.sqlite-shm").unlink()
+    shim.fail()
+    wait_for(lambda: agent.get("/healthz").status == 200, timeout_s=20, what="the journal")
+    assert agent.get("/tasks/t0").body["state"] == "delivered"
+    assert send(agent, server, "t1", 3) == 200
+    assert server.wait("t1", 10)["cpuNum"] == 3
+    wait_for(lambda: agent.get("/tasks/t1").body["state"] == "delivered", timeout_s=10, what="its end on disk")
+    agent.kill()
+    agent.start()
+    assert [agent.get(f"/tasks/{task}").body["state"] for task in ("t0", "t1")] == ["delivered", "delivered"]
+    assert len(server.callbacks("t0")) == 1
+    assert host.vcpus("vm1") == (3, 3)
+
+
 def test_a_withdrawal_that_was_told_as_failed_and_happened_is_told_by_its_callback(
     agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host
 ) -> None:

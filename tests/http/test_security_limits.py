@@ -262,6 +262,8 @@ def test_a_client_that_waits_for_100_continue_is_told_to_go_on(agent: AgentProce
         (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400, "BAD_HTTP"),
         (b"GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n", 400, "BAD_HTTP"),
         (b"\x16\x03\x01\x02\x00\x01", 400, "BAD_HTTP"),
+        (b"GET http://[a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "BAD_HTTP"),
+        (b"GET //[a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400, "BAD_HTTP"),
     ],
 )
 def test_what_is_too_long_or_can_be_read_in_two_ways_is_refused(
@@ -273,6 +275,7 @@ def test_what_is_too_long_or_can_be_read_in_two_ways_is_refused(
         response.begin()
         assert response.status == status
         assert json.loads(response.read())["errorCode"] == code
+    assert "Traceback" not in agent.log()
 
 
 @pytest.mark.parametrize("clients", [20, 200])
