@@ -36,7 +36,7 @@ if command -v node >/dev/null && command -v npm >/dev/null; then NODE=""; fi
 # systemd-container boots one.
 DEB="build-essential debhelper python3 python3-dev lintian mandoc man-db shellcheck debootstrap systemd-container"
 # To build the RPM package and to look into it.
-RPM="rpm rpmlint"
+RPM="rpm rpmlint cpio"
 # To try completion in each shell.
 SHELLS="bash fish zsh"
 # To look into the lab by hand.

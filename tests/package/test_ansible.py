@@ -14,6 +14,7 @@ import pytest
 
 from tests.lab.agent import find_free_port
 from tests.lab.pki import LOOPBACK, Authority
+from tests.lab.processes import wait_for
 from tests.lab.tree import FreshDebian, Tree
 from tests.package.conftest import ROOT
 
@@ -28,17 +29,27 @@ def port() -> int:
     return find_free_port()
 
 
+def issue(authority: Authority, directory: Path, file: str, name: str) -> None:
+    """Make a certificate, and its key in a file of its own."""
+    both = authority.issue(name, file_name=file)
+    key = re.search(r"-----BEGIN[^-]*PRIVATE KEY-----.*?-----END[^-]*-----\n", both.read_text(), re.DOTALL)
+    assert key
+    (directory / f"{file}.key").write_text(key.group())
+
+
 @pytest.fixture(scope="module")
-def controller(deb: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA, whose files are in the controller's directory."""
+    return Authority(tmp_path_factory.mktemp("controller"))
+
+
+@pytest.fixture(scope="module")
+def controller(deb: Path, port: int, authority: Authority) -> Path:
     """What a controller has: the package, the certificates, an inventory with the machine itself."""
-    directory = tmp_path_factory.mktemp("controller")
+    directory = authority.ca_file.parent
     (directory / deb.name).write_bytes(deb.read_bytes())
-    authority = Authority(directory)
     for file, name in (("node1", LOOPBACK), ("server", "server.example")):
-        both = authority.issue(name, file_name=file)
-        key = re.search(r"-----BEGIN[^-]*PRIVATE KEY-----.*?-----END[^-]*-----\n", both.read_text(), re.DOTALL)
-        assert key
-        (directory / f"{file}.key").write_text(key.group())
+        issue(authority, directory, file, name)
     variables = {
         "ansible_connection": "local",
         "ansible_python_interpreter": "/usr/bin/python3",
@@ -49,7 +60,10 @@ def controller(deb: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -
         "kvmagent_client_cert": f"{CONTROLLER}/server.pem",
         "kvmagent_client_key": f"{CONTROLLER}/server.key",
         "kvmagent_install_recommends": False,
-        "kvmagent_settings": {"libvirt": {"uri": "test:///default"}, "security": {"allowed_names": "server.example"}},
+        "kvmagent_settings": {
+            "libvirt": {"uri": "test:///default"},
+            "security": {"allowed_names": ["server.example", "prometheus.example"]},
+        },
     }
     inventory = {"kvmagent": {"hosts": {"node1": variables}}}
     (directory / "inventory.yml").write_text(json.dumps(inventory))
@@ -118,6 +132,64 @@ def test_a_setting_that_changes_restarts_the_agent_and_a_token_is_the_agent_s_al
     assert tree.run("stat", "--format=%U %a", "/etc/kvmagent/tokens").strip() == "kvmagent 600"
     roles = tree.run("grep", "^roles", "/etc/kvmagent/kvmagent.conf").strip()
     assert roles == "roles = group:kvmagent-admin admin, certificate:* admin, token:* plug unplug prepare read"
+
+
+def test_local_commands_work_afterwards_and_lists_are_as_the_configuration_has_them(
+    rolled_out: str, tree: Tree
+) -> None:
+    assert json.loads(tree.run("kvmagentctl", "status", "--json"))["ready"] is True
+    assert json.loads(tree.run("kvmagentctl", "config", "--json"))["security"]["allowed_names"] == [
+        "server.example",
+        "prometheus.example",
+    ]
+
+
+def test_a_renewed_certificate_is_read_without_a_restart(
+    rolled_out: str, play: Play, tree: Tree, authority: Authority, controller: Path, port: int
+) -> None:
+    play()  # as the inventory has it, whatever other tests have set
+    (before,) = tree.processes()
+    context = authority.client(controller / "server.pem")
+    former = serial(port, context)
+    issue(authority, controller, "node1", LOOPBACK)
+    assert re.search(r"node1 .* failed=0 ", output := play()), output
+    wait_for(lambda: serial(port, context) != former, timeout_s=60, what="the new certificate")
+    assert [one.pid for one in tree.processes()] == [before.pid]
+
+
+# The operator's day, after docs/operate.md, on the node that the role rolled out: each line is written there.
+DAY = (
+    ("kvmagentctl status", r"ready, version"),
+    ("kvmagentctl vms", r"^test +running"),
+    ("kvmagentctl plug-cpu test 99 2>&1 || true", r"^kvmagentctl: MACHINE_NOT_SUPPORTED: "),
+    ("kvmagentctl tasks --vm test --since 2h", r"HotPlugCpu +test +delivered +refused MACHINE_NOT_SUPPORTED"),
+    ("kvmagentctl log test", r"none; asked for vCPUs 99 +refused MACHINE_NOT_SUPPORTED +unix:root"),
+    ("kvmagentctl config --check", r"good"),
+    ("service kvmagent status", r"is running"),
+    ("kvmagentctl reclaim --dry-run", r"(?m)^VM +PROMISED"),
+    ("cd /root && kvmagentctl support-bundle", r"kvmagent-support-\S+\.tar\.gz: \d+ files"),
+    ("curl -s --unix-socket /run/kvmagent/kvmagent.sock http://localhost/healthz", r'"ready":true'),
+)
+
+
+def test_the_operator_s_day_after_the_manual(rolled_out: str, tree: Tree) -> None:
+    """As root of the node, line by line. What is seen is what the manual says."""
+    manual = (ROOT / "docs/operate.md").read_text()
+    tree.install("curl")
+    for line, seen in DAY:
+        told = tree.run("sh", "-c", line)
+        assert re.search(seen, told, re.MULTILINE), f"{line}:\n{told}"
+        program = line.removeprefix("cd /root && ").split()
+        assert " ".join(program[:1] if program[0] == "curl" else program[:2]) in manual, f"not in the manual: {line}"
+
+
+def serial(port: int, context: ssl.SSLContext) -> str:
+    """The serial number of the certificate that the agent shows."""
+    with closing(http.client.HTTPSConnection(LOOPBACK, port, timeout=20, context=context)) as connection:
+        connection.connect()
+        shown = connection.sock.getpeercert()
+    assert shown is not None
+    return str(shown["serialNumber"])
 
 
 def health(port: int, context: ssl.SSLContext) -> int:

@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 
 from kvmagent.cli.ctl.exits import MEANINGS
 from kvmagent.cli.ctl.main import make_cli
+from kvmagent.settings import sample_conf
 from tests.lab.agent import find_command
 from tests.package.conftest import ROOT, Made, run
 from tests.package.test_locked import read_locked
@@ -24,6 +25,7 @@ from tests.package.test_locked import read_locked
 SCRIPTS = [
     "init.d/kvmagent",
     "conf/debian/build.sh",
+    "conf/rpm/build.sh",
     *(f"conf/debian/kvmagent.{name}" for name in ("postinst", "prerm", "postrm")),
     "tests/lab/packages.sh",
 ]
@@ -155,7 +157,42 @@ def test_the_interpreter_is_the_distribution_s_and_takes_nothing_from_its_user(u
     assert not (home / "lib64").exists()
 
 
-@pytest.mark.parametrize("file", ["etc/logrotate.d/kvmagent", "etc/kvmagent/kvmagent.conf", "etc/init.d/kvmagent"])
+def test_the_configuration_is_no_file_of_the_package_and_each_key_can_be_looked_up(unpacked: Path) -> None:
+    """Of a conffile that was edited dpkg asks, and an unattended upgrade ends there."""
+    assert not (unpacked / "etc/kvmagent").exists()
+    assert (unpacked / "usr/share/kvmagent/kvmagent.conf").read_text() == sample_conf()
+
+
+def test_every_distribution_that_is_left_is_imported_and_nothing_misses_one_that_is_not(unpacked: Path) -> None:
+    """All modules of the agent, its plugins and kvmagentctl, by the package's own interpreter."""
+    (site,) = unpacked.glob("usr/lib/kvmagent/lib/python3*/site-packages")
+    done = run(f"/usr/bin/{site.parent.name}", "-I", "-c", IMPORT_ALL, str(site))
+    assert done.returncode == 0, done.stderr
+    unused = set(json.loads(done.stdout))
+    assert not unused, "leave it out too: conf/leave_out.py"
+    size = sum(file.stat().st_size for file in unpacked.rglob("*") if file.is_file() and not file.is_symlink())
+    told = re.search(r"(\d+) MB installed", (ROOT / "docs/install.md").read_text())
+    assert told is not None
+    assert int(told[1]) == pytest.approx(size / 1e6, abs=3)
+
+
+IMPORT_ALL = """
+import importlib, importlib.metadata, json, pkgutil, sys
+site = sys.argv[1]
+sys.path.insert(0, site)
+for name in ("kvmagent", "kvmagent_plugins"):
+    for found in pkgutil.walk_packages(importlib.import_module(name).__path__, name + "."):
+        importlib.import_module(found.name)
+files = {module.__file__ for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+print(json.dumps([
+    one.metadata["Name"] for one in importlib.metadata.distributions(path=[site])
+    if not any(file.startswith(f"{site}/{top}") for file in files for top in (one.read_text("top_level.txt") or
+        one.metadata["Name"].lower().removeprefix("python-").replace("-", "_")).split())
+]))
+"""
+
+
+@pytest.mark.parametrize("file", ["etc/logrotate.d/kvmagent", "etc/init.d/kvmagent"])
 def test_what_operators_edit_is_a_conffile(deb: Path, unpacked: Path, file: str) -> None:
     assert (unpacked / file).is_file()
     listed = subprocess.run(["dpkg-deb", "--info", str(deb), "conffiles"], capture_output=True, text=True, check=True)

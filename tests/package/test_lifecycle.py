@@ -4,6 +4,7 @@ import http.client
 import json
 import re
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvmagent.settings import Settings, list_settings
 from tests.crash.conftest import find_dimms
 from tests.lab.agent import OPEN_TO_LOOPBACK, find_free_port
 from tests.lab.domainxml import GuestSpec
@@ -20,6 +22,7 @@ from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 from tests.lab.tree import FreshDebian, Tree
 
+ROOT = Path(__file__).parents[2]
 MIB = 1024 * 1024
 CONF = "etc/kvmagent/kvmagent.conf"
 SOCKETS = "/run/lab"
@@ -38,11 +41,11 @@ class Machine:
     def configure(self, **values: str) -> None:
         """Edit the configuration as an operator does: keys of any section, by their names."""
         file = self.tree.path / CONF
-        text = file.read_text()
-        for key, value in values.items():
-            text, count = re.subn(rf"(?m)^{key} =.*$", f"{key} = {value}", text)
-            assert count == 1, key
-        file.write_text(f"# edited by an operator\n{text}")
+        lines = [file.read_text(), "# edited by an operator"]
+        for section, key, _, _ in list_settings(Settings()):
+            if key in values:
+                lines += [f"[{section}]"] * (f"[{section}]" not in lines) + [f"{key} = {values[key]}"]
+        file.write_text("\n".join(lines) + "\n")
 
     def service(self, action: str) -> str:
         """Call the init script."""
@@ -136,7 +139,7 @@ def test_an_upgrade_in_the_middle_of_a_task_loses_nothing_and_keeps_the_configur
         assert in_use.request("POST", "/vm/hotplug/memory", body, taskuuid="memory", callbackurl=server.url) == 200
         wait_for(lambda: "task=memory" in in_use.log(), timeout_s=20, what="the task to be under way")
         newer = make_newer(deb, tmp_path)
-        in_use.tree.install(newer, options=["-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-confold"])
+        in_use.tree.install(newer)  # unattended: nobody answers a question of dpkg's
         assert server.callbacks("memory") == []
     finally:
         lab.resume()
@@ -146,10 +149,31 @@ def test_an_upgrade_in_the_middle_of_a_task_loses_nothing_and_keeps_the_configur
     assert [len(dimms) for dimms in find_dimms(guest)] == [1, 1]
     assert all(callback.body == reply for callback in server.callbacks("memory"))
     assert (in_use.tree.path / CONF).read_text() == edited
-    assert "a newer default" in (in_use.tree.path / f"{CONF}.dpkg-dist").read_text()
+    assert "newer_key = 1" in (in_use.tree.path / "usr/share/kvmagent/kvmagent.conf").read_text()
     assert in_use.tree.run("kvmagent", "--version").strip() == "0.99"
     (after,) = in_use.tree.processes()
     assert after.pid != before.pid
+
+
+def test_the_backup_is_made_by_the_command_as_it_is_written(in_use: Machine) -> None:
+    text = (ROOT / "docs/operate.md").read_text()
+    found = re.search(r"^## Back up\n\n    (.+)$", text, re.MULTILINE)
+    assert found is not None
+    in_use.tree.run("sh", "-ec", f"cd /root && {found[1]}")
+    (backup,) = (in_use.tree.path / "root").glob("kvmagent-*.tar.gz")
+    with tarfile.open(backup) as archive:
+        names = archive.getnames()
+    assert "etc/kvmagent/kvmagent.conf" in names
+    assert not [name for name in names if "journal" in name]
+
+
+def test_a_downgrade_keeps_configuration_and_journal(in_use: Machine, deb: Path) -> None:
+    edited = (in_use.tree.path / CONF).read_text()
+    in_use.tree.install(deb, options=["--allow-downgrades"])
+    wait_for(in_use.is_ready, timeout_s=60, what="the older agent to be ready")
+    assert in_use.tree.run("kvmagent", "--version").strip() != "0.99"
+    assert (in_use.tree.path / CONF).read_text() == edited
+    assert in_use.request("GET", "/tasks/memory") == 200
 
 
 def test_a_removal_stops_the_agent_and_keeps_state_and_configuration(in_use: Machine) -> None:
@@ -172,7 +196,7 @@ def make_newer(deb: Path, directory: Path) -> Path:
     content, newer = directory / "content", directory / "kvmagent_0.99-1.deb"
     subprocess.run(["dpkg-deb", "--raw-extract", str(deb), str(content)], check=True)
     edit(content / "DEBIAN/control", r"(?m)^Version: .*$", "Version: 0.99-1")
-    edit(content / CONF, r"\A", "# a newer default\n")
+    edit(content / "usr/share/kvmagent/kvmagent.conf", r"\Z", "# A key of the new version\nnewer_key = 1\n")
     (module,) = content.glob("usr/lib/kvmagent/lib/python3*/site-packages/kvmagent/__init__.py")
     edit(module, r'__version__ = ".*"', '__version__ = "0.99"')
     subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(content), str(newer)], check=True)

@@ -226,6 +226,30 @@ def test_libvirts_access_control_lets_the_agent_do_its_job_and_no_more(machine: 
         machine.run("virsh", "destroy", "vm1")
 
 
+def test_the_doctor_looks_as_the_agent_s_user_where_root_would_be_let_in(machine: Booted) -> None:
+    assert findings(machine)["user"] == ("good", "looked as kvmagent, the agent's user")
+    assert findings(machine)["libvirt"][0] == "good"
+    socket = "/run/libvirt/libvirt-sock"
+    mode = machine.run("stat", "--format=%a", socket).strip()
+    machine.run("chmod", "0600", socket)
+    try:
+        assert machine.run("virsh", "--connect=qemu:///system", "list").startswith(" Id"), "root is let in"
+        level, words = findings(machine)["libvirt"]
+    finally:
+        machine.run("chmod", mode, socket)
+    assert (level, "Permission denied" in words) == ("wrong", True), words
+
+
+def findings(machine: Booted) -> dict[str, tuple[str, str]]:
+    """What the doctor finds: of each check the worst, and what it says."""
+    told = json.loads(machine.run("sh", "-c", "kvmagentctl doctor --json || true"))["findings"]
+    order = ("good", "note", "warning", "wrong")
+    worst: dict[str, tuple[str, str]] = {}
+    for one in sorted(told, key=lambda one: order.index(one["level"])):
+        worst[one["check"]] = (one["level"], one["message"])
+    return worst
+
+
 def health(machine: Booted) -> dict[str, object]:
     """What the agent says of itself."""
     told = machine.run("kvmagentctl", "status", "--json")

@@ -180,7 +180,7 @@ def _versions() -> str:
 def _doctor(session: Session, config: Path) -> str:
     from kvmagent.cli.ctl.doctor import examine
 
-    return _json(msgspec.to_builtins(examine(config, session.given)))
+    return _json(msgspec.to_builtins(examine(config, session.asked_for)))
 
 
 def _log(settings: Settings) -> str:

@@ -89,10 +89,10 @@ def examine_alerts(settings: Settings) -> Iterator[Finding]:
     """Look whether what alerts and the dashboard need is on."""
     if settings.metrics.sample_sec == 0:
         message = "metrics.sample_sec is 0: what guests use is known after commands only; KvmagentVmUnreadable fires"
-        yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl reload kvmagent.")
+        yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl restart kvmagent.")
     elif settings.metrics.sample_sec > _SAMPLE_S:
         message = f"metrics.sample_sec is {settings.metrics.sample_sec}: alerts on guests look at the last 15 minutes"
-        yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl reload kvmagent.")
+        yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl restart kvmagent.")
 
 
 def examine_plugins(settings: Settings) -> Iterator[Finding]:

@@ -238,7 +238,7 @@ def doctor(context: click.Context, config: str) -> int:
     from kvmagent.cli.ctl.findings import is_healthy, view_findings
 
     session = session_of(context)
-    findings = examine(Path(config), session.given)
+    findings = examine(Path(config), session.asked_for)
     body = {"healthy": is_healthy(findings), "findings": msgspec.to_builtins(findings)}
     _print(session, body, lambda _: view_findings(findings))
     return Exit.REACHED if body["healthy"] else Exit.NOT_READY

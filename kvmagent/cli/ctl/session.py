@@ -86,6 +86,16 @@ class Session:
         return {name: value for name, value in {**found, **self.given}.items() if name != _HOST}
 
     @property
+    def asked_for(self) -> dict[str, str]:
+        """Return what options and environment say of the agent, without ctl.conf's default: for who looks at this host.
+
+        Raises:
+            CtlError: no such agent; ctl.conf cannot be used.
+        """
+        said = {**self.environment, **self.given}
+        return self.target if _HOST in said or "url" in said else said
+
+    @property
     def agent(self) -> Agent:
         """The agent that the options name.
 
