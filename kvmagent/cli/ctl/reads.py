@@ -25,6 +25,7 @@ from kvmagent.cli.ctl.views import (
     view_tasks,
 )
 from kvmagent.cli.ctl.vmnames import complete_task, complete_vm
+from kvmagent.model.errors import Code
 from kvmagent.model.reply import Outcome
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 
@@ -164,7 +165,7 @@ def _version(task: dict[str, Any]) -> tuple[Any, ...]:
 def task(context: click.Context, task_id: str) -> None:
     """One task: request, steps, reply, callback. The beginning of its id is enough where no other has it."""
     session = session_of(context)
-    found = session.agent.get("tasks", _find_task(session, task_id))
+    found = _ask_by_beginning(session, task_id, lambda task_uuid: session.agent.get("tasks", task_uuid))
     _print(session, found, lambda body: view_task(body, time.time()))
 
 
@@ -177,9 +178,11 @@ def cancel(context: click.Context, task_id: str) -> None:
     It ends as refused, code CANCELLED. A change that has begun is never stopped halfway: the answer says what it is at.
     """
     session = session_of(context)
-    found = _find_task(session, task_id)
-    body = session.agent.ask(f"/tasks/{quote(found, safe='')}/cancel", {})
-    _print(session, body, view_cancelled)
+
+    def take_back(task_uuid: str) -> Any:
+        return session.agent.ask(f"/tasks/{quote(task_uuid, safe='')}/cancel", {})
+
+    _print(session, _ask_by_beginning(session, task_id, take_back), view_cancelled)
 
 
 @click.command()
@@ -201,21 +204,26 @@ def log(context: click.Context, vm: str, limit: int) -> None:
     )
 
 
-def _find_task(session: Session, beginning: str) -> str:
-    """Return the id of the one task that begins so.
+def _ask_by_beginning(session: Session, beginning: str, ask: Callable[[str], Any]) -> Any:
+    """Ask about the task of that id, or else about the one whose id begins so.
 
     Raises:
-        CtlError: several do.
+        CtlError: there is none, or there are several.
     """
-    found = session.agent.get("tasks", query=urlencode({"id": beginning, "limit": _AMBIGUOUS}))["tasks"]
-    ids = [one["taskUuid"] for one in found]
-    if beginning in ids or not ids:
-        return beginning
+    try:
+        return ask(beginning)
+    except CtlError as error:
+        if error.code != Code.UNKNOWN_TASK:
+            raise
+        found = session.agent.get("tasks", query=urlencode({"id": beginning, "limit": _AMBIGUOUS}))["tasks"]
+        ids = [str(one["taskUuid"]) for one in found]
+        if not ids:
+            raise
     if len(ids) > 1:
         several = ", ".join(ids[: _AMBIGUOUS - 1]) + (" and others" if len(ids) == _AMBIGUOUS else "")
         words = f"several tasks begin with {beginning}: {several}"
         raise CtlError(Exit.USAGE, "AMBIGUOUS_TASK", words, "Give more of the id.")
-    return str(ids[0])
+    return ask(ids[0])
 
 
 @click.command()
