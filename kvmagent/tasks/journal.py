@@ -780,8 +780,13 @@ def _count_bytes(db: Database) -> int:
     return int((pages - free) * size)
 
 
+_FORGET_CHANGES = f"DELETE FROM changes WHERE seq IN (SELECT seq FROM changes ORDER BY seq LIMIT {_ROOM_BATCH})"
+
+
 def _make_room(db: Database, max_bytes: int, task_uuid: str) -> None:
-    """Forget the oldest settled tasks until there is room for another, unless that is known already.
+    """Forget the oldest settled tasks, then the oldest of VMs' histories, until there is room for another task.
+
+    For one that is known already nothing is forgotten.
 
     Raises:
         AgentError: QUEUE_FULL.
@@ -790,7 +795,7 @@ def _make_room(db: Database, max_bytes: int, task_uuid: str) -> None:
         return
     sql = f"SELECT seq, task_uuid FROM tasks WHERE {_SETTLED} ORDER BY seq LIMIT {_ROOM_BATCH}"
     while (used := _count_bytes(db)) > max_bytes:
-        if not _remove(db, db.execute(sql).fetchall()):
+        if not _remove(db, db.execute(sql).fetchall()) and not db.execute(_FORGET_CHANGES).rowcount:
             raise AgentError(
                 Code.QUEUE_FULL,
                 f"unfinished tasks and undelivered results take {format_size(used)} of the journal, the limit is "

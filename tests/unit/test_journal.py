@@ -16,8 +16,9 @@ import msgspec
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.vmname import VmId
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journal import TRANSITIONS, Journal, Left, State, Task
+from kvmagent.tasks.journal import TRANSITIONS, Change, Journal, Left, State, Task
 from kvmagent.tasks.journalfile import MIGRATIONS, check_file
 from tests.lab.processes import wait_for
 
@@ -229,6 +230,29 @@ class TestRoom:
         assert running.journal.find("t0") is None
         assert running.journal.find("t39") is not None
         running.journal.stop()
+
+    def test_histories_make_room_too_and_refuse_no_task(self, path: Path) -> None:
+        running = Running(path, max_bytes=self.MAX_BYTES)
+        made = Change("u" * 36, "n" * 20_000, {"cpuNum": 2}, {"cpuNumAfter": 2}, None)
+        for n in range(100):
+            assert running.journal.accept(make_task(f"t{n}"))[1]
+            running.journal.finish(f"t{n}", b"{}", "plugged", made)
+            running.journal.settle(f"t{n}", "delivered", None)
+        told = running.journal.changes(VmId("u" * 36, ""), limit=1000)
+        assert 0 < len(told) < 100
+        assert told[0].task_uuid == "t99", "the oldest are forgotten"
+        running.journal.stop()
+
+    def test_histories_go_by_their_own_age(self, running: Running) -> None:
+        running.journal.accept(make_task("t1"))
+        running.journal.finish("t1", b"{}", "plugged", Change("u1", "db-7", {}, {}, None))
+        running.journal.settle("t1", "delivered", None)
+        for passed, left in ((90.0, 1), (20.0, 0)):
+            running.pass_time(passed)
+            running.journal.prune(keep_tasks=0, keep_s=0, keep_changes_s=100.0)
+            running.flush()
+            assert len(running.journal.changes(VmId("", "db-7"), limit=9)) == left
+        assert running.journal.find("t1") is None
 
     def test_what_is_unfinished_or_owed_makes_none_and_new_ones_are_refused(self, path: Path) -> None:
         running = Running(path, max_bytes=self.MAX_BYTES)
