@@ -29,7 +29,7 @@ from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.logs import Log
 from kvmagent.model.command import Reservation
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice, MemoryPool
+from kvmagent.model.facts import Definition, Domain, Facts, MemoryDevice, MemoryPool
 from kvmagent.model.host import HostMemory
 from kvmagent.model.hostbudget import (
     NORMAL_PAGES,
@@ -164,8 +164,8 @@ class Budget:
                 return
             self._notes[facts.domain.uuid] = _Note(live.domain_id, time.monotonic(), spare, unknown)
 
-    def look(self, connection: libvirt.virConnect, uuid: str) -> tuple[MemoryPool, ...]:
-        """Return the pools that a running VM's memory comes from; none for a VM that is off.
+    def look(self, connection: libvirt.virConnect, vm: Domain) -> tuple[MemoryPool, ...]:
+        """Return the pools that a VM's memory comes from; of one that is off as if it ran as its definition says.
 
         Raises:
             AgentError: libvirt's errors.
@@ -173,7 +173,11 @@ class Budget:
         with self._asking:
             age_s = min(max(_SAME_LOOK_S, _SAME_LOOK_TIMES * self._seen.took_s), _VIEW_S)
             seen = self._see(connection, age_s)
-            own = seen.promises.get(uuid)
+            own = seen.promises.get(vm.uuid)
+            if own is None and vm.live is None and vm.config is not None:
+                page_bytes = seen.capacity.default_page_bytes
+                own = make_promise(vm.uuid, vm.name, vm.config, default_page_bytes=page_bytes)
+                seen = msgspec.structs.replace(seen, promises={**seen.promises, vm.uuid: own})
             return () if own is None else self._find_pools(seen, own)
 
     def view(self, connection: libvirt.virConnect) -> BudgetView:

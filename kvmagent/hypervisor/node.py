@@ -245,8 +245,8 @@ class Node:
         domain = msgspec.structs.replace(domain, migrated=self._migrations.note(facts))
         facts = msgspec.structs.replace(facts, domain=domain)
         self._budget.note(facts)
-        if "budget" in parts and domain.live is not None:
-            pools = self._budget.look(connection, domain.uuid)
+        if "budget" in parts:
+            pools = self._budget.look(connection, domain)
             facts = msgspec.structs.replace(facts, host=msgspec.structs.replace(host, pools=pools))
         self._meters.observed(facts)
         if self._restarts is not None:

@@ -295,6 +295,28 @@ def refuse_growth(totals: Iterable[Total], facts: Facts) -> None:
         check_growth(facts.host.pools, own, own.grown_to(reservation))
 
 
+def foresee_restart(facts: Facts, config: Definition | None = None) -> Facts:
+    """Return what would be so after a power cycle, the host's memory included: the VM then has what it is started with.
+
+    `config` is what the persistent definition would be by then; None: what it is.
+    """
+    then, now = facts.after_restart(config), facts.domain.live or facts.domain.config
+    if now is None or then.domain.live is None:
+        return then
+    before, after = (
+        make_promise(facts.domain.uuid, facts.domain.name, one, default_page_bytes=facts.host.hugepage_bytes)
+        for one in (now, then.domain.live)
+    )
+    pools = tuple(
+        msgspec.structs.replace(
+            pool,
+            promised_bytes=pool.promised_bytes + _measure_claims(after, pool) - _measure_claims(before, pool),
+        )
+        for pool in facts.host.pools
+    )
+    return msgspec.structs.replace(then, host=msgspec.structs.replace(then.host, pools=pools))
+
+
 def check_growth(pools: Iterable[MemoryPool], own: Promise, grown: Promise) -> None:
     """Refuse what these pools cannot give to one VM.
 

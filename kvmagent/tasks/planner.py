@@ -24,7 +24,7 @@ from kvmagent.model.command import Command, Ending, Goal, VmRequest, Wish
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import AGENT_COMMANDS, find_cpu_warnings, find_memory_warnings, measure, tell_saved
-from kvmagent.model.hostbudget import find_reserved
+from kvmagent.model.hostbudget import find_reserved, foresee_restart
 from kvmagent.model.judge import judge
 from kvmagent.model.plans import (
     Plan,
@@ -243,7 +243,7 @@ class _Sketch:
             return self._shrink_definition(target, trials)
         if not all(trial.error is not None and _is_cured_by_start(trial.error) for trial in refused):
             return _Ahead(error=error)
-        later = self._try_later(target, facts.after_restart())
+        later = self._try_later(target, foresee_restart(facts))
         if any(_takes_by_balloon(trial) for trial in later):
             return _Ahead(error=error)
         if _find_error(later) is None:
@@ -292,7 +292,7 @@ class _Sketch:
         if step.shape not in self._foreseen:
             try:
                 diff, definition = self._vm.foresee(step)
-                self._foreseen[step.shape] = diff, self._facts.after_restart(definition)
+                self._foreseen[step.shape] = diff, foresee_restart(self._facts, definition)
             except AgentError as error:
                 if error.code is Code.LIBVIRT_UNAVAILABLE:
                     raise

@@ -10,6 +10,7 @@ from kvmagent.model.command import Command, Ending, Wish
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import find_imbalance, find_memory_warnings, idle_warnings, migration_warnings, warning
+from kvmagent.model.hostbudget import foresee_restart
 from kvmagent.model.judge import drift
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
@@ -131,7 +132,7 @@ def _is_ready_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> bo
     """
     if facts.domain.config is None or facts.domain.saved:
         return False
-    anew = facts.after_restart()
+    anew = foresee_restart(facts)
     same = ReadyForHotplugRequest(vm_uuid=request.vm_uuid, cpu_num=request.cpu_num, memory_size=request.memory_size)
     return judge_readiness(same, anew, find_headroom(same, anew)).ready
 

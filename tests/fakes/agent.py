@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ def make_host(
         node / f"hugepages/hugepages-{page_kib}kB/nr_hugepages": f"{all_hugepages}\n",
         directory / f"sys/kernel/mm/hugepages/hugepages-{page_kib}kB/nr_hugepages": f"{all_hugepages}\n",
     }
+    # Nothing of the host that another example had in the same place.
+    for tree in ("sys/devices/system/node", "sys/kernel/mm"):
+        shutil.rmtree(directory / tree, ignore_errors=True)
     if memlock_mib is not None:
         process = directory / "proc/4711"
         files[process / "cmdline"] = "/usr/bin/qemu-system-x86_64\0-uuid\0" + UUID + "\0"

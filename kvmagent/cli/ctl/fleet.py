@@ -167,6 +167,9 @@ def _ask_side_by_side(
         for future in asked:
             future.cancel()
         answers.statuses.append(Exit.INTERRUPTED)
+        if left := progress.under_way():
+            words = f"interrupted: waiting for {', '.join(left)}; Ctrl-C again does not wait"
+            session.terminal.tell(printable(f"kvmagentctl: {words}"))
         with suppress(KeyboardInterrupt):
             wait(future for future in asked if not future.cancelled())
         words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs were asked, and no more are"
