@@ -13,7 +13,7 @@ let vms = [];
 const rows = new Map();
 
 /** What the table needs of a VM; one that cannot be read is told whole. */
-export const FIELDS = "name,state,after,pluggedOffline,atMaximum,readyAfterRestart,blockers,warnings";
+export const FIELDS = "name,state,after,pluggedOffline,atMaximum,readyAfterRestart,headroom,blockers,warnings";
 
 // What nobody asked for: the guest fell silent, or the next start would have something else.
 const ATTENTION = /^(GUEST_AGENT_(DISCONNECTED|UNRESPONSIVE|INVALID)|DRIFT)$/;
