@@ -1,6 +1,6 @@
 """What the reads answer, as the wire has it. Times are seconds since the epoch, sizes are bytes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -12,8 +12,37 @@ from kvmagent.tasks.journal import State
 
 #: The version of the contract: within one nothing is removed and nothing narrowed.
 API_VERSION = "1"
-#: What was added to it since its first release, in order; a client asks for what it needs.
-EXTENSIONS: tuple[str, ...] = ()
+
+
+class Extension(NamedTuple):
+    """Something that was added to the contract: its name in /healthz, what it is, and the paths, query parameters and
+    request fields that came with it, which an older agent refuses.
+    """
+
+    name: str
+    words: str
+    adds: tuple[str, ...]
+
+
+#: What was added since version 1 was frozen, in order; a client asks for what it needs.
+EXTENSIONS = (
+    Extension(
+        "prepare_memory_device",
+        "ReadyForHotplug prepares dimms or a virtio-mem device.",
+        ("POST /vm/hotplug/ready memoryDevice",),
+    ),
+    Extension(
+        "task_search",
+        "/tasks is searched by outcome, caller, time and the beginning of the id.",
+        ("GET /tasks ?outcome", "GET /tasks ?caller", "GET /tasks ?since", "GET /tasks ?until", "GET /tasks ?id"),
+    ),
+    Extension("vm_history", "What changed a VM, for longer than tasks are kept.", ("GET /vms/{vmUuid}/history",)),
+    Extension(
+        "list_pages",
+        "Lists are read by pages and fields, and have an ETag.",
+        ("GET /vms ?limit", "GET /vms ?cursor", "GET /vms ?fields", "GET /tasks ?cursor", "GET /tasks ?fields"),
+    ),
+)
 
 
 class UnreadableVm(msgspec.Struct, kw_only=True, rename="camel"):

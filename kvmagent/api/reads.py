@@ -334,7 +334,7 @@ class Reads:
             down=down,
             version=__version__,
             api_version=API_VERSION,
-            extensions=list(EXTENSIONS),
+            extensions=[one.name for one in EXTENSIONS],
             host=self._node.read_load(),
             memory=self._node.last_budget(),
             running=running,

@@ -10,13 +10,22 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import msgspec
 import yaml
 
+from kvmagent.api.answers import EXTENSIONS
+from kvmagent.api.openapi import build_openapi
+from kvmagent.api.reads import OWN_PATHS
+from kvmagent.cli.ctl.exits import MEANINGS
+from kvmagent.model.command import VmRequest
 from kvmagent.model.errors import CODES, LOOKS, Code
 from kvmagent.model.steps import AnyStep
+from kvmagent.plugins import load_plugins
+from kvmagent.settings import Settings, list_settings
 from tests.fakes.agent import FakeAgent, make_guest
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
@@ -88,6 +97,93 @@ def steps(_of: str | None) -> str:
     return "\n".join(["| step | effect |", "|---|---|", *rows, ""])
 
 
+@cache
+def _document() -> dict[str, Any]:
+    """What an agent with its own plugins tells of itself."""
+    plugins = load_plugins(Settings().agent.plugins)
+    return build_openapi([one for plugin in plugins for one in (*plugin.commands, *plugin.queries)], OWN_PATHS)
+
+
+def _operations() -> list[tuple[str, str, dict[str, Any]]]:
+    paths = _document()["paths"].items()
+    return [(method.upper(), path, operation) for path, item in paths for method, operation in item.items()]
+
+
+def paths(_of: str | None) -> str:
+    """Every path: who may, and what for."""
+    rows = [
+        f"| {operation['operationId']} | `{method} {path}` | {operation['x-role']} | {_cell(operation['summary'])} |"
+        for method, path, operation in _operations()
+    ]
+    return "\n".join(["| operation | path | role | what |", "|---|---|---|---|", *rows, ""])
+
+
+def requests(_of: str | None) -> str:
+    """The fields of each command of ours: first those that all have."""
+    common = [field.encode_name for field in msgspec.structs.fields(VmRequest)]
+    ours = [
+        operation
+        for _, path, operation in _operations()
+        if path.startswith(("/vm/hotplug/", "/vm/hotunplug/")) and "taskuuid" in str(operation["parameters"])
+    ]
+    shapes = {one["operationId"]: _shape(one["requestBody"]["content"]["application/json"]["schema"]) for one in ours}
+    lines = ["Every command:", "", *_field_rows(shapes["HotPlugCpu"], common)]
+    for name, shape in shapes.items():
+        own = [field for field in shape["properties"] if field not in common]
+        lines += ["", f"{name}:", "", *_field_rows(shape, own)]
+    return "\n".join([*lines, ""])
+
+
+def _shape(schema: dict[str, Any]) -> dict[str, Any]:
+    while "$ref" in schema:
+        schema = _document()["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return schema
+
+
+def _field_rows(shape: dict[str, Any], names: list[str]) -> list[str]:
+    rows = ["| field | value | default | meaning |", "|---|---|---|---|"]
+    for name in names:
+        field = shape["properties"][name]
+        parts = [_shape(part) for part in field.get("anyOf", [field])]
+        words = next((part["description"] for part in (field, *parts) if "description" in part), "")
+        default = "needed" if name in shape.get("required", ()) else json.dumps(field.get("default"))
+        values = ", ".join(_value(part) for part in parts if part.get("type") != "null")
+        rows.append(f"| {name} | {values} | {'none' if default == 'null' else default} | {_cell(words)} |")
+    return rows
+
+
+def _value(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    least, most = schema.get("minimum"), schema.get("maximum")
+    return str(schema["type"]) + (f", {least} to {most}" if most is not None else "")
+
+
+def exits(_of: str | None) -> str:
+    """How kvmagentctl ends."""
+    rows = [f"| {status.value} | {_cell(words)} |" for status, words in MEANINGS.items()]
+    return "\n".join(["| kvmagentctl ends with | meaning |", "|---|---|", *rows, ""])
+
+
+def extensions(_of: str | None) -> str:
+    """What was added to the API."""
+    rows = [f"| `{one.name}` | {_cell(one.words)} |" for one in EXTENSIONS]
+    return "\n".join(["| extension | what |", "|---|---|", *rows, ""])
+
+
+def settings(_of: str | None) -> str:
+    """Every key of the configuration."""
+    keys: dict[str, list[str]] = {}
+    for section, key, _value, _default in list_settings(Settings()):
+        keys.setdefault(section, []).append(f"`{key}`")
+    rows = [f"| `[{section}]` | {', '.join(found)} |" for section, found in keys.items()]
+    return "\n".join(["| section | keys |", "|---|---|", *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return _escape(text).replace("|", "\\|")
+
+
 def alerts(_of: str | None) -> str:
     """The alerts that are shipped, each with what to do first."""
     groups = yaml.safe_load((ROOT / "conf/prometheus/kvmagent.rules.yml").read_text())["groups"]
@@ -145,6 +241,11 @@ def _escape(text: str) -> str:
 BLOCKS: dict[str, Callable[[str | None], str]] = {
     "alerts": alerts,
     "codes": codes,
+    "exits": exits,
+    "extensions": extensions,
+    "paths": paths,
+    "requests": requests,
+    "settings": settings,
     "steps": steps,
     "file": file,
     "prepare-before": prepare_before,

@@ -1,6 +1,7 @@
 """The promise of docs/api.md: a client of a released version goes on working.
 
-A frozen document per version in tests/http/contracts/; `--update-golden` writes that of a version not yet released.
+A frozen document per version in tests/http/contracts/, and lists in names/ beside it; `--update-golden` writes those of
+a version not yet released.
 """
 
 import copy
@@ -9,12 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvmagent import __version__
+from kvmagent.api.answers import EXTENSIONS
+from kvmagent.api.metrics.table import METRICS
+from kvmagent.cli.ctl.exits import Exit
+from kvmagent.settings import Settings
 from tests.lab.agent import AgentProcess
 
 CONTRACTS = Path(__file__).with_name("contracts")
+#: What no document has: exit statuses, metrics, configuration keys.
+NAMES = CONTRACTS / "names"
 
 
 def resolve(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
@@ -227,3 +235,113 @@ def test_what_is_added_breaks_nobody(document: Any) -> None:
     changed["paths"]["/more"] = changed["paths"]["/whoami"]
     changed["x-error-codes"]["MORE"] = {"status": 400}
     assert list(find_breaks(document, changed)) == []
+
+
+def find_additions(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """What a client may send to the new one, and the old one refuses."""
+    for path, item in new["paths"].items():
+        for method, after in item.items():
+            before = old["paths"].get(path, {}).get(method)
+            if before is None:
+                yield f"{method.upper()} {path}"
+                continue
+            known = [one["name"] for one in before.get("parameters", ()) if one["in"] == "query"]
+            for one in after.get("parameters", ()):
+                if one["in"] == "query" and one["name"] not in known:
+                    yield f"{method.upper()} {path} ?{one['name']}"
+            if "requestBody" in before:
+                shapes = [
+                    resolve(one["requestBody"]["content"]["application/json"]["schema"], whole)["properties"]
+                    for one, whole in ((before, old), (after, new))
+                ]
+                yield from (f"{method.upper()} {path} {name}" for name in shapes[1] if name not in shapes[0])
+
+
+def test_what_was_added_since_version_1_is_an_extension(agent: AgentProcess, document: Any) -> None:
+    first = json.loads(min(CONTRACTS.glob("*.json")).read_text())
+    assert sorted(find_additions(first, document)) == sorted(one for extension in EXTENSIONS for one in extension.adds)
+    assert agent.get("/healthz").body["extensions"] == [extension.name for extension in EXTENSIONS]
+
+
+def list_names() -> dict[str, Any]:
+    """Exit statuses by name, metrics with type and labels, and of each configuration key what it takes."""
+    schema = msgspec.json.schema(Settings)
+    sections = schema["$defs"]["Settings"]["properties"]
+    return {
+        "exitStatuses": {status.name: status.value for status in Exit},
+        "metrics": {one.exported: {"type": one.type, "labels": list(one.labels)} for one in METRICS.values()},
+        "settings": {
+            f"{section}.{key}": {name: part for name, part in taken.items() if name not in ("description", "default")}
+            for section, described in sections.items()
+            for key, taken in schema["$defs"][find_reference(described)]["properties"].items()
+        },
+    }
+
+
+def find_reference(schema: dict[str, Any]) -> str:
+    parts = [schema, *schema.get("anyOf", ()), *schema.get("allOf", ())]
+    return next(str(part["$ref"]) for part in parts if "$ref" in part).rpartition("/")[2]
+
+
+def find_name_breaks(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    for kind in ("exitStatuses", "metrics"):
+        for name, before in old[kind].items():
+            if new[kind].get(name) != before:
+                yield f"{kind}: {name} is {new[kind].get(name, 'gone')}, it was {before}"
+    for key, before in old["settings"].items():
+        after = new["settings"].get(key)
+        if after is None:
+            yield f"settings: {key} is gone"
+        else:
+            yield from (f"settings: {key} is narrower: {what}" for what in find_narrowing(before, after, {}, {}))
+
+
+def test_the_version_s_own_names_are_frozen(request: pytest.FixtureRequest) -> None:
+    file = NAMES / f"{__version__}.json"
+    if request.config.getoption("--update-golden"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(list_names(), indent=1, sort_keys=True) + "\n")
+    assert file.exists()
+
+
+@pytest.mark.parametrize("file", sorted(NAMES.glob("*.json")), ids=lambda file: file.stem)
+def test_scripts_alerts_and_configurations_of_a_released_version_go_on_working(file: Path) -> None:
+    assert list(find_name_breaks(json.loads(file.read_text()), list_names())) == []
+
+
+def renumber_an_exit_status(names: Any) -> None:
+    names["exitStatuses"]["PARTIAL"] = 9
+
+
+def relabel_a_metric(names: Any) -> None:
+    names["metrics"]["kvmagent_commands_total"]["labels"].remove("outcome")
+
+
+def remove_a_metric(names: Any) -> None:
+    del names["metrics"]["kvmagent_libvirt_up"]
+
+
+def remove_a_key(names: Any) -> None:
+    del names["settings"]["http.port"]
+
+
+def narrow_a_key(names: Any) -> None:
+    names["settings"]["agent.workers"]["maximum"] = 16
+
+
+NAME_BREAKS = {
+    renumber_an_exit_status: "PARTIAL is 9, it was 5",
+    relabel_a_metric: "kvmagent_commands_total is",
+    remove_a_metric: "kvmagent_libvirt_up is gone",
+    remove_a_key: "http.port is gone",
+    narrow_a_key: "agent.workers is narrower: maximum 16",
+}
+
+
+@pytest.mark.parametrize("change", NAME_BREAKS, ids=lambda change: change.__name__)
+def test_a_change_of_a_name_that_breaks_somebody_is_refused(change: Any) -> None:
+    names = list_names()
+    changed = copy.deepcopy(names)
+    change(changed)
+    (found,) = find_name_breaks(names, changed)
+    assert NAME_BREAKS[change] in found
