@@ -284,7 +284,8 @@ def test_who_came_is_on_each_audit_line(site: Site) -> None:
         agent.token = "guess"
         assert agent.post("/vm/hotplug/cpu", body, task_uuid="t4", callback_url=server.url).status == 401
         agent.token = GOOD
-    of_task = f"caller=certificate:server.example client=127.0.0.1 what=HotPlugCpu vm=vm1 task={task}"
+        uuid = agent.get(f"/tasks/{task}").body["vmUuid"]
+    of_task = f"caller=certificate:server.example client=127.0.0.1 what=HotPlugCpu vm=vm1 uuid={uuid} task={task}"
     lines = wait_for(
         lambda: (found := audit_lines(agent)) and any("event=finished" in line for line in found) and found,
         timeout_s=5,
