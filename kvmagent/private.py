@@ -133,6 +133,18 @@ def check_file(path: str, key: str, *, user_id: int | None = None) -> None:
         raise _refusal(key, path, error) from error
 
 
+def check_directory(path: str, key: str) -> None:
+    """Refuse a directory where others could put what decides what the agent does.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION, naming the `key` of the setting.
+    """
+    try:
+        check_trusted(Path(path), owners_of())
+    except OSError as error:
+        raise _refusal(key, path, error) from error
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file of the agent's own (0600), on disk and whole: after whatever happens it has this or what it had.
 

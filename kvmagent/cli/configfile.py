@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.private import read_file
+from kvmagent.private import check_directory, check_file, read_file
 from kvmagent.settings import Settings, parse_sources
 
 # What a directory beside the file is called; its *.conf are read after the file, in the order of their names.
@@ -32,6 +32,19 @@ def read_sources(path: Path) -> list[tuple[str, str]]:
 def find_files(path: Path) -> list[Path]:
     """Return the files of a configuration, in the order in which they are read: a later one wins."""
     return [path, *sorted(file for file in (path.parent / _BESIDE).glob("*.conf") if not file.name.startswith("."))]
+
+
+def check_files(path: Path) -> None:
+    """Refuse a configuration that others than root and the agent's user can change, or add to.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    for file in find_files(path):
+        check_file(str(file), "the configuration")
+    # An empty one too: what is put there counts from the next start on.
+    if (beside := path.parent / _BESIDE).exists():
+        check_directory(str(beside), "the configuration")
 
 
 def _read(path: Path) -> str:

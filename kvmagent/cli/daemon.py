@@ -18,11 +18,10 @@ from pathlib import Path
 from kvmagent import __version__
 from kvmagent.agent import Agent
 from kvmagent.api.security import new_token
-from kvmagent.cli.configfile import read_settings
+from kvmagent.cli.configfile import check_files, read_settings
 from kvmagent.logs import Log, LogOutput, error_fields
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.plugins import load_plugins
-from kvmagent.private import check_file
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 from kvmagent.systemd import ServiceManager
 from kvmagent.tasks.faults import Fault, no_fault
@@ -128,7 +127,7 @@ class _Process:
             AgentError: BAD_CONFIGURATION; also where others can change it.
         """
         settings = read_settings(self._path, self._overrides)
-        check_file(str(self._path), "the configuration")
+        check_files(self._path)
         return settings
 
     def read_log_settings(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kvmagent.cli.configfile import check_files
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.private import OpenToOthers, check_file, check_trusted, make_private_directory, owners_of, read_file
 
@@ -163,3 +164,18 @@ def test_a_state_directory_with_something_of_another_user_is_refused(tmp_path: P
     os.chown(state / name, STRANGER, -1, follow_symlinks=False)
     with pytest.raises(AgentError, match=f"belongs to user {STRANGER}"):
         make_private_directory(state, "agent.state_dir")
+
+
+@pytest.mark.parametrize("place", ["kvmagent.conf", "conf.d", "conf.d/10-site.conf"])
+def test_every_file_of_the_configuration_and_where_more_could_be_put_is_trusted_or_refused(
+    tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "conf.d").mkdir(mode=0o755)
+    for name in ("kvmagent.conf", "conf.d/10-site.conf"):
+        (tmp_path / name).touch(mode=0o644)
+    check_files(tmp_path / "kvmagent.conf")
+    (tmp_path / place).chmod(0o777)
+    with pytest.raises(AgentError) as caught:
+        check_files(tmp_path / "kvmagent.conf")
+    assert caught.value.code is Code.BAD_CONFIGURATION
+    assert caught.value.remedy == f"chmod go-w {tmp_path / place}"
