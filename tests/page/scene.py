@@ -252,6 +252,29 @@ TASKS = [
     task(4, "HotPlugMemory", "web-2", outcome="online", age_s=3700, took_s=1.2),
     task(3, "ReadyForHotplug", "spare", outcome="unchanged", age_s=9000, took_s=0.1),
 ]
+CHANGES = [
+    {
+        "taskUuid": f"{n:032x}",
+        "vm": "db-7",
+        "vmUuid": "6f1de2a0-5b7c-4a35-9d0e-000000000002",
+        "command": command,
+        "caller": "token:zstack",
+        "client": "10.0.0.5",
+        "acceptedAt": NOW - age_s,
+        "finishedAt": NOW - age_s,
+        "outcome": outcome,
+        "errorCode": code,
+        "asked": asked,
+        "before": before,
+        "after": after,
+    }
+    for n, command, age_s, outcome, code, asked, before, after in (
+        (3, "HotPlugCpuMemory", 420, "plugged", None, {"cpuNum": 6}, {"cpuNum": 4, "memorySize": 8 * GIB},
+         {"cpuNum": 6, "memorySize": 12 * GIB}),
+        (2, "HotPlugCpu", 90000, "refused", Code.CPU_ABOVE_MAXIMUM, {"cpuNum": 16}, {"cpuNum": 4}, {"cpuNum": 4}),
+        (1, "HotPlugCpu", 900000, "online", None, {"cpuNum": 4}, {"cpuNum": 2}, {"cpuNum": 4}),
+    )
+]  # fmt: skip
 RUNNING = [{"vm": "ml-train", "taskUuid": TASKS[1]["taskUuid"], "command": "HotPlugMemory", "seconds": 14.0}]
 
 

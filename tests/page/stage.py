@@ -33,6 +33,8 @@ class Stage:
 
     def __init__(self, answers: Mapping[str, tuple[int, Any]]) -> None:
         self.answers = dict(answers)
+        #: What each VM's history is.
+        self.changes: list[dict[str, Any]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.asked: Counter[str] = Counter()
@@ -64,6 +66,11 @@ class Stage:
             )
             for path, (_, body) in self.answers.items()
         }
+        routes["GET", "/vms/*/history"] = Route(
+            lambda _call: Answer(encode({"changes": self.changes}), headers={"Date": formatdate(NOW, usegmt=True)}),
+            "read",
+            query=frozenset({"limit"}),
+        )
         self._server = Server(
             HttpSection(host=LOOPBACK, port=self._port, socket=""),
             Security(SecuritySection(allow_unauthenticated=True, allowed_clients=(LOOPBACK,))),

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops, ImageFilter
 from tests.page.browser import Browser
 from tests.page.scene import TASKS, VMS, full_host
 from tests.page.stage import Stage
+from tests.page.states import STATES, bring, violations
 
 PICTURES = Path(__file__).parent / "golden"
 WINDOWS = {
@@ -30,7 +31,7 @@ def draw(browser: Browser, stage: Stage, name: str) -> Image.Image:
     browser.wait(f"document.querySelectorAll('#vm-rows tbody').length === {len(VMS)}")
     browser.wait(f"document.querySelectorAll('#task-list > li').length === {len(TASKS)}")
     # One row as whoever looks for the cause has it.
-    browser.run("document.querySelector('#vm-rows button').click()")
+    browser.run("document.querySelector('#vm-rows .problems-of').click()")
     browser.wait("document.querySelector('.ladder li')")
     browser.wait("document.querySelector('#vms-age').innerText && document.fonts.status === 'loaded'")
     # On a slow machine it is not "just now".
@@ -57,12 +58,28 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 def test_looks_as_it_did(
     browser: Browser, stage: Stage, name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    seen, golden = draw(browser, stage, name), PICTURES / f"{name}.png"
+    compare(draw(browser, stage, name), name, tmp_path, request)
+
+
+@pytest.mark.parametrize("window", ["desk-light", "phone-light"])
+@pytest.mark.parametrize("state", STATES)
+def test_each_state_looks_as_it_did_and_breaks_no_rule_of_accessibility(
+    browser: Browser, stage: Stage, state: str, window: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bring(browser, stage, state, **WINDOWS[window])
+    browser.run("document.querySelectorAll('.age').forEach((words) => { words.style.visibility = 'hidden' })")
+    compare(Image.open(io.BytesIO(browser.screenshot())).convert("RGB"), f"{state}-{window}", tmp_path, request)
+    assert violations(browser) == []
+
+
+def compare(seen: Image.Image, name: str, directory: Path, request: pytest.FixtureRequest) -> None:
+    """Hold what is seen against its picture."""
+    golden = PICTURES / f"{name}.png"
     if request.config.getoption("--update-golden"):
         seen.save(golden, optimize=True)
-    seen.save(tmp_path / f"{name}.png")
+    seen.save(directory / f"{name}.png")
     differs = difference(seen, Image.open(golden).convert("RGB"))
-    assert differs <= PART, f"{differs:.2%} of {golden.name} differs; it looks now as {tmp_path / golden.name}"
+    assert differs <= PART, f"{differs:.2%} of {golden.name} differs; it looks now as {directory / golden.name}"
 
 
 def test_a_host_with_200_vms_shows_the_six_in_trouble_first(

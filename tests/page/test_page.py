@@ -13,8 +13,9 @@ from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 from tests.page.browser import Browser
-from tests.page.scene import GIB, REMEDIES, TASKS, VMS, full_host, health, task, vm
+from tests.page.scene import CHANGES, GIB, REMEDIES, TASKS, VMS, full_host, health, task, vm
 from tests.page.stage import Stage
+from tests.page.states import bring
 
 CONTRAST = """
 const channel = (value) => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
@@ -133,7 +134,7 @@ def test_what_it_can_have_is_not_known_is_told_with_the_remedy(stage: Stage, ope
     refusal = {"success": False, "error": "VM web-1 is not there", "errorCode": "VM_NOT_FOUND", "remedy": "Look again."}
     stage.answers[PLAN] = (404, lambda _question: refusal)
     browser = opened()
-    browser.run("document.querySelector('#vm-rows button').click()")
+    browser.run("document.querySelector('#vm-rows .problems-of').click()")
     browser.wait("document.querySelector('.ladder').innerText.includes('VM web-1 is not there')")
     assert "Look again." in browser.text(".ladder")
     browser.complaints()  # the browser logs every answer of 404 itself
@@ -146,7 +147,7 @@ def test_what_is_plugged_for_nothing_is_told_before_what_is_good_to_know(
     entry = vm(1, "web-1", cpus=(2, 1, 4), warnings=tuple(told), blockers=((Code.NO_ACPI, "in the way"),))
     stage.answers["/vms"] = (200, {"vms": [entry]})
     browser = opened()
-    browser.run("document.querySelector('#vm-rows button').click()")
+    browser.run("document.querySelector('#vm-rows .problems-of').click()")
     places = [browser.text(".problems").index(words) for words in ("For nothing", "In the way", "Good to know")]
     assert places == sorted(places)
 
@@ -294,7 +295,7 @@ def test_a_hostile_name_is_text_and_nothing_else(stage: Stage, opened: Callable[
     browser = opened()
     assert browser.run(NAMES) == [HOSTILE]
     assert browser.text("#task-list").count("<img src=x") >= 4
-    browser.run("document.querySelector('#vm-rows button').click()")
+    browser.run("document.querySelector('#vm-rows .problems-of').click()")
     browser.wait("document.querySelector('.ladder').innerText.split('<img src=x').length === 3")
     assert browser.run("return document.querySelectorAll('img, script:not([src])').length") == 0
     assert browser.run("return document.title") == "⚠ node-17 \u2013 kvmagent"
@@ -382,9 +383,78 @@ def test_the_running_agent_shows_its_vms_and_asks_for_a_token(browser: Browser, 
         browser.wait(f"{ROWS} === 2")
         browser.wait("document.querySelector('#task-list').innerText.includes('CPU_ABOVE_MAXIMUM')")
         assert reply["remedy"] in browser.text("#task-list")
-        browser.run("document.querySelector('#vm-rows button').click()")
+        browser.run("document.querySelector('#vm-rows .problems-of').click()")
         browser.wait("document.querySelectorAll('#vm-rows .ladder li').length > 4")
         browser.run("document.querySelector('#task-list summary').click()")
         browser.wait("document.querySelector('.steps').innerText.includes('No step was taken')")
         assert browser.run("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         assert token not in agent.log()
+
+
+def test_a_vm_s_history_and_its_whole_uuid_are_told_when_somebody_asks(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    stage.changes = CHANGES
+    browser = opened()
+    browser.run("[...document.querySelectorAll('.history-of')][1].click()")
+    browser.wait("document.querySelectorAll('.history li').length === 3")
+    told = " ".join(browser.text(".history:not([hidden])").split())
+    assert "UUID 6f1de2a0-5b7c-4a35-9d0e-000000000002" in told
+    assert "7 min ago · by token:zstack vCPUs 4 → 6, memory 8 GiB → 12 GiB · plugged" in told
+    assert "vCPUs 16 requested · refused · CPU_ABOVE_MAXIMUM" in told
+    assert re.search(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC", told)
+
+
+def test_each_button_is_named_with_its_vm(opened: Callable[..., Browser]) -> None:
+    names = opened().run("return [...document.querySelectorAll('#vm-rows button')].map((one) => one.textContent)")
+    assert len(names) == len(set(names)) > len(VMS)
+    assert "What to do: build-3" in names
+    assert "History of db-7" in names
+
+
+def test_what_is_chosen_stands_in_the_address(stage: Stage, opened: Callable[..., Browser]) -> None:
+    browser = opened()
+    browser.run(
+        "const filter = document.querySelector('#filter'); filter.value = 'web';"
+        "filter.dispatchEvent(new Event('input'));"
+        "const sort = document.querySelector('#sort'); sort.value = 'name'; sort.dispatchEvent(new Event('change'))"
+    )
+    assert browser.run("return location.hash") == "#filter=web&sort=name"
+    browser.open(f"{stage.url}#filter=web&sort=name")
+    browser.wait(ROWS)
+    assert browser.run(NAMES) == ["web-1", "web-2"]
+    browser.run("location.hash = '#tasks'")
+    assert browser.run(NAMES) == ["web-1", "web-2"], "a place on the page is no choice"
+    browser.run("location.hash = '#filter=db'")
+    browser.wait(f"{ROWS} === 1")
+
+
+def test_the_title_tells_that_nothing_answers(browser: Browser, stage: Stage) -> None:
+    bring(browser, stage, "no-answer")
+    assert browser.run("return document.title") == "✕ No answer \u2013 node-17"
+    stage.start()
+    browser.wait("document.title === 'node-17 \u2013 kvmagent'")
+
+
+def test_forty_tasks_do_not_make_the_page_long(browser: Browser, stage: Stage) -> None:
+    bring(browser, stage, "forty-tasks")
+    listed = "document.querySelectorAll('#task-list > li').length"
+    assert browser.run(f"return {listed}") == 10
+    browser.run("document.querySelector('#more-tasks').click()")
+    assert browser.run(f"return {listed}") == 40
+
+
+def test_a_host_without_vms_says_what_to_do_next(browser: Browser, stage: Stage) -> None:
+    bring(browser, stage, "empty")
+    assert "Define one (virsh define FILE" in browser.text("#vms")
+    assert "kvmagentctl doctor" in browser.text("#vms-none")
+
+
+def test_bars_of_many_vcpus_have_marks_that_can_be_told_apart(stage: Stage, opened: Callable[..., Browser]) -> None:
+    stage.answers["/vms"] = (200, {"vms": [vm(n, f"vm-{n}", cpus=(1, 1, n)) for n in (2, 16, 32, 128)]})
+    marks = opened(width=390, height=844).run(
+        "return [...document.querySelectorAll('.ticks')].map((bar) => [bar.title, "
+        "bar.getBoundingClientRect().width / getComputedStyle(bar).getPropertyValue('--ticks')])"
+    )
+    assert [title for title, _ in marks] == ["", "", "a mark is 2 vCPUs", "a mark is 8 vCPUs"]
+    assert min(width for _, width in marks) >= 10, "pixels, two of which are the gap"

@@ -149,6 +149,7 @@ function tick() {
   document.body.classList.toggle("stale", stale || paused);
   if (stale) {
     const since = seen === null ? "" : ` What stands here is from ${new Date(seen).toLocaleTimeString("en-GB")}.`;
+    document.title = `✕ No answer – ${health?.host.name ?? "kvmagent"}`;
     drawVerdict("bad", "No answer", {});
     tell($("stale"), { error: `The agent does not answer.${since}`, remedy: "On the host: systemctl status kvmagent; journalctl -u kvmagent -n 50" });
   } else {
@@ -177,8 +178,30 @@ $("pause").addEventListener("click", () => {
   if (!paused) runAll();
   tick();
 });
-$("filter").addEventListener("input", vms.draw);
-$("sort").addEventListener("change", vms.draw);
+/** What is chosen stands in the address, so that it can be kept and handed on. */
+function choose() {
+  const chosen = new URLSearchParams();
+  if ($("filter").value) chosen.set("filter", $("filter").value);
+  if ($("sort").selectedIndex) chosen.set("sort", $("sort").value);
+  history.replaceState(null, "", chosen.size ? `#${chosen}` : location.pathname);
+  vms.draw();
+}
+
+function takeAddress() {
+  const chosen = new URLSearchParams(location.hash.slice(1));
+  if (document.getElementById(location.hash.slice(1))) return; // a place on the page
+  $("filter").value = chosen.get("filter") ?? "";
+  const known = [...$("sort").options].some((option) => option.value === chosen.get("sort"));
+  if (known) $("sort").value = chosen.get("sort");
+  else $("sort").selectedIndex = 0;
+  vms.draw();
+}
+
+$("filter").addEventListener("input", choose);
+$("sort").addEventListener("change", choose);
+$("more-tasks").addEventListener("click", tasks.drawAll);
+addEventListener("hashchange", takeAddress);
+takeAddress();
 $("more").addEventListener("click", vms.drawAll);
 document.addEventListener("visibilitychange", () => {
   if (!document.hidden) runAll();

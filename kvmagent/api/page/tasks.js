@@ -4,7 +4,8 @@ import { ago, duration, fill, h, icon, plural, remedy, size } from "./dom.js";
 import { now, read } from "./poll.js";
 import { nameOf } from "./vms.js";
 
-const SYMBOLS = {
+/** What an outcome looks like, beside the words that say it. */
+export const SYMBOLS = {
   online: "good", configured: "good", unchanged: "good", planned: "good",
   plugged: "warn", partial: "warn", pending: "warn", refused: "bad",
 };
@@ -19,19 +20,37 @@ const WORDS = {
   refused: "refused",
 };
 const UNFINISHED = ["accepted", "running"];
+// So many are drawn until somebody asks for all: what came before is for whoever looks for it.
+const AT_ONCE = 10;
+
+let shown = AT_ONCE;
+let tasks = [];
 
 const items = new Map();
 
 /** Take in an answer of /tasks; `running` says for how long tasks run, by id. Returns the ids that have finished. */
 export function take(body, running) {
-  const tasks = body.tasks.map((task) => ({ ...task, seconds: running.get(task.taskUuid) }));
+  tasks = body.tasks.map((task) => ({ ...task, seconds: running.get(task.taskUuid) }));
   const order = (task) => (UNFINISHED.includes(task.state) ? 0 : 1);
   tasks.sort((a, b) => order(a) - order(b));
-  const list = document.getElementById("task-list");
-  fill(list, tasks.length ? tasks.map(item) : h("li", { class: "muted" }, "No task yet."));
+  draw();
   const here = new Set(tasks.map((task) => task.taskUuid));
   for (const id of items.keys()) if (!here.has(id)) items.delete(id);
   return tasks.filter((task) => !UNFINISHED.includes(task.state)).map((task) => task.taskUuid);
+}
+
+function draw() {
+  const list = document.getElementById("task-list");
+  fill(list, tasks.length ? tasks.slice(0, shown).map(item) : h("li", { class: "muted" }, "No task yet."));
+  const more = document.getElementById("more-tasks");
+  more.hidden = tasks.length <= shown;
+  more.textContent = `Show the ${plural(tasks.length, "newest task", "newest tasks")}`;
+}
+
+/** Draw all tasks from now on. */
+export function drawAll() {
+  shown = Infinity;
+  draw();
 }
 
 function item(task) {
@@ -102,7 +121,7 @@ function makeDetails(task) {
 function describe(task) {
   return [
     task.steps.length ? h("ol", {}, task.steps.map((step) => h("li", {}, stepWords(step)))) : h("p", {}, "No step was taken."),
-    h("p", { class: "code" }, `task ${task.taskUuid} · from ${task.client}`),
+    h("p", { class: "code" }, [`task ${task.taskUuid}`, task.caller ? `by ${task.caller}` : null, `from ${task.client}`].filter(Boolean).join(" · ")),
   ];
 }
 

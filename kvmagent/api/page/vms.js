@@ -1,12 +1,16 @@
 // The table of VMs. Rows are kept from one answer to the next, and changed only where their VM has changed.
 
-import { fill, h, icon, makeBar, plural, remedy, sentence, size } from "./dom.js";
+import { ago, fill, h, icon, makeBar, plural, remedy, sentence, size } from "./dom.js";
 import { showLadder } from "./ladder.js";
+import { now, read } from "./poll.js";
 
 // Rows that are drawn at once: a browser takes seconds for thousands of them.
 const AT_ONCE = 100;
-// One tick for each vCPU, as long as they can be told apart.
-const MOST_TICKS = 32;
+// One tick for each vCPU, or for each 2, 4, 8...: more of them cannot be told apart.
+const MOST_TICKS = 16;
+const MOST_VCPUS = 1024;
+// Entries of a history that are shown at once.
+const CHANGES = 10;
 
 let shown = AT_ONCE;
 let vms = [];
@@ -90,6 +94,7 @@ export function draw() {
   const none = vms.length ? "No VM has these words." : "This host has no VMs.";
   const text = !found.length ? none : found.length < vms.length ? `${found.length} of ${plural(vms.length, "VM")}` : "";
   if (count.textContent !== text) count.textContent = text;
+  document.getElementById("vms-none").hidden = vms.length > 0;
   const more = document.getElementById("more");
   more.hidden = found.length <= shown;
   more.textContent = `Show all ${plural(found.length, "VM")}`;
@@ -123,8 +128,10 @@ function row(entry) {
   const known = rows.get(entry.vm.vmUuid);
   if (known?.print === entry.print) return known.element;
   const element = known?.element ?? h("tbody", { role: "rowgroup" });
-  const open = element.querySelector("button")?.getAttribute("aria-expanded") === "true";
-  const focused = element.contains(document.activeElement);
+  const isOpen = (kind) => element.querySelector(`button.${kind}`)?.getAttribute("aria-expanded") === "true";
+  const [open, told] = [isOpen("problems-of"), isOpen("history-of")];
+  const focused = element.contains(document.activeElement) ? document.activeElement.classList[1] : null;
+  const history = known?.history ?? h("div", { role: "status" });
   const { vm, measures } = entry;
   const unread = vm.success === false;
   const problems = unread || !measures.live ? [] : worstFirst(vm);
@@ -138,21 +145,65 @@ function row(entry) {
         entry.name === vm.vmUuid ? null : h("span", { class: "uuid" }, vm.vmUuid)),
       unread ? h("td", { role: "cell", class: "unread" }, "–") : cpuCell(measures, vm),
       unread ? h("td", { role: "cell", class: "unread" }, "–") : memoryCell(measures, vm),
-      h("td", { role: "cell", class: "why" }, why(vm, problems, open))),
+      h("td", { role: "cell", class: "why" }, why(vm, entry.name, problems, open),
+        h("button", { type: "button", class: "link history-of", "aria-expanded": String(told) },
+          "History", h("span", { class: "hidden" }, ` of ${entry.name}`)))),
     unread ? null : h("tr", { role: "row", class: "problems", hidden: !open },
-      h("td", { role: "cell", colspan: 4 }, problems.length ? h("ul", {}, problems.map(explain)) : null, ladder)));
-  const button = element.querySelector("button");
-  const ask = () => showLadder(ladder, vm, measures);
+      h("td", { role: "cell", colspan: 4 }, problems.length ? h("ul", {}, problems.map(explain)) : null, ladder)),
+    h("tr", { role: "row", class: "problems history", hidden: !told },
+      h("td", { role: "cell", colspan: 4 }, history)));
+  toggle(element, "problems-of", ".problems:not(.history)", () => showLadder(ladder, vm, measures));
+  toggle(element, "history-of", ".history", () => tellHistory(vm, history));
+  // What is open is not what it was.
+  if (open && !unread) showLadder(ladder, vm, measures);
+  if (told) tellHistory(vm, history);
+  if (focused) element.querySelector(`button.${focused}`)?.focus();
+  rows.set(vm.vmUuid, { element, print: entry.print, ladder, history });
+  return element;
+}
+
+/** Have a button open and close a row of its group; `opened` is called when it opens. */
+function toggle(element, kind, row, opened) {
+  const button = element.querySelector(`button.${kind}`);
   button?.addEventListener("click", () => {
     const opens = button.getAttribute("aria-expanded") !== "true";
     button.setAttribute("aria-expanded", String(opens));
-    element.lastElementChild.hidden = !opens;
-    if (opens) ask();
+    element.querySelector(row).hidden = !opens;
+    if (opens) opened();
   });
-  if (open && !unread) ask(); // it is not what it was
-  if (focused) button?.focus();
-  rows.set(vm.vmUuid, { element, print: entry.print, ladder });
-  return element;
+}
+
+/** Read who changed a VM, and show it with the whole UUID. */
+async function tellHistory(vm, place) {
+  const uuid = h("p", { class: "code whole" }, `UUID ${vm.vmUuid}`);
+  try {
+    const { changes } = await read(`vms/${encodeURIComponent(vm.vmUuid)}/history?limit=${CHANGES}`);
+    fill(place, uuid, changes.length ? h("ol", {}, changes.map(change)) : h("p", { class: "muted" }, "Nothing has changed it so far."));
+  } catch (error) {
+    fill(place, uuid, h("p", { class: "error" }, error.message));
+  }
+}
+
+function change({ finishedAt, command, caller, client, outcome, errorCode, before, after, asked }) {
+  const when = new Date(finishedAt * 1000);
+  const time = when.toISOString().slice(0, 19).replace("T", " ");
+  const words = [outcome, errorCode].filter(Boolean).join(" · ");
+  return h("li", {},
+    h("time", { datetime: when.toISOString() }, `${time} UTC`), h("span", { class: "muted" }, ` · ${ago(now() - finishedAt)} · by ${caller || client}`),
+    h("p", {}, h("b", {}, moved(before, after) || wish(asked) || command), ` · ${words}`));
+}
+
+const NAMES = { cpuNum: "vCPUs", memorySize: "memory", maxCpuNum: "max vCPUs", maxMemorySize: "max memory", balloonSize: "balloon" };
+const amount = (name, value) => (value === undefined ? "unknown" : name.endsWith("Size") ? size(value) : value);
+
+function moved(before, after) {
+  return Object.keys(NAMES).filter((name) => before[name] !== after[name])
+    .map((name) => `${NAMES[name]} ${amount(name, before[name])} → ${amount(name, after[name])}`).join(", ");
+}
+
+function wish(asked) {
+  const told = Object.keys(NAMES).filter((name) => name in asked).map((name) => `${NAMES[name]} ${amount(name, asked[name])}`);
+  return told.length ? `${told.join(", ")} requested` : "";
 }
 
 function cpuCell({ live, cpu }, vm) {
@@ -192,9 +243,12 @@ function bar({ has, most, offline, ballooned }, live) {
     ["room", most - has],
   ];
   const element = makeBar(parts, most);
-  if (most <= MOST_TICKS && most > 1) {
+  if (most <= MOST_VCPUS && most > 1) {
+    let each = 1;
+    while (most / each > MOST_TICKS) each *= 2;
     element.classList.add("ticks");
-    element.style.setProperty("--ticks", String(most));
+    element.style.setProperty("--ticks", String(most / each));
+    if (each > 1) element.title = `a mark is ${each} vCPUs`;
   }
   return element;
 }
@@ -208,10 +262,11 @@ function worstFirst({ warnings, blockers }) {
 }
 
 /** Whether hotplug can be had, or the first of what stands in the way; and a button for all of it. */
-function why(vm, problems, open) {
+function why(vm, name, problems, open) {
   if (vm.success === false) return [h("p", { class: "problem" }, icon("bad"), sentence(vm.error)), remedy(vm.remedy)];
   const [first, ...others] = problems;
-  const opener = (words) => h("button", { type: "button", class: "link", "aria-expanded": String(open) }, words);
+  const opener = (words) => h("button", { type: "button", class: "link problems-of", "aria-expanded": String(open) },
+    words, h("span", { class: "hidden" }, `: ${name}`));
   if (first) return [h("p", {}, sentence(first.message)), opener(others.length ? `and ${plural(others.length, "other")}: what to do` : "What to do")];
   if (vm.state === "shutoff") {
     const after = vm.readyAfterRestart ? "ready once it is started" : "not ready once it is started";
