@@ -22,7 +22,7 @@ HEAD = f"""\
 .Op Ar arguments
 .Sh DESCRIPTION"""
 
-TAIL = """\
+FILES = """\
 .Sh FILES
 .Pa ~/.config/kvmagent/ctl.conf
 over
@@ -41,7 +41,9 @@ token_file = ~/.config/kvmagent/token
 .Ed
 .Pp
 A section takes url, ca, cert, key and token_file.
-An option wins over the section, that over the environment.
+An option wins over the section, that over the environment."""
+
+TAIL = """\
 .Sh EXAMPLES
 Four vCPUs and 8 GiB of memory in all, or neither:
 .Pp
@@ -76,7 +78,7 @@ def make_page() -> str:
         usage = [piece for piece in command.collect_usage_pieces(inner) if piece != "[OPTIONS]"]
         lines += [f".Ss {word(' '.join([name, *usage]))}", paragraphs(command.help or "")]
         lines += _options(command, inner, hidden=shared)
-    lines += [".Sh EXIT STATUS", ".Bl -tag -width Ds"]
+    lines += [FILES, ".Sh EXIT STATUS", ".Bl -tag -width Ds"]
     lines += [f".It {status.value}\n{text(meaning)}" for status, meaning in MEANINGS.items()]
     return "\n".join([*lines, ".El", TAIL])
 

@@ -92,7 +92,12 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
 @click.command()
 @click.option("--vm", help="Tasks of one VM, by its name or UUID.", shell_complete=complete_vm)
 @click.option("--state", type=click.Choice(_TASK_STATES), help="Tasks in one state.")
-@click.option("--outcome", type=click.Choice(get_args(Outcome)), help="Tasks with one outcome.")
+@click.option(
+    "--outcome",
+    type=click.Choice(get_args(Outcome)),
+    metavar="OUTCOME",
+    help=f"Tasks with one outcome: {', '.join(get_args(Outcome))}.",
+)
 @click.option("--caller", help="Tasks of one caller, as whoami tells it.")
 @click.option("--since", type=MOMENT, help="Tasks that were accepted since then: 2h, 3d, 2026-11-27, 2026-11-27T03:00.")
 @click.option("--until", type=MOMENT, help="Tasks that were accepted before then. Times are UTC.")
