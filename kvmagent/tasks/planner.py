@@ -15,6 +15,7 @@ and nothing reserved, so that a plan is true of the moment alone. The operator's
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -155,7 +156,7 @@ class Planner:
         if self._preparer is None or self._preparer.prepares is None:
             return None
         wish = Wish(vm, cpu_num=target.cpu_num, memory_size=target.memory_size)
-        return _try(self._preparer, self._preparer.prepares(wish), facts)
+        return _decide(self._preparer, self._preparer.prepares(wish), facts)
 
     def find_took(self, trials: Iterable[_Trial]) -> Took | None:
         """Return how long such steps took: of several commands, one after the other."""
@@ -310,20 +311,33 @@ class _Ahead(NamedTuple):
 
 
 def _try(command: Command, request: VmRequest, facts: Facts) -> _Trial:
+    """Ask a command what a task with such a request would do, and what its reply would tell of it."""
+    trial = _decide(command, request, facts)
+    if trial.goal is None:
+        return trial
+    try:
+        ending = Ending(request, trial.goal, before=facts, after=facts, reports=(), error=None, planned=trial.steps)
+        judgement = judge(ending)
+        own = command.conclude(replace(ending, judgement=judgement))
+    except Exception as error:
+        return _refused(command, request, error)
+    told = [*judgement.warnings, *own.get("warnings", ())]
+    return trial._replace(told=told, size_bytes=own.get("aligned"))
+
+
+def _decide(command: Command, request: VmRequest, facts: Facts) -> _Trial:
     """Ask a command what a task with such a request would do; what it would be refused with is an answer too."""
     try:
-        goal, steps = decide(command, request, facts, "")
-        judgement = judge(Ending(request, goal, before=facts, after=facts, reports=(), error=None, planned=steps))
-        ending = Ending(
-            request, goal, before=facts, after=facts, reports=(), error=None, planned=steps, judgement=judgement
-        )
-        own = command.conclude(ending)
+        return _Trial(command, request, *decide(command, request, facts, ""))
     except Exception as error:
-        failure = make_error(error)
-        if not failure.expected:
-            log.failure("a command cannot be planned", failure, command=command.name)
-        return _Trial(command, request, error=failure)
-    return _Trial(command, request, goal, steps, [*judgement.warnings, *own.get("warnings", ())], own.get("aligned"))
+        return _refused(command, request, error)
+
+
+def _refused(command: Command, request: VmRequest, error: Exception) -> _Trial:
+    failure = make_error(error)
+    if not failure.expected:
+        log.failure("a command cannot be planned", failure, command=command.name)
+    return _Trial(command, request, error=failure)
 
 
 def _given(target: PlanTarget) -> set[str]:

@@ -173,6 +173,19 @@ def run_many_domains(report: Report) -> None:
             if len(answer.body["vms"]) != 1000:
                 raise RuntimeError(f"/vms tells of {len(answer.body['vms'])} domains")
         report.add("/vms of 1,000 domains, median of 3", p50(took), "s", at_most=1.0)
+        planned = stack.enter_context(start_agent(write_node(Path(directory), 200)))
+        report.add("200 VMs planned, 4 targets each, one after another", plan_all(planned, 200), "s")
+
+
+def plan_all(agent: AgentProcess, count: int) -> float:
+    """Plan each VM, as kvmagentctl plan --all does; the seconds."""
+    began = time.perf_counter()
+    for n in range(count):
+        targets = [{"cpuNum": cpus, "memorySize": size} for cpus in (2, 64) for size in (2**30, 2**35)]
+        reply = agent.post("/vm/hotplug/plan", {"vmUuid": domain_name(n), "targets": targets})
+        if reply.status != 200 or len(reply.body["plans"]) != len(targets):
+            raise RuntimeError(f"planning {domain_name(n)}: HTTP {reply.status}: {reply.body}")
+    return time.perf_counter() - began
 
 
 def run_footprint(report: Report) -> None:
