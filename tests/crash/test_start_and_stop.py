@@ -256,6 +256,8 @@ class TestServiceManager:
         unit.read(UNIT)
         service = dict(unit["Service"])
         assert (service["type"], service["restart"]) == ("notify", "always")
+        # Not five times in ten seconds and then never again.
+        assert unit["Unit"]["startlimitintervalsec"] == "0"
         agent = Agent(Settings(), load_plugins(("vm",)))
         assert int(service["timeoutstopsec"]) >= agent.stop_within_s
         assert int(service["watchdogsec"]) > 30
