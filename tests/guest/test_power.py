@@ -16,6 +16,7 @@ from tests.lab.domainxml import GuestSpec
 from tests.lab.foreign import build_foreign_image
 from tests.lab.guest import Guest
 from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.newest import build_newest_tree
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 
@@ -23,6 +24,18 @@ pytestmark = pytest.mark.guest
 
 MIB = 1024 * 1024
 Send = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def lab(lab: PrivateLibvirtd) -> Iterator[PrivateLibvirtd]:
+    """Observed: QEMU 10.0 dies of the first vCPU that leaves; where it is the host's, the newest has the guest."""
+    with lab.connect() as connection:
+        works = connection.getVersion() < 10_000_000
+    if works:
+        yield lab
+        return
+    with PrivateLibvirtd(build_newest_tree()) as daemon:
+        yield daemon
 
 
 @pytest.fixture(scope="module")
@@ -106,24 +119,31 @@ def test_a_plug_that_cannot_be_saved_is_taken_back_out_of_the_guest(
 
 
 def test_a_guest_that_is_paused_gives_its_vcpus_up_later(
-    guest: Guest, agent: AgentProcess, server: ManagementServer, send: Send
+    guest: Guest, agent: AgentProcess, server: ManagementServer, send: Send, lab: PrivateLibvirtd
 ) -> None:
-    """The task is answered while the first is pending; it leaves later, and the last word says what was not asked."""
+    """The task is answered while the first is pending; it leaves later, and the last word says what was not asked.
+
+    libvirt 12.4 and newer ask for all at once.
+    """
+    with lab.connect() as connection:
+        all_asked = connection.getLibVersion() >= 12_004_000
     with guest.domain() as domain:
         domain.suspend()
     task = new_task_uuid()
     reply = send("/vm/hotunplug/cpu", guest, cpuNum=1, timeoutSec=1, lateCallback=True, task=task)
     assert (reply["outcome"], reply["errorCode"], reply["cpuNum"]) == ("pending", "CPU_REMOVAL_PENDING", 3), reply
-    assert "it was not asked for 1 of them" in reply["error"]
+    assert ("it was not asked for 1 of them" in reply["error"]) != all_asked
     with guest.domain() as domain:
         domain.resume()
-    wait_for(lambda: guest.cpus_online() == "0-1", timeout_s=30, what="the guest to give up a CPU")
+    left = "0" if all_asked else "0-1"
+    wait_for(lambda: guest.cpus_online() == left, timeout_s=30, what="the guest to give up a CPU")
 
     def late() -> Any:
         told = agent.get(f"/tasks/{task}").body
         return told if told["outcome"] != "pending" else None
 
     ended = wait_for(late, timeout_s=60, what="the late end")
-    assert ended["outcome"] == "partial", ended
+    assert ended["outcome"] == ("online" if all_asked else "partial"), ended
     reply = send("/vm/hotunplug/cpu", guest, cpuNum=1)
-    assert (reply["success"], reply["outcome"], guest.cpus_online()) == (True, "online", "0"), reply
+    ends = "unchanged" if all_asked else "online"
+    assert (reply["success"], reply["outcome"], guest.cpus_online()) == (True, ends, "0"), reply
