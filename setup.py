@@ -60,7 +60,7 @@ setup(
         "lock": ["uv>=0.9"],
         "test": [
             *FAST,
-            "ansible-core>=2.16",
+            "ansible-core>=2.17",
             "ansible-lint>=24.2",
             "cyclonedx-python-lib>=8.0",
             "lxml-stubs",

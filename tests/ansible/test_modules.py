@@ -76,6 +76,46 @@ def test_a_check_plans_a_run_changes_and_another_run_changes_nothing(to: Put, co
     assert (checked["changed"], checked["diff"]["before"]) == (False, checked["diff"]["after"])
 
 
+def test_a_check_is_the_agents_plan_and_no_task(to: Put, agent: AgentProcess) -> None:
+    before = [task["taskUuid"] for task in agent.get("/tasks?limit=1000").body["tasks"]]
+    plan, memory, above, off = to(
+        check("vm", name="web-2", cpu_num=2, memory_size="512M"),
+        check("vm", name="web-2", memory_size="512M", method="dimm", dimm_size="128M"),
+        check("vm", name="web-2", cpu_num=64),
+        check("vm", name="old", cpu_num=2, affect="config"),
+    )
+    assert (plan["changed"], plan["plan"]["verdict"], plan["replies"]) == (True, "live-unconfirmed", [])
+    assert plan["plan"]["target"] == {
+        "cpuNum": 2, "memorySize": 512 * 2**20, "scaleShares": False, "affect": "both", "guestOnline": True,
+    }  # fmt: skip
+    assert plan["diff"]["after"]["memorySize"] == 512 * 2**20
+    assert memory["plan"]["target"]["dimmSize"] == 128 * 2**20
+    assert (above["failed"], above["changed"], above["error_code"]) == (True, False, "CPU_ABOVE_MAXIMUM")
+    assert above["plan"]["verdict"] in ("restart", "never")
+    assert off["plan"]["outcome"] in ("configured", None)
+    assert [task["taskUuid"] for task in agent.get("/tasks?limit=1000").body["tasks"]] == before
+
+
+def test_gets_in_by_the_agents_socket(controller: Controller, node_uri: str) -> None:
+    with AgentProcess(uri=node_uri, by_socket=True) as agent:
+        assert agent.url.startswith("unix:///")
+        every, planned, done, again = controller.ask(
+            ask("vm_info", url=agent.url),
+            check("vm", url=agent.url, name="web-2", cpu_num=2),
+            ask("vm", url=agent.url, name="web-2", cpu_num=2),
+            ask("vm", url=agent.url, name="web-2", cpu_num=2),
+        )
+        assert agent.get(f"/tasks/{done['replies'][0]['taskUuid']}").body["state"] == "delivered"
+    assert [(one["changed"]) for one in (every, planned, done, again)] == [False, True, True, False]
+    assert sorted(vm["name"] for vm in every["vms"]) == ["db-7", "old", "web-1", "web-2"]
+
+
+def test_prepares_a_virtio_mem_device_where_told_to(to: Put) -> None:
+    (planned,) = to(check("prepare", name="web-1", max_memory_size="4G", memory_device="virtio-mem"))
+    assert planned["changed"]
+    assert "virtio-mem" in planned["diff"]["prepared"]
+
+
 def test_a_refusal_fails_with_its_code_and_an_unconfirmed_plug_where_it_was_asked_to(to: Put) -> None:
     strict = ask("vm", name="web-1", cpu_num=2, fail_on_plugged=True)
     plugged, again, above, unknown, wrong = to(

@@ -29,4 +29,8 @@ options:
   token:
     description: Bearer token, as C(kvmagent --new-token) prints it.
     type: str
+  wait_timeout:
+    description: Seconds to wait for the outcome. After that the module fails, and the task goes on in the agent.
+    type: int
+    default: 900
 """

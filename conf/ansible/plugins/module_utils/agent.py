@@ -1,6 +1,6 @@
 # Copyright: the kvmagent maintainers
 # Apache License 2.0 (see https://www.apache.org/licenses/LICENSE-2.0)
-"""One kvmagent, by HTTP: reads, and commands that are waited for.
+"""One kvmagent, by HTTP: reads, questions, and commands that are waited for; and what the modules have in common.
 
     run   POST, as the same task until it is answered  ->  GET /tasks/ID until the task has ended
 
@@ -17,6 +17,7 @@ import uuid
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlencode
 
+from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.urls import open_url
 
 ARGUMENTS = {
@@ -25,9 +26,12 @@ ARGUMENTS = {
     "client_cert": {"type": "path"},
     "client_key": {"type": "path"},
     "token": {"type": "str", "no_log": True},
+    "wait_timeout": {"type": "int", "default": 900},
 }
 
 _READ_S = 30
+# So many VMs are asked for at once.
+_PAGE = 100
 # How long a command whose answer was lost is sent again, and how long an agent that has the task may be away.
 _RESEND_S, _AWAY_S = 30.0, 120.0
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.05, 1.0
@@ -37,12 +41,16 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class AgentError(Exception):
-    """The agent was not reached, or it refused; `told` is what it said, `code` the error's stable name."""
+    """The agent was not reached, or it refused; `told` is what it said, `code` the error's stable name.
+
+    `result` is what the module has done by then.
+    """
 
     def __init__(self, code, message, remedy="", told=None):
         super().__init__(f"{code}: {message.rstrip('.')}. {remedy}".rstrip())
         self.code = code
         self.told = told or {}
+        self.result = {"changed": False}
 
 
 def parse_size(text):
@@ -87,6 +95,34 @@ class Agent:
         path = "/" + "/".join(quote(segment, safe="") for segment in segments)
         try:
             status, told = self._request("GET", path + ("?" + urlencode(query) if query else ""))
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        if status != 200:
+            raise _refusal(status, told)
+        return told
+
+    def list_vms(self):
+        """Return all VMs, read page by page.
+
+        Raises:
+            AgentError: no answer; a refusal.
+        """
+        found, query = [], {"limit": _PAGE}
+        while True:
+            told = self.get("vms", **query)
+            found += told["vms"]
+            if "next" not in told:
+                return found
+            query["cursor"] = told["next"]
+
+    def ask(self, path, question):
+        """Return the answer to a question that changes nothing.
+
+        Raises:
+            AgentError: no answer; a refusal.
+        """
+        try:
+            status, told = self._request("POST", path, json.dumps(question), {"Content-Type": "application/json"})
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         if status != 200:
@@ -184,9 +220,28 @@ def tell_warnings(module, reply):
         module.warn("{code}: {message}. {remedy}".format(**warning))
 
 
-def fail(module, error, **result):
-    """End the module with what the agent said."""
-    module.fail_json(msg=str(error), error_code=error.code, reply=error.told, **result)
+def run_module(spec, perform, **options):
+    """Run a module with these options beside those that all have; `perform(module, agent)` returns its result.
+
+    What it raises ends the module with what the agent said, and with the error's `result`.
+    """
+    module = AnsibleModule(argument_spec=dict(ARGUMENTS, **spec), supports_check_mode=True, **options)
+    try:
+        result = perform(module, Agent(module.params))
+    except ValueError as error:
+        module.fail_json(msg=str(error))
+    except AgentError as error:
+        module.fail_json(msg=str(error), error_code=error.code, reply=error.told, **error.result)
+    module.exit_json(**result)
+
+
+def parse_sizes(params, *names):
+    """Return a module's parameters with these as bytes; one that is not given stays None.
+
+    Raises:
+        ValueError: one is no size.
+    """
+    return dict(params, **{name: None if params[name] is None else parse_size(params[name]) for name in names})
 
 
 def describe_failure(reply):

@@ -31,6 +31,14 @@ options:
   slots:
     description: How many slots for memory it shall have.
     type: int
+  memory_device:
+    description:
+      - What the room for memory is left to.
+      - V(dimm) leaves it to dimms; V(virtio-mem) gives each guest NUMA node an empty virtio-mem device that has it, and
+        that grows and shrinks in small steps.
+    type: str
+    choices: [dimm, virtio-mem]
+    default: dimm
   free_page_reporting:
     description: Have the balloon give back to the host what the guest frees.
     type: bool
@@ -39,10 +47,6 @@ options:
     description: Whether it is a failure when less than was asked for could be prepared.
     type: bool
     default: false
-  wait_timeout:
-    description: Seconds to wait for the outcome. After that the module fails, and the task goes on in the agent.
-    type: int
-    default: 900
 attributes:
   check_mode:
     description: Changes nothing; tells what would be changed.
@@ -93,14 +97,11 @@ error_code:
   sample: VM_TRANSIENT
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kvmagent.hotplug.plugins.module_utils.agent import (
-    ARGUMENTS,
-    Agent,
     AgentError,
     describe_failure,
-    fail,
-    parse_size,
+    parse_sizes,
+    run_module,
     tell_warnings,
 )
 
@@ -109,39 +110,44 @@ SPEC = {
     "max_cpu_num": {"type": "int"},
     "max_memory_size": {"type": "str"},
     "slots": {"type": "int"},
+    "memory_device": {"type": "str", "choices": ["dimm", "virtio-mem"], "default": "dimm"},
     "free_page_reporting": {"type": "bool", "default": False},
     "fail_on_clamped": {"type": "bool", "default": False},
-    "wait_timeout": {"type": "int", "default": 900},
 }
+
+
+def prepare(module, agent):
+    """Make the next start ready, or tell what would be changed."""
+    params = parse_sizes(module.params, "max_memory_size")
+    request = {
+        "vmUuid": params["name"],
+        "prepare": True,
+        "dryRun": module.check_mode,
+        "maxCpuNum": params["max_cpu_num"],
+        "maxMemorySize": params["max_memory_size"],
+        "slots": params["slots"],
+        "memoryDevice": params["memory_device"],
+        "freePageReporting": params["free_page_reporting"],
+    }
+    reply = agent.run("/vm/hotplug/ready", request, params["wait_timeout"])
+    tell_warnings(module, reply)
+    if not reply["success"]:
+        raise describe_failure(reply)
+    result = {name: reply[name] for name in ("changes", "clamped")}
+    result.update(changed=bool(reply["changes"]), restart_required=reply["restartRequired"], reply=reply)
+    if reply["clamped"] and params["fail_on_clamped"]:
+        why = "; ".join("{field} {prepared} instead of {asked}: {why}".format(**one) for one in reply["clamped"])
+        error = AgentError("CLAMPED", why, told=reply)
+        error.result = {"changed": result["changed"]}
+        raise error
+    if module._diff and reply["diff"]:
+        result["diff"] = {"prepared": reply["diff"]}
+    return result
 
 
 def main():
     """Run the module."""
-    module = AnsibleModule(argument_spec=dict(ARGUMENTS, **SPEC), supports_check_mode=True)
-    params = module.params
-    try:
-        memory = None if params["max_memory_size"] is None else parse_size(params["max_memory_size"])
-    except ValueError as error:
-        module.fail_json(msg=str(error))
-    request = {"vmUuid": params["name"], "prepare": True, "dryRun": module.check_mode}
-    wanted = {"maxCpuNum": params["max_cpu_num"], "maxMemorySize": memory, "slots": params["slots"]}
-    wanted["freePageReporting"] = params["free_page_reporting"]
-    try:
-        reply = Agent(params).run("/vm/hotplug/ready", dict(request, **wanted), params["wait_timeout"])
-        tell_warnings(module, reply)
-        changed = bool(reply.get("changes"))
-        if not reply["success"]:
-            raise describe_failure(reply)
-        if reply["clamped"] and params["fail_on_clamped"]:
-            why = "; ".join("{field} {prepared} instead of {asked}: {why}".format(**one) for one in reply["clamped"])
-            fail(module, AgentError("CLAMPED", why, told=reply), changed=changed)
-    except AgentError as error:
-        fail(module, error, changed=False)
-    result = {name: reply[name] for name in ("changes", "clamped")}
-    result.update(changed=changed, restart_required=reply["restartRequired"], reply=reply)
-    if module._diff and reply["diff"]:
-        result["diff"] = {"prepared": reply["diff"]}
-    module.exit_json(**result)
+    run_module(SPEC, prepare)
 
 
 if __name__ == "__main__":

@@ -67,10 +67,6 @@ options:
     description: Seconds to wait for the guest, for each wait.
     type: int
     default: 60
-  wait_timeout:
-    description: Seconds to wait for the outcome. After that the module fails, and the task goes on in the agent.
-    type: int
-    default: 900
   fail_on_plugged:
     description:
       - Whether it is a failure when the hypervisor has the new amount and the guest does not confirm that it uses it.
@@ -79,10 +75,12 @@ options:
     default: false
 attributes:
   check_mode:
-    description: Changes nothing; the agent plans and the module tells the plan.
+    description:
+      - Changes nothing, and is no task of the agent; it plans, and the module tells the plan.
+      - Fails where the VM could not be brought there without a restart, with the reason.
     support: full
   diff_mode:
-    description: Shows the VM's numbers before and after.
+    description: Shows the VM's numbers before and after, and in check mode what the plan edits in its persistent XML.
     support: full
 """
 
@@ -130,8 +128,14 @@ outcomes:
   type: list
   elements: str
   sample: [online]
+plan:
+  description:
+    - In check mode, the agent's plan, whole.
+    - C(verdict) says whether it can be done now, C(commands) which steps are known, C(took) how long such took lately.
+  returned: in check mode
+  type: dict
 replies:
-  description: The agent's replies, whole.
+  description: The agent's replies, whole; none in check mode.
   returned: success
   type: list
   elements: dict
@@ -146,14 +150,11 @@ reply:
   type: dict
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kvmagent.hotplug.plugins.module_utils.agent import (
-    ARGUMENTS,
-    Agent,
     AgentError,
     describe_failure,
-    fail,
-    parse_size,
+    parse_sizes,
+    run_module,
     tell_warnings,
 )
 
@@ -169,9 +170,20 @@ SPEC = {
     "affect": {"type": "str", "choices": ["auto", "both", "live", "config"], "default": "auto"},
     "guest_online": {"type": "bool", "default": True},
     "guest_timeout": {"type": "int", "default": 60},
-    "wait_timeout": {"type": "int", "default": 900},
     "fail_on_plugged": {"type": "bool", "default": False},
 }
+# What the plan takes of the commands' fields.
+OF_PLAN = (
+    "cpuNum",
+    "memorySize",
+    "method",
+    "node",
+    "dimmSize",
+    "strict",
+    "scaleShares",
+    "affect",
+    "guestOnline",
+)
 PATHS = {
     ("cpu", "up"): "/vm/hotplug/cpu",
     ("cpu", "down"): "/vm/hotunplug/cpu",
@@ -224,56 +236,75 @@ def plan_commands(params, vm):
     return [(PATHS[name, part[0]], dict(common, **part[1])) for name, part in parts if part]
 
 
-def expect(before, request, reply):
+def ask_plan(module, agent, params, vm):
+    """Tell what the commands would mean, by the agent's own plan: nothing is changed, and there is no task."""
+    fields = {}
+    for _path, request in plan_commands(params, vm):
+        fields.update(request)
+    target = {name: fields[name] for name in OF_PLAN if fields.get(name) is not None}
+    plan = agent.ask("/vm/hotplug/plan", {"vmUuid": params["name"], "targets": [target]})["plans"][0]
+    if not plan["verdict"].startswith("live"):
+        reason = plan["reasons"][0]
+        error = AgentError(reason["code"], reason["message"], reason["remedy"], plan)
+        error.result = {"changed": False, "plan": plan}
+        raise error
+    tell_warnings(module, {"warnings": plan["reasons"]})
+    before, changed = vm["after"], any(command["steps"] for command in plan["commands"])
+    after = expect(before, plan, fields["affect"]) if changed else before
+    result = {"changed": changed, "before": before, "after": after, "outcomes": ["planned"], "replies": []}
+    edits = "\n".join(command["diff"] for command in plan["commands"] if command["diff"])
+    return dict(result, plan=plan, edits=edits)
+
+
+def expect(before, plan, affect):
     """Return a VM's numbers as a plan would leave them."""
     after = dict(before)
-    size = reply.get("aligned") or request.get("memorySize")
-    for name, value in (("cpuNum", request.get("cpuNum")), ("memorySize", size)):
+    for name in ("cpuNum", "memorySize"):
         config = "config" + name[0].upper() + name[1:]
-        if value is not None:
-            after.update({key: value for key in (name, config) if before.get(key) is not None})
+        names = {"live": [name], "config": [config], "both": [name, config]}[affect]
+        if plan[name] is not None:
+            after.update({key: plan[name] for key in names if before.get(key) is not None})
     return after
 
 
-def main():
-    """Run the module."""
-    module = AnsibleModule(
-        argument_spec=dict(ARGUMENTS, **SPEC),
-        required_one_of=[["cpu_num", "memory_size"]],
-        supports_check_mode=True,
-    )
-    params = dict(module.params)
+def change(module, agent, params, vm):
+    """Send the commands one after the other, and tell what came of them."""
+    result = {"changed": False, "before": vm["after"], "after": vm["after"], "outcomes": [], "replies": []}
     try:
-        for name in ("memory_size", "dimm_size"):
-            params[name] = None if params[name] is None else parse_size(params[name])
-    except ValueError as error:
-        module.fail_json(msg=str(error))
-    agent, replies, changed = Agent(params), [], False
-    try:
-        vm = agent.get("vms", params["name"])
-        before = after = vm["after"]
         for path, request in plan_commands(params, vm):
-            reply = agent.run(path, dict(request, dryRun=module.check_mode), params["wait_timeout"])
-            replies.append(reply)
+            reply = agent.run(path, request, params["wait_timeout"])
+            result["replies"].append(reply)
+            result["outcomes"].append(reply["outcome"])
+            result["changed"] = result["changed"] or reply["outcome"] not in ("unchanged", "refused")
+            result["after"] = reply["after"]
             tell_warnings(module, reply)
-            if module.check_mode:
-                changed = changed or bool(reply["steps"])
-                after = expect(after, request, reply) if reply["steps"] else after
-            else:
-                changed = changed or reply["outcome"] not in ("unchanged", "refused")
-                after = reply["after"]
             if not reply["success"]:
                 raise describe_failure(reply)
             if params["fail_on_plugged"] and reply["outcome"] == "plugged":
                 message = "the hypervisor has the new amount, and the guest does not confirm that it uses it"
                 raise AgentError("PLUGGED", message, "The warnings say why.", reply)
     except AgentError as error:
-        fail(module, error, changed=changed, replies=replies)
-    result = {"changed": changed, "before": before, "after": after, "replies": replies}
-    result["outcomes"] = [reply["outcome"] for reply in replies]
+        error.result = {"changed": result["changed"], "replies": result["replies"]}
+        raise
+    return result
+
+
+def size(module, agent):
+    """Bring the VM to its size, or tell what that would mean."""
+    params = parse_sizes(module.params, "memory_size", "dimm_size")
+    vm = agent.get("vms", params["name"])
+    result = (ask_plan if module.check_mode else change)(module, agent, params, vm)
+    edits = result.pop("edits", "")
     if module._diff:
-        result["diff"] = {"before": before, "after": after}
-    module.exit_json(**result)
+        result["diff"] = {"before": result["before"], "after": result["after"]}
+        if edits:
+            result["diff"]["prepared"] = edits
+    return result
+
+
+def main():
+    """Run the module."""
+    run_module(SPEC, size, required_one_of=[["cpu_num", "memory_size"]])
 
 
 if __name__ == "__main__":

@@ -96,47 +96,32 @@ error_code:
   sample: VM_NOT_FOUND
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.kvmagent.hotplug.plugins.module_utils.agent import (
-    ARGUMENTS,
-    Agent,
-    AgentError,
     describe_failure,
-    fail,
-    parse_size,
+    parse_sizes,
+    run_module,
 )
 
 SPEC = {"name": {"type": "str"}, "cpu_num": {"type": "int"}, "memory_size": {"type": "str"}}
 
 
-def find_vms(agent, params):
+def find_vms(module, agent):
     """Return what was asked for."""
+    params = parse_sizes(module.params, "memory_size")
     if params["name"] is None:
-        return agent.get("vms")["vms"]
+        return {"changed": False, "vms": agent.list_vms()}
     if params["cpu_num"] is None and params["memory_size"] is None:
-        return [agent.get("vms", params["name"])]
-    memory = None if params["memory_size"] is None else parse_size(params["memory_size"])
-    request = {"vmUuid": params["name"], "cpuNum": params["cpu_num"], "memorySize": memory}
-    reply = agent.run("/vm/hotplug/ready", request, 300)
+        return {"changed": False, "vms": [agent.get("vms", params["name"])]}
+    request = {"vmUuid": params["name"], "cpuNum": params["cpu_num"], "memorySize": params["memory_size"]}
+    reply = agent.run("/vm/hotplug/ready", request, params["wait_timeout"])
     if not reply["success"]:
         raise describe_failure(reply)
-    return [reply]
+    return {"changed": False, "vms": [reply]}
 
 
 def main():
     """Run the module."""
-    module = AnsibleModule(
-        argument_spec=dict(ARGUMENTS, **SPEC),
-        required_by={"cpu_num": "name", "memory_size": "name"},
-        supports_check_mode=True,
-    )
-    try:
-        vms = find_vms(Agent(module.params), module.params)
-    except ValueError as error:
-        module.fail_json(msg=str(error))
-    except AgentError as error:
-        fail(module, error)
-    module.exit_json(changed=False, vms=vms)
+    run_module(SPEC, find_vms, required_by={"cpu_num": "name", "memory_size": "name"})
 
 
 if __name__ == "__main__":
