@@ -4,15 +4,13 @@
 #   conf/rpm/build.sh PYTHON DIRECTORY      PYTHON: the system's, 3.11 or newer: /usr/bin/python3.12, say. DIRECTORY:
 #                                           where the package goes
 #
-# PIP is another pip, CONSTRAINTS a file of the versions that the tests ran with (pip freeze).
+# PIP is another pip. What is in the package, conf/locked says.
 set -eu
 
 python=$1
 mkdir -p "$2"
 out=$(cd "$2" && pwd)
 pip=${PIP:-$python -m pip}
-constraints=${CONSTRAINTS:-}
-[ -z "$constraints" ] || constraints=$(cd "$(dirname "$constraints")" && pwd)/$(basename "$constraints")
 cd "$(dirname "$0")/../.."
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' kvmagent/__init__.py)
@@ -22,7 +20,6 @@ source=$top/kvmagent-$version
 mkdir -p "$source" "$top/SOURCES"
 cp -R setup.py pyproject.toml LICENSE README.md SECURITY.md CHANGELOG.md kvmagent plugins conf init.d docs "$source"
 find "$source" -name __pycache__ -prune -exec rm -rf {} +
-if [ -n "$constraints" ]; then cp "$constraints" "$source/constraints.txt"; else : >"$source/constraints.txt"; fi
 tar -C "$top" -czf "$top/SOURCES/kvmagent-$version.tar.gz" "kvmagent-$version"
 
 # Where the packages of the host are not RPM's, what the build needs cannot be looked up there.

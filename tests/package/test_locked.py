@@ -64,11 +64,15 @@ def test_one_package_has_one_version_in_all_files() -> None:
 
 def test_setup_takes_nothing_that_is_not_locked() -> None:
     """Every call of pip checks hashes, or takes the project itself and nothing that it needs."""
-    makefile, rules = (ROOT / "Makefile").read_text(), (ROOT / "conf/debian/rules").read_text()
+    makefile, *rules = (
+        (ROOT / file).read_text() for file in ("Makefile", "conf/debian/rules", "conf/rpm/kvmagent.spec")
+    )
     assert re.search(r"^LOCKED := \$\(PIP\) --require-hashes$", makefile, re.MULTILINE)
-    assert all("--no-build-isolation" in text for text in (makefile, rules))
+    assert all("--no-build-isolation" in text for text in (makefile, *rules))
     calls = re.findall(
-        r"^\t.*(?:\$\(PIP\)|\$\(LOCKED\)|pip install).*(?:\\\n.*)*", f"{makefile}\n{rules}", re.MULTILINE
+        r"^(?:\t.*(?:\$\(PIP\)|\$\(LOCKED\)|pip install)|\$install ).*(?:\\\n.*)*",
+        "\n".join((makefile, *rules)),
+        re.MULTILINE,
     )
     assert len(calls) >= 10
     checked = ("--require-hashes", "$(LOCKED)", "--no-deps")
