@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import libvirt
 
 from kvmagent.backoff import Backoff
-from kvmagent.hypervisor.libvirterrors import translate
+from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.logs import Log, error_fields
 from kvmagent.model.errors import AgentError, Code
 
@@ -101,12 +101,15 @@ class Connection:
     def lease(self) -> Iterator[libvirt.virConnect]:
         """Have a connection for a piece of work: nobody else's call can hold it up.
 
+        What of libvirt's errors nobody has put into words leaves it as the agent's all the same.
+
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE, at once where libvirt is known to be away; STOPPING.
         """
         connection = self._take()
         try:
-            yield connection
+            with libvirt_errors("asking libvirt"):
+                yield connection
         finally:
             self._give_back(connection)
 

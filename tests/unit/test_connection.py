@@ -144,6 +144,21 @@ class TestRealDaemon:
         with real.lease() as connection:
             assert connection.getLibVersion() > 0
 
+    def test_a_daemon_that_is_killed_is_told_as_away_by_a_call_that_nobody_put_into_words(
+        self, lab: Any, real: Connection
+    ) -> None:
+        def ask_while_it_dies() -> None:
+            with real.lease() as connection:
+                lab.kill()
+                try:
+                    connection.getCapabilities()
+                finally:
+                    lab.start()
+
+        with pytest.raises(AgentError) as caught:
+            ask_while_it_dies()
+        assert caught.value.code is Code.LIBVIRT_UNAVAILABLE
+
     def test_a_call_on_a_daemon_that_hangs_ends(self, lab: Any, real: Connection) -> None:
         call = timed(lambda connection: connection.getLibVersion())
         with real.lease() as connection:
