@@ -23,7 +23,7 @@ from kvmagent.api.metrics.state import StateMetrics
 from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.api.page import page_routes
 from kvmagent.api.planning import Planning
-from kvmagent.api.reads import Reads
+from kvmagent.api.resources import Resources
 from kvmagent.api.security import Security
 from kvmagent.api.server import Answer, Call, Handler, Route, Server
 from kvmagent.api.wire import encode
@@ -42,23 +42,23 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.model.roles import LOCAL
 from kvmagent.model.units import parse_amount, parse_count, parse_size
-from kvmagent.private import make_private_directory
+from kvmagent.secretfiles import make_private_directory
 from kvmagent.settings import Settings, list_settings, parse_callback_rule, take_reloadable
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.delivery import Delivery
-from kvmagent.tasks.dump import dump_state
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
+from kvmagent.tasks.hostqueries import HostQueries
 from kvmagent.tasks.journal import JOURNAL, Journal, Left, Task
 from kvmagent.tasks.lanes import Lanes
-from kvmagent.tasks.late import LateRemovals
+from kvmagent.tasks.managementserver import ManagementServerFile
+from kvmagent.tasks.notifications import Notifications
 from kvmagent.tasks.ondefine import OWN_ACCESS, Maxima, Preparations
+from kvmagent.tasks.pendingremovals import PendingRemovals
 from kvmagent.tasks.planner import Planner
-from kvmagent.tasks.questions import Questions
-from kvmagent.tasks.reports import Reports
-from kvmagent.tasks.servermemory import ServerMemory
-from kvmagent.tasks.times import StepTimes
+from kvmagent.tasks.statedump import dump_state
+from kvmagent.tasks.steptimes import StepTimes
 from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
@@ -117,10 +117,12 @@ class Agent:
         self._connection = Connection(settings.libvirt.uri)
         self._metrics = metrics = Metrics()
         rules = map(parse_callback_rule, settings.security.allowed_callbacks)
-        self._callbacks = Callbacks(rules, settings.callback)
-        self._memory = ServerMemory(self._state_dir / "server.json")
-        self._reports = Reports(plugins, self._memory.get, self._callbacks, timeout_s=settings.callback.timeout_sec)
-        device_events = DeviceEvents(lambda uuid, alias: self._late.note_refusal(uuid, alias))
+        self._callback_client = CallbackClient(rules, settings.callback)
+        self._server_file = ManagementServerFile(self._state_dir / "server.json")
+        self._notifications = Notifications(
+            plugins, self._server_file.get, self._callback_client, timeout_s=settings.callback.timeout_sec
+        )
+        device_events = DeviceEvents(lambda uuid, alias: self._pending.note_refusal(uuid, alias))
         self._budget = Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit)
         self._migrations = Migrations(self._state_dir / "migrations.json")
         self._restarts = RestartMemory(self._state_dir / "restarts.json")
@@ -128,7 +130,7 @@ class Agent:
             self._connection,
             events=device_events,
             former_xml_dir=self._state_dir / "former-xml",
-            meters=metrics,
+            recorder=metrics,
             removes_emulated=settings.libvirt.allow_emulated_removal,
             restarts=self._restarts,
             budget=self._budget,
@@ -140,41 +142,41 @@ class Agent:
             on_left=self._take_up,
             max_bytes=settings.agent.keep_bytes,
             fault=fault,
-            meters=metrics,
+            recorder=metrics,
         )
         self._delivery = Delivery(
             self._journal,
-            self._callbacks,
+            self._callback_client,
             timeout_s=settings.callback.timeout_sec,
             give_up_s=settings.callback.give_up_sec,
             max_owed=settings.callback.max_undelivered,
             max_owed_per_client=settings.callback.max_undelivered_per_client,
             fault=fault,
-            meters=metrics,
+            recorder=metrics,
         )
-        self._questions = Questions(
+        self._host_queries = HostQueries(
             node,
             self._journal,
             self._queries,
-            self._memory,
-            self._callbacks,
+            self._server_file,
+            self._callback_client,
             on_finished=self._delivery.put,
-            meters=metrics,
+            recorder=metrics,
         )
-        self._late = LateRemovals(self._journal, self._put)
+        self._pending = PendingRemovals(self._journal, self._put)
         self._hooks = Hooks(settings.hooks.directory, timeout_s=settings.hooks.timeout_sec)
         self._executor = Executor(
             node,
             self._journal,
             self._commands,
             on_finished=self._delivery.put,
-            on_pending=self._late.add,
-            on_progress=self._reports.tell_progress,
+            on_pending=self._pending.add,
+            on_progress=self._notifications.tell_progress,
             wake=self._wake,
             hooks=self._hooks,
             libvirt_wait_s=settings.libvirt.wait_sec,
             fault=fault,
-            meters=metrics,
+            recorder=metrics,
         )
         self._lanes = Lanes(
             self._run,
@@ -190,15 +192,21 @@ class Agent:
             self._lanes,
             {one.name: one for one in declared},
             on_finished=self._delivery.put,
-            meters=metrics,
+            recorder=metrics,
         )
         intake = Intake(
-            self._journal, self._lanes, self._delivery, self._callbacks, self._questions, withdrawal, node.names
+            self._journal,
+            self._lanes,
+            self._delivery,
+            self._callback_client,
+            self._host_queries,
+            withdrawal,
+            node.names,
         )
         self._preparations = self._make_preparations(node, intake) if settings.prepare.on_define else None
         preparations = self._preparations
         vm_events = VmEvents(
-            self._reports.tell_event,
+            self._notifications.tell_event,
             on_definition=None if preparations is None else preparations.note,
             hear=self._migrations.hear,
         )
@@ -206,9 +214,9 @@ class Agent:
             settings.libvirt.uri,
             (device_events.register, vm_events.register, self._migrations.find),
             on_open=lambda: None if preparations is None else preparations.note_all(),
-            on_gap=self._reports.tell_gap,
+            on_gap=self._notifications.tell_gap,
         )
-        reads = Reads(
+        reads = Resources(
             node,
             self._journal,
             self._lanes,
@@ -226,7 +234,7 @@ class Agent:
             is_connected=lambda: self._connection.wait_connected(0.0),
             certificate_ends=lambda: {
                 "security": self._security.certificate_end,
-                "callback": self._callbacks.certificate_end,
+                "callback": self._callback_client.certificate_end,
             },
             memory=node.last_budget,
             max_queued=settings.agent.max_queued,
@@ -249,7 +257,7 @@ class Agent:
             self._security,
             {**posts, **own_paths, **page_routes()},
             opens_tcp=settings.security.opens_tcp,
-            meters=metrics,
+            recorder=metrics,
         )
 
     def start(self) -> None:
@@ -266,7 +274,7 @@ class Agent:
 
     def _start(self) -> None:
         self._security.load()
-        self._callbacks.load()
+        self._callback_client.load()
         if hooks := self._hooks.check():
             log.info("hooks found", **hooks)
         make_private_directory(self._state_dir, "agent.state_dir")
@@ -274,10 +282,10 @@ class Agent:
         # A port that is taken is found out before any VM is touched.
         self._server.bind()
         self._journal.start()
-        self._memory.load()
+        self._server_file.load()
         self._restarts.load()
         self._migrations.load()
-        self._reports.start()
+        self._notifications.start()
         self._connection.start()
         self._events.start()
         if boot_id := read_boot_id(Path("/")):
@@ -286,7 +294,7 @@ class Agent:
         for task in left.unfinished:
             self._executor.recall(task)
         self._take_up(left)
-        self._late.start()
+        self._pending.start()
         self._server.start()
         self._sampler.start()
         if self._preparations is not None:
@@ -349,7 +357,7 @@ class Agent:
         Where something does not, what every thread is at is dumped once: the service manager may end the agent soon.
         """
         self._lanes.relieve()
-        self._late.look_after()
+        self._pending.look_after()
         self._delivery.relieve()
         self._server.look_after()
         self._journal.look()
@@ -405,7 +413,7 @@ class Agent:
         self._budget.set_ratios(reserve_bytes=host.memory_reserve, overcommit=host.memory_overcommit)
         self._executor.libvirt_wait_s = self._settings.libvirt.wait_sec
         self._hooks.timeout_s = self._settings.hooks.timeout_sec
-        self._reports.timeout_s = callback.timeout_sec
+        self._notifications.timeout_s = callback.timeout_sec
         self._server.set_limits(self._settings.http)
         for section, key, value, _ in list_settings(self._settings):
             if section not in _READ_ALONE and value != former[section, key]:
@@ -414,7 +422,7 @@ class Agent:
             log.warning("setting needs a restart", key=key)
 
     def _load_callbacks(self, read: Settings) -> None:
-        self._callbacks.load(read.callback, map(parse_callback_rule, read.security.allowed_callbacks))
+        self._callback_client.load(read.callback, map(parse_callback_rule, read.security.allowed_callbacks))
 
     def _find_stalls(self) -> dict[str, str]:
         """Return the parts that have work and make no progress, and for how long."""
@@ -440,7 +448,7 @@ class Agent:
         self._events.stop()
         self._migrations.save()
         self._connection.stop()
-        self._reports.stop(_LAST_REPORT_S)
+        self._notifications.stop(_LAST_REPORT_S)
         self._journal.unlock()
 
     def _make_preparations(self, node: Node, intake: Intake) -> Preparations:
@@ -463,7 +471,7 @@ class Agent:
 
     def _run(self, task: Task) -> None:
         with self._metrics.timed(task, self._journal.own_time() - task.own_at):
-            (self._questions if task.command in self._queries else self._executor).run(task)
+            (self._host_queries if task.command in self._queries else self._executor).run(task)
 
     def _put(self, task: Task) -> None:
         self._lanes.put(task)

@@ -59,20 +59,20 @@ def decide(request: GiveAllCpusRequest, facts: Facts, task_uuid: str) -> GiveAll
     )
 
 
-def advance(goal: GiveAllCpusGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: GiveAllCpusGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do, as far as it can be seen now; after these steps it is asked again. None: done."""
     steps: list[AnyStep] = []
     if goal.live and facts.get_live().vcpu_current < goal.cpu_num:
         steps.append(SetVcpus(count=goal.cpu_num, target="live"))
     if goal.config and facts.get_config().vcpu_current < goal.cpu_num:
         steps.append(SetVcpus(count=goal.cpu_num, target="config"))
-    if steps or not (goal.live and goal.guest_online) or OnlineGuestVcpus.__name__ in spent:
+    if steps or not (goal.live and goal.guest_online) or OnlineGuestVcpus.__name__ in failed:
         return tuple(steps)
     offline = tuple(cpu.id for cpu in facts.guest.vcpus or () if not cpu.online)
     return (OnlineGuestVcpus(ids=offline),) if offline else ()
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return what the reply says beside what the agent itself says: here how many vCPUs of the maximum are left."""
     live = ending.after.domain.live if ending.after else None
     return {"left_out": None if live is None else live.vcpu_maximum - live.vcpu_current}
@@ -90,8 +90,8 @@ PLUGIN = Plugin(
             goal=GiveAllCpusGoal,
             observe_guest=frozenset({"cpus"}),
             decide=decide,
-            advance=advance,
-            conclude=conclude,
+            next_steps=next_steps,
+            reply_fields=reply_fields,
             role="plug",
             refusals=(Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Code.CPU_ABOVE_MAXIMUM),
             subcommand="give-all-cpus",

@@ -1,12 +1,12 @@
 """The three functions are pure: called with facts, no libvirt is needed to test them."""
 
 import pytest
-from give_all_cpus import GiveAllCpusGoal, GiveAllCpusRequest, advance, decide
+from give_all_cpus import GiveAllCpusGoal, GiveAllCpusRequest, decide, next_steps
 
 from kvmagent.model.command import Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestVcpu, Host, Policy
-from kvmagent.model.ownerswill import ask_owner
+from kvmagent.model.ownerpolicy import check_owner_policy
 from kvmagent.model.steps import OnlineGuestVcpus, SetVcpus
 
 FREE = Policy()
@@ -30,13 +30,13 @@ def test_the_goal_is_a_total() -> None:
 
 
 def test_plugs_first_and_then_brings_online_what_the_guest_has_not_by_itself() -> None:
-    assert advance(GOAL, facts(1, online=1), frozenset()) == (SetVcpus(count=4, target="live"),)
-    assert advance(GOAL, facts(4, online=1), frozenset()) == (OnlineGuestVcpus(ids=(1, 2, 3)),)
-    assert advance(GOAL, facts(4, online=4), frozenset()) == ()
+    assert next_steps(GOAL, facts(1, online=1), frozenset()) == (SetVcpus(count=4, target="live"),)
+    assert next_steps(GOAL, facts(4, online=1), frozenset()) == (OnlineGuestVcpus(ids=(1, 2, 3)),)
+    assert next_steps(GOAL, facts(4, online=4), frozenset()) == ()
 
 
 def test_a_guest_that_would_not_is_not_asked_again() -> None:
-    assert advance(GOAL, facts(4, online=1), frozenset({"OnlineGuestVcpus"})) == ()
+    assert next_steps(GOAL, facts(4, online=1), frozenset({"OnlineGuestVcpus"})) == ()
 
 
 def test_its_goal_says_what_the_vm_is_to_have_in_all() -> None:
@@ -51,7 +51,7 @@ def test_its_owner_may_forbid_it_or_set_a_limit() -> None:
     for policy, code in ((Policy(hotplug=False), Code.VM_OPTED_OUT), (Policy(max_cpu_num=2), Code.ABOVE_POLICY)):
         seen = facts(1, online=1, policy=policy)
         with pytest.raises(AgentError) as refused:
-            ask_owner(seen, "live", decide(request, seen, "task-1"))
+            check_owner_policy(seen, "live", decide(request, seen, "task-1"))
         assert refused.value.code is code
     seen = facts(1, online=1, policy=Policy(max_cpu_num=4))
-    ask_owner(seen, "live", decide(request, seen, "task-1"))
+    check_owner_policy(seen, "live", decide(request, seen, "task-1"))

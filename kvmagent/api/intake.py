@@ -14,11 +14,11 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.model.roles import Access, Role
 from kvmagent.model.vmname import VmId, parse_uuid
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.delivery import Delivery
+from kvmagent.tasks.hostqueries import HostQueries
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task, task_not_yours
 from kvmagent.tasks.lanes import Lanes
-from kvmagent.tasks.questions import Questions
 from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
@@ -41,8 +41,8 @@ class Intake:
         journal: Journal,
         lanes: Lanes,
         delivery: Delivery,
-        callbacks: Callbacks,
-        questions: Questions,
+        callbacks: CallbackClient,
+        questions: HostQueries,
         withdrawal: Withdrawal,
         names: VmNames,
     ) -> None:

@@ -42,11 +42,11 @@ from kvmagent.api.security import Peer, Security, certificate_end, certificate_n
 from kvmagent.api.wire import encode_error
 from kvmagent.audit import Refusals, network_of
 from kvmagent.logs import Log
-from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import LOCAL
-from kvmagent.private import check_trusted, owners_of
+from kvmagent.recorder import Recorder
+from kvmagent.secretfiles import check_trusted, owners_of
 from kvmagent.settings import HttpSection
 from kvmagent.shares import Shares
 
@@ -92,7 +92,7 @@ class Listener(cheroot.server.HTTPServer):
         http: HttpSection,
         security: Security,
         respond: Callable[["Request"], Response],
-        meters: Meters,
+        recorder: Recorder,
         refusals: Refusals,
         *,
         path: str = "",
@@ -108,7 +108,7 @@ class Listener(cheroot.server.HTTPServer):
         self.respond = respond
         self.max_request_header_size = MAX_HEAD_BYTES
         self.security = security
-        self.meters = meters
+        self.recorder = recorder
         self.refusals = refusals
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
@@ -207,7 +207,7 @@ class Listener(cheroot.server.HTTPServer):
             if not self._open[key]:
                 del self._open[key]
 
-    def hold(self, key: str, before: int, now: int) -> None:
+    def count_partial_bytes(self, key: str, before: int, now: int) -> None:
         """Count the bytes that are kept for a connection: of a request, or of an answer.
 
         Raises:
@@ -346,7 +346,7 @@ class _Connection(cheroot.server.HTTPConnection):
                 goes_on = bool(answered) and not self.is_writing and self.server.stay(self)
             return self._wait_taken() if self.is_writing else not self._is_last
         except AgentError as error:
-            self.server.meters.refused(error.code)
+            self.server.recorder.refused(error.code)
             self.server.refusals.tell(self.remote_addr, what="answer", outcome=error.code, error=error.message)
         except OSError as error:
             log.debug("client left", client=self.remote_addr, error=str(error))
@@ -360,7 +360,7 @@ class _Connection(cheroot.server.HTTPConnection):
         """
         if self._answer_deadline is None:
             self._answer_deadline = time.monotonic() + _ANSWER_S
-        self._hold(len(self.wfile.waiting))
+        self._count_partial_bytes(len(self.wfile.waiting))
         return time.monotonic() < self._answer_deadline
 
     def wait_readable(self, timeout_s: float) -> bool:
@@ -398,7 +398,7 @@ class _Connection(cheroot.server.HTTPConnection):
 
     def refuse(self, error: AgentError) -> None:
         """Answer what is no request, or may not become one; the connection is of no use after it."""
-        self.server.meters.refused(error.code)
+        self.server.recorder.refused(error.code)
         self.server.refusals.tell(self.remote_addr, what="connection", outcome=error.code, error=error.message)
         if not self._has_shaken_hands and error.code is not Code.TLS_REQUIRED:
             return  # a TLS client that has shaken no hands can read nothing
@@ -414,7 +414,7 @@ class _Connection(cheroot.server.HTTPConnection):
 
     def close(self) -> None:
         """Close, and make room for another."""
-        self._hold(0)
+        self._count_partial_bytes(0)
         if self._is_counted:
             self._is_counted = False
             self.server.leave(self._key)
@@ -426,15 +426,15 @@ class _Connection(cheroot.server.HTTPConnection):
         Raises:
             AgentError: REQUEST_TOO_SLOW, TOO_MANY_CONNECTIONS: nothing more is waited for.
         """
-        self._hold(self._framing.size)
+        self._count_partial_bytes(self._framing.size)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             seconds = self.server.http.request_timeout_sec
             raise AgentError(Code.REQUEST_TOO_SLOW, f"the request was not complete after {seconds} s")
 
-    def _hold(self, size: int) -> None:
+    def _count_partial_bytes(self, size: int) -> None:
         before, self._held_bytes = self._held_bytes, size
         if size != before:
-            self.server.hold(self._key, before, size)
+            self.server.count_partial_bytes(self._key, before, size)
 
     def _enter(self) -> None:
         if self.server.path:
@@ -473,7 +473,7 @@ class _Connection(cheroot.server.HTTPConnection):
                 self._deadline = time.monotonic() + self.server.http.request_timeout_sec
             self._framing.feed(data)
         self._deadline = None
-        self._hold(0)
+        self._count_partial_bytes(0)
         self.rfile = _Inbox(request)
         self.rfile.more = not self._framing.is_empty
         return True

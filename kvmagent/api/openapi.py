@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from kvmagent import __version__
-from kvmagent.api.answers import API_VERSION, UnreadableVm
 from kvmagent.api.intake import Accepted
 from kvmagent.api.pages import FIELDS_TYPE
+from kvmagent.api.schemas import API_VERSION, UnreadableVm
 from kvmagent.model.command import NO_CALLBACK, Command
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.host import Query

@@ -24,7 +24,7 @@ from kvmagent.api.localpeer import LocalUser
 from kvmagent.certificates import find_end
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import ANONYMOUS, ROLES, Access, find_access, parse_rule
-from kvmagent.private import check_file, read_private
+from kvmagent.secretfiles import check_file, read_private
 from kvmagent.settings import SecuritySection
 
 TOKEN_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -25,10 +25,10 @@ from kvmagent.api.security import Security
 from kvmagent.api.wire import encode_error
 from kvmagent.audit import Refusals, audit
 from kvmagent.logs import Log, error_fields, log_context
-from kvmagent.meters import Meters
 from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import ANONYMOUS, OPEN, ROLES, Access, Open, Role, check_role
+from kvmagent.recorder import Recorder
 from kvmagent.settings import HttpSection
 
 log = Log(__name__)
@@ -97,15 +97,15 @@ class Server:
         routes: Mapping[tuple[str, str], Route],
         *,
         opens_tcp: bool = True,
-        meters: Meters | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        meters = meters or Meters()
+        recorder = recorder or Recorder()
         self._refusals = Refusals()
-        self._application = application = _Application(_Dispatcher(security, routes, meters, self._refusals))
+        self._application = application = _Application(_Dispatcher(security, routes, recorder, self._refusals))
         self._opens_tcp = opens_tcp
         paths = ([http.socket] if http.socket else []) + ([""] if opens_tcp else [])
         self._listeners = [
-            Listener(http, security, application.respond, meters, self._refusals, path=path) for path in paths
+            Listener(http, security, application.respond, recorder, self._refusals, path=path) for path in paths
         ]
         self._threads = [
             threading.Thread(target=listener.serve, name="http", daemon=True) for listener in self._listeners
@@ -216,12 +216,12 @@ class _Dispatcher:
         self,
         security: Security,
         routes: Mapping[tuple[str, str], Route],
-        meters: Meters,
+        recorder: Recorder,
         refusals: Refusals,
     ) -> None:
         self._refusals = refusals
         self._security = security
-        self._meters = meters
+        self._recorder = recorder
         self._routes: dict[tuple[str, ...], dict[str, Route]] = {}
         for (method, path), route in routes.items():
             check_role(f"{method} {path}", route.needs, (*ROLES, *OPEN))
@@ -236,7 +236,7 @@ class _Dispatcher:
         try:
             answer = self._answer(request)
         except AgentError as error:
-            self._meters.refused(error.code)
+            self._recorder.refused(error.code)
             log.debug("request refused", **asked, **error_fields(error))
             answer = _refusal(error)
         except Exception as error:

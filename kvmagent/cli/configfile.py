@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.private import check_directory, check_file, read_file
+from kvmagent.secretfiles import check_directory, check_file, read_file
 from kvmagent.settings import Settings, parse_sources
 
 # What a directory beside the file is called; its *.conf are read after the file, in the order of their names.

@@ -2,7 +2,7 @@
 
     libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event
-    refused later than its performer waited       on_refused, which tasks.late notes down
+    refused later than its performer waited       on_refused, which tasks.pendingremovals notes down
 
 Callbacks run on the event loop's thread: they put into queues and never call libvirt. Events are lost with their
 connection, so whoever waits also looks at the VM itself now and then.

@@ -30,12 +30,12 @@ from kvmagent.hypervisor.migrations import MIGRATED
 from kvmagent.hypervisor.qemuballoon import ask_balloon_pages
 from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices
 from kvmagent.hypervisor.schema import check_definition
-from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Guest, MemoryDevice, VmState
 from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB
 from kvmagent.model.vmname import parse_uuid
+from kvmagent.recorder import Recorder
 
 STATES: dict[int, VmState] = {
     libvirt.VIR_DOMAIN_RUNNING: "running",
@@ -75,7 +75,7 @@ class Means:
     suspects: set[str]
     events: DeviceEvents
     former_xml_dir: Path
-    meters: Meters
+    recorder: Recorder
     domain_schema: Path
 
 
@@ -86,7 +86,7 @@ class VmHandle:
         self._domain = domain
         self._is_test_driver = is_test_driver
         self._means = means
-        self.agent = GuestAgent(domain, send=means.send_to_agent, meters=means.meters)
+        self.agent = GuestAgent(domain, send=means.send_to_agent, recorder=means.recorder)
 
     @property
     def uuid(self) -> str:

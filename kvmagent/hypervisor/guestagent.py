@@ -19,10 +19,10 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import libvirt
 import msgspec
 
-from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import GuestBlock, GuestOs, GuestVcpu
 from kvmagent.model.units import GIB, KIB, MIB
+from kvmagent.recorder import Recorder, phase
 
 # How long one answer may take. Onlining a chunk of memory blocks is given longer: the guest initialises them.
 TIMEOUT_S = 5
@@ -182,10 +182,10 @@ Send = Callable[[libvirt.virDomain, str, int, int], str]
 class GuestAgent:
     """The agent of one running VM. Thread-safe as far as libvirt's domain is; libvirt queues its commands."""
 
-    def __init__(self, domain: libvirt.virDomain, *, send: Send, meters: Meters) -> None:
+    def __init__(self, domain: libvirt.virDomain, *, send: Send, recorder: Recorder) -> None:
         self._domain = domain
         self._send = send
-        self._meters = meters
+        self._recorder = recorder
 
     def vcpus(self) -> tuple[GuestVcpu, ...]:
         """Return the CPUs that the guest's kernel lists, by id."""
@@ -304,16 +304,16 @@ class GuestAgent:
                 text = self._send(self._domain, json.dumps(request), timeout_s, 0)
             answer = decoder.decode(command, text)
         except NOT_TEXT as error:
-            self._meters.guest_called(Code.GUEST_AGENT_INVALID)
+            self._recorder.guest_called(Code.GUEST_AGENT_INVALID)
             raise invalid(command, "text that is no UTF-8") from error
         except GuestSilent as failure:
-            self._meters.guest_called(failure.code)
+            self._recorder.guest_called(failure.code)
             raise
         except libvirt.libvirtError as error:
             translated = _translate(command, error)
-            self._meters.guest_called(translated.code)
+            self._recorder.guest_called(translated.code)
             raise translated from error
-        self._meters.guest_called("answered")
+        self._recorder.guest_called("answered")
         return answer
 
 

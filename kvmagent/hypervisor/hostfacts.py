@@ -21,7 +21,7 @@ from kvmagent.hypervisor.hostxml import parse_cpu_model, parse_sysinfo
 from kvmagent.hypervisor.kernelfiles import read_fields, read_lines, read_sizes, read_text
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.logs import Log
-from kvmagent.model.host import HostFacts, VmStats, VmSummary
+from kvmagent.model.host import HostInventory, VmStats, VmSummary
 from kvmagent.model.units import KIB
 
 log = Log(__name__)
@@ -41,7 +41,7 @@ _DMI = {
 }
 
 
-def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -> HostFacts:
+def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -> HostInventory:
     """Return what is known of the node that this connection leads to; `root` is where its /proc and /sys are."""
     with libvirt_errors("reading the host"):
         arch, memory_mib, cpus, _, nodes, sockets, cores, threads = connection.getInfo()
@@ -52,7 +52,7 @@ def read_host_facts(connection: libvirt.virConnect, *, root: Path = Path("/")) -
     flags = set(cpu.get("flags", "").split())
     os_release = _read_os_release(root / "etc/os-release")
     all_sockets, all_cores = read_topology(root) or (nodes * sockets, nodes * sockets * cores)
-    return HostFacts(
+    return HostInventory(
         libvirt_version=_version(libvirt_version),
         hypervisor_version=_version(hypervisor_version),
         qemu_img_version=_read_qemu_img_version(),
@@ -94,7 +94,7 @@ def _read_firmware(connection: libvirt.virConnect, root: Path) -> dict[str, str]
 
 
 def list_vms(
-    connection: libvirt.virConnect, *, settle: bool = False, sleep: Callable[[float], None] = time.sleep
+    connection: libvirt.virConnect, *, reread_paused: bool = False, sleep: Callable[[float], None] = time.sleep
 ) -> tuple[VmSummary, ...]:
     """Return all VMs of the host. One that vanishes while it is read is left out.
 
@@ -105,7 +105,7 @@ def list_vms(
         domains = connection.listAllDomains()
     found = {domain.UUIDString(): _read_summary(domain) for domain in domains}
     paused = [domain for domain in domains if (vm := found[domain.UUIDString()]) is not None and vm.state == "paused"]
-    if settle and paused:
+    if reread_paused and paused:
         sleep(_SETTLE_S)
         found |= {domain.UUIDString(): _read_summary(domain) for domain in paused}
     return tuple(vm for vm in found.values() if vm is not None)

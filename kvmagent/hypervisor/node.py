@@ -25,13 +25,13 @@ from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
 from kvmagent.hypervisor.vmnames import VmNames
-from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Reservation
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
 from kvmagent.model.reclaim import Reclaimable, find_reclaimable
 from kvmagent.model.steps import AnyStep, DefineShape
+from kvmagent.recorder import Recorder, phase
 
 # Source: libvirt 9.5 stopped to count virtio-mem among the slots; 10.10 adds an IOMMU with EIM when a VM of more than
 # 255 vCPUs is defined; QEMU 9.0 emulates X2APIC. Observed: libvirt 11.3 with QEMU 10.0, 12.8 with 11.1.
@@ -59,7 +59,7 @@ class Node:
         ask_qemu: AskQemu = libvirt_qemu.qemuMonitorCommand,
         host_root: Path = Path("/"),
         budget: Budget | None = None,
-        meters: Meters | None = None,
+        recorder: Recorder | None = None,
         domain_schema: Path = DOMAIN_SCHEMA,
         removes_emulated: bool = False,
         restarts: RestartMemory | None = None,
@@ -70,14 +70,14 @@ class Node:
         self._restarts = restarts
         self._connection = connection
         self._removes_emulated = removes_emulated
-        self._meters = meters or Meters()
+        self._recorder = recorder or Recorder()
         self._means = Means(
             send_to_agent=send_to_agent,
             ask_qemu=ask_qemu,
             suspects=set(),
             events=events,
             former_xml_dir=former_xml_dir,
-            meters=self._meters,
+            recorder=self._recorder,
             domain_schema=domain_schema,
         )
         self._host_root = host_root
@@ -118,7 +118,7 @@ class Node:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self.hold(vm):
+        with self.open_vm(vm):
             return
 
     def read_stats(self) -> tuple[VmStats, ...]:
@@ -185,11 +185,11 @@ class Node:
         with self._connection.lease() as connection:
             return HostView(
                 host=read_host_facts(connection) if "host" in needs else None,
-                vms=list_vms(connection, settle="settled vms" in needs) if needs & _VMS else None,
+                vms=list_vms(connection, reread_paused="settled vms" in needs) if needs & _VMS else None,
             )
 
     @contextmanager
-    def hold(self, vm: str) -> Iterator["HeldVm"]:
+    def open_vm(self, vm: str) -> Iterator["OpenVm"]:
         """Have a VM for a piece of work: looked up once, on a connection of its own.
 
         Raises:
@@ -199,28 +199,28 @@ class Node:
             with phase("libvirt"):
                 connection = stack.enter_context(self._connection.lease())
                 handle = find_vm(connection, vm, self._means)
-            yield HeldVm(
+            yield OpenVm(
                 handle,
                 lambda domain, guest, parts: self._complete(connection, domain, guest, parts),
                 lambda task_uuid, reservation: self._budget.reserve(connection, task_uuid, handle.uuid, reservation),
             )
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
-        """Return what is so now, to who does nothing else with the VM; see HeldVm.
+        """Return what is so now, to who does nothing else with the VM; see OpenVm.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self.hold(vm) as held:
+        with self.open_vm(vm) as held:
             return held.observe(parts)
 
     def perform(self, vm: str, step: AnyStep) -> str:
-        """Perform one step, for who does nothing else with the VM; see HeldVm.
+        """Perform one step, for who does nothing else with the VM; see OpenVm.
 
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
-        with self.hold(vm) as held:
+        with self.open_vm(vm) as held:
             return held.perform(step)
 
     def _complete(self, connection: libvirt.virConnect, domain: Domain, guest: Guest, parts: frozenset[str]) -> Facts:
@@ -248,7 +248,7 @@ class Node:
         if "budget" in parts:
             pools = self._budget.look(connection, domain)
             facts = msgspec.structs.replace(facts, host=msgspec.structs.replace(host, pools=pools))
-        self._meters.observed(facts)
+        self._recorder.observed(facts)
         if self._restarts is not None:
             facts = msgspec.structs.replace(facts, restart_since=self._restarts.note(facts))
         return facts
@@ -298,7 +298,7 @@ def _emulates_x2apic(connection: libvirt.virConnect, definition: Definition | No
         return False
 
 
-class HeldVm:
+class OpenVm:
     """One VM as a task sees it while it works on it, by one thread.
 
     `complete` makes facts of what was seen of the VM, of what its guest says, and of the parts that were asked for.

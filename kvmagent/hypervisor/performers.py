@@ -17,7 +17,6 @@ from kvmagent.hypervisor.domain import VmHandle
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.guestagent import CommandRefused
 from kvmagent.hypervisor.shapexml import edit_shape, format_diff
-from kvmagent.meters import phase
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition
 from kvmagent.model.steps import (
@@ -43,6 +42,7 @@ from kvmagent.model.steps import (
     UnplugVcpus,
 )
 from kvmagent.model.units import format_ids, format_size
+from kvmagent.recorder import phase
 
 # The guest's kernel lists a new device within tens of milliseconds when it is idle, within seconds when it is busy.
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 0.5

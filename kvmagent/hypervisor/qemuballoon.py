@@ -66,7 +66,7 @@ class _Text(msgspec.Struct):
     returned: str = msgspec.field(name="return", default="")
 
 
-# Made here and once, for the reason that model.shapes gives.
+# Made here and once, for the reason that model.decoders gives.
 _BUSES = msgspec.json.Decoder(_Buses)
 _TEXT = msgspec.json.Decoder(_Text)
 

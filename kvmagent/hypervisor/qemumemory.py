@@ -42,7 +42,7 @@ class _Answer(msgspec.Struct):
     returned: list[_Device] = msgspec.field(name="return", default_factory=list)
 
 
-# Made here and once, for the reason that model.shapes gives.
+# Made here and once, for the reason that model.decoders gives.
 _ANSWER = msgspec.json.Decoder(_Answer)
 
 

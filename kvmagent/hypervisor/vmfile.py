@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from kvmagent.logs import Log
-from kvmagent.private import write_file
+from kvmagent.secretfiles import write_file
 
 log = Log(__name__)
 

@@ -7,7 +7,7 @@
     conclude(Ending)                      -> fields    what the command has to add to the reply
 
 The executor judges what came of it (model.judge): outcome, numbers and stages are no command's to say. It asks the
-VM's owner (model.ownerswill) before anything is touched. It observes before every call of `advance`, so that a step
+VM's owner (model.ownerpolicy) before anything is touched. It observes before every call of `next_steps`, so that a step
 which needs to know the effect of an earlier one is simply planned in the next round, and a task that was cut off goes
 on from its recorded goal.
 """
@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from kvmagent.model.decoders import prepare_decoder
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
 from kvmagent.model.reply import Judgement, Problem, VmReply
 from kvmagent.model.roles import Role, check_role
-from kvmagent.model.shapes import settle
 from kvmagent.model.steps import AnyStep, Resource
 
 Affect = Literal["both", "live", "config"]
@@ -180,7 +180,7 @@ class Ending:
 
     `goal` is None when the command was refused before it had one, `before` when the VM could not even be read;
     `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
-    `judgement` is what came of it, made before `conclude`; `error` is then the judgement's.
+    `judgement` is what came of it, made before `reply_fields`; `error` is then the judgement's.
     `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's. `late`: what was
     pending when the task answered has come to an end since.
     """
@@ -203,12 +203,12 @@ class Ending:
         return self.judgement is not None and self.judgement.outcome not in ("refused", "planned")
 
 
-def add_nothing(ending: Ending) -> Mapping[str, Any]:
+def no_reply_fields(ending: Ending) -> Mapping[str, Any]:
     """What a command has to say beside what every reply says, if nothing."""
     return {}
 
 
-def no_retreat(goal: Any, seen: Facts, facts: Facts, error: AgentError) -> None:
+def no_rollback(goal: Any, seen: Facts, facts: Facts, error: AgentError) -> None:
     """What most commands do after a failure on the way: stop, and tell how far it came."""
 
 
@@ -216,7 +216,7 @@ def need_no_more(request: Any) -> None:
     """What most commands need beside their role."""
 
 
-def resume_all(goal: Any) -> Any:
+def resume_goal(goal: Any) -> Any:
     """What most commands do after an interruption: go on, from what is found then."""
     return goal
 
@@ -227,13 +227,13 @@ class Command:
 
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
     memory is looked at too, with "budget" what of it is promised to all VMs, with "balloon target" what was asked of
-    the balloon; `observe_first` what is asked besides at the first look, before the decision. `spent` (of advance)
+    the balloon; `observe_first` what is asked besides at the first look, before the decision. `failed` (of advance)
     holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
     error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
     retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
     `find_progress_context` returns what a request carries for the management server to recognise reports of its
     progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
-    offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `conclude`
+    offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `reply_fields`
     returns fields of `reply` that are not VmReply's, and `warnings` to be told beside the judge's. With
     `remedies_in_error` the reply's `error` says what to do as well, for a caller that shows nothing else: of
     some codes in words of its own. `resizes` is what plans are made with: the first command that resizes something in
@@ -248,13 +248,13 @@ class Command:
     goal: type[Goal]
     observe_guest: frozenset[str]
     decide: Callable[[Any, Facts, str], Goal]
-    advance: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
+    next_steps: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
     refusals: tuple[Code, ...]
     role: Role
     needs_also: Callable[[Any], Role | None] = need_no_more
-    conclude: Callable[[Ending], Mapping[str, Any]] = add_nothing
-    retreat: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_retreat
-    resume: Callable[[Any], Goal] = resume_all
+    reply_fields: Callable[[Ending], Mapping[str, Any]] = no_reply_fields
+    rollback_goal: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_rollback
+    resumed_goal: Callable[[Any], Goal] = resume_goal
     observe_first: frozenset[str] = frozenset()
     find_progress_context: Callable[[Any], dict[str, Any] | None] = lambda _request: None
     subcommand: str = ""
@@ -266,7 +266,7 @@ class Command:
         check_role(self.name, self.role)
         if not issubclass(self.reply, VmReply):
             raise TypeError(f"the reply of {self.name} is a {self.reply.__name__}: it must extend VmReply")
-        settle(self.request, self.goal)
+        prepare_decoder(self.request, self.goal)
 
 
 @dataclass(frozen=True)

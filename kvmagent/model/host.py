@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from kvmagent.model.decoders import prepare_decoder
 from kvmagent.model.facts import VmState
 from kvmagent.model.roles import Role, check_role
-from kvmagent.model.shapes import settle
 
 
 class VmSummary(msgspec.Struct, frozen=True):
@@ -58,7 +58,7 @@ class ManagementServer(msgspec.Struct, frozen=True):
     client: str = ""
 
 
-class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
+class HostInventory(msgspec.Struct, frozen=True, kw_only=True):
     """The compute node.
 
     `cpu_mhz` is the nominal clock; `cpu_caches_kib` what the levels 1, 2 and 3 have in all. `hvm_flag` is vmx, svm, or
@@ -122,7 +122,7 @@ class HostView(msgspec.Struct, frozen=True):
     """What a query may look at: the parts that it declared in `needs`, the others None."""
 
     server: ManagementServer | None = None
-    host: HostFacts | None = None
+    host: HostInventory | None = None
     vms: tuple[VmSummary, ...] | None = None
 
 
@@ -151,7 +151,7 @@ class Query:
 
     def __post_init__(self) -> None:
         check_role(self.name, self.role)
-        settle(self.request)
+        prepare_decoder(self.request)
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvmagent.model.command import Affect, VmName
+from kvmagent.model.decoders import prepare_decoder
 from kvmagent.model.facts import VmState
 from kvmagent.model.fields import CpuNum, DimmSize, GuestNode, MemoryMethod, MemorySize, ScaleShares, Strict
 from kvmagent.model.reply import Outcome, Problem
-from kvmagent.model.shapes import settle
 
 MOST_TARGETS = 64
 
@@ -118,4 +118,4 @@ class PlanReply(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     plans: list[Plan]
 
 
-settle(PlanRequest)
+prepare_decoder(PlanRequest)

@@ -8,7 +8,7 @@ import msgspec
 from kvmagent.model.command import Command, Goal, VmRequest
 from kvmagent.model.facts import Facts
 from kvmagent.model.hostbudget import refuse_growth
-from kvmagent.model.ownerswill import ask_owner
+from kvmagent.model.ownerpolicy import check_owner_policy
 from kvmagent.model.steps import AnyStep
 
 
@@ -20,8 +20,8 @@ def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -
     """
     # No plugin has to remember which VM and which run it was.
     goal = msgspec.structs.replace(command.decide(request, facts, task_uuid), vm=facts.domain.uuid, run=facts.run)
-    steps = command.advance(goal, facts, frozenset())
+    steps = command.next_steps(goal, facts, frozenset())
     if steps or goal.totals:
-        ask_owner(facts, request.affect, goal)
+        check_owner_policy(facts, request.affect, goal)
         refuse_growth(goal.totals, facts)
     return goal, steps

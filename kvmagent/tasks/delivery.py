@@ -21,13 +21,13 @@ from urllib.parse import urlsplit
 
 from kvmagent.backoff import Backoff
 from kvmagent.logs import Log, error_fields, log_context
-from kvmagent.meters import Meters
 from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.recorder import Recorder
 from kvmagent.shares import Shares
-from kvmagent.tasks.callbacks import Callbacks, Channel
+from kvmagent.tasks.callbackclient import CallbackClient, Channel
 from kvmagent.tasks.faults import Fault, no_fault
-from kvmagent.tasks.journal import Journal, Owed, State, Task
+from kvmagent.tasks.journal import Journal, State, Task, Undelivered
 
 log = Log(__name__)
 
@@ -88,7 +88,7 @@ class Delivery:
     def __init__(
         self,
         journal: Journal,
-        callbacks: Callbacks,
+        callbacks: CallbackClient,
         *,
         timeout_s: float,
         give_up_s: float,
@@ -96,7 +96,7 @@ class Delivery:
         max_owed_per_client: int = 10_000,
         backoff: Backoff = _BACKOFF,
         fault: Fault = no_fault,
-        meters: Meters | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._journal = journal
         self._callbacks = callbacks
@@ -106,7 +106,7 @@ class Delivery:
         self._max_owed_per_client = max_owed_per_client
         self._backoff = backoff
         self._fault = fault
-        self._meters = meters or Meters()
+        self._recorder = recorder or Recorder()
         self._changed = threading.Condition()
         self._destinations: dict[str, _Destination] = {}
         # What waits for a moment: a lane, or with None a whole destination. An entry that is not in its destination's
@@ -131,13 +131,13 @@ class Delivery:
             self._timeout_s, self._give_up_s = timeout_s, give_up_s
             self._max_owed, self._max_owed_per_client = max_owed, max_owed_per_client
 
-    def put(self, owed: Owed) -> None:
+    def put(self, owed: Undelivered) -> None:
         """Send a task's reply to its callback URL, soon; one that is owed already is tried again now.
 
         Where no callback was wanted there is nothing to send: it counts as delivered, after no attempt.
         """
         if owed.callback_url == NO_CALLBACK:
-            self._journal.settle(owed.task_uuid, "delivered", None)
+            self._journal.record_delivery(owed.task_uuid, "delivered", None)
             return
         key = _destination_of(owed)
         with self._changed:
@@ -159,7 +159,7 @@ class Delivery:
                 self._make_ready(destination, owed.lane)
                 self._wake_thread()
 
-    def put_missing(self, owed: Owed) -> None:
+    def put_missing(self, owed: Undelivered) -> None:
         """Send a reply that is owed and that nobody told of; what waits already keeps its turn."""
         with self._changed:
             destination = self._destinations.get(_destination_of(owed))
@@ -430,19 +430,19 @@ class Delivery:
                 log.error("callback given up", url=url, attempts=attempts, error=error)
                 return True, 0.0, status is not None
             self._journal.record_attempt(task_uuid, attempts, error)
-            self._meters.callback_failed()
+            self._recorder.callback_failed()
             log.warning("callback not taken", url=url, attempts=attempts, error=error)
             return False, self._backoff.pause_s(attempts), status is not None
 
     def _settle(self, task: Task, state: State, error: str | None, attempts: int | None) -> None:
-        self._journal.settle(task.task_uuid, state, error, attempts=attempts)
-        self._meters.settled(task.command, state, self._age_s(task))
+        self._journal.record_delivery(task.task_uuid, state, error, attempts=attempts)
+        self._recorder.settled(task.command, state, self._age_s(task))
 
     def _age_s(self, task: Task) -> float:
         return self._journal.own_time() - task.own_at
 
 
-def _destination_of(owed: Owed) -> str:
+def _destination_of(owed: Undelivered) -> str:
     """Return where a callback goes, and for whom.
 
     Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.

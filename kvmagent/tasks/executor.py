@@ -2,25 +2,25 @@
 
     run(task)
       journal.start_task
-      node.hold                          the VM, on a connection of its own
+      node.open_vm                       the VM, on a connection of its own
       vm.observe                         before
-      command.decide      -> goal        an AgentError ends the task, nothing was touched
+      command.decide         -> goal        an AgentError ends the task, nothing was touched
       ask_owner, refuse_growth           of its totals, whatever plugin it is: the owner's limits, the host's memory
       hooks.run_before                   the operator's; they may refuse. Then observe and decide anew
       vm.reserve                         what it adds of the host's memory; free again with the task
       journal.record_goal                on disk before the first step
-      command.advance     -> steps       none: done
+      command.next_steps     -> steps       none: done
         vm.perform each                  a soft step's failure is a warning, any other ends the task
         vm.observe, advance again
-      command.retreat     -> goal        after a failure: where to go instead, by the same loop
+      command.rollback_goal  -> goal        after a failure: where to go instead, by the same loop
       take back                          what was asked of the guest and not reached, however it ended
-      command.resume      -> goal        after an interruption, in place of the decision: what may still be pursued
-      judge, command.conclude -> reply   what was proven; a command adds its own fields
+      command.resumed_goal   -> goal        after an interruption, instead of the decision: what may still be done
+      judge, command.reply_fields-> reply   what was proven; a command adds its own fields
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
       hooks.run_after                    the operator's; what they do changes nothing
 
-A task that answered `pending` comes again later, to be looked at: see tasks.late.
+A task that answered `pending` comes again later, to be looked at: see tasks.pendingremovals.
 
 Whatever is raised on the way, of whatever kind, ends in a reply: a step was performed -> partial, else refused.
 
@@ -40,7 +40,6 @@ import msgspec
 
 from kvmagent.audit import audit
 from kvmagent.logs import Log, add_context, error_fields, log_context, struct_fields
-from kvmagent.meters import Meters, phase
 from kvmagent.model.command import Command, Ending, Goal, Reservation, StepReport, VmRequest, find_unreached
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
@@ -48,13 +47,14 @@ from kvmagent.model.host import Progress
 from kvmagent.model.hostbudget import find_reservation
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
-from kvmagent.tasks.answers import make_error, make_reply, tell_totals
+from kvmagent.recorder import Recorder, phase
 from kvmagent.tasks.decision import decide
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
-from kvmagent.tasks.journal import UNFINISHED, Change, Journal, Owed, Task
-from kvmagent.tasks.left import LeftOffline
-from kvmagent.tasks.run import GONE, Run, bare_reply, read_facts, read_report, spent_by
+from kvmagent.tasks.journal import UNFINISHED, Change, Journal, Task, Undelivered
+from kvmagent.tasks.offlinecpus import OfflineCpus
+from kvmagent.tasks.replies import make_error, make_reply, tell_totals
+from kvmagent.tasks.run import GONE, Run, bare_reply, failed_by, read_facts, read_report
 from kvmagent.tasks.vmturns import NotYet, VmTurns
 
 log = Log(__name__)
@@ -74,8 +74,8 @@ _NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
 _PAUSE_S = 0.2
 
 
-class HeldVm(Protocol):
-    """What the executor needs of hypervisor.node.HeldVm."""
+class OpenVm(Protocol):
+    """What the executor needs of hypervisor.node.OpenVm."""
 
     @property
     def uuid(self) -> str:
@@ -97,7 +97,7 @@ class HeldVm(Protocol):
 class VmNode(Protocol):
     """What the executor needs of hypervisor.node.Node."""
 
-    def hold(self, vm: str) -> AbstractContextManager[HeldVm]:
+    def open_vm(self, vm: str) -> AbstractContextManager[OpenVm]:
         """Have a VM for a piece of work."""
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
@@ -145,7 +145,7 @@ class Executor:
         journal: Journal,
         commands: dict[str, Command],
         *,
-        on_finished: Callable[[Owed], None],
+        on_finished: Callable[[Undelivered], None],
         on_pending: Callable[[str], None],
         on_progress: Callable[[Progress], None] = lambda _progress: None,
         wake: Callable[[Task], None] = lambda _task: None,
@@ -153,7 +153,7 @@ class Executor:
         libvirt_wait_s: float,
         clock: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
-        meters: Meters | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
@@ -166,8 +166,8 @@ class Executor:
         self.libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
-        self._meters = meters or Meters()
-        self._left = LeftOffline(journal)
+        self._recorder = recorder or Recorder()
+        self._left = OfflineCpus(journal)
         self._turns = VmTurns(wake)
         self._stopping = threading.Event()
 
@@ -218,7 +218,7 @@ class Executor:
                 return
             self._node.release(task.task_uuid)
             self._on_finished(owed)
-            self._meters.ended(task.command, ended.outcome, ended.error.code if ended.error else None)
+            self._recorder.ended(task.command, ended.outcome, ended.error.code if ended.error else None)
             if ended.outcome == PENDING:
                 self._on_pending(task.task_uuid)
             task = _named(task, ended.facts)
@@ -226,7 +226,7 @@ class Executor:
             if ended.hooked:
                 self._hooks.run_after(task, ended.reply)
 
-    def _finish(self, task: Task) -> tuple[_Ended, Owed]:
+    def _finish(self, task: Task) -> tuple[_Ended, Undelivered]:
         """Carry a task out and record its reply: whatever is raised, also where nothing was to fail, there is one.
 
         Raises:
@@ -267,12 +267,12 @@ class Executor:
         try:
             run = self._take_up(task)
             run.late = True
-            spent = {word for report in run.reports if report.problem for word in spent_by(report)}
-            with self._hold(run) as vm:
+            failed = {word for report in run.reports if report.problem for word in failed_by(report)}
+            with self._open_vm(run) as vm:
                 self._take_turn(task, run, vm)
                 run.after = self._observe(vm, run.command.observe_guest)
-                steps = self._find_following(run, frozenset(spent))
-                self._perform_round(task, run, vm, steps, spent, set())
+                steps = self._find_following(run, frozenset(failed))
+                self._perform_round(task, run, vm, steps, failed, set())
                 run.after = self._observe(vm, run.command.observe_guest)
             reply, judgement = make_reply(run.command, run.end())
             outcome = judgement.outcome
@@ -290,17 +290,17 @@ class Executor:
         except Exception as error:
             log.failure("pending removal cannot be looked at", error)
             return
-        self._meters.ended_late(task.command, judgement.error.code if judgement.error else None)
+        self._recorder.ended_late(task.command, judgement.error.code if judgement.error else None)
         _tell_end(_named(task, run.after), _Ended(reply, outcome, judgement.error, totals=totals), late=True)
         if owed is not None:
             self._on_finished(owed)
 
-    def _find_following(self, run: Run, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+    def _find_following(self, run: Run, failed: frozenset[str]) -> tuple[AnyStep, ...]:
         """Return the steps by which the definition follows what has left; none where the VM is off: nothing has."""
         assert run.after is not None
         if run.after.domain.live is None:
             return ()
-        return tuple(step for step in run.command.advance(run.goal, run.after, spent) if step.follows)
+        return tuple(step for step in run.command.next_steps(run.goal, run.after, failed) if step.follows)
 
     def _carry_out(self, task: Task) -> _Ended:
         """Carry a task out as far as it goes, and say what came of it.
@@ -394,7 +394,7 @@ class Executor:
         give_up_at: float | None = None
         while True:
             try:
-                with self._hold(run) as vm:
+                with self._open_vm(run) as vm:
                     self._take_turn(task, run, vm)
                     self._pursue(task, run, vm)
                 return
@@ -410,7 +410,7 @@ class Executor:
                     raise
 
     @contextmanager
-    def _hold(self, run: Run) -> Iterator[HeldVm]:
+    def _open_vm(self, run: Run) -> Iterator[OpenVm]:
         """Have the VM: with a goal the very one that the goal was made for, whoever bears its name now.
 
         Raises:
@@ -419,11 +419,11 @@ class Executor:
         uuid = "" if run.goal is None else run.goal.vm
         with ExitStack() as stack:
             try:
-                vm = stack.enter_context(self._node.hold(uuid or run.request.vm_uuid))
+                vm = stack.enter_context(self._node.open_vm(uuid or run.request.vm_uuid))
             except AgentError as error:
                 if error.code is not Code.VM_NOT_FOUND or not uuid:
                     raise
-                vm = stack.enter_context(self._node.hold(run.request.vm_uuid))
+                vm = stack.enter_context(self._node.open_vm(run.request.vm_uuid))
             if uuid and vm.uuid != uuid:
                 raise AgentError(
                     Code.VM_REPLACED,
@@ -431,7 +431,7 @@ class Executor:
                 )
             yield vm
 
-    def _take_turn(self, task: Task, run: Run, vm: HeldVm) -> None:
+    def _take_turn(self, task: Task, run: Run, vm: OpenVm) -> None:
         """Have the VM until the task has ended: one VM has one goal at a time, by whatever name its tasks came.
 
         Who has no goal yet goes after the task whose goal is recorded: one of an earlier agent, not begun again yet.
@@ -468,10 +468,10 @@ class Executor:
                     return True
         raise _Stopped
 
-    def _pursue(self, task: Task, run: Run, vm: HeldVm) -> None:
+    def _pursue(self, task: Task, run: Run, vm: OpenVm) -> None:
         fresh = run.goal is None
         if not fresh:
-            run.goal = run.command.resume(run.goal)
+            run.goal = run.command.resumed_goal(run.goal)
         steps = self._plan(task, run, vm)
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
@@ -491,17 +491,17 @@ class Executor:
         except Exception as error:
             failure = make_error(error)
             if failure.code not in _NO_WAY_BACK:
-                self._retreat(task, run, vm, failure)
-                self._take_back(task, run, vm)
+                self._roll_back(task, run, vm, failure)
+                self._cancel_requests(task, run, vm)
             raise
-        self._take_back(task, run, vm)
+        self._cancel_requests(task, run, vm)
 
     def _recall(self, task: Task, run: Run) -> None:
         """Have reserved what the recorded goal of a task adds: it was judged when the goal was made."""
         if run.goal is not None and run.goal.reservation is not None:
             self._node.recall_reservation(task.task_uuid, run.goal.vm, run.goal.reservation)
 
-    def _reserve(self, task: Task, run: Run, vm: HeldVm) -> None:
+    def _reserve(self, task: Task, run: Run, vm: OpenVm) -> None:
         """Reserve what the goal adds of the host's memory, whatever plugin it is of; it is free again with the task.
 
         Raises:
@@ -514,7 +514,7 @@ class Executor:
             vm.reserve(task.task_uuid, reservation)
             run.goal = msgspec.structs.replace(run.goal, reservation=reservation)
 
-    def _plan(self, task: Task, run: Run, vm: HeldVm) -> tuple[AnyStep, ...]:
+    def _plan(self, task: Task, run: Run, vm: OpenVm) -> tuple[AnyStep, ...]:
         """Look, decide where there is no goal yet, and return the steps towards it."""
         command = run.command
         run.after = self._observe(vm, command.observe_guest | command.observe_first)
@@ -523,33 +523,33 @@ class Executor:
             run.before = run.after
             run.goal, steps = decide(command, run.request, run.after, task.task_uuid)
             return steps
-        return command.advance(run.goal, run.after, frozenset())
+        return command.next_steps(run.goal, run.after, frozenset())
 
-    def _reach_goal(self, task: Task, run: Run, vm: HeldVm) -> None:
+    def _reach_goal(self, task: Task, run: Run, vm: OpenVm) -> None:
         """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
             AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there.
         """
-        spent: set[str] = set()
+        failed: set[str] = set()
         confirmed: set[AnyStep] = set()
         steps: tuple[AnyStep, ...] = ()
         for _ in range(_MAX_ROUNDS):
             assert run.after is not None
-            last, steps = steps, run.command.advance(run.goal, run.after, frozenset(spent))
+            last, steps = steps, run.command.next_steps(run.goal, run.after, frozenset(failed))
             if steps and steps == last:
-                spent |= {step.key for step in steps}
-                steps = run.command.advance(run.goal, run.after, frozenset(spent))
+                failed |= {step.key for step in steps}
+                steps = run.command.next_steps(run.goal, run.after, frozenset(failed))
             if not steps:
                 return
             _refuse_repetition(confirmed, steps)
             _refuse_undeclared(run, steps)
-            self._perform_round(task, run, vm, steps, spent, confirmed)
+            self._perform_round(task, run, vm, steps, failed, confirmed)
             run.after = self._observe(vm, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
 
     def _perform_round(
-        self, task: Task, run: Run, vm: HeldVm, steps: tuple[AnyStep, ...], spent: set[str], confirmed: set[AnyStep]
+        self, task: Task, run: Run, vm: OpenVm, steps: tuple[AnyStep, ...], failed: set[str], confirmed: set[AnyStep]
     ) -> None:
         """Perform steps up to the first that fails: what follows it was planned for its success."""
         for n, step in enumerate(steps):
@@ -560,17 +560,17 @@ class Executor:
             try:
                 problem = self._perform(task, run, vm, step)
             except AgentError as error:
-                if not self._is_done_anyway(run, vm, step, error, frozenset(spent)):
+                if not self._is_done_anyway(run, vm, step, error, frozenset(failed)):
                     raise
                 run.reports[-1] = msgspec.structs.replace(run.reports[-1], problem=None)
                 return
             if problem is not None:
-                spent.update(spent_by(run.reports[-1]))
+                failed.update(failed_by(run.reports[-1]))
                 return
             if not step.soft:
                 confirmed.add(step)
 
-    def _retreat(self, task: Task, run: Run, vm: HeldVm, error: AgentError) -> None:
+    def _roll_back(self, task: Task, run: Run, vm: OpenVm, error: AgentError) -> None:
         """Go where the command wants to be after this failure, as far as it can be reached.
 
         Raises:
@@ -579,12 +579,12 @@ class Executor:
         try:
             assert run.after is not None
             seen, run.after = run.after, self._observe(vm, run.command.observe_guest)
-            goal = run.command.retreat(run.goal, seen, run.after, error)
+            goal = run.command.rollback_goal(run.goal, seen, run.after, error)
             if goal is None:
                 return
             log.info("task retreats", **error_fields(error))
             run.goal, run.interrupted = msgspec.structs.replace(goal, failure=Problem.of(error)), True
-            if steps := run.command.advance(run.goal, run.after, frozenset()):
+            if steps := run.command.next_steps(run.goal, run.after, frozenset()):
                 self._record_goal(task, run, steps)
             self._reach_goal(task, run, vm)
         except Exception as raised:
@@ -596,7 +596,7 @@ class Executor:
             else:
                 log.failure("changes cannot be undone", failure, error_code=failure.code)
 
-    def _take_back(self, task: Task, run: Run, vm: HeldVm) -> None:
+    def _cancel_requests(self, task: Task, run: Run, vm: OpenVm) -> None:
         """Take back what was asked of the guest and not reached: whatever the command, and however it ended.
 
         Raises:
@@ -615,7 +615,7 @@ class Executor:
                 raise
             log.warning("the request to the guest cannot be taken back", **error_fields(failure))
 
-    def _observe(self, vm: HeldVm, parts: frozenset[str]) -> Facts:
+    def _observe(self, vm: OpenVm, parts: frozenset[str]) -> Facts:
         """Return what is so now, with what the agent itself knows of the guest."""
         return self._left.add(vm.observe(parts))
 
@@ -633,7 +633,7 @@ class Executor:
         self._left.keep(run.after, steps[0])
         self._journal.record_goal(task.task_uuid, goal, before, msgspec.json.encode(steps[0]), run.recorded)
 
-    def _is_done_anyway(self, run: Run, vm: HeldVm, step: AnyStep, error: AgentError, spent: frozenset[str]) -> bool:
+    def _is_done_anyway(self, run: Run, vm: OpenVm, step: AnyStep, error: AgentError, failed: frozenset[str]) -> bool:
         """Return whether a step that failed after an interruption or on the way back has its effect nevertheless.
 
         A call that was cut off may still be carried out by libvirt after it was looked for, and then its repetition
@@ -643,12 +643,12 @@ class Executor:
         if not run.interrupted or error.code is Code.LIBVIRT_UNAVAILABLE:
             return False
         facts = self._observe(vm, run.command.observe_guest)
-        if step in run.command.advance(run.goal, facts, spent):
+        if step in run.command.next_steps(run.goal, facts, failed):
             return False
         log.info("step failed and already exists", step=type(step).__name__, error=error.message)
         return True
 
-    def _perform(self, task: Task, run: Run, vm: HeldVm, step: AnyStep) -> Problem | None:
+    def _perform(self, task: Task, run: Run, vm: OpenVm, step: AnyStep) -> Problem | None:
         """Perform and journal one step; return a soft step's problem.
 
         Raises:
@@ -688,7 +688,7 @@ class Executor:
         if not run.reports:
             return
         try:
-            with self._hold(run) as vm:
+            with self._open_vm(run) as vm:
                 run.after = self._observe(vm, run.command.observe_guest)
         except Exception as error:
             log.warning("the VM cannot be read after the failure", **error_fields(make_error(error)))

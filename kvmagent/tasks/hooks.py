@@ -23,10 +23,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from kvmagent.logs import Log
-from kvmagent.meters import phase
 from kvmagent.model.command import Goal
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.private import OpenToOthers, check_trusted, owners_of
+from kvmagent.recorder import phase
+from kvmagent.secretfiles import OpenToOthers, check_trusted, owners_of
 from kvmagent.tasks.journal import Task
 
 log = Log(__name__)

@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import format_size
 from kvmagent.model.vmname import VmId
+from kvmagent.recorder import Recorder
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journalfile import Database, JournalFile, Row
 
@@ -164,7 +164,7 @@ class StepTime(NamedTuple):
     elapsed_ms: float | None
 
 
-class Owed(msgspec.Struct, frozen=True):
+class Undelivered(msgspec.Struct, frozen=True):
     """A callback that is owed since `owed_at`, without its body: what delivery keeps in memory.
 
     `own_at` is the same moment in the agent's own time, which alone says for how long.
@@ -182,7 +182,7 @@ class Left(NamedTuple):
     """What is still to be done: the unfinished tasks and the owed callbacks, in order of acceptance."""
 
     unfinished: list[Task]
-    owed: list[Owed]
+    owed: list[Undelivered]
 
 
 class Journal:
@@ -210,9 +210,11 @@ class Journal:
         clock: Callable[[], float] = time.time,
         elapsed: Callable[[], float] = time.monotonic,
         fault: Fault = no_fault,
-        meters: Meters | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
-        self._file = JournalFile(path, survey=_find_left, on_surveyed=on_left, fault=fault, meters=meters or Meters())
+        self._file = JournalFile(
+            path, survey=_find_left, on_surveyed=on_left, fault=fault, recorder=recorder or Recorder()
+        )
         self._on_accepted = on_accepted
         #: What the file may hold; None: as much as there is room for.
         self.max_bytes = max_bytes
@@ -373,13 +375,13 @@ class Journal:
         sql = "UPDATE tasks SET vm_uuid = ?, vm_name = ? WHERE task_uuid = ?"
         self._file.write_later("note_vm", lambda db: db.execute(sql, (vm_uuid, vm_name, task_uuid)))
 
-    def finish(self, task_uuid: str, reply: bytes, outcome: str, made: Change | None = None) -> Owed:
+    def finish(self, task_uuid: str, reply: bytes, outcome: str, made: Change | None = None) -> Undelivered:
         """-> finished: the result, with it the callback that is owed, and what it `made` of its VM.
 
         Raises AgentError CANCELLED when the task was taken back before: it has its result.
         """
 
-        def change(db: Database) -> Owed:
+        def change(db: Database) -> Undelivered:
             _refuse_withdrawn(db, task_uuid, reply)
             moved = _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
             if made is not None:
@@ -387,18 +389,18 @@ class Journal:
             return moved
 
         now, since = self._clock(), self._owed_since()
-        owed: Owed = self._file.write_now("finish", change)
+        owed: Undelivered = self._file.write_now("finish", change)
         self.results += 1
         return owed
 
-    def cancel(self, task_uuid: str, reply: bytes, outcome: str, *, then: Callable[[Owed], None]) -> None:
+    def cancel(self, task_uuid: str, reply: bytes, outcome: str, *, then: Callable[[Undelivered], None]) -> None:
         """-> finished, for a task that has touched nothing yet: it has no goal. Its callback is owed as of any other.
 
         `then` gets it once it is on disk, also where that comes after the caller was given up. Raises AgentError
         TASK_NOT_CANCELLABLE with what the task is doing; JOURNAL_UNAVAILABLE, at once.
         """
 
-        def change(db: Database) -> Owed:
+        def change(db: Database) -> Undelivered:
             row = db.execute("SELECT state, outcome, goal FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
             if row["state"] not in UNFINISHED:
                 raise AgentError(
@@ -422,13 +424,13 @@ class Journal:
 
     def finish_late(
         self, task_uuid: str, reply: bytes, outcome: str, *, owed: bool, made: Change | None = None
-    ) -> Owed | None:
+    ) -> Undelivered | None:
         """Store a result that came after the answer, in place of it; return the callback, where one is owed.
 
         Not while the first callback is owed: it would be taken for the second. Raises AgentError TASK_CONFLICT then.
         """
 
-        def change(db: Database) -> Owed | None:
+        def change(db: Database) -> Undelivered | None:
             row = db.execute("SELECT state, reply FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
             # With this reply it is an earlier try, which came to disk all the same.
             if row is None or (row["state"] == "finished" and row["reply"] != reply):
@@ -445,7 +447,7 @@ class Journal:
             return moved
 
         now, since = self._clock(), self._owed_since()
-        callback: Owed | None = self._file.write_now("finish_late", change)
+        callback: Undelivered | None = self._file.write_now("finish_late", change)
         return callback
 
     def note_refusal(
@@ -477,7 +479,7 @@ class Journal:
             keep=False,
         )
 
-    def settle(self, task_uuid: str, state: State, error: str | None, *, attempts: int | None = None) -> None:
+    def record_delivery(self, task_uuid: str, state: State, error: str | None, *, attempts: int | None = None) -> None:
         """finished -> delivered, gone or given_up; does not wait: a callback may arrive twice, not never."""
         values: dict[str, Any] = {"delivery_error": error} | ({} if attempts is None else {"attempts": attempts})
 
@@ -489,15 +491,15 @@ class Journal:
 
         self._file.write_later("settle", change)
 
-    def owe_again(self, task_uuid: str) -> Owed:
+    def owe_again(self, task_uuid: str) -> Undelivered:
         """delivered, gone or given_up -> finished: the caller asked for the callback again, from now on."""
 
-        def change(db: Database) -> Owed:
+        def change(db: Database) -> Undelivered:
             return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, **since)
 
         since = self._owed_since()
         with _given_up_in_time("the callback"):
-            owed: Owed = self._file.write_now("owe_again", change, keep=False, timeout_s=_ACCEPT_WAIT_S)
+            owed: Undelivered = self._file.write_now("owe_again", change, keep=False, timeout_s=_ACCEPT_WAIT_S)
         return owed
 
     def prune(self, *, keep_tasks: int, keep_s: float, keep_changes_s: float) -> None:
@@ -553,9 +555,9 @@ class Journal:
         """Return the tasks that answered `pending`: what they removed may still leave."""
         return [row["task_uuid"] for row in self._file.read("SELECT task_uuid FROM tasks WHERE outcome = 'pending'")]
 
-    def owed(self) -> list[Owed]:
+    def owed(self) -> list[Undelivered]:
         """Return the callbacks that are owed, in order of acceptance."""
-        return [Owed(**dict(row)) for row in self._file.read(_OWED)]
+        return [Undelivered(**dict(row)) for row in self._file.read(_OWED)]
 
     def newest(
         self,
@@ -667,7 +669,7 @@ _CUT_STEPS = (
     "UPDATE steps SET cut_off = 1 WHERE elapsed_ms IS NULL AND task_uuid IN"
     " (SELECT task_uuid FROM tasks WHERE state IN ('accepted', 'running'))"
 )
-_OWED = f"SELECT {', '.join(Owed.__struct_fields__)} FROM tasks WHERE state = 'finished' ORDER BY seq"
+_OWED = f"SELECT {', '.join(Undelivered.__struct_fields__)} FROM tasks WHERE state = 'finished' ORDER BY seq"
 # json_quote, for what is no text there is told as it is.
 _WRONG = ", ".join(
     f"'{name}', json(json_quote(json_extract(CAST(reply AS TEXT), '$.{name}')))"
@@ -709,7 +711,7 @@ def _read_unfinished(row: Row) -> Task:
 
 def _find_left(db: Database) -> Left:
     unfinished = [_read_unfinished(row) for row in db.execute(_UNFINISHED)]
-    return Left(unfinished, [Owed(**dict(row)) for row in db.execute(_OWED)])
+    return Left(unfinished, [Undelivered(**dict(row)) for row in db.execute(_OWED)])
 
 
 def task_not_yours(task_uuid: str) -> AgentError:
@@ -731,7 +733,7 @@ def _given_up_in_time(what: str) -> Iterator[None]:
         raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error
 
 
-def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
+def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Undelivered:
     """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns.
 
     Raises AgentError CANCELLED for a task that is to run and was taken back.
@@ -743,7 +745,7 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Owed:
         row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
-    return Owed(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0, row["own_at"])
+    return Undelivered(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0, row["own_at"])
 
 
 @functools.cache

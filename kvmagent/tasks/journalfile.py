@@ -35,8 +35,8 @@ from typing import Any
 
 from kvmagent.backoff import Backoff
 from kvmagent.logs import Log, error_fields
-from kvmagent.meters import Meters, phase
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.recorder import Recorder, phase
 from kvmagent.tasks.faults import Fault
 
 log = Log(__name__)
@@ -196,7 +196,7 @@ class JournalFile:
     """Thread-safe. `survey` looks at the file after a failure, as a change does; `on_surveyed` gets what it returns."""
 
     def __init__(
-        self, path: Path, *, survey: Change, on_surveyed: Callable[[Any], None], fault: Fault, meters: Meters
+        self, path: Path, *, survey: Change, on_surveyed: Callable[[Any], None], fault: Fault, recorder: Recorder
     ) -> None:
         self._path = path
         self._log_path = path.with_name(f"{path.name}-wal")
@@ -207,7 +207,7 @@ class JournalFile:
         self._log_lock = threading.Lock()
         self._log_fd: int | None = None
         self._log_inode: tuple[int, int] | None = None
-        self._meters = meters
+        self._recorder = recorder
         self._fault = fault
         self._changed = threading.Condition()
         self._writes: list[_Write] = []
@@ -411,7 +411,7 @@ class JournalFile:
         error = self._commit(batch)
         self._busy_since = None
         if error is None:
-            self._meters.committed(time.monotonic() - started, len(batch))
+            self._recorder.committed(time.monotonic() - started, len(batch))
             return True
         with self._changed:
             self._writes = [write for write in batch if write.keep] + self._writes

@@ -28,9 +28,9 @@ from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.roles import LOCAL, Access
 from kvmagent.model.units import Amount
 from kvmagent.model.vmname import parse_uuid
-from kvmagent.tasks.answers import make_error
 from kvmagent.tasks.decision import decide
 from kvmagent.tasks.journal import UNFINISHED, Task
+from kvmagent.tasks.replies import make_error
 
 log = Log(__name__)
 

@@ -1,7 +1,7 @@
 """Says what resizes of a VM would mean: one look at it, then the commands' own decisions, for each target.
 
     plan(request)
-      node.hold, observe                 once, whatever the number of targets
+      node.open_vm, observe              once, whatever the number of targets
       per target
         the command for each resource    the one that grows it, or where that refuses the one that shrinks it
         decide, as a task would          accepted: live, live-unconfirmed, live-rounded, live-partial
@@ -42,8 +42,8 @@ from kvmagent.model.policy import explain_not_asked, may_online
 from kvmagent.model.reply import Outcome, Problem
 from kvmagent.model.steps import AnyStep, DefineShape, Shape
 from kvmagent.model.units import format_size
-from kvmagent.tasks.answers import make_error
 from kvmagent.tasks.decision import decide
+from kvmagent.tasks.replies import make_error
 
 log = Log(__name__)
 
@@ -58,7 +58,7 @@ FindTook = Callable[[str, Sequence[AnyStep]], Took | None]
 
 
 class PlannedVm(Protocol):
-    """What is needed of hypervisor.node.HeldVm."""
+    """What is needed of hypervisor.node.OpenVm."""
 
     def observe(self, parts: frozenset[str]) -> Facts:
         """Return what is so now."""
@@ -70,7 +70,7 @@ class PlannedVm(Protocol):
 class PlannedNode(Protocol):
     """What is needed of hypervisor.node.Node."""
 
-    def hold(self, vm: str) -> AbstractContextManager[PlannedVm]:
+    def open_vm(self, vm: str) -> AbstractContextManager[PlannedVm]:
         """Have a VM for a piece of work."""
 
 
@@ -112,7 +112,7 @@ class Planner:
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
-        with self._node.hold(request.vm_uuid) as vm:
+        with self._node.open_vm(request.vm_uuid) as vm:
             facts = vm.observe(self._parts)
             sketch = _Sketch(self, vm, facts, request.vm_uuid)
             return PlanReply(
@@ -318,7 +318,7 @@ def _try(command: Command, request: VmRequest, facts: Facts) -> _Trial:
     try:
         ending = Ending(request, trial.goal, before=facts, after=facts, reports=(), error=None, planned=trial.steps)
         judgement = judge(ending)
-        own = command.conclude(replace(ending, judgement=judgement))
+        own = command.reply_fields(replace(ending, judgement=judgement))
     except Exception as error:
         return _refused(command, request, error)
     told = [*judgement.warnings, *own.get("warnings", ())]

@@ -15,7 +15,7 @@ from kvmagent.tasks.journal import StepRecord, Task
 
 log = Log(__name__)
 
-# Made here and once, for the reason that model.shapes gives.
+# Made here and once, for the reason that model.decoders gives.
 _FACTS = msgspec.json.Decoder(Facts)
 _STEP: msgspec.json.Decoder[AnyStep] = msgspec.json.Decoder(AnyStep)
 _PROBLEM = msgspec.json.Decoder(Problem)
@@ -25,7 +25,7 @@ def _decide_nothing(request: Any, facts: Facts, task_uuid: str) -> Goal:
     return Goal()
 
 
-def _advance_nowhere(goal: Any, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _advance_nowhere(goal: Any, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     return ()
 
 
@@ -39,7 +39,7 @@ GONE = Command(
     goal=Goal,
     observe_guest=frozenset({"cpus", "memory"}),
     decide=_decide_nothing,
-    advance=_advance_nowhere,
+    next_steps=_advance_nowhere,
     refusals=(),
     role="admin",
 )
@@ -85,7 +85,7 @@ class Run:
         )
 
 
-def spent_by(report: StepReport) -> tuple[str, str]:
+def failed_by(report: StepReport) -> tuple[str, str]:
     """Return what a soft step's failure gives up, and that with why."""
     assert report.problem is not None
     return report.step.key, f"{report.step.key} {report.problem.code}"

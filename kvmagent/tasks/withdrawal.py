@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from kvmagent.logs import Log, error_fields, log_context
-from kvmagent.meters import Meters
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
-from kvmagent.tasks.answers import make_reply
-from kvmagent.tasks.journal import UNFINISHED, Journal, Owed, Task
+from kvmagent.recorder import Recorder
+from kvmagent.tasks.journal import UNFINISHED, Journal, Task, Undelivered
 from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.replies import make_reply
 from kvmagent.tasks.run import bare_reply
 
 log = Log(__name__)
@@ -37,14 +37,14 @@ class Withdrawal:
         lanes: Lanes,
         declared: Mapping[str, Command | Query],
         *,
-        on_finished: Callable[[Owed], None],
-        meters: Meters | None = None,
+        on_finished: Callable[[Undelivered], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self._journal = journal
         self._lanes = lanes
         self._declared = declared
         self._on_finished = on_finished
-        self._meters = meters or Meters()
+        self._recorder = recorder or Recorder()
 
     def withdraw(self, task_uuid: str) -> Task:
         """Take a task back and return it as it was; one that was taken back before stays so, and is not told again.
@@ -58,10 +58,10 @@ class Withdrawal:
         if _was_withdrawn(task):
             return task
 
-        def tell(owed: Owed) -> None:
+        def tell(owed: Undelivered) -> None:
             self._lanes.withdraw(task)
             self._on_finished(owed)
-            self._meters.ended(task.command, OUTCOME, error.code)
+            self._recorder.ended(task.command, OUTCOME, error.code)
             with log_context(**task.log_fields):
                 log.info("task finished", outcome=OUTCOME, **error_fields(error))
 

@@ -9,7 +9,7 @@ import msgspec
 
 from kvmagent.model.facts import VmState
 from kvmagent.model.host import (
-    HostFacts,
+    HostInventory,
     HostView,
     ManagementServer,
     Progress,
@@ -249,7 +249,7 @@ def report_progress(progress: Progress, server: ManagementServer) -> tuple[Repor
     return (Report("/progress/report", body),)
 
 
-def _get_host(view: HostView) -> HostFacts:
+def _get_host(view: HostView) -> HostInventory:
     assert view.host is not None, "the query declares that it needs the host"
     return view.host
 

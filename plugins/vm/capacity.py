@@ -17,7 +17,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.fields import Method
 from kvmagent.model.hostbudget import refuse_growth
-from kvmagent.model.ownerswill import ask_owner
+from kvmagent.model.ownerpolicy import check_owner_policy
 from kvmagent.model.units import align_up
 
 from . import cpu, memory
@@ -81,7 +81,7 @@ class _Planners:
         """The executor asks the owner of every goal, and holds it against the host's memory, as this does."""
         try:
             goal = decide()
-            ask_owner(self.facts, self.affect, goal)
+            check_owner_policy(self.facts, self.affect, goal)
             refuse_growth(goal.totals, self.facts)
         except AgentError as error:
             return error

@@ -72,25 +72,25 @@ def decide(request: HotPlugCpuRequest, facts: Facts, task_uuid: str) -> CpuGoal:
         former=find_former(facts, live=live, config=config),
         back=tuple(sorted(facts.left_offline)) if live else (),
     )
-    if advance(goal, facts, frozenset()):
+    if next_steps(goal, facts, frozenset()):
         refuse_first(check_cpu(facts, request.affect, request.cpu_num))
     return goal
 
 
-def advance(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: CpuGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: the hypervisor's part first, then the guest's; or the way back.
 
     Raises:
         AgentError: VM_MIGRATED, when the guest does not use the one vCPU that it was given first.
     """
     if goal.failure is not None:
-        return _undo_steps(goal, facts, spent)
+        return _undo_steps(goal, facts, failed)
     if _is_one_first(goal, facts):
-        return _first_steps(goal, facts, spent)
-    return _plug_steps(goal, facts, spent)
+        return _first_steps(goal, facts, failed)
+    return _plug_steps(goal, facts, failed)
 
 
-def _plug_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _plug_steps(goal: CpuGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     live = goal.live and facts.get_live().vcpu_current < goal.cpu_num
     config = goal.config and facts.get_config().vcpu_current < goal.cpu_num
     steps: list[AnyStep] = []
@@ -98,10 +98,10 @@ def _plug_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[Any
         steps.append(SetVcpus(count=goal.cpu_num, target="config" if not live else "both" if config else "live"))
     if steps and goal.added and goal.known is not None:
         steps.append(_await_guest(goal, goal.known))
-    return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent) or _guest_steps(goal, facts, spent)
+    return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, failed) or _guest_steps(goal, facts, failed)
 
 
-def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuGoal | None:
+def rollback_goal(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuGoal | None:
     """Return the way back, where there is something to be done on it; None where it failed itself.
 
     There is none where the VM had other vCPUs than the former ones already when what failed was planned: these may be
@@ -113,15 +113,15 @@ def retreat(goal: CpuGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuG
     if error.code is not Code.VM_MIGRATED and not is_back(goal.former, seen):
         return None
     way_back = msgspec.structs.replace(goal, failure=Problem.of(error), resumed=False)
-    return way_back if advance(way_back, facts, frozenset()) else None
+    return way_back if next_steps(way_back, facts, frozenset()) else None
 
 
-def resume(goal: CpuGoal) -> CpuGoal:
+def resumed_goal(goal: CpuGoal) -> CpuGoal:
     """Return the goal as it is pursued after an interruption: the same target, the way back with more caution."""
     return msgspec.structs.replace(goal, resumed=True)
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return what is to be said beside what every reply says: of shares that were to follow."""
     return {"warnings": explain_shares(ending) if ending.is_done else []}
 
@@ -131,17 +131,17 @@ def _keep(cpu_num: int, facts: Facts) -> int:
     return max(cpu_num, facts.get_config().vcpu_current)
 
 
-def _guest_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _guest_steps(goal: CpuGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     guest = facts.guest
     added = goal.added + len(goal.back)
     if not added or goal.known is None or guest.vcpus is None:
         return ()
     others = tuple(n for n in goal.known if n not in goal.back)
     new = [cpu for cpu in guest.vcpus if cpu.id not in others]
-    if len(new) < added and AwaitGuestVcpus.__name__ not in spent:
+    if len(new) < added and AwaitGuestVcpus.__name__ not in failed:
         return (AwaitGuestVcpus(known=others, added=added, timeout_sec=goal.timeout_sec),)
     offline = tuple(sorted(cpu.id for cpu in new if not cpu.online))
-    if offline and goal.guest_online and OnlineGuestVcpus.__name__ not in spent:
+    if offline and goal.guest_online and OnlineGuestVcpus.__name__ not in failed:
         return (OnlineGuestVcpus(ids=offline),)
     return ()
 
@@ -157,7 +157,7 @@ def _is_one_first(goal: CpuGoal, facts: Facts) -> bool:
     return facts.domain.migrated and goal.added >= (1 if known is not None and goal.guest_online else 2)
 
 
-def _first_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _first_steps(goal: CpuGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do for the first vCPU of a VM that was migrated.
 
     Raises:
@@ -165,7 +165,7 @@ def _first_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[An
     """
     first = goal.cpu_num - goal.added + 1
     alone = msgspec.structs.replace(goal, cpu_num=first, added=1, config=False, shares=())
-    if steps := _plug_steps(alone, facts, spent):
+    if steps := _plug_steps(alone, facts, failed):
         return steps
     rest = f"; {goal.added - 1} more were not plugged" if goal.added > 1 else ""
     raise AgentError(
@@ -175,14 +175,14 @@ def _first_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[An
     )
 
 
-def _undo_steps(goal: CpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _undo_steps(goal: CpuGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """None where the shares have followed already: then the change was whole, and what failed came after it."""
     if goal.former is None or are_shares_set(goal.shares, facts):
         return ()
     return undo_steps(
         goal.former,
         facts,
-        spent,
+        failed,
         cpu_num=goal.cpu_num,
         known=goal.known,
         may_offline=not goal.resumed,
@@ -205,8 +205,8 @@ HOT_PLUG_CPU = Command(
     observe_guest=frozenset({"cpus"}),
     observe_first=frozenset({"budget"}),
     decide=decide,
-    advance=advance,
-    conclude=conclude,
+    next_steps=next_steps,
+    reply_fields=reply_fields,
     role="plug",
     resizes=Resize(frozenset({"cpu"}), "up"),
     refusals=(
@@ -225,6 +225,6 @@ HOT_PLUG_CPU = Command(
         Code.HOST_MEMORY_PROMISED,
         Code.MEMORY_HARD_LIMIT,
     ),
-    retreat=retreat,
-    resume=resume,
+    rollback_goal=rollback_goal,
+    resumed_goal=resumed_goal,
 )

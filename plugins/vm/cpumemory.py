@@ -53,43 +53,43 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
     return CpuMemoryGoal(totals=memory_goal.totals + cpu_goal.totals, memory=memory_goal, cpu=cpu_goal)
 
 
-def advance(goal: CpuMemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: CpuMemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: the memory, then the vCPUs; or the way back.
 
     Raises:
         AgentError: when the memory cannot be had in full: then there are to be no vCPUs either.
     """
     if goal.undo_memory is not None:
-        way_back = cpu.advance(goal.cpu, facts, spent) if goal.cpu.failure is not None else ()
-        return way_back or shrink.advance(goal.undo_memory, facts, spent)
-    if steps := memorygoal.advance(goal.memory, facts, spent):
+        way_back = cpu.next_steps(goal.cpu, facts, failed) if goal.cpu.failure is not None else ()
+        return way_back or shrink.next_steps(goal.undo_memory, facts, failed)
+    if steps := memorygoal.next_steps(goal.memory, facts, failed):
         return steps
     if shortfall := memorygoal.find_shortfall(goal.memory, facts):
         raise shortfall
-    return cpu.advance(goal.cpu, facts, spent)
+    return cpu.next_steps(goal.cpu, facts, failed)
 
 
-def retreat(goal: CpuMemoryGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuMemoryGoal | None:
+def rollback_goal(goal: CpuMemoryGoal, seen: Facts, facts: Facts, error: AgentError) -> CpuMemoryGoal | None:
     """Return the way back, as far as there is one; None where it failed itself."""
     if goal.undo_memory is not None:
         return None
     return msgspec.structs.replace(
         goal,
-        cpu=cpu.retreat(goal.cpu, seen, facts, error) or goal.cpu,
+        cpu=cpu.rollback_goal(goal.cpu, seen, facts, error) or goal.cpu,
         failure=Problem.of(error),
         undo_memory=_undo_memory(goal.memory, facts),
     )
 
 
-def resume(goal: CpuMemoryGoal) -> CpuMemoryGoal:
+def resumed_goal(goal: CpuMemoryGoal) -> CpuMemoryGoal:
     """Return the goal as it is pursued after an interruption."""
-    return msgspec.structs.replace(goal, cpu=cpu.resume(goal.cpu))
+    return msgspec.structs.replace(goal, cpu=cpu.resumed_goal(goal.cpu))
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return what both parts have to say."""
     goal = None if ending.goal is None else ending.goal.memory
-    told = memory.conclude(replace(ending, goal=goal))
+    told = memory.reply_fields(replace(ending, goal=goal))
     definition = None
     if ending.after is not None:
         domain = ending.after.domain
@@ -138,11 +138,11 @@ HOT_PLUG_CPU_MEMORY = Command(
     observe_guest=frozenset({"cpus", "memory"}),
     observe_first=frozenset({"os", "budget", "balloon target"}),
     decide=decide,
-    advance=advance,
-    conclude=conclude,
+    next_steps=next_steps,
+    reply_fields=reply_fields,
     role="plug",
     resizes=Resize(frozenset({"cpu", "memory"}), "up"),
     refusals=tuple(dict.fromkeys((*memory.HOT_PLUG_MEMORY.refusals, *cpu.HOT_PLUG_CPU.refusals))),
-    retreat=retreat,
-    resume=resume,
+    rollback_goal=rollback_goal,
+    resumed_goal=resumed_goal,
 )

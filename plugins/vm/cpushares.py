@@ -45,7 +45,7 @@ def plan_shares(
 
 
 def shares_steps(
-    planned: tuple[PlannedShares, ...], facts: Facts, cpu_num: int, spent: frozenset[str]
+    planned: tuple[PlannedShares, ...], facts: Facts, cpu_num: int, failed: frozenset[str]
 ) -> tuple[AnyStep, ...]:
     """Return what sets the shares of the definitions that have their vCPUs already."""
     definitions = dict(_definitions(facts, "both"))
@@ -54,7 +54,7 @@ def shares_steps(
         for one in planned
         if (own := definitions.get(one.target)) and own.vcpu_current == cpu_num and own.cpu_shares != one.shares
     )
-    return tuple(step for step in steps if step.key not in spent)
+    return tuple(step for step in steps if step.key not in failed)
 
 
 def are_shares_set(planned: tuple[PlannedShares, ...], facts: Facts) -> bool:

@@ -65,17 +65,17 @@ def _find_device_floor(live: Definition) -> int | None:
 
 
 def online_steps(
-    guest: Guest, blocks: tuple[range, ...], spent: frozenset[str], *, online: bool, timeout_s: float
+    guest: Guest, blocks: tuple[range, ...], failed: frozenset[str], *, online: bool, timeout_s: float
 ) -> tuple[AnyStep, ...]:
     """Return what brings these blocks online: wait until the guest lists them, then ask it."""
     if guest.blocks is None or not any(blocks):
         return ()
-    if count_missing(listed_blocks(guest), blocks) and AwaitGuestMemory.__name__ not in spent:
+    if count_missing(listed_blocks(guest), blocks) and AwaitGuestMemory.__name__ not in failed:
         # The guest's agent reads no block size by which these could be more than it can list.
         wanted = tuple(sorted(index for span in blocks for index in span))
         return (AwaitGuestMemory(blocks=wanted, timeout_sec=timeout_s),)
     offline = tuple(sorted(pick_blocks(listed_blocks(guest) - online_blocks(guest), blocks)))
-    if offline and online and OnlineGuestMemory.__name__ not in spent:
+    if offline and online and OnlineGuestMemory.__name__ not in failed:
         return (OnlineGuestMemory(blocks=offline),)
     return ()
 

@@ -20,7 +20,7 @@ def find_balloon_leftover(facts: Facts) -> int | None:
     return None if facts.domain.live is None or actual is None or target == actual else target
 
 
-def settle(facts: Facts, affect: Affect) -> Facts:
+def cancel_leftovers(facts: Facts, affect: Affect) -> Facts:
     """Return the VM as it is once each virtio-mem device is asked for what it has."""
     live, config = facts.domain.live, facts.domain.config
     if affect == "config" or live is None or all(device.is_settled for device in live.devices):

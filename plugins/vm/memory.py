@@ -40,9 +40,9 @@ from .guestmemory import (
     split_for_guest,
 )
 from .guestos import check_plugs_memory, check_virtio_mem, find_limits
-from .leftovers import explain_leftovers, find_balloon_leftover, find_other_half, settle
+from .leftovers import cancel_leftovers, explain_leftovers, find_balloon_leftover, find_other_half
 from .machines import Ability, find_machine
-from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, advance
+from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, next_steps
 from .placement import check_placement
 from .requests import Blocker, HotPlugMemoryRequest, MemoryReply
 
@@ -58,7 +58,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
     request = msgspec.structs.replace(request, guest_online=request.guest_online and may_online(facts))
-    found, facts = facts, settle(facts, request.affect)
+    found, facts = facts, cancel_leftovers(facts, request.affect)
     balloon_bytes = _decide_balloon(request, facts)
     holds_balloon = balloon_bytes is None and request.affect != "config" and find_balloon_leftover(facts) is not None
     if holds_balloon:
@@ -172,7 +172,7 @@ def _find_gains(
     return {node: size for node, size in gains.items() if size}
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return what the reply says of rounding, and what is to be said of memory that is no failing."""
     goal = ending.goal
     aligned = None
@@ -519,8 +519,8 @@ HOT_PLUG_MEMORY = Command(
     observe_guest=frozenset({"memory"}),
     observe_first=frozenset({"os", "budget", "balloon target"}),
     decide=decide,
-    advance=advance,
-    conclude=conclude,
+    next_steps=next_steps,
+    reply_fields=reply_fields,
     role="plug",
     resizes=Resize(frozenset({"memory"}), "up"),
     refusals=(

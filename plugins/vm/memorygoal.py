@@ -115,18 +115,18 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
         return bool(self.dimms or grows or self.virtio_mem)
 
 
-def advance(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: balloon, then virtio-mem, then dimms; each with the guest's part.
 
     Raises:
         AgentError: GUEST_MEMORY_SHORT, when the guest did not take in a dimm that the next one needs.
     """
     return (
-        _balloon_steps(goal, facts, spent)
-        or resize_steps(goal.resizes, facts, spent, goal.timeout_sec)
-        or _virtio_mem_steps(goal, facts, spent)
-        or _dimm_steps(goal, facts, spent)
-        or _back_online_steps(goal, facts, spent)
+        _balloon_steps(goal, facts, failed)
+        or resize_steps(goal.resizes, facts, failed, goal.timeout_sec)
+        or _virtio_mem_steps(goal, facts, failed)
+        or _dimm_steps(goal, facts, failed)
+        or _back_online_steps(goal, facts, failed)
     )
 
 
@@ -179,14 +179,14 @@ def _balloon_wanted(goal: MemoryGoal, facts: Facts) -> int:
     return (goal.balloon_bytes or 0) + sum(attached)
 
 
-def _balloon_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _balloon_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """The guest moves the balloon: its actual size, not the call, tells what was reached; the definition follows."""
     if goal.balloon_bytes is None:
         return ()
     actual, wanted = facts.domain.balloon_bytes, _balloon_wanted(goal, facts)
     asked = facts.domain.balloon_target_bytes
     if goal.balloon_live and actual is not None and (actual < wanted or asked not in (None, wanted)):
-        if AwaitBalloon.__name__ in spent:
+        if AwaitBalloon.__name__ in failed:
             return ()
         return (
             SetBalloon(size_bytes=wanted, target="live"),
@@ -199,7 +199,7 @@ def _balloon_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tup
 
 
 def resize_steps(
-    resizes: tuple[PlannedResize, ...], facts: Facts, spent: frozenset[str], timeout_s: float
+    resizes: tuple[PlannedResize, ...], facts: Facts, failed: frozenset[str], timeout_s: float
 ) -> tuple[AnyStep, ...]:
     """Return what brings virtio-mem devices to their sizes: ask, then wait for the guest; then the definition."""
     for resize in resizes:
@@ -220,7 +220,7 @@ def resize_steps(
             )
         if resize.target == "live" and device.alias is not None and device.current_bytes != resize.requested_bytes:
             wait = AwaitVirtioMem(alias=device.alias, size_bytes=resize.requested_bytes, timeout_sec=timeout_s)
-            if wait.key in spent:  # the definition follows what the guest did, not what it was asked for
+            if wait.key in failed:  # the definition follows what the guest did, not what it was asked for
                 return ()
             steps.append(wait)
         if steps:
@@ -228,7 +228,7 @@ def resize_steps(
     return ()
 
 
-def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Attach the new virtio-mem device; then bring online what the guest did not list before."""
     if goal.virtio_mem is not None:
         planned = goal.virtio_mem
@@ -242,17 +242,17 @@ def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> 
         device = facts.get_live().find_device(planned.alias) if planned.live else None
         if device is not None and device.current_bytes != planned.requested_bytes:
             wait = AwaitVirtioMem(alias=planned.alias, size_bytes=planned.requested_bytes, timeout_sec=goal.timeout_sec)
-            if wait.key not in spent:
+            if wait.key not in failed:
                 return (wait,)
     if goal.dimms or not goal.changes_live or not goal.plugs or facts.guest.blocks is None:
         return ()
-    if steps := _await_blocks(goal, facts, spent):
+    if steps := _await_blocks(goal, facts, failed):
         return steps
     new = spans_of(listed_blocks(facts.guest) - goal.known_blocks)
-    return online_steps(facts.guest, new, spent, online=goal.guest_online, timeout_s=goal.timeout_sec)
+    return online_steps(facts.guest, new, failed, online=goal.guest_online, timeout_s=goal.timeout_sec)
 
 
-def _await_blocks(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _await_blocks(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Wait until the guest lists what its virtio-mem devices have grown by: it says that it took the memory before.
 
     Observed: Linux 6.1, in one of three first attaches. Where it told nothing before, nobody knows how many there were.
@@ -270,17 +270,17 @@ def _await_blocks(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tupl
     )
     listed = listed_blocks(facts.guest) - goal.known_blocks
     new = listed - pick_blocks(listed, dimm_blocks(live, quantum))
-    if len(new) >= added or AwaitGuestBlocks.__name__ in spent:
+    if len(new) >= added or AwaitGuestBlocks.__name__ in failed:
         return ()
     count = len(facts.guest.blocks or ()) + added - len(new)
     return (AwaitGuestBlocks(count=count, timeout_sec=goal.timeout_sec),)
 
 
-def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _dimm_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     if not goal.one_by_one:
-        return _attach_steps(goal, goal.dimms, facts) or _dimm_online_steps(goal, goal.dimms, facts, spent)
+        return _attach_steps(goal, goal.dimms, facts) or _dimm_online_steps(goal, goal.dimms, facts, failed)
     for dimm in goal.dimms:
-        if steps := _attach_steps(goal, (dimm,), facts) or _dimm_online_steps(goal, (dimm,), facts, spent):
+        if steps := _attach_steps(goal, (dimm,), facts) or _dimm_online_steps(goal, (dimm,), facts, failed):
             return steps
         if dimm is not goal.dimms[-1] and count_missing(online_blocks(facts.guest), _dimm_blocks((dimm,), facts)):
             raise AgentError(
@@ -290,13 +290,13 @@ def _dimm_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[
     return ()
 
 
-def _back_online_steps(goal: MemoryGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _back_online_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """What has left the VM meanwhile is not waited for."""
     quantum, live, wanted = facts.guest.block_bytes, facts.domain.live, frozenset(goal.back_online)
     there = listed_blocks(facts.guest) & wanted
     if wanted and live is not None and quantum is not None:
         there |= pick_blocks(wanted, dimm_blocks(live, quantum))
-    return online_steps(facts.guest, spans_of(there), spent, online=True, timeout_s=goal.timeout_sec)
+    return online_steps(facts.guest, spans_of(there), failed, online=True, timeout_s=goal.timeout_sec)
 
 
 def _attach_steps(goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:
@@ -334,16 +334,16 @@ def _in_config(device: PlannedDimm, facts: Facts) -> bool:
 
 
 def _dimm_online_steps(
-    goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts, spent: frozenset[str]
+    goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts, failed: frozenset[str]
 ) -> tuple[AnyStep, ...]:
     """Bring online what this task plugged, and nothing else."""
     blocks = _dimm_blocks(dimms, facts)
     if goal.resizes and not goal.one_by_one:
-        if steps := _await_blocks(goal, facts, spent):
+        if steps := _await_blocks(goal, facts, failed):
             return steps
         new = listed_blocks(facts.guest) - goal.known_blocks
         blocks += spans_of(new - pick_blocks(new, blocks))
-    return online_steps(facts.guest, blocks, spent, online=goal.guest_online, timeout_s=goal.timeout_sec)
+    return online_steps(facts.guest, blocks, failed, online=goal.guest_online, timeout_s=goal.timeout_sec)
 
 
 def _dimm_blocks(dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[range, ...]:

@@ -47,14 +47,14 @@ def _prepare_for(wish: Wish) -> ReadyForHotplugRequest:
     )
 
 
-def advance(goal: PrepareGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: PrepareGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return the one step of a preparation, if the definition has not that shape yet."""
     if goal.shape is None or is_prepared(facts.get_config(), goal.shape):
         return ()
     return (DefineShape(shape=goal.shape),)
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return the answer: ready when nothing stands in the way, all blockers when something does."""
     facts, goal, request = ending.after, ending.goal, ending.request
     if facts is None or ending.error is not None:
@@ -223,8 +223,8 @@ READY_FOR_HOTPLUG = Command(
     goal=PrepareGoal,
     observe_guest=frozenset({"cpus", "memory", "agent", "os", "budget"}),
     decide=decide,
-    advance=advance,
-    conclude=conclude,
+    next_steps=next_steps,
+    reply_fields=reply_fields,
     role="read",
     prepares=_prepare_for,
     needs_also=lambda request: "prepare" if request.prepare else None,

@@ -91,12 +91,12 @@ def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool
     )
 
 
-def advance(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: virtio-mem, then each dimm, then the balloon, which takes what is online."""
-    if steps := resize_steps(goal.resizes, facts, spent, goal.timeout_sec):
+    if steps := resize_steps(goal.resizes, facts, failed, goal.timeout_sec):
         return steps
-    removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, spent)]
-    return tuple(removals) or _balloon_steps(goal, facts, spent)
+    removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, failed)]
+    return tuple(removals) or _balloon_steps(goal, facts, failed)
 
 
 def _is_left(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> bool:
@@ -110,7 +110,7 @@ def _find_live(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> Memor
 
 
 def _removal_steps(
-    removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts, spent: frozenset[str]
+    removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts, failed: frozenset[str]
 ) -> tuple[AnyStep, ...]:
     """Out of use in the guest, out of the VM, out of its definition: each only after the one before.
 
@@ -121,11 +121,11 @@ def _removal_steps(
         detach = DetachMemory(alias=device.alias, timeout_sec=goal.timeout_sec)
         used = tuple(sorted(online_blocks(facts.guest) & frozenset(removal.online_blocks)))
         offline = OfflineGuestMemory(alias=device.alias, blocks=used)
-        refused = detach.key in spent and f"{detach.key} {Code.MEMORY_REMOVAL_PENDING}" not in spent
-        if offline.key in spent or refused:
+        refused = detach.key in failed and f"{detach.key} {Code.MEMORY_REMOVAL_PENDING}" not in failed
+        if offline.key in failed or refused:
             back = tuple(sorted(frozenset(removal.online_blocks) - frozenset(used)))
-            return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in spent else ()
-        if detach.key in spent:
+            return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in failed else ()
+        if detach.key in failed:
             return ()
         steps += [offline, detach] if used and goal.guest_online else [detach]
     if removal.config and removal.find_config(facts.get_config()) is not None:
@@ -135,13 +135,13 @@ def _removal_steps(
     return tuple(steps)
 
 
-def _balloon_steps(goal: ShrinkGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def _balloon_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Only once every dimm is gone: the balloon counts them, and would take their size out of what is online."""
     if goal.balloon_bytes is None or any(_is_left(removal, goal, facts) for removal in goal.removals):
         return ()
     actual = facts.domain.balloon_bytes
     if goal.balloon_live and actual is not None and actual > goal.balloon_bytes:
-        if AwaitBalloon.__name__ in spent:
+        if AwaitBalloon.__name__ in failed:
             return ()
         return (
             SetBalloon(size_bytes=goal.balloon_bytes, target="live"),

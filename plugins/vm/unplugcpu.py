@@ -67,27 +67,27 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
     )
 
 
-def advance(goal: UnplugCpuGoal, facts: Facts, spent: frozenset[str]) -> tuple[AnyStep, ...]:
+def next_steps(goal: UnplugCpuGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: out of use in the guest, out of the VM; the definition follows what really left."""
     steps: list[AnyStep] = []
     wanted = goal.cpu_num
     if goal.live and facts.get_live().vcpu_current > goal.cpu_num:
-        if UnplugVcpus.__name__ in spent:
+        if UnplugVcpus.__name__ in failed:
             wanted = facts.get_live().vcpu_current
             back = _unused_ids(goal, facts)
-            if back and f"{UnplugVcpus.__name__} {Code.CPU_REMOVAL_PENDING}" not in spent and _ONLINE not in spent:
+            if back and f"{UnplugVcpus.__name__} {Code.CPU_REMOVAL_PENDING}" not in failed and _ONLINE not in failed:
                 steps.append(OnlineGuestVcpus(ids=back))
         else:
             online = tuple(sorted(frozenset(_used_ids(facts, goal.cpu_num)) & frozenset(goal.used)))
-            if online and OfflineGuestVcpus.__name__ not in spent:
+            if online and OfflineGuestVcpus.__name__ not in failed:
                 steps.append(OfflineGuestVcpus(ids=online))
             steps.append(UnplugVcpus(count=goal.cpu_num, timeout_sec=goal.timeout_sec))
     if goal.config and facts.get_config().vcpu_current > wanted:
         steps.append(SetVcpus(count=wanted, target="config"))
-    return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, spent)
+    return tuple(steps) or shares_steps(goal.shares, facts, goal.cpu_num, failed)
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return what is to be said beside what every reply says: of shares that were to follow."""
     return {"warnings": explain_shares(ending) if ending.is_done else []}
 
@@ -142,8 +142,8 @@ HOT_UNPLUG_CPU = Command(
     observe_guest=frozenset({"cpus"}),
     observe_first=frozenset({"os"}),
     decide=decide,
-    advance=advance,
-    conclude=conclude,
+    next_steps=next_steps,
+    reply_fields=reply_fields,
     role="unplug",
     resizes=Resize(frozenset({"cpu"}), "down"),
     refusals=(

@@ -41,7 +41,7 @@ from .memory import (
 )
 from .memorygoal import PlannedResize
 from .requests import HotUnplugMemoryRequest, MemoryReply
-from .shrink import PlannedRemoval, ShrinkGoal, advance, plan_removal
+from .shrink import PlannedRemoval, ShrinkGoal, next_steps, plan_removal
 
 
 def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> ShrinkGoal:
@@ -118,7 +118,7 @@ def _find_totals(
     return tuple(totals)
 
 
-def conclude(ending: Ending) -> Mapping[str, Any]:
+def reply_fields(ending: Ending) -> Mapping[str, Any]:
     """Return what the reply says of rounding, and of what could not be reached exactly."""
     goal = ending.goal
     not_exact = [] if goal is None or goal.total_bytes <= ending.request.memory_size else [_not_exact(ending)]
@@ -308,8 +308,8 @@ HOT_UNPLUG_MEMORY = Command(
     observe_guest=frozenset({"memory"}),
     observe_first=frozenset({"os"}),
     decide=decide,
-    advance=advance,
-    conclude=conclude,
+    next_steps=next_steps,
+    reply_fields=reply_fields,
     role="unplug",
     resizes=Resize(frozenset({"memory"}), "down"),
     refusals=(

@@ -55,7 +55,7 @@ def is_back(former: FormerVcpus, facts: Facts) -> bool:
 def undo_steps(
     former: FormerVcpus,
     facts: Facts,
-    spent: frozenset[str],
+    failed: frozenset[str],
     *,
     cpu_num: int,
     known: tuple[int, ...] | None,
@@ -72,7 +72,7 @@ def undo_steps(
         live = tuple(
             step
             for step in _undo_live(len(added), known, facts, timeout_sec)
-            if step.key not in spent and (may_offline or not isinstance(step, OfflineGuestVcpus))
+            if step.key not in failed and (may_offline or not isinstance(step, OfflineGuestVcpus))
         )
     return live or _undo_config(former, facts, cpu_num)
 

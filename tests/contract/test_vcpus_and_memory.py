@@ -384,7 +384,7 @@ class TestDevices:
     def test_a_shape_is_taken_and_the_running_vm_is_not_touched(self, make: MakeNode, tmp_path: Path) -> None:
         node = make(GuestSpec(name="vm1", devices_xml=PASSWORD))
         live = observe(node).get_live()
-        with node.hold("vm1") as vm:
+        with node.open_vm("vm1") as vm:
             told = vm.preview(DefineShape(shape=SHAPE))
         assert "+" in told
         assert "s3cret" not in told

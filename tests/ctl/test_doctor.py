@@ -16,7 +16,7 @@ import pytest
 from kvmagent.cli.ctl import look
 from kvmagent.cli.ctl.agentuser import Identity, look_as
 from kvmagent.cli.ctl.doctor import examine, examine_guests, examine_memory_balance, examine_versions
-from kvmagent.cli.ctl.findings import Finding, is_healthy, view_findings
+from kvmagent.cli.ctl.findings import Finding, is_healthy, render_findings
 from kvmagent.cli.ctl.hostchecks import (
     ask_kernel_clock,
     examine_certificates,
@@ -328,7 +328,7 @@ def test_guests_with_more_plugged_than_their_kernels_can_bear_are_named() -> Non
 
 def test_findings_are_shown_with_their_remedies_and_counted() -> None:
     findings = [Finding("kvm", "good", "it is there"), Finding("clock", "wrong", f"{64 * MIB} off", "Set it.")]
-    assert [line.replace("\033[0m", "") for line in view_findings(findings)][-4:] == [
+    assert [line.replace("\033[0m", "") for line in render_findings(findings)][-4:] == [
         "\033[31mwrong  \x20 clock: 67108864 off",
         "         \033[2mremedy: Set it.",
         "",
@@ -337,6 +337,6 @@ def test_findings_are_shown_with_their_remedies_and_counted() -> None:
 
 
 def _read(path: Path) -> Any:
-    from kvmagent.cli.ctl.certificates import read_certificates
+    from kvmagent.cli.ctl.ca import read_certificates
 
     return read_certificates(path)

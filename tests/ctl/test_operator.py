@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from kvmagent.cli.ctl.bundle import without_secrets
 from kvmagent.cli.ctl.ctlconf import read_conf
 from kvmagent.cli.ctl.exits import CtlError
+from kvmagent.cli.ctl.render import render_history, render_reply
 from kvmagent.cli.ctl.terminal import Column, Row, fold, format_table, paint, prose, text_width
-from kvmagent.cli.ctl.views import view_history, view_reply
 from kvmagent.cli.ctl.yaml import write_yaml
 from tests.ctl.ctl import Ctl, interrupt, settled
 from tests.lab.agent import AgentProcess, new_task_uuid
@@ -84,16 +84,16 @@ def test_a_history_of_refusals_and_of_nothing_is_told() -> None:
         "before": {"cpuNum": 2}, "after": {"cpuNum": 2},
     }  # fmt: skip
     removed = {**change, "outcome": "online", "errorCode": None, "after": {"cpuNum": 1}}
-    lines = [click.unstyle(line) for line in view_history([removed, change], 4600.0)]
+    lines = [click.unstyle(line) for line in render_history([removed, change], 4600.0)]
     assert lines[1].split("  ")[2:4] == ["vCPUs 2 to 1", "removed"] or "vCPUs 2 to 1" in lines[1]
     assert "removed" in lines[1]
     assert "none; asked for vCPUs 1  refused CPU_NOT_REMOVABLE" in lines[2]
-    assert view_history([], 0.0) == ["nothing has changed this VM"]
+    assert render_history([], 0.0) == ["nothing has changed this VM"]
 
 
 def test_what_is_removed_is_not_told_as_online() -> None:
     reply = {"vmUuid": "db-7", "outcome": "online", "success": True, "after": {"cpuNum": 2}}
-    assert click.unstyle(view_reply(reply, removes=True, asked={"cpuNum"})[0]) == "db-7: removed, 2 vCPUs in all"
+    assert click.unstyle(render_reply(reply, removes=True, asked={"cpuNum"})[0]) == "db-7: removed, 2 vCPUs in all"
 
 
 def test_more_is_added_to_what_there_is_and_holds_for_that_alone(ctl: Ctl, agent: AgentProcess) -> None:

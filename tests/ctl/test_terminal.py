@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmagent.api.security import new_token
-from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.client import Agent, Target
 from kvmagent.cli.ctl.terminal import Terminal, paint, quoted_json
 from tests.ctl.ctl import Ctl
 from tests.ctl.front import Answer, Front

@@ -13,8 +13,8 @@ from kvmagent.cli.ctl.declared import find_commands
 from kvmagent.cli.ctl.exits import MEANINGS, Exit, exit_of
 from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.main import make_cli
+from kvmagent.cli.ctl.render import format_step, render_readiness, render_reply, render_task, render_tasks, render_vms
 from kvmagent.cli.ctl.terminal import format_table, paint
-from kvmagent.cli.ctl.views import format_step, view_readiness, view_reply, view_task, view_tasks, view_vms
 from kvmagent.model.command import Plugin
 from kvmagent.model.reply import SUCCESSFUL, Outcome
 from kvmagent_plugins.vm_plugin import PLUGIN
@@ -51,7 +51,7 @@ def test_vms_that_hang_that_are_off_and_that_leave_cpus_offline_are_told() -> No
                       "maxMemorySize": 8192 * MIB, "guestMemorySize": 1470000000},
         },
     ]  # fmt: skip
-    shown = view_vms(vms)
+    shown = render_vms(vms)
     assert plain(shown) == [
         "VM    STATE    VCPUS  MAX  GUEST    MEMORY    MAX    GUEST  SLOTS  HOTPLUG",
         "7e1f  -            -    -      -         -      -        -      -  LIBVIRT_UNAVAILABLE",
@@ -61,7 +61,7 @@ def test_vms_that_hang_that_are_off_and_that_leave_cpus_offline_are_told() -> No
     ]
     assert paint("2", "yellow") in shown[2], "plugged, and offline in the guest"
     assert paint("1.4 GiB", "yellow") not in shown[2]
-    assert plain(view_vms([])) == ["no VMs"]
+    assert plain(render_vms([])) == ["no VMs"]
 
 
 def test_a_partial_reply_tells_how_far_it_came_and_what_differs() -> None:
@@ -71,7 +71,7 @@ def test_a_partial_reply_tells_how_far_it_came_and_what_differs() -> None:
         "requested": 130 * MIB + 1, "aligned": 256 * MIB,
         "drift": [{"field": "maxMemorySize", "live": 1024 * MIB, "config": None}],
     }  # fmt: skip
-    assert plain(view_reply(reply)) == [
+    assert plain(render_reply(reply)) == [
         "db-7: partial",
         "              WAS  NOW  IN THE GUEST  AT NEXT START  AT MOST",
         "  vCPUs         1    3             -              -        -",
@@ -92,7 +92,7 @@ def test_readiness_tells_room_blockers_and_limits() -> None:
                     {"field": "acpi", "former": False, "prepared": True}],
         "clamped": [{"field": "maxMemorySize", "asked": 2**50, "prepared": 2**40, "why": "40 address bits"}],
     }  # fmt: skip
-    assert plain(view_readiness(reply, with_diff=True)) == [
+    assert plain(render_readiness(reply, with_diff=True)) == [
         "db-7: not ready, not after a restart either",
         "  room for  1 vCPU; 0 B in 1 slot, multiples of 128 MiB (no way to add any)",
         "  can give  0 vCPUs; 128 MiB",
@@ -124,15 +124,15 @@ def test_tasks_tell_how_long_ago_and_how_long() -> None:
         "finishedAt": 1002.5,
         "errorCode": "DRIFT",
     }
-    assert plain(view_tasks([task, {**task, **refused}], 1000 + 3 * 86400)) == [
+    assert plain(render_tasks([task, {**task, **refused}], 1000 + 3 * 86400)) == [
         "TASK  COMMAND     VM    STATE     OUTCOME        ACCEPTED (UTC)           AGE   TOOK  CALLER",
         "9f1c  HotPlugCpu  db-7  running   -              1970-01-01 00:16:40  3 d ago      -  token:zstack",
         "9f1d  HotPlugCpu  db-7  given_up  refused DRIFT  1970-01-01 00:16:40  3 d ago  2.5 s  token:zstack",
     ]
-    assert plain(view_tasks([], 0)) == ["no tasks"]
+    assert plain(render_tasks([], 0)) == ["no tasks"]
     whole = {**task, "request": {"vmUuid": "db-7", "memorySize": 2048 * MIB}, "reply": None,
              "steps": [{"step": "SetVcpus", "count": 2, "elapsedMs": None}]}  # fmt: skip
-    assert plain(view_task(whole, 1090.0)) == [
+    assert plain(render_task(whole, 1090.0)) == [
         "task      9f1c",
         "command   HotPlugCpu  vmUuid=db-7 memorySize=2GiB",
         "state     running",
@@ -163,7 +163,7 @@ def test_every_outcome_has_an_exit_status_that_agrees_with_success(outcome: Outc
 
 def test_what_a_plugin_of_others_answers_is_judged_by_its_success() -> None:
     assert (exit_of({"success": True}), exit_of({"success": False})) == (Exit.REACHED, Exit.FAILED)
-    assert plain(view_reply({"success": True})) == ["task: done"]
+    assert plain(render_reply({"success": True})) == ["task: done"]
 
 
 @pytest.mark.parametrize("command", [command for command in PLUGIN.commands if command.subcommand])

@@ -17,9 +17,9 @@ from typing import Any, get_args
 import msgspec
 import yaml
 
-from kvmagent.api.answers import EXTENSIONS
 from kvmagent.api.openapi import build_openapi
-from kvmagent.api.reads import OWN_PATHS
+from kvmagent.api.resources import OWN_PATHS
+from kvmagent.api.schemas import EXTENSIONS
 from kvmagent.cli.ctl.exits import MEANINGS
 from kvmagent.model.command import VmRequest
 from kvmagent.model.errors import CODES, LOOKS, Code

@@ -144,7 +144,7 @@ def test_log_lines_that_are_explained_are_written() -> None:
 
 
 def test_parts_that_may_be_down_are_explained() -> None:
-    sources = (ROOT / "kvmagent/api/reads.py").read_text() + (ROOT / "kvmagent/agent.py").read_text()
+    sources = (ROOT / "kvmagent/api/resources.py").read_text() + (ROOT / "kvmagent/agent.py").read_text()
     text = (ROOT / "docs/operate.md").read_text()
     down = set(re.findall(r'down\["(\w+)"\]', sources)) | set(re.findall(r'"(\w+)": self\._\w+\.stalled_s', sources))
     assert len(down) >= 6

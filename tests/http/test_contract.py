@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from kvmagent import __version__
-from kvmagent.api.answers import EXTENSIONS
 from kvmagent.api.metrics.table import METRICS
+from kvmagent.api.schemas import EXTENSIONS
 from kvmagent.cli.ctl.exits import Exit
 from kvmagent.settings import Settings
 from tests.lab.agent import AgentProcess

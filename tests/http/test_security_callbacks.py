@@ -9,7 +9,7 @@ import pytest
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import CallbackSection, parse_callback_rule, parse_settings
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.pki import Authority
 from tests.lab.server import Answer, ManagementServer
@@ -33,8 +33,8 @@ def resolve(host: str) -> Iterable[str]:
     return NAMES[host]
 
 
-def make_callbacks(*rules: str, **section: str) -> Callbacks:
-    return Callbacks(map(parse_callback_rule, rules), CallbackSection(**section), resolve=resolve)
+def make_callbacks(*rules: str, **section: str) -> CallbackClient:
+    return CallbackClient(map(parse_callback_rule, rules), CallbackSection(**section), resolve=resolve)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_no_connection_is_made_to_an_address_that_is_not_allowed(rules: list[str
 
 def test_a_name_that_leads_elsewhere_later_is_checked_again() -> None:
     answers = iter([[CALLER], ["127.0.0.1"]])
-    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(), resolve=lambda _host: next(answers))
+    callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(), resolve=lambda _host: next(answers))
     with ManagementServer() as server:
         url = f"http://rebound.example:{server.port}/callback"
         callbacks.check(url, CALLER)
@@ -145,7 +145,7 @@ def test_a_resolver_that_hangs_holds_up_a_command_once_and_shortly() -> None:
         hanging.wait(120)
         return []
 
-    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(), resolve=hang)
+    callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(), resolve=hang)
     try:
         started = time.monotonic()
         callbacks.check("http://slow.example/", CALLER)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvmagent.settings import CallbackSection, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from tests.lab.pki import Authority
 from tests.lab.receivers import KINDS, BadReceiver
 from tests.lab.server import ManagementServer
@@ -20,7 +20,7 @@ GRACE_S = 15.0
 LARGE = b" " * 2**23
 
 
-def post(callbacks: Callbacks, url: str, body: bytes = b"{}") -> tuple[int | None, str, float]:
+def post(callbacks: CallbackClient, url: str, body: bytes = b"{}") -> tuple[int | None, str, float]:
     """Exchange once; return the status, the words, and how long it took."""
     channel = callbacks.open(url, "127.0.0.1")
     started = time.monotonic()
@@ -30,12 +30,12 @@ def post(callbacks: Callbacks, url: str, body: bytes = b"{}") -> tuple[int | Non
 
 
 @pytest.fixture
-def callbacks() -> Callbacks:
-    return Callbacks([parse_callback_rule("caller")], CallbackSection())
+def callbacks() -> CallbackClient:
+    return CallbackClient([parse_callback_rule("caller")], CallbackSection())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exchange_ends_in_its_time_whatever_the_receiver_does(callbacks: Callbacks, kind: str) -> None:
+def test_an_exchange_ends_in_its_time_whatever_the_receiver_does(callbacks: CallbackClient, kind: str) -> None:
     with BadReceiver(kind) as receiver:
         status, words, took_s = post(callbacks, receiver.urls[0], LARGE if kind == "reads nothing" else b"{}")
     assert status is None or status >= 500
@@ -43,7 +43,7 @@ def test_an_exchange_ends_in_its_time_whatever_the_receiver_does(callbacks: Call
     assert took_s < TIMEOUT_S + GRACE_S
 
 
-def test_a_kept_connection_has_the_whole_time_for_each_exchange(callbacks: Callbacks) -> None:
+def test_a_kept_connection_has_the_whole_time_for_each_exchange(callbacks: CallbackClient) -> None:
     with ManagementServer() as server:
         channel = callbacks.open(server.url, "127.0.0.1")
         for n in range(3):
@@ -54,7 +54,7 @@ def test_a_kept_connection_has_the_whole_time_for_each_exchange(callbacks: Callb
 
 def test_a_tls_receiver_that_dribbles_ends_in_its_time(tmp_path: Path) -> None:
     own = Authority(tmp_path)
-    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
+    callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
     callbacks.load()
     with dribbling_tls(own) as url:
         status, words, took_s = post(callbacks, url)
@@ -63,7 +63,7 @@ def test_a_tls_receiver_that_dribbles_ends_in_its_time(tmp_path: Path) -> None:
 
 def test_a_handshake_that_does_not_end_is_given_up_in_time(tmp_path: Path) -> None:
     own = Authority(tmp_path)
-    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
+    callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
     callbacks.load()
     with BadReceiver("dribbles its answer") as receiver:
         status, words, took_s = post(callbacks, receiver.urls[0].replace("http:", "https:"))
@@ -114,7 +114,7 @@ def test_a_resolver_that_hangs_ends_an_exchange_in_its_time(hanging: threading.E
         hanging.wait()
         return []
 
-    callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection(), resolve=resolve)
+    callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(), resolve=resolve)
     status, words, took_s = post(callbacks, "http://slow.example/")
     assert (status, took_s < TIMEOUT_S + GRACE_S) == (None, True), words
 
@@ -125,7 +125,7 @@ def test_names_of_one_client_that_hang_leave_another_client_its_lookups(hanging:
             hanging.wait()
         return ["127.0.0.1"]
 
-    callbacks = Callbacks([parse_callback_rule("127.0.0.1")], CallbackSection(), resolve=resolve)
+    callbacks = CallbackClient([parse_callback_rule("127.0.0.1")], CallbackSection(), resolve=resolve)
     askers = [
         threading.Thread(target=callbacks.check, args=(f"http://slow{n}.example/", "192.0.2.1")) for n in range(40)
     ]
@@ -148,7 +148,7 @@ def test_an_address_that_takes_no_connection_leaves_the_next_one_its_time() -> N
         for filler in (first, second):
             filler.setblocking(False)
             filler.connect_ex(("127.0.0.2", server.port))
-        callbacks = Callbacks(
+        callbacks = CallbackClient(
             [parse_callback_rule("127.0.0.0/8")], CallbackSection(), resolve=lambda _: ["127.0.0.2", "127.0.0.1"]
         )
         url = server.url.replace("127.0.0.1", "two.example")

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvmagent.certificates import find_end
-from kvmagent.cli.ctl.certificates import read_certificates
+from kvmagent.cli.ctl.ca import read_certificates
 from tests.lab.pki import Authority
 
 

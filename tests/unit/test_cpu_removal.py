@@ -69,7 +69,7 @@ def test_what_was_never_asked_for_is_told_and_is_not_waited_for(tmp_path: Path) 
         reply = agent.run("HotUnplugCpu", "late", vmUuid="vm1", cpuNum=1, timeoutSec=1).reply
         assert (reply["outcome"], reply["errorCode"]) == ("pending", "CPU_REMOVAL_PENDING")
         assert "it was not asked for 2 of them" in reply["error"]
-        agent.journal.settle("late", "delivered", None)
+        agent.journal.record_delivery("late", "delivered", None)
         domain.leaving[3] = 1
         domain.vcpusFlags(1)
         agent.executor.run(agent.journal.find("late"))  # type: ignore[arg-type]

@@ -257,10 +257,10 @@ def test_a_change_that_was_whole_is_not_undone(tmp_path: Path) -> None:
     error = AgentError(Code.LIBVIRT_REFUSED, "setting 5 vCPUs")
     domain.setVcpusFlags(4, LIVE)
     half = node.observe("vm1", frozenset({"cpus"}))
-    assert HOT_PLUG_CPU.retreat(goal, facts, half, error) is not None
+    assert HOT_PLUG_CPU.rollback_goal(goal, facts, half, error) is not None
     domain.setSchedulerParametersFlags({"cpu_shares": 2048}, LIVE)
     whole = node.observe("vm1", frozenset({"cpus"}))
-    assert HOT_PLUG_CPU.retreat(goal, facts, whole, error) is None
+    assert HOT_PLUG_CPU.rollback_goal(goal, facts, whole, error) is None
 
 
 # Interruptions

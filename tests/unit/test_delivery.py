@@ -15,9 +15,9 @@ import pytest
 from kvmagent.backoff import Backoff
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import CallbackSection, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.delivery import Delivery
-from kvmagent.tasks.journal import Journal, Owed, Task
+from kvmagent.tasks.journal import Journal, Task, Undelivered
 from tests.lab.processes import wait_for
 from tests.lab.receivers import KINDS, BadReceiver
 from tests.lab.server import Answer, ManagementServer
@@ -37,14 +37,14 @@ class Sender:
         self.journal.start()
         self.delivery = Delivery(
             self.journal,
-            callbacks or Callbacks([parse_callback_rule("caller")], CallbackSection()),
+            callbacks or CallbackClient([parse_callback_rule("caller")], CallbackSection()),
             timeout_s=timeout_s,
             give_up_s=100.0,
             backoff=Backoff(0.5, 180.0, jitter=lambda: 0.5),
             **limits,
         )
 
-    def finish(self, task_uuid: str, url: str, vm: str = "vm1", reply: bytes = b'{"success": true}') -> Owed:
+    def finish(self, task_uuid: str, url: str, vm: str = "vm1", reply: bytes = b'{"success": true}') -> Undelivered:
         self.journal.accept(
             Task(task_uuid=task_uuid, command="C", lane=vm, request=b"{}", callback_url=url, client="127.0.0.1")
         )

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from kvmagent.settings import CallbackSection, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.delivery import Delivery
-from kvmagent.tasks.dump import dump_state
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.statedump import dump_state
 from tests.lab.agent import find_free_port
 from tests.lab.processes import wait_for
 
@@ -44,7 +44,7 @@ def test_it_tells_what_runs_since_when_what_waits_and_what_is_owed(
     journal = Journal(tmp_path / "journal.sqlite", on_accepted=lambda _task: None)
     journal.start()
     delivery = Delivery(
-        journal, Callbacks([parse_callback_rule("caller")], CallbackSection()), timeout_s=1.0, give_up_s=100.0
+        journal, CallbackClient([parse_callback_rule("caller")], CallbackSection()), timeout_s=1.0, give_up_s=100.0
     )
     dead = f"http://127.0.0.1:{find_free_port()}"
     tasks = [

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.hypervisor.guestagent import GuestAgent
-from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestBlock, Host, MemoryDevice
 from kvmagent.model.guestuse import find_memory_warnings
+from kvmagent.recorder import Recorder
 from kvmagent_plugins.vm.guestmemory import find_idle, offline_bytes
 from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import FakeDomain, FakeGuest, qemu_error
@@ -77,7 +77,7 @@ def make_agent(said: str | bytes) -> GuestAgent:
     def send(domain: Any, request: str, timeout_s: int, flags: int) -> str:
         return said.decode() if isinstance(said, bytes) else said
 
-    return GuestAgent(None, send=send, meters=Meters())
+    return GuestAgent(None, send=send, recorder=Recorder())
 
 
 def ask_file(said: str) -> dict[str, int]:
@@ -87,7 +87,7 @@ def ask_file(said: str) -> dict[str, int]:
     def send(domain: Any, request: str, timeout_s: int, flags: int) -> str:
         return json.dumps({"return": answers[json.loads(request)["execute"]]})
 
-    return GuestAgent(None, send=send, meters=Meters()).meminfo()
+    return GuestAgent(None, send=send, recorder=Recorder()).meminfo()
 
 
 @pytest.mark.parametrize("said", NONSENSE.values(), ids=NONSENSE.keys())
@@ -216,7 +216,7 @@ def test_what_a_guest_says_of_an_error_is_bounded_and_cannot_steer_a_terminal() 
         raise qemu_error(libvirt.VIR_ERR_INTERNAL_ERROR, "no\x1b[2J" + "x" * 100000)
 
     with pytest.raises(AgentError) as failure:
-        GuestAgent(None, send=send, meters=Meters()).vcpus()
+        GuestAgent(None, send=send, recorder=Recorder()).vcpus()
     assert failure.value.code is Code.GUEST_AGENT_REFUSED
     assert failure.value.message.startswith("guest-get-vcpus: no?[2J")
     assert len(failure.value.message) < 400

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvmagent.hypervisor.hostfacts import list_vms, read_host_facts
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, ManagementServer, VmEvent, VmSummary
-from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent.tasks.managementserver import ManagementServerFile
 from kvmagent_plugins.host.answers import QUERIES, check_states, fact, ping, report_event, report_gap, vm_sync
 from kvmagent_plugins.host.messages import HostRequest, VmListRequest
 from tests.fakes.libvirt import qemu_error
@@ -264,7 +264,7 @@ def test_a_paused_vm_is_looked_at_again(
     states: tuple[int | None, ...], settled: list[str], slept_s: list[float]
 ) -> None:
     slept: list[float] = []
-    found = list_vms(Lister(Listed(*states)), settle=True, sleep=slept.append)
+    found = list_vms(Lister(Listed(*states)), reread_paused=True, sleep=slept.append)
     assert [vm.state for vm in found] == settled
     assert slept == slept_s
     assert [vm.in_shutdown for vm in found] == [states[-1] == libvirt.VIR_DOMAIN_SHUTDOWN for _ in found]
@@ -285,12 +285,12 @@ def test_a_gap_in_the_events_asks_the_server_to_connect_again() -> None:
 
 def test_the_server_is_remembered_over_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "server.json"
-    memory = ServerMemory(path)
+    memory = ManagementServerFile(path)
     memory.load()
     assert memory.get() is None
     memory.remember(SERVER)
     assert path.stat().st_mode & 0o777 == 0o600
-    again = ServerMemory(path)
+    again = ManagementServerFile(path)
     again.load()
     assert again.get() == SERVER
 
@@ -299,14 +299,14 @@ def test_the_server_is_remembered_over_a_restart(tmp_path: Path) -> None:
 def test_a_memory_that_cannot_be_read_is_forgotten_not_fatal(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "server.json"
     path.write_bytes(content)
-    memory = ServerMemory(path)
+    memory = ManagementServerFile(path)
     memory.load()
     assert memory.get() is None
 
 
 def test_what_cannot_be_remembered_is_told(tmp_path: Path) -> None:
     with pytest.raises(AgentError) as caught:
-        ServerMemory(tmp_path / "absent" / "server.json").remember(SERVER)
+        ManagementServerFile(tmp_path / "absent" / "server.json").remember(SERVER)
     assert caught.value.code is Code.JOURNAL_UNAVAILABLE
 
 

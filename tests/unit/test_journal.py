@@ -48,12 +48,12 @@ class Running:
         )
         self.journal.start()
 
-    def finish(self, task_uuid: str, *, settle: bool = True) -> None:
+    def finish(self, task_uuid: str, *, record_delivery: bool = True) -> None:
         self.journal.accept(make_task(task_uuid))
         self.journal.start_task(task_uuid)
         self.journal.finish(task_uuid, b"{}", "plugged")
-        if settle:
-            self.journal.settle(task_uuid, "delivered", None)
+        if record_delivery:
+            self.journal.record_delivery(task_uuid, "delivered", None)
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
@@ -164,7 +164,7 @@ class TestPruning:
 
     def test_what_is_unfinished_or_owed_stays_however_old(self, running: Running) -> None:
         running.journal.accept(make_task("accepted"))
-        running.finish("owed", settle=False)
+        running.finish("owed", record_delivery=False)
         running.finish("settled")
         running.now += 1e6
         running.journal.prune(keep_tasks=0, keep_s=0, keep_changes_s=1e9)
@@ -204,7 +204,7 @@ class TestClocks:
         first = Running(path)
         first.finish("t1")
         first.own += 3600
-        first.finish("t2", settle=False)
+        first.finish("t2", record_delivery=False)
         first.journal.stop()
         second = Running(path)
         (owed,) = second.journal.owed()
@@ -225,7 +225,7 @@ class TestRoom:
         for n in range(40):
             running.journal.accept(make_task(f"t{n}", request=b"x" * 100_000))
             running.journal.finish(f"t{n}", b"{}", "plugged")
-            running.journal.settle(f"t{n}", "delivered", None)
+            running.journal.record_delivery(f"t{n}", "delivered", None)
         assert path.stat().st_size < self.MAX_BYTES + 30 * 100_000
         assert running.journal.find("t0") is None
         assert running.journal.find("t39") is not None
@@ -237,7 +237,7 @@ class TestRoom:
         for n in range(100):
             assert running.journal.accept(make_task(f"t{n}"))[1]
             running.journal.finish(f"t{n}", b"{}", "plugged", made)
-            running.journal.settle(f"t{n}", "delivered", None)
+            running.journal.record_delivery(f"t{n}", "delivered", None)
         told = running.journal.changes(VmId("u" * 36, ""), limit=1000)
         assert 0 < len(told) < 100
         assert told[0].task_uuid == "t99", "the oldest are forgotten"
@@ -246,7 +246,7 @@ class TestRoom:
     def test_histories_go_by_their_own_age(self, running: Running) -> None:
         running.journal.accept(make_task("t1"))
         running.journal.finish("t1", b"{}", "plugged", Change("u1", "db-7", {}, {}, None))
-        running.journal.settle("t1", "delivered", None)
+        running.journal.record_delivery("t1", "delivered", None)
         for passed, left in ((90.0, 1), (20.0, 0)):
             running.pass_time(passed)
             running.journal.prune(keep_tasks=0, keep_s=0, keep_changes_s=100.0)
@@ -263,7 +263,7 @@ class TestRoom:
         assert kept == running.accepted == [f"fill{n}" for n in range(len(kept))]
         assert not running.journal.accept(make_task("fill0", request=b"x" * 100_000))[1]
         running.journal.finish("fill0", b"{}", "plugged")
-        running.journal.settle("fill0", "delivered", None)
+        running.journal.record_delivery("fill0", "delivered", None)
         running.flush()
         assert running.journal.accept(make_task("after"))[1]
         assert running.journal.find("fill0") is None

@@ -10,7 +10,7 @@ import pytest
 from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents
 from kvmagent.model.errors import AgentError
 from kvmagent.tasks.journal import Task
-from kvmagent.tasks.late import LateRemovals
+from kvmagent.tasks.pendingremovals import PendingRemovals
 from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
@@ -47,7 +47,7 @@ def ask_back(agent: FakeAgent, *, late_callback: bool) -> Task:
 
 def deliver(agent: FakeAgent) -> None:
     """The receiver takes the first callback."""
-    agent.journal.settle("late", "delivered", None)
+    agent.journal.record_delivery("late", "delivered", None)
     wait_for(lambda: task_of(agent).state == "delivered", timeout_s=10, what="the journal")
 
 
@@ -99,7 +99,7 @@ def test_the_first_callback_goes_first(agent: FakeAgent, domain: FakeDomain) -> 
     agent.executor.run(task)
     assert task_of(agent).outcome == "pending"
     put: list[Task] = []
-    late = LateRemovals(agent.journal, put.append)
+    late = PendingRemovals(agent.journal, put.append)
     late.start()
     agent.ahead_s += 60
     late.look_after()
@@ -113,7 +113,7 @@ def test_what_is_pending_is_looked_at_again_and_again_and_given_up_in_the_end(ag
     ask_back(agent, late_callback=True)
     deliver(agent)
     put: list[str] = []
-    late = LateRemovals(agent.journal, lambda task: put.append(task.task_uuid))
+    late = PendingRemovals(agent.journal, lambda task: put.append(task.task_uuid))
     late.start()
     for _ in range(10):
         agent.ahead_s += 61
@@ -129,7 +129,7 @@ def test_a_step_of_the_clock_neither_ends_the_watch_nor_delays_it(agent: FakeAge
     ask_back(agent, late_callback=True)
     deliver(agent)
     put: list[str] = []
-    late = LateRemovals(agent.journal, lambda task: put.append(task.task_uuid))
+    late = PendingRemovals(agent.journal, lambda task: put.append(task.task_uuid))
     late.start()
     for step_s in (2 * 86400, -4 * 86400):
         agent.clock_is_off_s += step_s
@@ -144,7 +144,7 @@ class Watch:
     def __init__(self, agent: FakeAgent) -> None:
         self.agent = agent
         self.put: list[Task] = []
-        self.late = LateRemovals(agent.journal, self.put.append)
+        self.late = PendingRemovals(agent.journal, self.put.append)
 
     def look(self) -> None:
         """Let a second pass, and carry out what is due."""

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from kvmagent.meters import Phase, measured, phase
+from kvmagent.recorder import Phase, measured, phase
 
 
 def test_the_phases_add_up_to_the_whole_and_the_innermost_counts() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvmagent.api.reads import Reads
+from kvmagent.api.resources import Resources
 from kvmagent.api.server import Answer, Call, Route
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import Access
@@ -51,7 +51,7 @@ class FakeNode:
 
 def make_routes(node: Any, journal: Any = NOBODY) -> Mapping[tuple[str, str], Route]:
     """The paths of an agent that has these VMs and tasks."""
-    reads = Reads(
+    reads = Resources(
         node, journal, NOBODY, NOBODY, DECLARED, describe_vm=node and node.describe, find_stalls=dict, metrics=NOBODY
     )
     return reads.routes(cancel=NOBODY, plan=NOBODY)

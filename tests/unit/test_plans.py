@@ -13,7 +13,7 @@ from kvmagent.api.wire import decode_request, encode
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.plans import PlanRequest
 from kvmagent.model.steps import AwaitGuestVcpus, SetVcpus
-from kvmagent.tasks.times import StepTimes
+from kvmagent.tasks.steptimes import StepTimes
 from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest, make_node, plan
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_capacity import any_vms, sizes

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvmagent.cli.configfile import check_files
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.private import OpenToOthers, check_file, check_trusted, make_private_directory, owners_of, read_file
+from kvmagent.secretfiles import OpenToOthers, check_file, check_trusted, make_private_directory, owners_of, read_file
 
 # Nobody's, whom no test runs as.
 STRANGER = 4_000_000

@@ -5,8 +5,8 @@ import time
 from kvmagent.model.command import Plugin
 from kvmagent.model.host import ManagementServer, Report
 from kvmagent.settings import CallbackSection, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
-from kvmagent.tasks.reports import Reports
+from kvmagent.tasks.callbackclient import CallbackClient
+from kvmagent.tasks.notifications import Notifications
 from tests.lab.processes import wait_for
 from tests.lab.receivers import BadReceiver
 from tests.lab.server import ManagementServer as Receiver
@@ -22,8 +22,8 @@ class Told:
     def __init__(self, url: str, *, timeout_s: float) -> None:
         self.url = url
         plugin = Plugin(name="p", commands=(), report_gap=make_report)
-        callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection())
-        self.reports = Reports([plugin], self._server, callbacks, timeout_s=timeout_s, idle_s=0.2)
+        callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection())
+        self.reports = Notifications([plugin], self._server, callbacks, timeout_s=timeout_s, idle_s=0.2)
         self.reports.start()
 
     def _server(self) -> ManagementServer:

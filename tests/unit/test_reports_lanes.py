@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from kvmagent.model.command import Plugin
 from kvmagent.model.host import ManagementServer, Report, VmEvent
 from kvmagent.settings import CallbackSection, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
-from kvmagent.tasks.reports import Reports
+from kvmagent.tasks.callbackclient import CallbackClient
+from kvmagent.tasks.notifications import Notifications
 from tests.lab.processes import wait_for
 from tests.lab.server import Answer
 from tests.lab.server import ManagementServer as Receiver
@@ -30,8 +30,8 @@ class Told:
     def __init__(self, url: str) -> None:
         self.url = url
         plugin = Plugin(name="p", commands=(), report_event=tell)
-        callbacks = Callbacks([parse_callback_rule("caller")], CallbackSection())
-        self.reports = Reports([plugin], self._server, callbacks, timeout_s=LIMIT_S)
+        callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection())
+        self.reports = Notifications([plugin], self._server, callbacks, timeout_s=LIMIT_S)
         self.reports.start()
 
     def event(self, vm: str, number: int, detail: str = "") -> None:

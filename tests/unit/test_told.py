@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from kvmagent.logs import Event, log_context, struct_fields
-from kvmagent.meters import Meters
 from kvmagent.model.steps import AttachMemory, AwaitGuestVcpus, SetVcpus
+from kvmagent.recorder import Recorder
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, StepRecord, Task
 from kvmagent.tasks.lanes import Lanes
@@ -20,7 +20,7 @@ from tests.fakes.agent import COMMANDS, MIB
 from tests.unit.test_recovery import LOST, Agent, Killed
 
 
-class Counted(Meters):
+class Counted(Recorder):
     """Keeps what ended."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Told:
 
     def __init__(self, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
         self.agent = Agent(directory)
-        self.meters = Counted()
+        self.recorder = Counted()
         self.pending: list[str] = []
         self._caplog = caplog
         self.agent.executor = self.executor = Executor(
@@ -49,7 +49,7 @@ class Told:
             on_finished=lambda owed: None,
             on_pending=self.pending.append,
             libvirt_wait_s=5.0,
-            meters=self.meters,
+            recorder=self.recorder,
             fault=self.agent._fault,
         )
 
@@ -76,7 +76,7 @@ def told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Told]:
 def check_same(told: Told, reply: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The error of the reply is on the line and in the count; return the line."""
     ((level, line),) = told.lines("task finished")
-    ((_, outcome, code),) = told.meters.endings
+    ((_, outcome, code),) = told.recorder.endings
     assert (line["outcome"], line.get("error_code")) == (reply["outcome"], reply["errorCode"]) == (outcome, code)
     assert (line.get("error"), line.get("remedy")) == (reply["error"] or None, reply["remedy"])
     return level, line
@@ -128,19 +128,19 @@ def test_what_ends_late_is_counted_and_told_with_its_error(told: Told) -> None:
     )
     told.executor.run(told.agent.journal.accept(task)[0])
     assert told.pending == ["t2"]
-    told.agent.journal.settle("t2", "delivered", None)
+    told.agent.journal.record_delivery("t2", "delivered", None)
     domain.power_cycle()
     pending = told.agent.journal.find("t2")
     assert pending is not None
     told.executor.run(pending)
     _, line = told.lines("task finished")[-1]
     assert (line["late"], line["error_code"]) == (True, "REMOVAL_LOST")
-    assert told.meters.late == [("HotUnplugMemory", "REMOVAL_LOST")]
+    assert told.recorder.late == [("HotUnplugMemory", "REMOVAL_LOST")]
 
 
 def test_a_task_that_was_taken_back_has_its_last_line_as_well(told: Told) -> None:
     lanes = Lanes(lambda task: None, workers=1, max_queued=9, max_queued_per_lane=9, max_queued_per_client=9)
-    taken = Withdrawal(told.agent.journal, lanes, COMMANDS, on_finished=lambda owed: None, meters=told.meters)
+    taken = Withdrawal(told.agent.journal, lanes, COMMANDS, on_finished=lambda owed: None, recorder=told.recorder)
     told.agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
     taken.withdraw("t1")
     assert check_same(told, told.agent.reply())[1]["error_code"] == "CANCELLED"

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.tasks.journal import Journal, Owed, Task
+from kvmagent.tasks.journal import Journal, Task, Undelivered
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.withdrawal import Withdrawal
 from tests.fakes.agent import COMMANDS, FakeAgent, make_domain
@@ -24,7 +24,7 @@ class Caller:
         self.domain: FakeDomain = make_domain(GuestSpec(name="vm1"))
         self.agent = FakeAgent(directory, self.domain)
         self.journal: Journal = self.agent.journal
-        self.told: list[Owed] = []
+        self.told: list[Undelivered] = []
         lanes = Lanes(self.agent.executor.run, workers=1, max_queued=9, max_queued_per_lane=9, max_queued_per_client=9)
         self.withdrawal = Withdrawal(self.journal, lanes, COMMANDS, on_finished=self.told.append)
 
@@ -82,7 +82,7 @@ def test_a_task_that_waits_ends_as_refused_with_its_callback(caller: Caller) -> 
 def test_taking_it_back_twice_is_taking_it_back_once(caller: Caller) -> None:
     caller.accept(cpuNum=2)
     caller.withdrawal.withdraw("t1")
-    caller.journal.settle("t1", "delivered", None)
+    caller.journal.record_delivery("t1", "delivered", None)
     assert caller.withdrawal.withdraw("t1").outcome == "refused"
     assert len(caller.told) == 1
 

@@ -7,7 +7,7 @@ import pytest
 
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent.tasks.answers import make_reply
+from kvmagent.tasks.replies import make_reply
 from kvmagent_plugins.vm.zstack import CHANGE_CPU_MEMORY, INCREASE_CPU, INCREASE_MEMORY
 
 # What only somebody with a shell on the host, or a client of kvmagent's own API, can do.

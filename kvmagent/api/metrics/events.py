@@ -18,12 +18,12 @@ from prometheus_client.registry import Collector
 
 from kvmagent.api.metrics.table import METRICS
 from kvmagent.api.metrics.vms import VmMetrics
-from kvmagent.meters import Meters, Phase, measured
 from kvmagent.model.command import ANY_TASK, Command
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import Query
 from kvmagent.model.reply import Outcome
+from kvmagent.recorder import Phase, Recorder, measured
 from kvmagent.tasks.journal import SETTLED, Task
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -33,7 +33,7 @@ _PHASE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 _COMMIT_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 
 
-class Metrics(Meters):
+class Metrics(Recorder):
     """Thread-safe. One for each agent; what it counts begins at zero with it."""
 
     def __init__(self) -> None:

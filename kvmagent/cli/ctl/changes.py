@@ -6,10 +6,10 @@ import click
 
 from kvmagent.cli.ctl.declared import More, load_commands, make_body, make_params
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
+from kvmagent.cli.ctl.render import render_readiness, render_reply
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
 from kvmagent.cli.ctl.terminal import printable
-from kvmagent.cli.ctl.views import view_readiness, view_reply
 from kvmagent.cli.ctl.vmnames import complete_vm
 from kvmagent.model.command import Command
 
@@ -48,7 +48,7 @@ def _make(command: Command) -> click.Command:
         session = session_of(context)
         asked = _ASKED & make_body(command.request, values).keys()
         reply = _send(session, command, _with_totals(session, values))
-        return _answer(session, reply, view_reply(printable(reply), removes=removes, asked=asked))
+        return _answer(session, reply, render_reply(printable(reply), removes=removes, asked=asked))
 
     made = click.Command(
         command.subcommand,
@@ -99,8 +99,8 @@ def _make_ready(command: Command) -> click.Command:
         values |= {"prepare": prepares or None, "dry_run": dry_run or (prepares and not apply) or None}
         reply = _send(session, command, values)
         if "ready" not in reply or not reply["success"]:
-            return _answer(session, reply, view_reply(printable(reply)))
-        _answer(session, reply, view_readiness(printable(reply), with_diff=diff))
+            return _answer(session, reply, render_reply(printable(reply)))
+        _answer(session, reply, render_readiness(printable(reply), with_diff=diff))
         return Exit.REACHED if reply["ready"] or prepares else Exit.NOT_READY
 
     made = click.Command(

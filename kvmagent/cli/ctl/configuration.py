@@ -10,11 +10,11 @@ from kvmagent.cli.ctl.terminal import BOLD, DIM, paint
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings, list_settings, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.hooks import Hooks
 
 
-def view_settings(settings: Settings) -> list[str]:
+def render_settings(settings: Settings) -> list[str]:
     """Return the settings as a file has them; on a terminal those stand out that are not the default."""
     lines: list[str] = []
     last = ""
@@ -72,7 +72,7 @@ def _check_security(settings: Settings) -> None:
 
 
 def _check_callbacks(settings: Settings) -> None:
-    Callbacks(map(parse_callback_rule, settings.security.allowed_callbacks), settings.callback).load()
+    CallbackClient(map(parse_callback_rule, settings.security.allowed_callbacks), settings.callback).load()
 
 
 #: Whatever stops a start, beside what stands in the file: each raises BAD_CONFIGURATION.

@@ -14,8 +14,8 @@ from typing import Any
 from kvmagent import __version__
 from kvmagent.api.deadline import Asker
 from kvmagent.cli.configfile import read_settings
-from kvmagent.cli.ctl.agent import Agent, Target
 from kvmagent.cli.ctl.agentuser import USER, Identity, find_identity, find_user, look_as
+from kvmagent.cli.ctl.client import Agent, Target
 from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.cli.ctl.front import examine_front

@@ -29,7 +29,7 @@ def is_healthy(findings: Iterable[Finding]) -> bool:
     return all(found.level != "wrong" for found in findings)
 
 
-def view_findings(findings: Iterable[Finding]) -> list[str]:
+def render_findings(findings: Iterable[Finding]) -> list[str]:
     """Return findings as lines, each remedy below its finding, and the sum of them."""
     lines: list[str] = []
     counts = dict.fromkeys(_COLOURS, 0)

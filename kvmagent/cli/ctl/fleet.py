@@ -20,12 +20,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import click
 
-from kvmagent.cli.ctl.agent import Agent
+from kvmagent.cli.ctl.client import Agent
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
+from kvmagent.cli.ctl.render import render_preparations, render_vms
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
 from kvmagent.cli.ctl.terminal import BAD, WARN, Terminal, paint, printable
-from kvmagent.cli.ctl.views import view_preparations, view_vms
 from kvmagent.model import units
 
 _SIDE_BY_SIDE = 16
@@ -303,7 +303,7 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: b
             and (not not_ready or not (vm.get("ready") or vm.get("atMaximum")))
         ]
 
-    view = partial(view_vms, wide=session.is_wide)
+    view = partial(render_vms, wide=session.is_wide)
     if watch:
         _watch(session, partial(ask_hosts, session, hosts, question), view)
     return print_answers(session, ask_hosts(session, hosts, question), view)
@@ -426,7 +426,7 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
 
     answers = ask_hosts(session, hosts, question)
     return print_answers(
-        session, answers, (lambda vms: view_preparations(vms, with_diff=diff)) if prepares else view_vms
+        session, answers, (lambda vms: render_preparations(vms, with_diff=diff)) if prepares else render_vms
     )
 
 

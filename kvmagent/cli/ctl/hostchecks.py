@@ -14,13 +14,13 @@ from pathlib import Path
 
 from kvmagent.api.security import Security
 from kvmagent.cli.ctl.agentuser import USER, find_user
-from kvmagent.cli.ctl.certificates import Certificate, read_certificates
+from kvmagent.cli.ctl.ca import Certificate, read_certificates
 from kvmagent.cli.ctl.configuration import check_log, check_state_dir
 from kvmagent.cli.ctl.findings import Finding
 from kvmagent.model.errors import AgentError
 from kvmagent.model.units import MIB, format_size
 from kvmagent.settings import AgentSection, HooksSection, LogSection, Settings, parse_callback_rule
-from kvmagent.tasks.callbacks import Callbacks
+from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import JOURNAL
 from kvmagent.tasks.journalfile import check_file
@@ -145,7 +145,7 @@ def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]
     rules = map(parse_callback_rule, security.allowed_callbacks)
     user = find_user()
     user_id = user and user.pw_uid
-    for load in (Security(security, user_id=user_id).load, Callbacks(rules, callback, user_id=user_id).load):
+    for load in (Security(security, user_id=user_id).load, CallbackClient(rules, callback, user_id=user_id).load):
         try:
             load()
         except AgentError as error:

@@ -30,17 +30,17 @@ class _Cli(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return all subcommands, in the order in which an operator comes to need them."""
-        from kvmagent.cli.ctl import changes, reads
+        from kvmagent.cli.ctl import changes, inspect
 
-        status, *others = reads.COMMANDS
+        status, *others = inspect.COMMANDS
         return [status, _VMS, *others, _PLAN, *changes.names(), _PKI, _BUNDLE]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a subcommand."""
-        from kvmagent.cli.ctl import reads
+        from kvmagent.cli.ctl import inspect
 
-        if cmd_name in reads.COMMANDS:
-            return reads.COMMANDS[cmd_name]
+        if cmd_name in inspect.COMMANDS:
+            return inspect.COMMANDS[cmd_name]
         if cmd_name == _PKI:
             from kvmagent.cli.ctl.pki import pki
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from kvmagent.cli.ctl.certificates import Authority, Issued, Use, load_authority, make_authority
+from kvmagent.cli.ctl.ca import Authority, Issued, Use, load_authority, make_authority
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import session_of, shared_options
 

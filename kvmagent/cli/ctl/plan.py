@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from kvmagent.cli.ctl.agent import Agent
+from kvmagent.cli.ctl.client import Agent
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.fleet import Json, Progress, ask_hosts, hosts_option, parse_amount, print_answers
+from kvmagent.cli.ctl.render import render_plan, render_plans
 from kvmagent.cli.ctl.session import session_of, shared_options
 from kvmagent.cli.ctl.terminal import printable
-from kvmagent.cli.ctl.views import view_plan, view_plans
 from kvmagent.cli.ctl.vmnames import complete_vm
 from kvmagent.model.plans import MOST_TARGETS
 from kvmagent.model.units import parse_count, parse_size
@@ -65,7 +65,7 @@ def plan(
         if session.as_json:
             session.terminal.print_json(reply)
         else:
-            session.terminal.print(*view_plan(printable(reply)))
+            session.terminal.print(*render_plan(printable(reply)))
         return Exit.REACHED
 
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
@@ -80,7 +80,7 @@ def plan(
                 answered.append((told, error.status))
         return answered
 
-    return print_answers(session, ask_hosts(session, hosts, question), view_plans)
+    return print_answers(session, ask_hosts(session, hosts, question), render_plans)
 
 
 def make_targets(

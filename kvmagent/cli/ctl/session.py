@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from kvmagent.cli.ctl.agent import Agent, Target
+from kvmagent.cli.ctl.client import Agent, Target
 from kvmagent.cli.ctl.ctlconf import CtlConf, load_conf
 from kvmagent.cli.ctl.exits import CtlError
 from kvmagent.cli.ctl.local import find_local_target

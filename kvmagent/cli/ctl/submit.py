@@ -10,10 +10,10 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from kvmagent.cli.ctl.agent import Agent
+from kvmagent.cli.ctl.client import Agent
 from kvmagent.cli.ctl.exits import CtlError, Exit
+from kvmagent.cli.ctl.render import format_step
 from kvmagent.cli.ctl.terminal import WARN, Terminal, paint, printable
-from kvmagent.cli.ctl.views import format_step
 from kvmagent.model.command import NO_CALLBACK
 
 _UNFINISHED = ("accepted", "running")

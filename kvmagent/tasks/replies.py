@@ -59,7 +59,7 @@ def tell_totals(judgement: Judgement) -> dict[str, int]:
 def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool) -> bytes:
     fields = reply_fields(ending, judgement)
     if own:
-        added = dict(command.conclude(replace(ending, error=judgement.error, judgement=judgement)))
+        added = dict(command.reply_fields(replace(ending, error=judgement.error, judgement=judgement)))
         fields["warnings"] += added.pop("warnings", [])
         if taken := sorted(_JUDGED & added.keys()):
             raise TypeError(f"conclude of {command.name} sets {', '.join(taken)}, which the judge alone does")

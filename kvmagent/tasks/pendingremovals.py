@@ -28,7 +28,7 @@ _MOST_REFUSALS, _REMEMBERED_S = 256, 120.0
 _REFUSAL_INTERVAL_S = 1.0
 
 
-class LateRemovals:
+class PendingRemovals:
     """Thread-safe. `put` gives a task to its VM's lane. All times are the agent's own."""
 
     def __init__(self, journal: Journal, put: Callable[[Task], None]) -> None:

@@ -18,7 +18,7 @@ from kvmagent.backoff import Backoff
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.model.errors import AgentError
 from kvmagent.model.urls import shown_url
-from kvmagent.private import read_private
+from kvmagent.secretfiles import read_private
 
 _CONNECT_S, _READ_S = 5.0, 30.0
 # So many VMs are asked for at once: each page is answered in time, whatever the host has.

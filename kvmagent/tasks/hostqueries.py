@@ -11,12 +11,12 @@ import msgspec
 
 from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
-from kvmagent.meters import Meters
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, Query
-from kvmagent.tasks.callbacks import Callbacks
-from kvmagent.tasks.journal import Journal, Owed, Task
-from kvmagent.tasks.servermemory import ServerMemory
+from kvmagent.recorder import Recorder
+from kvmagent.tasks.callbackclient import CallbackClient
+from kvmagent.tasks.journal import Journal, Task, Undelivered
+from kvmagent.tasks.managementserver import ManagementServerFile
 
 log = Log(__name__)
 
@@ -28,7 +28,7 @@ class HostNode(Protocol):
         """Return what is so of the host now."""
 
 
-class Questions:
+class HostQueries:
     """Thread-safe. `on_finished` takes what is owed for a task that was answered."""
 
     def __init__(
@@ -36,11 +36,11 @@ class Questions:
         node: HostNode,
         journal: Journal,
         queries: Mapping[str, Query],
-        memory: ServerMemory,
-        callbacks: Callbacks,
+        memory: ManagementServerFile,
+        callbacks: CallbackClient,
         *,
-        on_finished: Callable[[Owed], None],
-        meters: Meters | None = None,
+        on_finished: Callable[[Undelivered], None],
+        recorder: Recorder | None = None,
     ) -> None:
         self._node = node
         self._journal = journal
@@ -48,7 +48,7 @@ class Questions:
         self._memory = memory
         self._callbacks = callbacks
         self._on_finished = on_finished
-        self._meters = meters or Meters()
+        self._recorder = recorder or Recorder()
         self._noticed: set[str] = set()
 
     def run(self, task: Task) -> None:
@@ -85,7 +85,7 @@ class Questions:
         `client` is the address that asks; a server is told of events only where its callbacks may go.
         """
         reply, failure = self._find_answer(query, request, client)
-        self._meters.ended(query.name, "refused" if failure else "answered", failure.code if failure else None)
+        self._recorder.ended(query.name, "refused" if failure else "answered", failure.code if failure else None)
         return reply, failure
 
     def _find_answer(self, query: Query, request: Any, client: str) -> tuple[msgspec.Struct, AgentError | None]:

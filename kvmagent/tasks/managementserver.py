@@ -12,12 +12,12 @@ import msgspec
 from kvmagent.logs import Log
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import ManagementServer
-from kvmagent.private import write_file
+from kvmagent.secretfiles import write_file
 
 log = Log(__name__)
 
 
-class ServerMemory:
+class ManagementServerFile:
     """Thread-safe."""
 
     def __init__(self, path: Path) -> None:

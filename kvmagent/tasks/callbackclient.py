@@ -34,7 +34,7 @@ from kvmagent.model.command import JSON_TYPE
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import LOCAL
 from kvmagent.model.urls import shown_line, shown_url
-from kvmagent.private import check_file, read_private
+from kvmagent.secretfiles import check_file, read_private
 from kvmagent.settings import CallbackRule, CallbackSection
 from kvmagent.shares import Shares
 
@@ -63,7 +63,7 @@ def resolve_by_system(host: str) -> Iterable[str]:
     return dict.fromkeys(str(sockaddr[0]) for _, _, _, _, sockaddr in found)
 
 
-class Callbacks:
+class CallbackClient:
     """Thread-safe. `user_id` is the agent's user, this process's where none is given: who may own its files."""
 
     def __init__(

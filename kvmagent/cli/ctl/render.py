@@ -29,7 +29,7 @@ _LABELS = {"cpu num": "vCPUs", "memory size": "memory", "numa": "NUMA", "acpi": 
 _STATE_COLOURS = {"accepted": DIM, "running": WARN, "gone": WARN, "given_up": BAD}
 
 
-def view_status(url: str, health: Json) -> list[str]:
+def render_status(url: str, health: Json) -> list[str]:
     """Return what /healthz says."""
     ready = paint("ready", GOOD) if health["ready"] else paint("not ready", BAD)
     lines = [f"{url}: {ready}, version {health['version']}"]
@@ -56,7 +56,7 @@ def _memory_lines(memory: Json | None) -> list[str]:
     return [told, f"  {over} since {since:%Y-%m-%d %H:%M} UTC: no VM gets more until some comes back"]
 
 
-def view_reclaimable(answer: Json) -> list[str]:
+def render_reclaimable(answer: Json) -> list[str]:
     """Return what could come back of each running VM, the most first."""
     rows = [
         [
@@ -73,7 +73,7 @@ def view_reclaimable(answer: Json) -> list[str]:
     return format_table(("VM", ">PROMISED", ">RESIDENT", ">UNUSED", "COULD LEAVE BY"), rows)
 
 
-def view_vms(vms: Iterable[Json], *, wide: bool = False) -> list[str]:
+def render_vms(vms: Iterable[Json], *, wide: bool = False) -> list[str]:
     """Return a table of VMs, by name: what each has, may have, and what its guest uses of it; `wide`: their UUIDs."""
     if not wide:
         return _vm_table(_VM_COLUMNS, vms, _vm_row)
@@ -117,7 +117,7 @@ _VERDICT_COLOURS = {
 }
 
 
-def view_plan(reply: Json) -> list[str]:
+def render_plan(reply: Json) -> list[str]:
     """Return the plans of one VM: a grid where vCPUs and memory requested, else a line each; then the reasons."""
     plans = reply["plans"]
     cpus = list(dict.fromkeys(plan["target"].get("cpuNum") for plan in plans))
@@ -142,7 +142,7 @@ def view_plan(reply: Json) -> list[str]:
     return lines
 
 
-def view_plans(vms: Iterable[Json]) -> list[str]:
+def render_plans(vms: Iterable[Json]) -> list[str]:
     """Return the plans of many VMs: a row for each target of each."""
 
     def rows(vm: Json) -> list[list[str]]:
@@ -186,7 +186,7 @@ def _took_lately(plan: Json) -> str:
     )
 
 
-def view_preparations(vms: Iterable[Json], *, with_diff: bool) -> list[str]:
+def render_preparations(vms: Iterable[Json], *, with_diff: bool) -> list[str]:
     """Return what was, or would be, prepared of many VMs; with the XML where it is asked for."""
     vms = list(vms)
 
@@ -208,7 +208,7 @@ def view_preparations(vms: Iterable[Json], *, with_diff: bool) -> list[str]:
     lines = _vm_table(("VM", "OUTCOME", "CHANGES", "RESTART"), vms, row)
     for vm in vms if with_diff else ():
         if vm.get("diff"):
-            lines += ["", str(vm.get("name") or vm["vmUuid"]), *view_diff(vm["diff"])]
+            lines += ["", str(vm.get("name") or vm["vmUuid"]), *render_diff(vm["diff"])]
     return lines
 
 
@@ -250,7 +250,7 @@ def _since(vm: Json) -> str:
     return "" if since is None else f" since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def view_reply(reply: Json, *, removes: bool = False, asked: Iterable[str] = ()) -> list[str]:
+def render_reply(reply: Json, *, removes: bool = False, asked: Iterable[str] = ()) -> list[str]:
     """Return a reply of any command: what became of it, and the numbers before and after.
 
     `removes`: it was to take something away. `asked` are the numbers that it was about, whose totals are told first.
@@ -321,7 +321,7 @@ def _rounding(reply: Json) -> list[str]:
     return [f"  {paint('rounded', WARN)}  from {_exactly(requested)} to {_exactly(aligned)}"]
 
 
-def view_readiness(reply: Json, *, with_diff: bool) -> list[str]:
+def render_readiness(reply: Json, *, with_diff: bool) -> list[str]:
     """Return what ReadyForHotplug says: room, everything in the way, and what prepare changes."""
     name = reply.get("name") or reply["vmUuid"]
     if reply["ready"]:
@@ -361,7 +361,7 @@ def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
         why = f"{_label(one['field'])}: {prepared} instead of {asked}: {one['why']}"
         lines.append(prose(f"  {paint('limited', WARN)}  ", why))
     if with_diff and reply.get("diff"):
-        lines += ["", *view_diff(reply["diff"])]
+        lines += ["", *render_diff(reply["diff"])]
     if reply.get("outcome") == "configured" and reply.get("restartRequired"):
         lines += ["", "Power the VM off and start it again: a reboot inside the guest does not do it."]
     elif reply.get("outcome") == "planned" and changes:
@@ -369,13 +369,13 @@ def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
     return lines
 
 
-def view_diff(diff: str) -> list[str]:
+def render_diff(diff: str) -> list[str]:
     """Return a unified diff in its colours."""
     colours = {"+": GOOD, "-": BAD, "@": DIM}
     return [paint(line, colours[line[0]]) if line[:1] in colours else line for line in diff.splitlines()]
 
 
-def view_tasks(tasks: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
+def render_tasks(tasks: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
     """Return a table of tasks; `now` is seconds since the epoch. `wide`: ids whole, not as far as they differ."""
     tasks = list(tasks)
     ids = [task["taskUuid"] for task in tasks]
@@ -422,7 +422,7 @@ def _shorten(ids: list[str]) -> list[str]:
     return [one[:length] for one in ids]
 
 
-def view_history(changes: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
+def render_history(changes: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
     """Return what changed a VM, newest first."""
     changes = list(changes)
     ids = [change["taskUuid"] for change in changes]
@@ -485,7 +485,7 @@ def _when(at: float | None) -> str:
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}" if at else "-"
 
 
-def view_change(task: Json, at: str) -> str:
+def render_change(task: Json, at: str) -> str:
     """Return one line of `tasks --follow`: a task in its new state, and when that was seen."""
     outcome = f" {_outcome(task)}" if task["outcome"] else ""
     took = f" in {_took(task)}" if task["finishedAt"] else ""
@@ -494,7 +494,7 @@ def view_change(task: Json, at: str) -> str:
     return f"{at}  {task['taskUuid']}  {task['command']} {task['vm']}  {state}{outcome}{took}{trouble}"
 
 
-def view_task(task: Json, now: float) -> list[str]:
+def render_task(task: Json, now: float) -> list[str]:
     """Return one task, whole."""
     request = " ".join(f"{name}={_value(name, value)}" for name, value in task["request"].items())
     by = f"by {task['caller']} " if task.get("caller") else ""
@@ -528,8 +528,8 @@ def view_task(task: Json, now: float) -> list[str]:
 
 def _view_task_reply(task: Json, reply: Json, *, is_readiness: bool) -> list[str]:
     if is_readiness:
-        return view_readiness(reply, with_diff=True)
-    return view_reply(reply, removes=_removes(task["command"]), asked=task["request"])
+        return render_readiness(reply, with_diff=True)
+    return render_reply(reply, removes=_removes(task["command"]), asked=task["request"])
 
 
 def format_step(step: Json) -> str:

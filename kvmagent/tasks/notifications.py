@@ -18,7 +18,7 @@ import msgspec
 from kvmagent.logs import Log
 from kvmagent.model.command import Plugin
 from kvmagent.model.host import ManagementServer, Progress, Report, VmEvent
-from kvmagent.tasks.callbacks import Callbacks, Channel
+from kvmagent.tasks.callbackclient import CallbackClient, Channel
 
 log = Log(__name__)
 
@@ -32,14 +32,14 @@ _IDLE_S = 10.0
 News = TypeVar("News")
 
 
-class Reports:
+class Notifications:
     """Thread-safe. `get_server` returns who is to be told, None while nobody has connected."""
 
     def __init__(
         self,
         plugins: Iterable[Plugin],
         get_server: Callable[[], ManagementServer | None],
-        callbacks: Callbacks,
+        callbacks: CallbackClient,
         *,
         timeout_s: float,
         idle_s: float = _IDLE_S,
@@ -143,7 +143,7 @@ class Reports:
 class _Connection:
     """One thread's connection to the server, kept as long as it is the same."""
 
-    def __init__(self, callbacks: Callbacks) -> None:
+    def __init__(self, callbacks: CallbackClient) -> None:
         self._callbacks = callbacks
         self._open: tuple[ManagementServer, Channel] | None = None
 

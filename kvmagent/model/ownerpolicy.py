@@ -9,7 +9,7 @@ from kvmagent.model.policy import check_cpu_ceiling, check_memory_ceiling, check
 from kvmagent.model.reply import Problem
 
 
-def ask_owner(facts: Facts, affect: Affect, goal: Goal) -> None:
+def check_owner_policy(facts: Facts, affect: Affect, goal: Goal) -> None:
     """Refuse what the owner of either definition to be changed does not allow.
 
     Raises:

@@ -9,7 +9,13 @@ from typing import Any, get_args
 import msgspec
 
 from kvmagent import __version__
-from kvmagent.api.answers import (
+from kvmagent.api.deadline import Asker
+from kvmagent.api.intake import Accepted, check_owner
+from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
+from kvmagent.api.openapi import OwnPath, build_openapi, find_vm_shape
+from kvmagent.api.pages import LIST_QUERY, Page, answer_list, choose_fields, read_page
+from kvmagent.api.planning import PATH as PLAN_PATH
+from kvmagent.api.schemas import (
     API_VERSION,
     EXTENSIONS,
     DeliveryState,
@@ -24,12 +30,6 @@ from kvmagent.api.answers import (
     WhoAmI,
     WholeTask,
 )
-from kvmagent.api.deadline import Asker
-from kvmagent.api.intake import Accepted, check_owner
-from kvmagent.api.metrics.events import CONTENT_TYPE, Metrics
-from kvmagent.api.openapi import OwnPath, build_openapi, find_vm_shape
-from kvmagent.api.pages import LIST_QUERY, Page, answer_list, choose_fields, read_page
-from kvmagent.api.planning import PATH as PLAN_PATH
 from kvmagent.api.server import Answer, Call, Handler, Route
 from kvmagent.api.wire import encode, encode_error
 from kvmagent.hypervisor.node import Node
@@ -142,7 +142,7 @@ OWN_PATHS = (
 _VM_WAIT_S, _CHECK_WAIT_S, _AT_ONCE = 10.0, 3.0, 12
 
 
-class Reads:
+class Resources:
     """Thread-safe. `describe_vm` answers ReadyForHotplug for one VM, or nothing when no plugin offers it.
 
     `find_stalls` names the parts of the agent that make no progress, with what is known of each.
@@ -358,7 +358,7 @@ class _Named(msgspec.Struct):
     name: str | None = None
 
 
-# Made here and once, for the reason that model.shapes gives.
+# Made here and once, for the reason that model.decoders gives.
 _TOLD = msgspec.json.Decoder(_Told)
 _NAMED = msgspec.json.Decoder(_Named)
 

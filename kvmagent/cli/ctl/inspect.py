@@ -13,17 +13,17 @@ import click
 import msgspec
 
 from kvmagent.cli.ctl.exits import CtlError, Exit
+from kvmagent.cli.ctl.render import (
+    render_change,
+    render_history,
+    render_reclaimable,
+    render_status,
+    render_task,
+    render_tasks,
+    view_cancelled,
+)
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.terminal import GOOD, WARN, paint, printable
-from kvmagent.cli.ctl.views import (
-    view_cancelled,
-    view_change,
-    view_history,
-    view_reclaimable,
-    view_status,
-    view_task,
-    view_tasks,
-)
 from kvmagent.cli.ctl.vmnames import complete_task, complete_vm
 from kvmagent.model.errors import Code
 from kvmagent.model.reply import Outcome
@@ -71,7 +71,7 @@ def status(context: click.Context) -> int:
     """Whether the agent is ready, what is down, what it is at."""
     session = session_of(context)
     health = session.agent.get("healthz")
-    _print(session, health, lambda body: view_status(session.agent.url, body))
+    _print(session, health, lambda body: render_status(session.agent.url, body))
     return Exit.REACHED if health["ready"] else Exit.NOT_READY
 
 
@@ -86,7 +86,7 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
     """
     session = session_of(context)
     answer = session.agent.get("host", "reclaimable", timeout_s=_VMS_S)
-    _print(session, answer, view_reclaimable)
+    _print(session, answer, render_reclaimable)
 
 
 @click.command()
@@ -124,7 +124,7 @@ def tasks(context: click.Context, /, state: str | None, limit: int, follow: bool
     _print(
         session,
         {"tasks": read(limit)},
-        lambda body: view_tasks(body["tasks"], time.time(), wide=session.is_wide),
+        lambda body: render_tasks(body["tasks"], time.time(), wide=session.is_wide),
         names=lambda body: [task["taskUuid"] for task in body["tasks"]],
     )
 
@@ -154,7 +154,7 @@ def _follow(session: Session, read: Callable[[int], list[dict[str, Any]]], limit
             if session.as_json:
                 session.terminal.print_json(task, indent=None)
             else:
-                session.terminal.print(view_change(printable(task), time.strftime("%H:%M:%S")))
+                session.terminal.print(render_change(printable(task), time.strftime("%H:%M:%S")))
         known = {task["taskUuid"]: _version(task) for task in seen}
         newest_at = max([newest_at, *(task["acceptedAt"] for task in seen)])
         time.sleep(_FOLLOW_S)
@@ -171,7 +171,7 @@ def task(context: click.Context, task_id: str) -> None:
     """One task: request, steps, reply, callback. The beginning of its id is enough where no other has it."""
     session = session_of(context)
     found = _ask_by_beginning(session, task_id, lambda task_uuid: session.agent.get("tasks", task_uuid))
-    _print(session, found, lambda body: view_task(body, time.time()))
+    _print(session, found, lambda body: render_task(body, time.time()))
 
 
 @click.command()
@@ -204,7 +204,7 @@ def log(context: click.Context, vm: str, limit: int) -> None:
     _print(
         session,
         body,
-        lambda shown: view_history(shown["changes"], time.time(), wide=session.is_wide),
+        lambda shown: render_history(shown["changes"], time.time(), wide=session.is_wide),
         names=lambda shown: [change["taskUuid"] for change in shown["changes"]],
     )
 
@@ -248,12 +248,12 @@ def doctor(context: click.Context, config: str) -> int:
     To be run on the host itself, as root: it looks as the agent's user then, and says so.
     """
     from kvmagent.cli.ctl.doctor import examine
-    from kvmagent.cli.ctl.findings import is_healthy, view_findings
+    from kvmagent.cli.ctl.findings import is_healthy, render_findings
 
     session = session_of(context)
     findings = examine(Path(config), session.asked_for)
     body = {"healthy": is_healthy(findings), "findings": msgspec.to_builtins(findings)}
-    _print(session, body, lambda _: view_findings(findings))
+    _print(session, body, lambda _: render_findings(findings))
     return Exit.REACHED if body["healthy"] else Exit.NOT_READY
 
 
@@ -272,7 +272,7 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
     """
     from kvmagent.cli.configfile import read_settings, read_sources
     from kvmagent.cli.ctl.agentuser import find_identity, look_as
-    from kvmagent.cli.ctl.configuration import view_settings
+    from kvmagent.cli.ctl.configuration import render_settings
 
     session = session_of(context)
     if sample:
@@ -297,7 +297,7 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
         _print(session, body, lambda _: [f"{found[0].message}: {paint('good', GOOD)}{seen}"])
         return
     settings = read_settings(Path(config), overrides)
-    _print(session, msgspec.to_builtins(settings), lambda _: view_settings(settings))
+    _print(session, msgspec.to_builtins(settings), lambda _: render_settings(settings))
 
 
 @click.command()

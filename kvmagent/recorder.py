@@ -21,7 +21,7 @@ from kvmagent.model.facts import Facts
 Phase = Literal["queue", "plan", "journal", "libvirt", "guest", "hook", "callback"]
 
 
-class Meters:
+class Recorder:
     """Takes what happens, on any thread and without delay; this one lets it go."""
 
     def ended(self, command: str, outcome: str, error_code: str | None) -> None:

@@ -15,7 +15,7 @@ from kvmagent.model.steps import AnyStep
 from kvmagent.tasks.journal import Journal
 
 
-class LeftOffline:
+class OfflineCpus:
     """Thread-safe, as the journal is."""
 
     def __init__(self, journal: Journal) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 
-def settle(*shapes: Any) -> None:
+def prepare_decoder(*shapes: Any) -> None:
     """Have msgspec work a shape out now, while one thread knows it.
 
     msgspec works a Struct out when it is first decoded. Two threads that are the first at the same time end the
