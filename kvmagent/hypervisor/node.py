@@ -34,8 +34,8 @@ from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.recorder import Recorder, phase
 
 # Source: libvirt 9.5 stopped to count virtio-mem among the slots; 10.10 adds an IOMMU with EIM when a VM of more than
-# 255 vCPUs is defined; QEMU 9.0 emulates X2APIC. Observed: libvirt 11.3 with QEMU 10.0, 12.8 with 11.1.
-_VIRTIO_MEM_WITHOUT_SLOTS, _ADDS_IOMMU, _EMULATES_X2APIC = 9_005_000, 10_010_000, 9_000_000
+# 255 vCPUs is defined. Observed: libvirt 11.3 and 12.8.
+_VIRTIO_MEM_WITHOUT_SLOTS, _ADDS_IOMMU = 9_005_000, 10_010_000
 # Looks that come so close together are one look at the host's memory: a list of VMs is many looks.
 _SAME_LOOK_S = 0.05
 _VMS = frozenset({"vms", "settled vms"})
@@ -239,7 +239,6 @@ class Node:
             removes_emulated=self._removes_emulated,
             virtio_mem_takes_slots=version < _VIRTIO_MEM_WITHOUT_SLOTS,
             adds_iommu=version >= _ADDS_IOMMU,
-            emulates_x2apic=_emulates_x2apic(connection, domain.live or domain.config),
         )
         facts = Facts(domain=domain, guest=guest, host=host)
         domain = msgspec.structs.replace(domain, migrated=self._migrations.note(facts))
@@ -288,14 +287,6 @@ class Node:
                     return None
                 self._vcpu_limits[key] = None
         return self._vcpu_limits[key]
-
-
-def _emulates_x2apic(connection: libvirt.virConnect, definition: Definition | None) -> bool:
-    try:
-        is_emulated = definition is not None and definition.hypervisor == "qemu"
-        return is_emulated and connection.getVersion() >= _EMULATES_X2APIC
-    except libvirt.libvirtError:  # the host has no emulator of its own architecture
-        return False
 
 
 class OpenVm:

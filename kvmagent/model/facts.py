@@ -356,7 +356,7 @@ class Host(msgspec.Struct, frozen=True):
     a VM of the observed VM's machine type. `hugepage_bytes` is the default hugepage's size, `boot_id` another after
     every start of the host. An unprivileged libvirt (qemu:///session) cannot raise the limits of its QEMU processes.
     `virtio_mem_takes_slots`: libvirt counts such devices among the memory slots; `adds_iommu`: it adds the IOMMU by
-    itself that more than 255 vCPUs need. `emulates_x2apic`: emulated vCPUs take the ids that it carries, as KVM's do.
+    itself that more than 255 vCPUs need.
     `has_domain_schema` tells whether libvirt's schema is there to hold a definition against.
     `removes_emulated`: vCPUs of emulated VMs may be removed too (libvirt.allow_emulated_removal).
     """
@@ -372,7 +372,6 @@ class Host(msgspec.Struct, frozen=True):
     removes_emulated: bool = False
     virtio_mem_takes_slots: bool = True
     adds_iommu: bool = False
-    emulates_x2apic: bool = False
     pools: tuple[MemoryPool, ...] = ()
 
 

@@ -189,9 +189,9 @@ def find_vcpu_limit(host: Host, definition: Definition) -> tuple[int | None, str
     limit, kind = host.vcpu_limit, f"a {definition.machine} ({definition.hypervisor})"
     if has_low_ids(host, definition) and (limit is None or limit > MOST_VCPUS_WITHOUT_EIM):
         most = MOST_VCPUS_WITHOUT_EIM
-        if definition.hypervisor == "kvm" or host.emulates_x2apic:
+        if definition.hypervisor == "kvm":
             return most, f"more than {most} need an <iommu> that carries their APIC ids (eim='on', AMD's xtsup='on')"
-        return most, f"an emulated VM has at most {most}: before 9.0 QEMU carries no higher APIC ids there"
+        return most, f"an emulated VM has at most {most}: QEMU does not always carry higher APIC ids there"
     return limit, f"the hypervisor gives at most {limit} to {kind}"
 
 
@@ -200,12 +200,12 @@ def has_low_ids(host: Host, definition: Definition) -> bool:
 
     Newer libvirt adds that IOMMU by itself where a q35 VM gets so many vCPUs.
     Source: QEMU hw/i386/x86-iommu, "eim". Observed: QEMU 7.2 emulating refuses such ids, "requires kernel irqchip and
-    X2APIC API support"; libvirt 11.3 and 12.8 add the IOMMU, and QEMU 10.0 and 11.1 start 300 emulated vCPUs.
+    X2APIC API support"; QEMU 10.0 and 11.1 start 300 emulated vCPUs with some IOMMUs and CPU models only.
     """
     if definition.arch != "x86_64":
         return False
     carried = definition.iommu_eim or (host.adds_iommu and "q35" in definition.machine)
-    return not (carried and (definition.hypervisor == "kvm" or host.emulates_x2apic))
+    return not (carried and definition.hypervisor == "kvm")
 
 
 def check_machine_age(name: str, definition: Definition) -> Iterator[Blocker]:

@@ -620,9 +620,6 @@ class FakeConnection:
     def getLibVersion(self) -> int:
         return self.lib_version
 
-    def getVersion(self) -> int:
-        return 7_002_000
-
     def isAlive(self) -> bool:
         return self.alive
 

@@ -33,13 +33,6 @@ def test_a_machine_that_does_nothing_is_refused_in_one_voice(of: tuple[str, str]
         (define("x86_64", "pc"), Host(vcpu_limit=255, adds_iommu=True), 255, "the hypervisor gives"),
         (define("x86_64", "q35", kind="qemu"), Host(vcpu_limit=288), 255, "emulated"),
         (define("x86_64", "q35", kind="qemu"), Host(vcpu_limit=288, adds_iommu=True), 255, "emulated"),
-        (define("x86_64", "q35", kind="qemu"), Host(vcpu_limit=4096, emulates_x2apic=True), 255, "<iommu>"),
-        (
-            define("x86_64", "q35", kind="qemu"),
-            Host(vcpu_limit=4096, adds_iommu=True, emulates_x2apic=True),
-            4096,
-            "the hypervisor gives",
-        ),
         (
             define("x86_64", "q35", inside="<devices><iommu model='amd'><driver xtsup='on'/></iommu></devices>"),
             Host(vcpu_limit=4096),
