@@ -55,7 +55,7 @@ def test_the_installation_starts_the_service_and_its_user_reaches_libvirt(machin
     assert health(machine)["ready"] is True
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pinned(machine: Booted, image: Image) -> Iterator[str]:
     """A VM whose vCPUs have a quota each, shares together, and pins, but for the last one."""
     spec = GuestSpec(name=PINNED, max_vcpus=4, domain_xml=CPUTUNE)
