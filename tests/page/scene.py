@@ -8,9 +8,10 @@ import msgspec
 
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import VmState
-from kvmagent.model.host import HostLoad
+from kvmagent.model.host import HostLoad, HostMemory
 from kvmagent.model.plans import Plan, PlannedCommand, PlanReply, PlanTarget, Reason, Reserved, Verdict
 from kvmagent.model.reply import Numbers, Problem
+from kvmagent.model.units import format_size
 from kvmagent_plugins.vm.requests import Blocker, Headroom, PluggedOffline, ReadinessReply
 from tests.page.stage import NOW
 
@@ -137,6 +138,21 @@ def task(
             "error": delivery_error,
         },
     }
+
+
+# A host whose VMs may have more than they use, and less than there is; and one that was over its budget already.
+MEMORY = HostMemory(
+    physical=512 * GIB,
+    reserve=32 * GIB,
+    overcommit=1.0,
+    hugepages=0,
+    budget=480 * GIB,
+    promised=320 * GIB,
+    reserved=0,
+    resident=200 * GIB,
+    over_since=None,
+)
+OVER = msgspec.structs.replace(MEMORY, promised=600 * GIB, over_since=NOW - 10_000.0)
 
 
 def health(**changes: Any) -> dict[str, Any]:
@@ -288,8 +304,15 @@ def plans(question: dict[str, Any]) -> PlanReply:
         most = numbers.max_cpu_num if target.cpu_num else numbers.max_memory_size
         total = target.cpu_num or target.memory_size or 0
         verdict: Verdict = "live" if total <= (most or 0) else "restart" if total <= 4 * (most or 0) else "never"
-        code = Code.CPU_ABOVE_MAXIMUM if target.cpu_num else Code.NO_MAX_MEMORY
-        reason = Reason(code, f"{total} was asked for, the running definition allows at most {most}", REMEDIES[code])
+        code, message = Code.NO_MAX_MEMORY, "the running definition has no <maxMemory>"
+        if target.cpu_num:
+            code = Code.CPU_ABOVE_MAXIMUM
+            message = f"{total} vCPUs requested, the running definition allows at most {most}"
+        elif most is not None:
+            code, has = Code.MEMORY_ABOVE_MAXIMUM, numbers.memory_size or 0
+            message = f"{format_size(has)} and {format_size(total - has)} more requested, "
+            message += f"the running definition allows at most {format_size(most)}"
+        reason = Reason(code, message, REMEDIES[code])
         prepare = PlannedCommand(command="ReadyForHotplug", path="/vm/hotplug/ready", request={}, steps=[])
         told.append(
             Plan(

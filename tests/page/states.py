@@ -6,11 +6,13 @@ from typing import Any
 
 from tests.lab.axe import find_axe
 from tests.page.browser import Browser
-from tests.page.scene import CHANGES, health, task
+from tests.page.scene import CHANGES, MEMORY, OVER, VMS, health, task
 from tests.page.stage import Stage
 
 ROWS = "document.querySelectorAll('#vm-rows tbody').length"
-STATES = ("history", "no-answer", "not-ready", "empty", "login", "forty-tasks")
+# What the host's memory is.
+BUDGETS = {"memory": MEMORY, "over-budget": OVER}
+STATES = ("history", "no-answer", "not-ready", "empty", "login", "forty-tasks", *BUDGETS)
 REFUSAL = {
     "success": False,
     "error": "the request carries no credentials",
@@ -24,6 +26,8 @@ def bring(browser: Browser, stage: Stage, state: str, **window: Any) -> None:
     stage.changes = CHANGES
     if state == "empty":
         stage.answers |= {"/vms": (200, {"vms": []}), "/tasks": (200, {"tasks": []}), "/healthz": (200, health())}
+    elif state in BUDGETS:
+        stage.answers |= {"/vms": (200, {"vms": VMS[7:8]}), "/healthz": (200, health(memory=BUDGETS[state]))}
     elif state == "not-ready":
         down = {"libvirt": "cannot connect to qemu:///system: Connection refused"}
         stage.answers["/healthz"] = (503, health(ready=False, down=down))
@@ -40,7 +44,9 @@ def bring(browser: Browser, stage: Stage, state: str, **window: Any) -> None:
         browser.wait("document.querySelector('#task-list .muted')")
     else:
         browser.wait(f"{ROWS} && document.querySelector('#task-list li details')")
-    if state == "history":
+    if state in BUDGETS:
+        browser.wait("document.querySelector('#figures .memory')")
+    elif state == "history":
         browser.run("[...document.querySelectorAll('.history-of')][1].click()")
         browser.wait("document.querySelectorAll('.history li').length")
     elif state == "no-answer":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvmagent.api.security import new_token
@@ -13,7 +14,7 @@ from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 from tests.page.browser import Browser
-from tests.page.scene import CHANGES, GIB, REMEDIES, TASKS, VMS, full_host, health, task, vm
+from tests.page.scene import CHANGES, GIB, MEMORY, OVER, REMEDIES, TASKS, VMS, full_host, health, task, vm
 from tests.page.stage import Stage
 from tests.page.states import bring
 
@@ -91,6 +92,40 @@ def test_bars_are_as_wide_as_the_numbers(opened: Callable[..., Browser]) -> None
     assert parts == pytest.approx({"used": 8 / 32, "offline": 4 / 32, "room": 20 / 32}, abs=0.02)
 
 
+def test_the_host_s_memory_is_a_bar_of_what_is_used_promised_left_and_kept(
+    stage: Stage, opened: Callable[..., Browser]
+) -> None:
+    stage.answers["/healthz"] = (200, health(memory=MEMORY))
+    words, parts = look_at_memory(opened())
+    assert words.startswith("Memory promised to VMs 320 GiB of a budget of 480 GiB ")
+    assert words.endswith("200 GiB used 120 GiB promised, not used 160 GiB left 32 GiB kept for the host")
+    shares = {"used": 200 / 512, "promised": 120 / 512, "room": 160 / 512, "reserve": 32 / 512}
+    assert parts == pytest.approx(shares, abs=0.02)
+    # More than there is: a host that was over its budget before the agent came.
+    stage.answers["/healthz"] = (200, health(memory=OVER))
+    words, parts = look_at_memory(opened())
+    assert "600 GiB of a budget of 480 GiB 200 GiB used 280 GiB promised, not used 120 GiB over the budget" in words
+    assert words.endswith("Over the budget since 2026-09-21 11:26 UTC: no VM gets more until some comes back")
+    shares = {"used": 200 / 632, "promised": 280 / 632, "over": 120 / 632, "reserve": 32 / 632}
+    assert parts == pytest.approx(shares, abs=0.02)
+    # VMs that use all of it and more.
+    stage.answers["/healthz"] = (200, health(memory=msgspec.structs.replace(OVER, resident=610 * GIB)))
+    words, parts = look_at_memory(opened())
+    assert "610 GiB used 120 GiB over the budget 32 GiB kept for the host" in words
+    assert parts == pytest.approx({"used": 480 / 632, "over": 120 / 632, "reserve": 32 / 632}, abs=0.02)
+
+
+def look_at_memory(browser: Browser) -> tuple[str, dict[str, float]]:
+    """What stands at the host's memory, and how wide each part of its bar is, of the whole."""
+    browser.wait("document.querySelector('#figures .memory .bar')")
+    parts = browser.run(
+        "const bar = document.querySelector('#figures .memory .bar');"
+        "return Object.fromEntries([...bar.children].map("
+        "(part) => [part.className, part.getBoundingClientRect().width / bar.getBoundingClientRect().width]))"
+    )
+    return " ".join(browser.text("#figures .memory").split()), dict(parts)
+
+
 def test_blockers_are_told_with_their_remedies(opened: Callable[..., Browser]) -> None:
     browser = opened()
     browser.run("document.querySelectorAll('#vm-rows tbody')[4].querySelector('button').click()")
@@ -121,7 +156,8 @@ def test_an_opened_row_shows_what_the_vm_can_have_now_after_a_restart_and_never(
     told = [" ".join(words.split()) for words in browser.text(f"{none} .ladder").splitlines() if words]
     assert "4 vCPUs after a prepare and a restart" in told
     assert "4 GiB no" in told
-    assert "4 was asked for, the running definition allows at most 2" in told
+    assert "The running definition has no <maxMemory>" in told
+    assert "4 vCPUs requested, the running definition allows at most 2" in told
     assert stage.asked[PLAN] == 2
     # It is asked again when the VM is another than it was, and not before.
     stage.answers["/vms"] = (200, {"vms": [vm(1, "web-1", cpus=(3, 3, 8), memory=(4 * GIB, 0, 16 * GIB))]})

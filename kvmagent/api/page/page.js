@@ -68,13 +68,25 @@ function figure(label, value, note, bad = false) {
 }
 
 /** The host's memory: what VMs use, what they may have beyond that, what is left, and what the host keeps. */
-function budget({ physical, reserve, budget: most, promised, resident, overSince }) {
-  const words = overSince === null ? `of ${size(most)} promised to VMs` : `promised to VMs, the budget is ${size(most)}`;
-  const parts = [["used", Math.min(resident, promised)], ["promised", Math.max(0, promised - resident)], ["room", Math.max(0, most - promised)], ["reserve", reserve]];
-  const note = `${size(resident)} used by VMs, ${size(reserve)} kept for the host, of ${size(physical)}`;
-  const bar = makeBar(parts, Math.max(promised, most) + reserve);
-  bar.title = note;
-  return figure("Memory promised", size(promised), [words, bar], overSince !== null);
+function budget({ reserve, budget: most, promised, resident, overSince }) {
+  const used = Math.min(resident, promised, most);
+  const idle = Math.min(promised, most) - used;
+  const over = Math.max(0, promised - most);
+  const left = Math.max(0, most - promised);
+  const parts = [
+    ["used", used, `${size(resident)} used`],
+    ["promised", idle, `${size(idle)} promised, not used`],
+    ["over", over, `${size(over)} over the budget`],
+    ["room", left, `${size(left)} left`],
+    ["reserve", reserve, `${size(reserve)} kept for the host`],
+  ].filter(([, amount]) => amount > 0);
+  const since = overSince && `${new Date(overSince * 1000).toISOString().slice(0, 16).replace("T", " ")} UTC`;
+  return h("div", { class: since ? "memory bad" : "memory" },
+    h("dt", {}, "Memory promised to VMs"),
+    h("dd", {}, h("b", {}, size(promised)), h("span", {}, `of a budget of ${size(most)}`)),
+    h("dd", {}, makeBar(parts, Math.max(promised, most) + reserve),
+      h("ul", { class: "legend" }, parts.map(([kind, , words]) => h("li", {}, h("i", { class: kind }), words)))),
+    since ? h("dd", { class: "trouble" }, icon("warn"), `Over the budget since ${since}: no VM gets more until some comes back`) : null);
 }
 
 function drawFigures() {
@@ -90,8 +102,8 @@ function drawFigures() {
     health && figure("Tasks", running.size, `running, ${queued} waiting`),
     health && figure("Callbacks owed", owedCallbacks, null),
     host && figure("Host memory", size(host.memoryAvailable), `of ${size(host.memoryTotal)} available`),
-    memory && budget(memory),
     host && figure("Host load", host.load === null ? "unknown" : host.load.toFixed(1), `on ${plural(host.cpus, "CPU")}`),
+    memory && budget(memory),
   ].filter(Boolean);
   const print = figures.map((element) => element.className + element.textContent).join("|");
   if ($("figures").dataset.print === print) return;
