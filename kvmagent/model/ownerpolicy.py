@@ -7,15 +7,23 @@ from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Definition, Domain, Facts
 from kvmagent.model.policy import check_cpu_ceiling, check_memory_ceiling, check_opt_out
 from kvmagent.model.reply import Problem
+from kvmagent.model.steps import AnyStep
 
 
-def check_owner_policy(facts: Facts, affect: Affect, goal: Goal) -> None:
-    """Refuse what the owner of either definition to be changed does not allow.
+def check_owner_policy(facts: Facts, affect: Affect, goal: Goal, steps: tuple[AnyStep, ...] = ()) -> None:
+    """Refuse what the owner of either definition to be changed does not allow: by what was asked for, by the goal's
+    totals and by its first steps, for a plugin may change more than what it was asked for.
 
     Raises:
         AgentError: VM_OPTED_OUT, ABOVE_POLICY.
     """
-    for name, definition in _definitions(facts.domain, affect):
+    running = affect != "config" or any(total.live is not None for total in goal.totals)
+    persistent = (
+        affect != "live"
+        or any(total.config is not None for total in goal.totals)
+        or any(step.saves for step in steps)
+    )
+    for name, definition in _definitions(facts.domain, running=running, persistent=persistent):
         for problem in (
             *check_opt_out(facts.domain, name, definition),
             *_check_totals(facts.domain, name, definition, goal.totals),
@@ -24,10 +32,10 @@ def check_owner_policy(facts: Facts, affect: Affect, goal: Goal) -> None:
 
 
 def _check_totals(domain: Domain, name: str, definition: Definition, totals: tuple[Total, ...]) -> Iterator[Problem]:
-    """What a resource has already it may keep."""
+    """What a resource has already it may keep, whatever direction the goal claims."""
     for total in totals:
         wanted = total.live if name == "running" else total.config
-        if wanted is None or total.direction == "down":
+        if wanted is None:
             continue
         if total.resource == "cpu":
             yield from check_cpu_ceiling(domain, name, definition, wanted)
@@ -41,8 +49,8 @@ def _check_totals(domain: Domain, name: str, definition: Definition, totals: tup
                 yield from check_memory_ceiling(domain, name, definition, wanted + definition.virtio_mem_bytes)
 
 
-def _definitions(domain: Domain, affect: Affect) -> Iterator[tuple[str, Definition]]:
-    if affect != "config" and domain.live is not None:
+def _definitions(domain: Domain, *, running: bool, persistent: bool) -> Iterator[tuple[str, Definition]]:
+    if running and domain.live is not None:
         yield "running", domain.live
-    if affect != "live" and domain.config is not None:
+    if persistent and domain.config is not None:
         yield "persistent", domain.config

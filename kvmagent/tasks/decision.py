@@ -22,6 +22,6 @@ def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -
     goal = msgspec.structs.replace(command.decide(request, facts, task_uuid), vm=facts.domain.uuid, run=facts.run)
     steps = command.next_steps(goal, facts, frozenset())
     if steps or goal.totals:
-        check_owner_policy(facts, request.affect, goal)
+        check_owner_policy(facts, request.affect, goal, steps)
         refuse_growth(goal.totals, facts)
     return goal, steps
