@@ -191,7 +191,15 @@ def _changeable(facts: Facts) -> tuple[Any, ...]:
     """Return what only a command changes: the guest moves its own numbers by itself."""
     own = msgspec.structs.replace(numbers(facts), guest_cpu_num=None, guest_memory_size=None)
     config = facts.domain.config
-    return own, _parts(facts.domain.live), _parts(config), None if config is None else config.current_bytes
+    return own, _parts(facts.domain.live), _parts(config), _next_start(config)
+
+
+def _next_start(config: Definition | None) -> tuple[Any, ...] | None:
+    """What the next start has and allows for."""
+    if config is None:
+        return None
+    room = config.vcpu_maximum, config.topology, config.max_memory_bytes, config.slots
+    return config.current_bytes, *room, config.acpi, config.balloon, config.agent_channel
 
 
 def _parts(definition: Definition | None) -> tuple[Any, ...] | None:

@@ -614,6 +614,7 @@ class Executor:
             if failure.code in _NO_WAY_BACK:
                 raise
             log.warning("the request to the guest cannot be taken back", **error_fields(failure))
+            self._look_again(run)
 
     def _observe(self, vm: OpenVm, parts: frozenset[str]) -> Facts:
         """Return what is so now, with what the agent itself knows of the guest."""
@@ -672,10 +673,10 @@ class Executor:
             problem = Problem.of(make_error(error))
             raise
         finally:
-            self._fault("step:done")
             ended = self._clock()
             elapsed_ms = None if cut_off else (ended - started) * 1000
             run.reports.append(StepReport(step, elapsed_ms, problem, (ended - run.started) * 1000, told))
+            self._fault("step:done")
             if elapsed_ms is None:
                 self._journal.cut_step(task.task_uuid, n)
             else:

@@ -1,8 +1,10 @@
 """The executor over interruptions: it goes on from what it finds, and believes no error whose effect is there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -10,6 +12,7 @@ from lxml import etree
 
 from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.tasks.executor import Executor
+from kvmagent.tasks.faults import Fault
 from kvmagent.tasks.journal import Journal, Task
 from tests.fakes.agent import COMMANDS, MIB, carry_out, make_domain, make_node
 from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
@@ -29,6 +32,7 @@ class Agent:
         self.domain: FakeDomain = domain or make_domain(GuestSpec(name="vm1"))
         self.point = ""
         self.passed: dict[str, int] = {}
+        self.finished: list[str] = []
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
         self.node = make_node(directory, self.domain)
@@ -243,23 +247,88 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("command", ["HotPlugCpu", "HotPlugMemory"])
-def test_whatever_is_raised_wherever_the_task_is_answered_once_and_truly(
-    tmp_path: Path, command: str, point: str, nth: int
-) -> None:
-    def fault(name: str) -> None:
-        agent.passed[name] = agent.passed.get(name, 0) + 1
-        if name == point and agent.passed[name] == nth:
-            raise Unforeseen(point)
+#: Those of a way on which each try waits for its guest.
+STEPS = ["step:begun", "step:done"]
 
-    agent = Agent(tmp_path)
+
+class Way(NamedTuple):
+    """A task, what its VM does that sends it back, and where on its way something is raised."""
+
+    command: str
+    fields: dict[str, Any]
+    meet: Callable[[FakeDomain], Any] = lambda domain: None
+    points: list[str] = POINTS
+
+
+def shrink_virtio_mem(domain: FakeDomain) -> None:
+    domain.guest.virtio_mem_limit = 0
+
+
+def lose_balloon_driver(domain: FakeDomain) -> None:
+    domain.guest.balloon_driver = False
+
+
+def refuse_dimms(domain: FakeDomain) -> None:
+    domain.fail_next["attachDeviceFlags"] = qemu_error(1, "no")
+
+
+def refuse_unplugs(domain: FakeDomain) -> None:
+    domain.guest.unplugs = "refuses"
+
+
+WAYS = {
+    "HotPlugCpu": Way("HotPlugCpu", {"cpuNum": 3}),
+    "HotPlugMemory": Way("HotPlugMemory", {"memorySize": 512 * MIB}),
+    "HotPlugCpuMemory": Way("HotPlugCpuMemory", {"cpuNum": 3, "memorySize": 512 * MIB}),
+    "HotUnplugCpu": Way("HotUnplugCpu", {"cpuNum": 1}),
+    "HotUnplugMemory": Way("HotUnplugMemory", {"memorySize": 256 * MIB}),
+    "ReadyForHotplug": Way(
+        "ReadyForHotplug", {"prepare": True, "maxCpuNum": 16, "maxMemorySize": 8192 * MIB, "affect": "config"}
+    ),
+    "the way back of both": Way("HotPlugCpuMemory", {"cpuNum": 3, "memorySize": 512 * MIB}, meet=refuse_dimms),
+    "the way back of vCPUs": Way("HotUnplugCpu", {"cpuNum": 1}, meet=refuse_unplugs),
+    "a virtio-mem request taken back": Way(
+        "HotPlugMemory",
+        {"memorySize": 512 * MIB, "method": "virtio-mem", "timeoutSec": 1},
+        meet=shrink_virtio_mem,
+        points=STEPS,
+    ),
+    "a balloon target taken back": Way(
+        "HotUnplugMemory",
+        {"memorySize": 200 * MIB, "timeoutSec": 1},
+        meet=lose_balloon_driver,
+        points=STEPS,
+    ),
+}
+
+
+def meet(way: Way) -> FakeDomain:
+    """The VM of a way: what a task is to take away was plugged before."""
+    domain = make_domain(GuestSpec(name="vm1"), virt_type="kvm")
+    with TemporaryDirectory() as place:
+        node = make_node(Path(place), domain)
+        if way.command == "HotUnplugCpu":
+            assert carry_out(node, "HotPlugCpu", vmUuid="vm1", cpuNum=3)["success"]
+        if way.command == "HotUnplugMemory" and way.fields["memorySize"] == 256 * MIB:
+            assert carry_out(node, "HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB)["success"]
+    way.meet(domain)
+    return domain
+
+
+def go(directory: Path, way: Way, fault: Fault) -> Agent:
+    """Carry a way's task out with faults in the executor and the journal; `fault` has none before its turn."""
+    agent = Agent(directory, meet(way))
     agent.journal.stop()
-    agent.finished = []
-    agent.journal = Journal(tmp_path / "journal.sqlite", on_accepted=lambda task: None, fault=fault)
+    began = Event()
+    agent.journal = Journal(
+        directory / "journal.sqlite",
+        on_accepted=lambda task: None,
+        fault=lambda name: fault(name) if began.is_set() else None,
+    )
     agent.journal.start()
-    executor = Executor(
+    task = agent.accept(way.command, vmUuid="vm1", **way.fields)
+    began.set()
+    Executor(
         agent.node,
         agent.journal,
         COMMANDS,
@@ -267,47 +336,96 @@ def test_whatever_is_raised_wherever_the_task_is_answered_once_and_truly(
         on_pending=lambda task_uuid: None,
         libvirt_wait_s=5.0,
         fault=fault,
-    )
-    fields = {"cpuNum": 3} if command == "HotPlugCpu" else {"memorySize": 512 * MIB}
-    executor.run(agent.accept(command, vmUuid="vm1", **fields))
-    task = agent.journal.find("t1")
-    agent.journal.stop()
-    assert task is not None
-    assert task.state == "finished"
-    assert agent.finished == ["t1"]
-    reply = msgspec.json.decode(task.reply)
-    live = agent.domain.live
-    changed = live.find("vcpu").get("current") == "3" or live.find("./devices/memory") is not None
-    if reply["outcome"] == "refused":
-        assert not changed
+    ).run(task)
+    return agent
+
+
+def numbers_of(domain: FakeDomain) -> dict[str, int]:
+    """What libvirt says of a VM, as a reply calls it."""
+    told = dict[str, int]()
+    for root, cpu, memory in (
+        (domain.live, "cpuNum", "memorySize"),
+        (domain.config, "configCpuNum", "configMemorySize"),
+    ):
+        vcpu = root.find("vcpu")
+        told[cpu] = int(vcpu.get("current") or vcpu.text)
+        cells = root.findall("./cpu/numa/cell")
+        told[memory] = sum(size_of(cell.get("memory"), cell.get("unit")) for cell in cells)
+        for target in root.findall("./devices/memory/target"):
+            size = next(one for one in map(target.find, ("current", "requested", "size")) if one is not None)
+            told[memory] += size_of(size.text, size.get("unit"))
+    return told
+
+
+def size_of(amount: str, unit: str) -> int:
+    return int(amount) * {"KiB": 1024, "MiB": MIB, "bytes": 1}[unit]
+
+
+def definitions_of(domain: FakeDomain) -> tuple[bytes, bytes]:
+    return etree.tostring(domain.live, method="c14n"), etree.tostring(domain.config, method="c14n")
+
+
+def shape_of(domain: FakeDomain) -> dict[str, int]:
+    """What a task may change: the numbers, and what the next start allows for."""
+    config = domain.config
+    room = {"maximum": int(config.findtext("vcpu")), "slots": int(config.find("maxMemory").get("slots"))}
+    return numbers_of(domain) | room | {"current": int(config.findtext("currentMemory"))}
+
+
+@pytest.mark.parametrize(("name", "point"), [(name, point) for name, way in WAYS.items() for point in way.points])
+def test_whatever_is_raised_wherever_the_task_is_answered_once_and_truly(tmp_path: Path, name: str, point: str) -> None:
+    """At each time that the task passes the point, until it passes it no more."""
+    way = WAYS[name]
+    for nth in range(1, 20):
+        passed = 0
+
+        def fault(name: str, nth: int = nth) -> None:
+            nonlocal passed
+            passed += name == point
+            if name == point and passed == nth:
+                raise Unforeseen(point)
+
+        directory = tmp_path / str(nth)
+        directory.mkdir()
+        untouched = shape_of(meet(way))
+        agent = go(directory, way, fault)
+        try:
+            task = agent.journal.find("t1")
+            assert task is not None
+            assert (task.state, agent.finished) == ("finished", ["t1"])
+            assert reserved(agent) == 0
+        finally:
+            agent.journal.stop()
+        check_truth(agent.domain, msgspec.json.decode(task.reply), untouched)
+        if passed < nth:
+            return
+    raise AssertionError(f"{point} is passed without end")
+
+
+def check_truth(domain: FakeDomain, reply: dict[str, Any], untouched: dict[str, int]) -> None:
+    """What a reply says of the VM is so, and nothing that it is silent of was done."""
+    is_same = shape_of(domain) == untouched
+    if reply["outcome"] in ("refused", "unchanged"):
+        assert is_same, reply
     elif reply["outcome"] == "partial":
         assert not reply["success"]
     else:
-        assert reply["outcome"] == "online"
-        assert changed
+        assert reply["outcome"] in ("online", "configured"), reply
+        assert reply["success"]
+        assert not is_same
+    has = numbers_of(domain)
+    for name, amount in reply.get("after", {}).items():
+        assert amount is None or has.get(name, amount) == amount, (name, has, reply)
+    asked = [one.find("requested") for one in domain.live.findall("./devices/memory/target")]
+    left_over = [one for one in asked if one is not None and one.text != one.getparent().find("current").text]
+    told = {warning["code"] for warning in reply.get("warnings", ())}
+    assert not left_over or not reply["success"] or "GUEST_STILL_ASKED" in told, reply
 
 
-@pytest.mark.parametrize(
-    ("command", "fields"), [("HotPlugCpu", {"cpuNum": 3}), ("HotPlugMemory", {"memorySize": 2**29})]
-)
-def test_no_point_of_a_task_s_way_is_left_out(tmp_path: Path, command: str, fields: dict[str, int]) -> None:
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_no_point_of_a_task_s_way_is_left_out(tmp_path: Path, way: Way) -> None:
     passed = set[str]()
-    agent = Agent(tmp_path)
-    agent.journal.stop()
-    agent.journal = Journal(tmp_path / "journal.sqlite", on_accepted=lambda task: None, fault=passed.add)
-    agent.journal.start()
-    task = agent.accept(command, vmUuid="vm1", **fields)
-    passed.clear()
-    Executor(
-        agent.node,
-        agent.journal,
-        COMMANDS,
-        on_finished=lambda owed: None,
-        on_pending=lambda task_uuid: None,
-        libvirt_wait_s=5.0,
-        fault=passed.add,
-    ).run(task)
-    agent.journal.stop()
+    go(tmp_path, way, passed.add).journal.stop()
     assert passed - {"journal.cut_steps:written", "journal.cut_steps:committed"} <= set(POINTS)
 
 
