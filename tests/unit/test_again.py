@@ -1,6 +1,9 @@
 """Each remedy that says to send the command again is followed: the cause goes, and the same command succeeds."""
 
+import ast
+import re
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,16 +12,19 @@ import libvirt
 import msgspec
 import pytest
 
-from kvmagent.model.errors import CODES, Code
+from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Task
-from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest
+from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.withdrawal import Withdrawal
+from tests.fakes.agent import COMMANDS, MIB, FakeAgent, make_domain, make_guest
 from tests.fakes.hooks import HookDirectory
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_recovery import LOST, Agent, Killed
 
 SPEC = GuestSpec(name="vm1")
+TESTS = Path(__file__).parents[1]
 CPU, MEMORY = ("HotPlugCpu", {"cpuNum": 3}), ("HotPlugMemory", {"memorySize": 512 * MIB})
 LESS_CPU = ("HotUnplugCpu", {"cpuNum": 1})
 LESS_MEMORY = ("HotUnplugMemory", {"memorySize": 256 * MIB})
@@ -56,6 +62,22 @@ def resume(domain: FakeDomain) -> None:
     domain.paused = False
 
 
+def suspend(domain: FakeDomain) -> None:
+    domain.state = lambda: (libvirt.VIR_DOMAIN_PMSUSPENDED, 0)  # type: ignore[method-assign]
+
+
+def wake(domain: FakeDomain) -> None:
+    del domain.state
+
+
+def make_transient(domain: FakeDomain) -> None:
+    domain.isPersistent = lambda: 0  # type: ignore[method-assign]
+
+
+def make_persistent(domain: FakeDomain) -> None:
+    del domain.isPersistent
+
+
 def pin(domain: FakeDomain) -> None:
     domain.guest.pinned = frozenset(domain.guest.blocks)
 
@@ -71,6 +93,8 @@ ROWS: dict[Code, list[Row]] = {
         Row(MEMORY, set_job(libvirt.VIR_DOMAIN_JOB_BOUNDED), set_job(libvirt.VIR_DOMAIN_JOB_NONE)),
     ],
     Code.VM_PAUSED: [Row(CPU, pause, resume), Row(MEMORY, pause, resume)],
+    Code.VM_SUSPENDED: [Row(CPU, suspend, wake)],
+    Code.VM_TRANSIENT: [Row(CPU, make_transient, make_persistent)],
     Code.CPU_REMOVAL_PENDING: [
         Row(LESS_CPU, set_guest(unplugs="does not answer"), set_guest(unplugs="lets go"), first=CPU)
     ],
@@ -156,28 +180,134 @@ def test_the_same_again_succeeds_once_the_cause_is_gone(
     assert (again["outcome"], again["steps"]) == ("unchanged", [])
 
 
-def says_again(code: Code) -> bool:
-    return "send the command again" in CODES[code].remedy.lower()
-
+#: How a remedy says it, with the same taskuuid or a new one.
+SAYS_AGAIN = re.compile(
+    r"\b(send|try) ((the (same )?(command|request)|it|this|that) )?(again|with a new taskuuid)\b", re.I
+)
 
 #: Those whose cause is no state of the guest or of libvirt: a test of their own sends again.
-APART = {
-    Code.JOURNAL_UNAVAILABLE,  # test_a_task_whose_commit_failed_is_refused_and_done_once_when_it_is_sent_again
-    Code.TASK_UNREADABLE,
-    Code.REFUSED_BY_HOOK,
-    Code.VM_REPLACED,
-    Code.VM_RESTARTED,
-    Code.REMOVAL_LOST,
-    Code.NOT_VERIFIED,
-    Code.DRIFT,
-    Code.CPU_REMOVAL_UNFINISHED,
-    Code.CANCELLED,
+APART: dict[Code, str] = {
+    Code.JOURNAL_UNAVAILABLE: "test_a_task_whose_commit_failed_is_refused_and_done_once_when_it_is_sent_again",
+    Code.QUEUE_FULL: "test_limits_hold_for_each_vm_and_in_all",
+    Code.STOPPING: "test_what_a_stopping_agent_refused_its_successor_takes",
+    Code.TASK_UNREADABLE: "test_a_task_that_no_plugin_could_read_is_done_when_there_is_one_again",
+    Code.REFUSED_BY_HOOK: "test_a_hook_that_says_yes_the_next_time_lets_the_same_through",
+    Code.VM_REPLACED: "test_a_task_of_a_vm_that_was_replaced_is_for_the_other_one_when_it_is_sent_again",
+    Code.VM_RESTARTED: "test_a_task_over_a_power_cycle_is_whole_when_it_is_sent_again",
+    Code.REMOVAL_LOST: "test_a_removal_that_a_power_off_ended_is_done_by_the_same_again",
+    Code.NOT_VERIFIED: "test_a_change_that_libvirt_confirmed_and_did_not_make_is_made_by_the_same_again",
+    Code.NOT_AS_EXPECTED: "test_after_another_look_at_the_vm_the_new_target_is_reached",
+    Code.DRIFT: "test_after_drift_the_command_with_both_brings_the_definition_along",
+    Code.CPU_REMOVAL_UNFINISHED: "test_a_removal_that_had_no_time_left_goes_on_when_it_is_sent_again",
+    Code.CANCELLED: "test_a_task_that_was_cancelled_is_done_under_a_new_taskuuid",
 }
 
 
 def test_each_remedy_that_says_so_is_followed_by_a_test() -> None:
-    said = {code for code in Code if says_again(code)}
-    assert said <= ROWS.keys() | APART, said - ROWS.keys() - APART
+    said = {code for code in Code if SAYS_AGAIN.search(CODES[code].remedy)}
+    assert said <= ROWS.keys() | APART.keys(), said - ROWS.keys() - APART.keys()
+    tests = {
+        test for file in TESTS.rglob("test_*.py") for test in re.findall(r"^ *def (test_\w+)", file.read_text(), re.M)
+    }
+    assert set(APART.values()) <= tests
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Wait, then send the command again.",
+        "Send the command again once the VM runs.",
+        "Correct the rule and send it again.",
+        "Send the request again in a few seconds.",
+        "If it is meant so, send it with a new taskuuid.",
+        "Send the command with a new taskuuid.",
+        "Wake the guest, then try again.",
+    ],
+)
+def test_all_ways_to_say_so_are_found(words: str) -> None:
+    assert SAYS_AGAIN.search(words)
+
+
+def find_own_remedies() -> Iterator[str]:
+    """What sources say of sending again, beside the table and the words for ZStack's console, which are by code."""
+    for file in sorted([*(TESTS.parent / "kvmagent").rglob("*.py"), *(TESTS.parent / "plugins").rglob("*.py")]):
+        if file.name in ("errors.py", "zstack.py"):
+            continue
+        tree = ast.parse(file.read_text())
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if (
+                id(node) not in docs
+                and isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and SAYS_AGAIN.search(node.value)
+            ):
+                yield f"{file.name}: {node.value}"
+
+
+def test_no_source_says_so_in_words_of_its_own() -> None:
+    assert list(find_own_remedies()) == []
+
+
+def test_zstack_s_words_say_so_of_codes_that_are_followed() -> None:
+    told = {
+        code
+        for command in COMMANDS.values()
+        for code, words in (command.remedies_in_error or {}).items()
+        if SAYS_AGAIN.search(words)
+    }
+    assert told <= ROWS.keys() | APART.keys(), told - ROWS.keys() - APART.keys()
+
+
+def test_after_another_look_at_the_vm_the_new_target_is_reached(make: Callable[[FakeDomain], FakeAgent]) -> None:
+    agent = make(make_domain(SPEC))
+    assert agent.run("HotPlugCpu", "t1", vmUuid="vm1", cpuNum=2).reply["success"]
+    stale = agent.run("HotPlugCpu", "t2", vmUuid="vm1", cpuNum=3, expectedCpuNum=1).reply
+    assert stale["errorCode"] == "NOT_AS_EXPECTED"
+    expected = stale["before"]["cpuNum"]
+    assert agent.run("HotPlugCpu", "t3", vmUuid="vm1", cpuNum=3, expectedCpuNum=expected).reply["outcome"] == "online"
+
+
+def test_a_task_that_was_cancelled_is_done_under_a_new_taskuuid(tmp_path: Path) -> None:
+    agent = Agent(tmp_path)
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=3)
+    lanes = Lanes(lambda task: None, workers=1, max_queued=9, max_queued_per_lane=9, max_queued_per_client=9)
+    Withdrawal(agent.journal, lanes, COMMANDS, on_finished=lambda owed: None).withdraw("t1")
+    assert agent.reply()["errorCode"] == "CANCELLED"
+    assert send_again(agent, task)["outcome"] == "online"
+
+
+def test_a_removal_that_had_no_time_left_goes_on_when_it_is_sent_again(
+    make: Callable[[FakeDomain], FakeAgent],
+) -> None:
+    """The first vCPU leaves while libvirt waits for it, and by then the time of the task is over."""
+    domain = make_domain(SPEC, virt_type="kvm")
+    agent, ask = make(domain), domain.setVcpusFlags
+    assert agent.run("HotPlugCpu", "t1", vmUuid="vm1", cpuNum=4).reply["success"]
+
+    def take_long(count: int, flags: int) -> None:
+        time.sleep(1)
+        ask(count, flags)
+
+    domain.setVcpusFlags = take_long  # type: ignore[method-assign]
+    reply = agent.run("HotUnplugCpu", "t2", vmUuid="vm1", cpuNum=1, timeoutSec=1).reply
+    assert reply["errorCode"] == "CPU_REMOVAL_UNFINISHED", reply
+    domain.setVcpusFlags = ask  # type: ignore[method-assign]
+    reply = agent.run("HotUnplugCpu", "t3", vmUuid="vm1", cpuNum=1, timeoutSec=60).reply
+    assert (reply["outcome"], reply["cpuNum"]) == ("online", 1), reply
+
+
+def test_what_a_stopping_agent_refused_its_successor_takes() -> None:
+    def make_lanes() -> Lanes:
+        return Lanes(lambda task: None, workers=1, max_queued=9, max_queued_per_lane=9, max_queued_per_client=9)
+
+    stopping, successor = make_lanes(), make_lanes()
+    assert stopping.stop(5)
+    with pytest.raises(AgentError) as refused:
+        stopping.check_room()
+    assert refused.value.code is Code.STOPPING
+    successor.check_room()
+    assert successor.stop(5)
 
 
 def test_a_change_that_libvirt_confirmed_and_did_not_make_is_made_by_the_same_again(
