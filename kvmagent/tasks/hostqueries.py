@@ -113,5 +113,6 @@ class HostQueries:
             request = msgspec.json.decode(task.request, type=query.request)
         except msgspec.MsgspecError as error:
             unreadable = AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}")
+            self._recorder.ended(query.name, "refused", unreadable.code)
             return query.fail(unreadable.message), unreadable
         return self.answer(query, request, task.client)
