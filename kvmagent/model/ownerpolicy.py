@@ -19,9 +19,7 @@ def check_owner_policy(facts: Facts, affect: Affect, goal: Goal, steps: tuple[An
     """
     running = affect != "config" or any(total.live is not None for total in goal.totals)
     persistent = (
-        affect != "live"
-        or any(total.config is not None for total in goal.totals)
-        or any(step.saves for step in steps)
+        affect != "live" or any(total.config is not None for total in goal.totals) or any(step.saves for step in steps)
     )
     for name, definition in _definitions(facts.domain, running=running, persistent=persistent):
         for problem in (

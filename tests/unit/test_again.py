@@ -71,7 +71,7 @@ def wake(domain: FakeDomain) -> None:
 
 
 def make_transient(domain: FakeDomain) -> None:
-    domain.isPersistent = lambda: 0  # type: ignore[method-assign]
+    domain.isPersistent = lambda: False  # type: ignore[method-assign]
 
 
 def make_persistent(domain: FakeDomain) -> None:
