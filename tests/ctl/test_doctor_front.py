@@ -15,6 +15,7 @@ from tests.lab.agent import AgentProcess
 from tests.lab.haproxy import SHIPPED, Haproxy
 
 TOKEN, LINE = new_token("zstack")
+WATCHER, WATCHER_LINE = new_token("watcher")
 CALLBACKS = "127.0.0.1:8080"
 
 
@@ -42,12 +43,16 @@ def original() -> Iterator[int]:
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
     tokens = tmp_path_factory.mktemp("front") / "tokens"
     tokens.touch(mode=0o600)
-    tokens.write_text(f"{LINE}\n")
+    tokens.write_text(f"{LINE}\n{WATCHER_LINE}\n")
     settings = {
         "agent": {"plugins": "vm"},
-        "security": {"tokens_file": str(tokens), "roles": "token:zstack plug", "allowed_callbacks": CALLBACKS},
+        "security": {
+            "tokens_file": str(tokens),
+            "roles": "token:zstack plug, token:watcher admin",
+            "allowed_callbacks": CALLBACKS,
+        },
     }
-    with AgentProcess(uri="test:///default", settings=settings, token=TOKEN) as running:
+    with AgentProcess(uri="test:///default", settings=settings, token=WATCHER) as running:
         yield running
 
 

@@ -94,14 +94,15 @@ class Node:
 def node(tmp_path: Path, server: ManagementServer) -> Iterator[Node]:
     uri = write_node(tmp_path, GuestSpec(name=VM))
     token, line = new_token("zstack")
+    watcher, watcher_line = new_token("watcher")
     tokens = tmp_path / "tokens"
     tokens.touch(mode=0o600)
-    tokens.write_text(f"{line}\n")
+    tokens.write_text(f"{line}\n{watcher_line}\n")
     settings = {
         "agent": {"plugins": "vm"},
         "security": {
             "tokens_file": str(tokens),
-            "roles": "token:zstack plug",
+            "roles": "token:zstack plug, token:watcher admin",
             "allowed_callbacks": f"127.0.0.1:{server.port}",
         },
     }
@@ -109,7 +110,7 @@ def node(tmp_path: Path, server: ManagementServer) -> Iterator[Node]:
     original.start()
     try:
         with (
-            AgentProcess(uri=uri, settings=settings, token=token) as agent,
+            AgentProcess(uri=uri, settings=settings, token=watcher) as agent,
             Haproxy(kvmagent=agent.port, original=original.port, token=token) as front,
         ):
             yield Node(agent, original, front, server)

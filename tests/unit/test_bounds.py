@@ -96,13 +96,13 @@ def test_one_client_does_not_take_all_memory_for_requests_and_answers() -> None:
     def hold_all(key: str) -> int:
         for n in itertools.count():
             try:
-                listener.hold(key, 0, http.max_body_bytes)
+                listener.count_partial_bytes(key, 0, http.max_body_bytes)
             except AgentError:
-                listener.hold(key, http.max_body_bytes, 0)  # its connection is closed
+                listener.count_partial_bytes(key, http.max_body_bytes, 0)  # its connection is closed
                 return n
 
     # Half of all, then half of what that leaves, and so on.
     assert [hold_all(f"192.0.2.{n}") for n in range(1, 5)] == [33, 16, 8, 4]
     for _ in range(33):
-        listener.hold("192.0.2.1", http.max_body_bytes, 0)
+        listener.count_partial_bytes("192.0.2.1", http.max_body_bytes, 0)
     assert hold_all("192.0.2.5") >= 16

@@ -167,10 +167,10 @@ def _ask_side_by_side(
         for future in asked:
             future.cancel()
         answers.statuses.append(Exit.INTERRUPTED)
-        if left := progress.under_way():
-            words = f"interrupted: waiting for {', '.join(left)}; Ctrl-C again does not wait"
-            session.terminal.tell(printable(f"kvmagentctl: {words}"))
         with suppress(KeyboardInterrupt):
+            if left := progress.under_way():
+                words = f"interrupted: waiting for {', '.join(left)}; Ctrl-C again does not wait"
+                session.terminal.tell(printable(f"kvmagentctl: {words}"))
             wait(future for future in asked if not future.cancelled())
         words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs were asked, and no more are"
         if left := progress.under_way():
