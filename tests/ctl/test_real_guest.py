@@ -25,7 +25,7 @@ def test_an_operator_looks_plugs_prepares_and_follows(boot: Callable[[GuestSpec]
         with ctl.start("tasks", "--follow", "--json") as following:
             assert following.stdout is not None
             done = ctl("plug-cpu", "db-7", "3")
-            assert (done.status, done.out.splitlines()[0]) == (0, "db-7: online")
+            assert (done.status, done.out.splitlines()[0]) == (0, "db-7: online, 3 vCPUs in all")
             seen = json.loads(following.stdout.readline())
             while (seen["command"], seen["state"]) != ("HotPlugCpu", "delivered"):
                 seen = json.loads(following.stdout.readline())
