@@ -65,7 +65,7 @@ _JOBS_BESIDE = frozenset({libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP})
 
 @dataclass(frozen=True)
 class Means:
-    """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, meters,
+    """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, recorder,
     and libvirt's schema of domains.
     """
 

@@ -1,10 +1,10 @@
 """What a plugin declares: commands, as pure functions and two shapes each.
 
-    decide(request, facts, task_uuid)     -> goal      absolute, recorded before anything is touched; or AgentError
-    advance(goal, facts, spent)           -> steps     what is left to do towards the goal; none = done
-    retreat(goal, seen, facts, error)     -> goal      after a failure on the way, where to go instead; None = stop
-    resume(goal)                          -> goal      after an interruption, what of the goal may still be pursued
-    conclude(Ending)                      -> fields    what the command has to add to the reply
+    decide(request, facts, task_uuid)        -> goal      absolute, recorded before anything is touched; or AgentError
+    next_steps(goal, facts, failed)          -> steps     what is left to do towards the goal; none = done
+    rollback_goal(goal, seen, facts, error)  -> goal      after a failure on the way, where to go instead; None = stop
+    resumed_goal(goal)                       -> goal      after an interruption, what of the goal may still be pursued
+    reply_fields(Ending)                     -> fields    what the command has to add to the reply
 
 The executor judges what came of it (model.judge): outcome, numbers and stages are no command's to say. It asks the
 VM's owner (model.ownerpolicy) before anything is touched. It observes before every call of `next_steps`, so that a step
@@ -227,10 +227,10 @@ class Command:
 
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
     memory is looked at too, with "budget" what of it is promised to all VMs, with "balloon target" what was asked of
-    the balloon; `observe_first` what is asked besides at the first look, before the decision. `failed` (of advance)
+    the balloon; `observe_first` what is asked besides at the first look, before the decision. `failed` (of next_steps)
     holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
     error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
-    retreat) is what was so when the steps were planned of which one failed, `facts` what is so since.
+    rollback_goal) is what was so when the steps were planned of which one failed, `facts` what is so since.
     `find_progress_context` returns what a request carries for the management server to recognise reports of its
     progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
     offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `reply_fields`

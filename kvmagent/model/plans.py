@@ -15,7 +15,6 @@ MOST_TARGETS = 64
 #: live...: the command would be accepted now. restart: it would be once the VM was powered off and on, prepared first
 #: where `prepare` says so. never: neither, as things are.
 Verdict = Literal["live", "live-unconfirmed", "live-rounded", "live-partial", "restart", "never"]
-VERDICTS: tuple[Verdict, ...] = ("live", "live-unconfirmed", "live-rounded", "live-partial", "restart", "never")
 
 
 class PlanTarget(

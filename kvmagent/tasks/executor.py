@@ -1,17 +1,17 @@
-"""Carries a task out: observe, decide, record the goal, perform steps until none is left, conclude, finish.
+"""Carries a task out: observe, decide, record the goal, perform steps until none is left, judge, finish.
 
     run(task)
       journal.start_task
       node.open_vm                       the VM, on a connection of its own
       vm.observe                         before
       command.decide         -> goal        an AgentError ends the task, nothing was touched
-      ask_owner, refuse_growth           of its totals, whatever plugin it is: the owner's limits, the host's memory
+      check_owner_policy, refuse_growth  of its totals, whatever plugin it is: the owner's limits, the host's memory
       hooks.run_before                   the operator's; they may refuse. Then observe and decide anew
       vm.reserve                         what it adds of the host's memory; free again with the task
       journal.record_goal                on disk before the first step
       command.next_steps     -> steps       none: done
         vm.perform each                  a soft step's failure is a warning, any other ends the task
-        vm.observe, advance again
+        vm.observe, next_steps again
       command.rollback_goal  -> goal        after a failure: where to go instead, by the same loop
       take back                          what was asked of the guest and not reached, however it ended
       command.resumed_goal   -> goal        after an interruption, instead of the decision: what may still be done
@@ -646,7 +646,7 @@ class Executor:
         facts = self._observe(vm, run.command.observe_guest)
         if step in run.command.next_steps(run.goal, facts, failed):
             return False
-        log.info("step failed and already exists", step=type(step).__name__, error=error.message)
+        log.info("step failed and its effect is there", step=type(step).__name__, error=error.message)
         return True
 
     def _perform(self, task: Task, run: Run, vm: OpenVm, step: AnyStep) -> Problem | None:

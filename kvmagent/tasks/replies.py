@@ -30,7 +30,7 @@ def make_error(error: BaseException) -> AgentError:
 def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
     """Return the reply as JSON, and what it was judged to be.
 
-    A command that cannot conclude keeps nothing from being told: its own fields are missing then, and where a step
+    A command whose reply_fields fails keeps nothing from being told: its own fields are missing then, and where a step
     was performed the task is partial.
     """
     judgement = judge(ending)
@@ -38,7 +38,7 @@ def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
         return _encode(command, ending, judgement, own=True), judgement
     except Exception as error:
         failure = make_error(error)
-        log.failure("the command cannot conclude", failure, error_code=failure.code)
+        log.failure("the command cannot add its fields", failure, error_code=failure.code)
         performed = any(report.problem is None for report in ending.reports)
         judgement = judge(replace(ending, error=ending.error or failure))
         outcome = "partial" if performed else judgement.outcome
@@ -62,7 +62,7 @@ def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool
         added = dict(command.reply_fields(replace(ending, error=judgement.error, judgement=judgement)))
         fields["warnings"] += added.pop("warnings", [])
         if taken := sorted(_JUDGED & added.keys()):
-            raise TypeError(f"conclude of {command.name} sets {', '.join(taken)}, which the judge alone does")
+            raise TypeError(f"reply_fields of {command.name} sets {', '.join(taken)}, which the judge alone does")
         fields |= added
     if command.remedies_in_error is not None and (error := judgement.error) is not None:
         remedy = command.remedies_in_error.get(error.code, error.remedy)

@@ -118,7 +118,7 @@ _VERDICT_COLOURS = {
 
 
 def render_plan(reply: Json) -> list[str]:
-    """Return the plans of one VM: a grid where vCPUs and memory requested, else a line each; then the reasons."""
+    """Return the plans of one VM: a grid for targets of both vCPUs and memory, else a line each; then reasons."""
     plans = reply["plans"]
     cpus = list(dict.fromkeys(plan["target"].get("cpuNum") for plan in plans))
     sizes = list(dict.fromkeys(plan["target"].get("memorySize") for plan in plans))
