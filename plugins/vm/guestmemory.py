@@ -119,7 +119,8 @@ def split_for_guest(
     """Return dimm sizes that the guest can take in, and whether each must be online before the next is attached.
 
     Raises:
-        AgentError: GUEST_MEMORY_SHORT, when not even the first block's page map fits.
+        AgentError: GUEST_MEMORY_SHORT, when not even the first block's page map fits, or there are slots for the dimms
+            and not for the pieces: another start, with as many slots, would not help.
     """
     available = facts.guest.mem_available_bytes
     if available is None:
@@ -143,6 +144,14 @@ def split_for_guest(
             pieces.append(piece)
             left -= piece
             room += piece - piece // MAP_DIVISOR
+    assert facts.domain.live is not None
+    free_slots = facts.count_free_slots(facts.domain.live)
+    if len(sizes_bytes) <= free_slots < len(pieces):
+        raise AgentError(
+            Code.GUEST_MEMORY_SHORT,
+            f"the guest has {format_size(available)} available and takes {format_size(sum(sizes_bytes))} more only in "
+            f"{len(pieces)} pieces, for which {free_slots} memory slots are free",
+        )
     return pieces, True
 
 

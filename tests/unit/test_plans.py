@@ -165,6 +165,17 @@ def test_each_verdict_has_its_reason_and_says_what_the_vm_would_have(tmp_path: P
     assert never["reasons"][-1]["code"] == "HOST_MEMORY_SHORT"
 
 
+def test_a_guest_that_takes_more_in_pieces_than_there_are_slots_is_sent_to_no_restart(tmp_path: Path) -> None:
+    """Its next start has as many slots: what it lacks is memory to take the dimm in whole."""
+    spec = GuestSpec(name="vm1", vcpus=1, max_vcpus=4, memory_mib=512, max_memory_mib=4096, slots=1)
+    node = make_node(tmp_path, make_domain(spec, make_guest(spec, available_bytes=35 * MIB), virt_type="kvm"))
+    piece, whole = plan(node, {"memorySize": 640 * MIB, "method": "dimm"}, {"memorySize": 1024 * MIB, "method": "dimm"})
+    assert piece["verdict"] == "live"
+    assert (whole["verdict"], [one["code"] for one in whole["reasons"]]) != ("restart", ["SLOTS_EXHAUSTED"])
+    assert whole["reasons"][0]["code"] == "GUEST_MEMORY_SHORT"
+    assert "pieces, for which 1 memory slots are free" in whole["reasons"][0]["message"]
+
+
 def test_a_silent_guest_is_unconfirmed_with_why(tmp_path: Path) -> None:
     node = make_node(tmp_path, make_domain(SPEC, make_guest(SPEC, agent="stopped"), virt_type="kvm"))
     (told,) = plan(node, {"cpuNum": 2})
