@@ -92,7 +92,10 @@ setup(
             ],
         ),
         ("share/kvmagent/conf/logrotate.d", ["conf/logrotate.d/kvmagent"]),
-        ("share/kvmagent/conf/prometheus", ["conf/prometheus/kvmagent.rules.yml"]),
+        (
+            "share/kvmagent/conf/prometheus",
+            ["conf/prometheus/kvmagent.rules.yml", "conf/prometheus/kvmagent.recording.yml"],
+        ),
         ("share/kvmagent/conf/grafana", ["conf/grafana/kvmagent.json"]),
         ("share/kvmagent/init.d", ["init.d/kvmagent", "init.d/kvmagent.service"]),
     ],

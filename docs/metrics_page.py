@@ -10,10 +10,14 @@ HEAD = """\
 A scrape asks libvirt once for all VMs and no guest at all, and waits two seconds at most; of a libvirt that hangs the
 last answer is told, and `kvmagent_vm_stats_age_seconds` grows. What a guest uses is what it said last, when a command,
 a read or the sampler (`metrics.sample_sec`) asked it, and its age stands beside it. A VM's series end with its run.
+`metrics.per_vm` says which VMs have series of their own: `all`, those in `trouble` (an alert on a VM asks for nothing
+else), or `off`; `metrics.max_vms` bounds them. `kvmagent_vms_...` are sums over all running VMs, whichever have series;
+what is not known of a VM is not in them.
 `process_...` and `python_gc_...` are those of every Python program. Counters begin at 0 for every label that is known
 when the agent starts, so that the first event is an increase.
 
-`conf/prometheus/kvmagent.rules.yml` alerts on them, `conf/grafana/kvmagent.json` shows them.
+`conf/prometheus/kvmagent.rules.yml` alerts on them, `conf/prometheus/kvmagent.recording.yml` sums them by host and over
+all hosts, `conf/grafana/kvmagent.json` shows them.
 
 | metric | type | labels | meaning |
 |---|---|---|---|

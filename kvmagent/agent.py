@@ -239,7 +239,7 @@ class Agent:
             memory=node.last_budget,
             max_queued=settings.agent.max_queued,
         )
-        vms = VmMetrics(node.read_stats)
+        self._vm_metrics = vms = VmMetrics(node.read_stats, section=settings.metrics)
         metrics.add(state)
         metrics.add_vms(vms)
         self._sampler = Sampler(node, vms.running, interval_s=settings.metrics.sample_sec)
@@ -403,6 +403,7 @@ class Agent:
             max_queued_per_client=agent.max_queued_per_client,
         )
         self._state_metrics.max_queued = agent.max_queued
+        self._vm_metrics.section = self._settings.metrics
         self._journal.max_bytes = agent.keep_bytes
         self._delivery.set_limits(
             timeout_s=callback.timeout_sec,

@@ -260,6 +260,16 @@ class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             description="Seconds in which each running VM's guest is asked once what it uses; 0: never",
         ),
     ] = 300
+    per_vm: Annotated[
+        Literal["all", "trouble", "off"],
+        Meta(
+            description="VMs with series of their own: all, those in trouble, or none (then no alert on a VM fires). "
+            "Sums over all VMs are always told"
+        ),
+    ] = "all"
+    max_vms: Annotated[
+        int, Meta(ge=0, le=100000, description="VMs with series of their own at most; those in trouble come first")
+    ] = 1000
 
 
 class HooksSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

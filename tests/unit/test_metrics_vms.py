@@ -1,11 +1,15 @@
 """What is told of VMs: bounded in time whatever hangs, never a guess, and gone with the VM."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
+import yaml
+from hypothesis import given, strategies
 
 from kvmagent.api.metrics.events import Metrics
 from kvmagent.api.metrics.sampler import Sampler
@@ -13,7 +17,9 @@ from kvmagent.api.metrics.vms import VmMetrics
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestBlock, GuestVcpu, Host, MemoryDevice
 from kvmagent.model.host import VmStats
+from kvmagent.settings import MetricsSection
 from tests.lab.processes import wait_for
+from tests.unit.test_metrics_files import RULES
 
 MIB = 1 << 20
 
@@ -62,6 +68,22 @@ def facts(
     return Facts(domain=domain, guest=guest, host=Host())
 
 
+def with_live(seen: Facts, **changes: Any) -> Facts:
+    live = seen.domain.live
+    assert live is not None
+    return msgspec.structs.replace(
+        seen, domain=msgspec.structs.replace(seen.domain, live=msgspec.structs.replace(live, **changes))
+    )
+
+
+def with_config(seen: Facts, **changes: Any) -> Facts:
+    live = seen.domain.live
+    assert live is not None
+    return msgspec.structs.replace(
+        seen, domain=msgspec.structs.replace(seen.domain, config=msgspec.structs.replace(live, **changes))
+    )
+
+
 class Watched:
     """VM metrics on a libvirt and a clock that are set by hand; with `hang` set, libvirt does not answer."""
 
@@ -89,6 +111,12 @@ class Watched:
                 name = sample.name.removeprefix("kvmagent_")
                 told.setdefault(sample.labels.get("uuid", ""), {})[name] = sample.value
         return told
+
+
+def troubles(watched: Watched) -> set[str]:
+    """What is wrong with any VM."""
+    samples = [sample for family in watched.vms.collect() for sample in family.samples]
+    return {sample.labels["trouble"] for sample in samples if "trouble" in sample.labels and sample.value}
 
 
 @pytest.fixture
@@ -185,11 +213,11 @@ def test_what_was_seen_of_an_earlier_run_is_not_told_of_this_one(watched: Watche
 
 
 def test_a_libvirt_that_is_away_leaves_the_last_answer_with_its_age(watched: Watched) -> None:
-    assert watched.told()[""] == {"vm_stats_age_seconds": 0, "vms_running": 1}
+    assert watched.told()[""].items() >= {"vm_stats_age_seconds": 0, "vms_running": 1}.items()
     watched.away = True
     watched.now += 40
     told = watched.told()
-    assert told[""] == {"vm_stats_age_seconds": 40, "vms_running": 1}
+    assert told[""].items() >= {"vm_stats_age_seconds": 40, "vms_running": 1}.items()
     assert told["u1"]["vm_vcpus"] == 4
 
 
@@ -228,6 +256,91 @@ def test_a_thousand_vms_are_told_quickly() -> None:
     text = metrics.render().decode()
     assert text.count("\nkvmagent_vm_") == 13 * 1000 + 1
     assert 'kvmagent_vm_offline_vcpus{name="vm-u999",uuid="u999"} 2.0' in text
+
+
+# Of a VM: how many of its vCPUs its guest uses, of its blocks, whether its agent fell silent, whether it is left alone.
+STATES = strategies.tuples(
+    strategies.integers(0, 4), strategies.integers(8, 10), strategies.booleans(), strategies.booleans()
+)
+
+
+@given(
+    states=strategies.lists(STATES, max_size=12),
+    per_vm=strategies.sampled_from(["all", "trouble", "off"]),
+    max_vms=strategies.integers(0, 12),
+)
+def test_series_of_vms_are_bounded_and_the_sums_are_those_of_all(
+    states: list[tuple[int, int, bool, bool]], per_vm: Any, max_vms: int
+) -> None:
+    watched = Watched(*(stats(f"u{n:02}") for n in range(len(states))))
+    for n, (online, blocks, silent, unseen) in enumerate(states):
+        if not unseen:
+            watched.vms.observed(facts(f"u{n:02}", online=online, blocks_online=blocks))
+        if silent:
+            watched.vms.observed(
+                facts(f"u{n:02}", online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE)
+            )
+    whole = watched.told()
+    sums = whole.pop("", {})
+    in_trouble = {
+        uuid
+        for uuid, told in whole.items()
+        if told.get("vm_offline_vcpus") or told.get("vm_offline_memory_bytes") or told.get("vm_guest_answers") == 0
+    }
+    watched.vms.section = MetricsSection(per_vm=per_vm, max_vms=max_vms)
+    told = watched.told()
+    kept = told.pop("", {})
+    assert kept.pop("vms_with_series") == len(told) <= max_vms
+    assert kept.items() == {name: value for name, value in sums.items() if name != "vms_with_series"}.items()
+    assert all(told[uuid] == whole[uuid] for uuid in told)
+    wanted = {"all": whole.keys(), "trouble": in_trouble, "off": set()}[per_vm]
+    assert told.keys() <= wanted
+    assert len(told) == min(max_vms, len(wanted))
+    assert in_trouble & wanted <= told.keys() or told.keys() <= in_trouble, "those in trouble come first"
+    assert kept["vms_vcpus"] == 4 * len(states)
+    assert kept["vms_offline_vcpus"] == sum(one.get("vm_offline_vcpus", 0) for one in whole.values())
+
+
+@pytest.mark.parametrize(
+    ("trouble", "seen"),
+    [
+        ("guest_silent", facts(online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE)),
+        ("vcpus_offline", facts(online=3, blocks_online=10)),
+        ("memory_offline", facts(online=4, blocks_online=9)),
+        ("restart_required", with_config(facts(online=4, blocks_online=10), vcpu_maximum=16)),
+        ("slots_exhausted", with_live(facts(online=4, blocks_online=10), slots=1)),
+    ],
+)
+def test_a_vm_in_trouble_has_series_and_is_counted_by_what_is_wrong(
+    watched: Watched, trouble: str, seen: Facts
+) -> None:
+    watched.vms.section = MetricsSection(per_vm="trouble")
+    watched.vms.observed(facts(online=4, blocks_online=10))
+    assert "u1" not in watched.told()
+    watched.vms.observed(seen)
+    assert "u1" in watched.told()
+    assert troubles(watched) == {trouble}
+
+
+def test_a_guest_that_is_read_no_more_is_in_trouble_when_its_alert_would_fire(watched: Watched) -> None:
+    watched.vms.section = MetricsSection(per_vm="trouble")
+    watched.vms.observed(facts(online=4, blocks_online=10))
+    watched.now += 1800
+    assert "u1" not in watched.told()
+    watched.now += 1
+    assert "u1" in watched.told()
+    assert troubles(watched) == {"unreadable"}
+
+
+def test_each_alert_on_a_vm_fires_for_vms_in_trouble_alone() -> None:
+    """With per_vm = trouble no alert is lost: the rules' conditions are the troubles, one each."""
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    of_vms = [rule["alert"] for rule in rules if re.search(r"kvmagent_vm_(?!stats_age)", rule["expr"])]
+    watched = Watched(stats())
+    kinds = {
+        sample.labels["trouble"] for f in watched.vms.collect() for sample in f.samples if "trouble" in sample.labels
+    }
+    assert len(of_vms) == len(kinds)
 
 
 class Guests:

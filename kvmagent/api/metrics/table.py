@@ -74,6 +74,17 @@ METRICS = {
         # VMs: what libvirt tells of all at once.
         Metric("kvmagent_vms_running", "gauge", "VMs that run."),
         Metric("kvmagent_vm_stats_age_seconds", "gauge", "Age of what libvirt told of all VMs last."),
+        # All of them in sums, whichever have series of their own.
+        Metric("kvmagent_vms_with_series", "gauge", "VMs with series of their own (metrics.per_vm, metrics.max_vms)."),
+        Metric("kvmagent_vms_in_trouble", "gauge", "VMs by what is wrong; one may count under several.", ("trouble",)),
+        Metric("kvmagent_vms_vcpus", "gauge", "vCPUs of all running VMs."),
+        Metric("kvmagent_vms_promised_bytes", "gauge", "Memory of the host that they may have, QEMU included."),
+        Metric("kvmagent_vms_resident_bytes", "gauge", "Memory of the host that their QEMUs have."),
+        Metric("kvmagent_vms_offline_vcpus", "gauge", "vCPUs that were plugged and offline in their guests."),
+        Metric(
+            "kvmagent_vms_offline_memory_bytes", "gauge", "Memory that was plugged and offline, or not seen, there."
+        ),
+        # Each VM: what libvirt tells.
         Metric("kvmagent_vm_vcpus", "gauge", "vCPUs that the VM has.", _VM),
         Metric("kvmagent_vm_vcpus_max", "gauge", "vCPUs that it can have without a restart.", _VM),
         Metric("kvmagent_vm_promised_bytes", "gauge", "Memory of the host that the VM may have, QEMU included.", _VM),

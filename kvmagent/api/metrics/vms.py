@@ -3,6 +3,9 @@
     scrape  -> one libvirt call for all VMs, waited for _WAIT_S at most -> else the last answer, and its age
     observe -> what a command, a read or the sampler saw of VM and guest at the same moment
 
+Sums over all VMs are always told. Which VMs have series of their own, metrics.per_vm says, and how many at most,
+metrics.max_vms: those in trouble come first.
+
 A number of one moment is never compared with a number of another: what is plugged and offline is told only while the
 VM has as many vCPUs, and is in the same run, as when its guest was asked. The series of a VM that is gone, or off, go
 with it.
@@ -10,8 +13,11 @@ with it.
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -21,11 +27,30 @@ from kvmagent.api.metrics.table import METRICS, make_gauge
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import VmStats
+from kvmagent.settings import MetricsSection
 
 # How long a scrape waits for libvirt, and how long an answer is good for scrapes that follow.
 _WAIT_S, _FRESH_S = 2.0, 2.0
 # Calls that hang at once: one that hangs in a VM keeps the next from waiting for that VM.
 _AT_ONCE = 3
+# A guest that has answered and was then not read for so long, as KvmagentVmUnreadable has it.
+_UNREADABLE_S = 1800.0
+# What is wrong with a VM: the name of it, and whether these numbers show it. The alerts on VMs ask for the same.
+_TROUBLES: Mapping[str, Callable[[Mapping[str, float]], bool]] = MappingProxyType(
+    {
+        "guest_silent": lambda numbers: numbers.get("kvmagent_vm_guest_answers") == 0,
+        "vcpus_offline": lambda numbers: numbers.get("kvmagent_vm_offline_vcpus", 0) > 0,
+        "memory_offline": lambda numbers: numbers.get("kvmagent_vm_offline_memory_bytes", 0) > 0,
+        "slots_exhausted": lambda numbers: numbers.get("kvmagent_vm_slots_free") == 0,
+        "restart_required": lambda numbers: numbers.get("kvmagent_vm_restart_required") == 1,
+        "unreadable": lambda numbers: (
+            numbers.get("kvmagent_vm_guest_answers") == 1
+            and numbers.get("kvmagent_vm_guest_vcpus_age_seconds", 0) > _UNREADABLE_S
+        ),
+    }
+)
+# Of all VMs the sum of what each has.
+_SUMS = ("vcpus", "promised_bytes", "resident_bytes", "offline_vcpus", "offline_memory_bytes")
 # Of a guest that has an agent: it ought to answer. One that has none, or is paused, does neither.
 _SILENT = (Code.GUEST_AGENT_DISCONNECTED, Code.GUEST_AGENT_UNRESPONSIVE, Code.GUEST_AGENT_INVALID)
 
@@ -58,11 +83,14 @@ class VmMetrics(Collector):
         self,
         read_stats: Callable[[], tuple[VmStats, ...]],
         *,
+        section: MetricsSection | None = None,
         wait_s: float = _WAIT_S,
         fresh_s: float = _FRESH_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._read_stats = read_stats
+        #: Which VMs have series of their own, and how many at most.
+        self.section = section or MetricsSection()
         self._wait_s = wait_s
         self._fresh_s = fresh_s
         self._clock = clock
@@ -101,13 +129,16 @@ class VmMetrics(Collector):
         with self._lock:
             seen = dict(self._seen)
         values: dict[str, list[tuple[tuple[str, ...], float]]] = {name: [] for name in METRICS if _is_of_vm(name)}
-        for vm in self._stats:
-            for name, value in _numbers(vm, seen.get(vm.uuid), now):
-                if value is not None:
-                    values[name].append(((vm.uuid, vm.name), value))
+        vms = [_Told(vm, _numbers(vm, seen.get(vm.uuid), now)) for vm in self._stats]
         if self._stats_at is not None:
             values["kvmagent_vm_stats_age_seconds"].append(((), now - self._stats_at))
-            values["kvmagent_vms_running"].append(((), len(self._stats)))
+            for name, value, *labels in _sum_up(vms):
+                values[name].append((tuple(labels), value))
+            chosen = _choose(vms, self.section)
+            values["kvmagent_vms_with_series"].append(((), len(chosen)))
+            for one in chosen:
+                for name, value in one.numbers.items():
+                    values[name].append(((one.vm.uuid, one.vm.name), value))
         return [make_gauge(name, known) for name, known in values.items()]
 
     def running(self) -> tuple[VmStats, ...]:
@@ -167,7 +198,41 @@ def _is_of_vm(name: str) -> bool:
     return name.startswith(("kvmagent_vm_", "kvmagent_vms_"))
 
 
-def _numbers(vm: VmStats, seen: _Seen | None, now: float) -> Iterable[tuple[str, float | None]]:
+class _Told(NamedTuple):
+    """A VM and its numbers, by the metric; one that is not known has none."""
+
+    vm: VmStats
+    numbers: Mapping[str, float]
+
+    @property
+    def troubles(self) -> list[str]:
+        """What is wrong with it."""
+        return [name for name, shows in _TROUBLES.items() if shows(self.numbers)]
+
+
+def _choose(vms: list[_Told], section: MetricsSection) -> list[_Told]:
+    """Return the VMs that have series of their own: by UUID, so that the same ones have them at each scrape."""
+    if section.per_vm == "off":
+        return []
+    ordered = sorted(vms, key=lambda one: (not one.troubles, one.vm.uuid))
+    return [one for one in ordered if one.troubles or section.per_vm == "all"][: section.max_vms]
+
+
+def _sum_up(vms: list[_Told]) -> Iterable[tuple[str, float] | tuple[str, float, str]]:
+    """Return the sums over all VMs: metric, value, and its label's value where it has one."""
+    yield "kvmagent_vms_running", len(vms)
+    for name in _SUMS:
+        yield f"kvmagent_vms_{name}", sum(one.numbers.get(f"kvmagent_vm_{name}", 0) for one in vms)
+    troubles = Counter(trouble for one in vms for trouble in one.troubles)
+    for trouble in _TROUBLES:
+        yield "kvmagent_vms_in_trouble", troubles[trouble], trouble
+
+
+def _numbers(vm: VmStats, seen: _Seen | None, now: float) -> Mapping[str, float]:
+    return {name: value for name, value in _find_numbers(vm, seen, now) if value is not None}
+
+
+def _find_numbers(vm: VmStats, seen: _Seen | None, now: float) -> Iterable[tuple[str, float | None]]:
     yield "kvmagent_vm_vcpus", vm.vcpus
     yield "kvmagent_vm_vcpus_max", vm.max_vcpus
     yield "kvmagent_vm_balloon_bytes", vm.balloon_bytes
