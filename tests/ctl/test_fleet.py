@@ -108,6 +108,62 @@ def test_an_ansible_inventory_names_the_hosts(ctl: Ctl, agent: AgentProcess, tmp
     assert sorted({vm["host"] for vm in done.json["vms"]}) == ["alpha", "beta"]
 
 
+@pytest.fixture
+def named(ctl: Ctl, agent: AgentProcess, tmp_path: Path) -> Iterator[tuple[Ctl, Front]]:
+    """kvmagentctl with two agents of its own file, one of which is a front that keeps what it is asked."""
+    tokens = tmp_path / "token"
+    tokens.write_text("the-token-of-alpha\n")
+    tokens.chmod(0o600)
+    conf = tmp_path / "kvmagent/ctl.conf"
+    conf.parent.mkdir()
+    with Front(lambda request: pass_on(agent.port, request)) as front:
+        conf.write_text(
+            f"[default]\nagent = alpha\n[agent alpha]\nurl = {front.url}\ntoken_file = {tokens}\n"
+            f"[agent beta]\nurl = {agent.url}\n"
+        )
+        path = f"{ctl.script.parent}:{ctl.environment['PATH']}"
+        yield Ctl({"XDG_CONFIG_HOME": str(tmp_path), "PATH": path}), front
+
+
+@pytest.mark.parametrize(
+    ("file", "token"),
+    [
+        ("alpha\nbeta # the other\n", True),
+        ("[nodes]\nalpha ansible_host=192.0.2.1\nbeta\n", True),
+        ("alpha {front}\nbeta {agent}\n", True),
+        ("[nodes]\nalpha kvmagent_url={front}\nbeta\n", True),
+        ("other {front}\nbeta\n", False),
+        ("{front}\nbeta\n", False),
+        ("other kvmagent_url={front}\nbeta\n", False),
+    ],
+    ids=["names", "inventory", "urls", "inventory-urls", "another-name", "no-name", "inventory-other"],
+)
+def test_a_host_that_is_a_named_agent_is_asked_as_the_file_of_agents_says_and_no_other_sees_its_token(
+    named: tuple[Ctl, Front], agent: AgentProcess, tmp_path: Path, file: str, token: bool
+) -> None:
+    bare, front = named
+    (hosts := tmp_path / "hosts").write_text(file.format(front=front.url, agent=agent.url))
+    done = bare("vms", "--hosts", str(hosts), "--json")
+    assert (done.status, {vm["host"] for vm in done.json["vms"]} >= {"beta"}) == (0, True), done.err
+    shown = {request.headers.get("authorization") for request in front.requests}
+    assert shown == {"Bearer the-token-of-alpha" if token else None}
+
+
+def test_an_option_wins_over_what_a_named_agent_has(named: tuple[Ctl, Front], tmp_path: Path) -> None:
+    bare, front = named
+    (mine := tmp_path / "mine").write_text("mine\n")
+    mine.chmod(0o600)
+    (hosts := tmp_path / "hosts").write_text("alpha\n")
+    bare("vms", "--hosts", str(hosts), "--token-file", str(mine))
+    assert {request.headers.get("authorization") for request in front.requests} == {"Bearer mine"}
+
+
+def test_a_name_that_no_file_has_is_told(named: tuple[Ctl, Front], tmp_path: Path) -> None:
+    (hosts := tmp_path / "hosts").write_text("http://127.0.0.1:9\ngamma\n")
+    done = named[0]("vms", "--hosts", str(hosts))
+    assert (done.status, "no agent is named 'gamma'; named are: alpha, beta" in done.err) == (2, True)
+
+
 @contextmanager
 def slow_host(agent: AgentProcess) -> Iterator[tuple[Front, threading.Event, threading.Event]]:
     """An agent in front of which everything but lists waits: whether something waits, and what lets it go on."""

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -19,7 +20,9 @@ from kvmagent.cli.ctl.render import render_history, render_reply
 from kvmagent.cli.ctl.terminal import Column, Row, fold, format_table, paint, prose, text_width
 from kvmagent.cli.ctl.yaml import write_yaml
 from tests.ctl.ctl import Ctl, interrupt, settled
+from tests.fakes.hooks import HookDirectory
 from tests.lab.agent import AgentProcess, new_task_uuid
+from tests.lab.processes import wait_for
 
 GIB = 2**30
 NARROW = {"COLUMNS": "80", "NO_COLOR": "1"}
@@ -43,7 +46,40 @@ def test_a_task_is_told_by_the_beginning_of_its_id(ctl: Ctl, agent: AgentProcess
     assert "TASK_NOT_CANCELLABLE" in ctl("cancel", "night-2").err
 
 
-def test_a_task_that_waits_can_be_taken_back(ctl: Ctl, agent: AgentProcess) -> None:
+@pytest.fixture
+def held(node_uri: str, tmp_path: Path) -> Iterator[tuple[AgentProcess, Path]]:
+    """An agent whose first task a hook holds, and a file that lets it go."""
+    hooks = HookDirectory(tmp_path)
+    hooks.write("before.d/10-hold", 'echo >> "{told}"; until [ -e "{told}.go" ]; do sleep 0.1; done')
+    settings = {"hooks": {"directory": str(hooks.path), "timeout_sec": "300"}}
+    with AgentProcess(uri=node_uri, settings=settings) as running:
+        running.post("/vm/hotplug/cpu", {"vmUuid": "db-7", "cpuNum": 2}, task_uuid="running", callback_url="none")
+        wait_for(hooks.lines, timeout_s=60, what="the first task to be asked about")
+        yield running, hooks.told.with_name("told.go")
+        hooks.told.with_name("told.go").touch()
+
+
+def test_a_task_that_waits_is_taken_back_and_never_begins(held: tuple[AgentProcess, Path]) -> None:
+    agent, go = held
+    ctl = Ctl({"KVMAGENT_URL": agent.url})
+    had = agent.get("/vms/db-7").body["after"]["cpuNum"]
+    agent.post("/vm/hotplug/cpu", {"vmUuid": "db-7", "cpuNum": 3}, task_uuid="waiting-1", callback_url="none")
+    assert "waiting-1" in ctl("tasks", "--state", "accepted", "-o", "name").out
+    done = ctl("cancel", "wait")
+    assert (done.status, done.out) == (0, "waiting-1: taken back, its VM was not touched\n")
+    reply = settled(agent, "waiting-1")["reply"]
+    assert (reply["outcome"], reply["errorCode"], reply["steps"]) == ("refused", "CANCELLED", [])
+    # One that a hook still holds has touched nothing either.
+    told = ctl("cancel", "running", "--json").json
+    assert told["taskUuid"] == "running"
+    go.touch()
+    assert settled(agent, "running")["reply"]["errorCode"] == "CANCELLED"
+    assert ctl("cancel", "waiting-1").out == done.out, "said again where it is asked again"
+    assert agent.get("/vms/db-7").body["after"]["cpuNum"] == had
+    assert set(ctl("tasks", "--outcome", "refused", "-o", "name").out.split()) == {"running", "waiting-1"}
+
+
+def test_nothing_is_taken_back_where_no_task_has_that_id(ctl: Ctl) -> None:
     answer = ctl("cancel", "nobody")
     assert (answer.status, "UNKNOWN_TASK" in answer.err) == (1, True)
 

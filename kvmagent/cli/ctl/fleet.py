@@ -1,14 +1,10 @@
 """Many VMs, of one host or of several side by side: vms, ready --all, plan --all. The agents have all state.
 
---hosts FILE      a URL, or NAME URL, a line; anything else is an Ansible inventory, which ansible-inventory reads
 ask_hosts         the hosts side by side; of each its VMs one after another
                   a host that fails is told and fails no other; Ctrl-C ends with what is known by then, again at once
 """
 
-import json
 import queue
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +18,7 @@ import click
 
 from kvmagent.cli.ctl.client import Agent
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
+from kvmagent.cli.ctl.hosts import HOSTS_HELP, Host, read_hosts
 from kvmagent.cli.ctl.render import render_preparations, render_vms
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
@@ -34,9 +31,7 @@ _VMS_S = 120.0
 _LOOK_S = 0.2
 # So few VMs or hosts take a moment, in which nobody needs to be told how far they are.
 _AT_A_GLANCE = 10
-_INVENTORY_S = 60.0
 _WATCH_S = 2.0
-_PORT = 7070
 # From what nobody has to look at to what somebody has to first.
 _WORSE = (
     Exit.REACHED,
@@ -51,13 +46,6 @@ _WORSE = (
 )
 
 Json = dict[str, Any]
-
-
-class Host(NamedTuple):
-    """One agent, by the name that the operator has for its host; empty for the one that the options name."""
-
-    name: str
-    url: str
 
 
 class Progress:
@@ -120,7 +108,7 @@ def hosts_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--hosts",
         metavar="FILE",
         type=click.Path(exists=True, dir_okay=False),
-        help="Ask the agents of several hosts: a file with a URL, or NAME URL, a line; or an Ansible inventory.",
+        help=HOSTS_HELP,
     )(command)
 
 
@@ -135,8 +123,8 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
         return answers
     agents: dict[Host, Agent] = {}
     answers = Answers([], [], [])
-    for host in read_hosts(Path(hosts_file)):
-        agents[host] = session.connect({**session.target, "url": host.url})
+    for host in read_hosts(Path(hosts_file), session.conf):
+        agents[host] = session.connect(session.target_of(host.name, host.url))
     _ask_side_by_side(session, agents, question, Progress(), answers)
     for failure in answers.failures:
         failure.pop("raised")
@@ -226,52 +214,6 @@ def print_answers(session: Session, answers: Answers, view: Callable[[list[Json]
     else:
         session.terminal.print(*view(printable(answers.vms)))
     return answers.status
-
-
-def read_hosts(path: Path) -> list[Host]:
-    """Return the hosts of a file.
-
-    Raises:
-        CtlError: it names none, or is an inventory that cannot be read.
-    """
-    lines = [line.split("#", 1)[0].split() for line in path.read_text().splitlines()]
-    lines = [words for words in lines if words]
-    if lines and all(len(words) <= 2 and "://" in words[-1] for words in lines):
-        return [Host(words[0], words[-1]) for words in lines]
-    hosts = _read_inventory(path)
-    if not hosts:
-        raise CtlError(Exit.USAGE, "NO_HOSTS", f"{path} lists no host", "Write one URL per line: https://node1:7070.")
-    return hosts
-
-
-def _read_inventory(path: Path) -> list[Host]:
-    """Ansible's own reader knows ranges, groups, variables and plugins; whoever has an inventory has it."""
-    reader = shutil.which("ansible-inventory")
-    if reader is None:
-        raise CtlError(
-            Exit.USAGE,
-            "NO_ANSIBLE",
-            f"{path} is not a list of URLs, and ansible-inventory is not installed to read it",
-            "Install ansible-core, or write one URL per line: https://node1:7070.",
-        )
-    command = [reader, "-i", str(path), "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_INVENTORY_S, check=False)
-    try:
-        found = json.loads(done.stdout) if done.returncode == 0 else None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        words = " ".join(done.stderr.split())[:300]
-        raise CtlError(Exit.USAGE, "BAD_HOSTS", f"{path}: {words}", "Try it with: ansible-inventory --list -i FILE.")
-    variables = found.get("_meta", {}).get("hostvars", {})
-    names = {name for group in found.values() for name in group.get("hosts", ())} | set(variables)
-    return [Host(name, _make_url(name, variables.get(name, {}))) for name in sorted(names)]
-
-
-def _make_url(name: str, variables: Json) -> str:
-    given = variables.get("kvmagent_url")
-    address = variables.get("ansible_host", name)
-    return str(given or f"https://{address}:{variables.get('kvmagent_port', _PORT)}")
 
 
 # -- subcommands

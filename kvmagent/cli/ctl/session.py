@@ -85,6 +85,18 @@ class Session:
             found = {**self.environment, **self.conf.find(self.conf.default)}
         return {name: value for name, value in {**found, **self.given}.items() if name != _HOST}
 
+    def target_of(self, name: str, url: str) -> dict[str, str]:
+        """Return how the agent of one host of several is reached, and who asks.
+
+        What ctl.conf says of that name holds for it alone: no other host is shown its token.
+
+        Raises:
+            CtlError: ctl.conf cannot be used.
+        """
+        named = self.conf.agents.get(name, {})
+        target = {**self.asked_for, **named, **self.given} | ({"url": url} if url else {"url": named["url"]})
+        return {option: value for option, value in target.items() if option != _HOST}
+
     @property
     def asked_for(self) -> dict[str, str]:
         """Return what options and environment say of the agent, without ctl.conf's default: for who looks at this host.
