@@ -484,8 +484,7 @@ class Agent:
         """Give lanes and delivery what they lack of what the journal has."""
         for task in left.unfinished:
             self._lanes.put(task)
-        for callback in left.owed:
-            self._delivery.put_missing(callback)
+        self._delivery.put_missing(left.owed)
 
     def _describe_vm(self, vm: str) -> msgspec.Raw:
         """Return what ReadyForHotplug says of a VM: facts, headroom, blockers."""

@@ -15,6 +15,7 @@ import itertools
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -31,7 +32,11 @@ from kvmagent.tasks.journal import Journal, State, Task, Undelivered
 
 log = Log(__name__)
 
-_BACKOFF = Backoff(0.5, 180.0)
+# A server that keeps a callback in 10 ms on disk is busy for a second with one from each of a hundred hosts: so much is
+# the window wider, in which an agent comes back, for each callback that it owes.
+_BACKOFF = Backoff(0.5, 180.0, each_s=1.0)
+# Agents that start together, with their region, spread what they owe from before over so long at most.
+_MOST_AT_START_S = 60.0
 # Callbacks under way at once. Of the threads that are free, a client, a host, and all destinations that do not answer
 # have at most so large a part each while a destination does not answer.
 _THREADS, _PART_OF_SILENT = 32, 0.5
@@ -131,9 +136,10 @@ class Delivery:
             self._timeout_s, self._give_up_s = timeout_s, give_up_s
             self._max_owed, self._max_owed_per_client = max_owed, max_owed_per_client
 
-    def put(self, owed: Undelivered) -> None:
+    def put(self, owed: Undelivered, *, pause_s: float = 0.0) -> None:
         """Send a task's reply to its callback URL, soon; one that is owed already is tried again now.
 
+        A destination that was not known waits for `pause_s` first.
         Where no callback was wanted there is nothing to send: it counts as delivered, after no attempt.
         """
         if owed.callback_url == NO_CALLBACK:
@@ -148,6 +154,10 @@ class Delivery:
                 channel = self._callbacks.open(owed.callback_url, owed.client)
                 host = urlsplit(owed.callback_url).hostname or ""
                 destination = self._destinations[key] = _Destination(key, channel, owed.client, host)
+                if pause_s:
+                    self._wait_until(time.monotonic() + pause_s, destination, None)
+                    if not self._threads:  # somebody has to wait for it
+                        self._add_thread()
             lane = destination.lanes.setdefault(owed.lane, {})
             known = owed.task_uuid in lane
             if not known:
@@ -159,13 +169,23 @@ class Delivery:
                 self._make_ready(destination, owed.lane)
                 self._wake_thread()
 
-    def put_missing(self, owed: Undelivered) -> None:
-        """Send a reply that is owed and that nobody told of; what waits already keeps its turn."""
+    def put_missing(self, owed: Iterable[Undelivered]) -> None:
+        """Send replies that are owed and that nobody told of; what waits already keeps its turn.
+
+        A destination of which nothing was known has its first one after a pause: the agent may have started together
+        with all others.
+        """
+        missing: dict[str, list[Undelivered]] = {}
         with self._changed:
-            destination = self._destinations.get(_destination_of(owed))
-            waits = destination is not None and owed.task_uuid in destination.lanes.get(owed.lane, {})
-        if not waits:
-            self.put(owed)
+            for one in owed:
+                destination = self._destinations.get(key := _destination_of(one))
+                if destination is None or one.task_uuid not in destination.lanes.get(one.lane, {}):
+                    missing.setdefault(key, []).append(one)
+            unknown = missing.keys() - self._destinations.keys()
+        for key, those in missing.items():
+            pause_s = self._backoff.first_pause_s(len(those), most_s=_MOST_AT_START_S) if key in unknown else 0.0
+            for one in those:
+                self.put(one, pause_s=pause_s)
 
     def owed(self) -> int:
         """Return how many callbacks wait to be taken."""
@@ -353,7 +373,8 @@ class Delivery:
             if settled:
                 self._forget(destination, lane, task_uuid)
             if not answered:
-                self._wait_until(now + self._backoff.pause_s(destination.failures), destination, None)
+                owed = sum(map(len, destination.lanes.values()))
+                self._wait_until(now + self._backoff.pause_s(destination.failures, owed=owed), destination, None)
                 if self._stop_at is None:
                     given_up = self._forget_old(destination)
             if lane in destination.lanes:

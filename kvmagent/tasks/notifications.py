@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
+from kvmagent.backoff import Backoff
 from kvmagent.logs import Log
 from kvmagent.model.command import Plugin
 from kvmagent.model.host import ManagementServer, Progress, Report, VmEvent
@@ -22,7 +23,7 @@ from kvmagent.tasks.callbackclient import CallbackClient, Channel
 
 log = Log(__name__)
 
-_TRIES, _PAUSE_S = 3, 1.0
+_TRIES, _BACKOFF = 3, Backoff(1.0, 4.0)
 # More that wait are dropped, the oldest first.
 _MOST = 10_000
 _THREADS = 4
@@ -125,7 +126,7 @@ class Notifications:
         error = "nobody has connected"
         for attempt in range(_TRIES):
             server = self._get_server()
-            if server is None or (attempt and self._stopping.wait(_PAUSE_S)):
+            if server is None or (attempt and self._stopping.wait(_BACKOFF.pause_s(attempt))):
                 break
             headers = {"commandpath": report.command_path}
             body = msgspec.json.encode(report.body)

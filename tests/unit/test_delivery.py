@@ -26,7 +26,15 @@ from tests.lab.server import Answer, ManagementServer
 class Sender:
     """Delivery on a journal of its own; `own` is the agent's own time, set by hand, and `now` the clock."""
 
-    def __init__(self, directory: Path, *, timeout_s: float = 1.0, callbacks: Any = None, **limits: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        timeout_s: float = 1.0,
+        callbacks: Any = None,
+        backoff: Backoff | None = None,
+        **limits: int,
+    ) -> None:
         self.now, self.own = 1000.0, 50.0
         self.journal = Journal(
             directory / "journal.sqlite",
@@ -40,7 +48,7 @@ class Sender:
             callbacks or CallbackClient([parse_callback_rule("caller")], CallbackSection()),
             timeout_s=timeout_s,
             give_up_s=100.0,
-            backoff=Backoff(0.5, 180.0, jitter=lambda: 0.5),
+            backoff=backoff or Backoff(0.5, 180.0, jitter=lambda: 0.5),
             **limits,
         )
 
@@ -221,10 +229,52 @@ def test_what_is_owed_already_keeps_its_turn_and_what_is_not_is_sent(sender: Sen
     owed = [sender.finish(f"t{n}", server.url) for n in range(2)]
     sender.delivery.put(owed[0])
     server.wait("t0", 10)
-    for one in owed:
-        sender.delivery.put_missing(one)
+    sender.delivery.put_missing(owed)
     sender.wait("t1", "delivered")
     assert [callback.task_uuid for callback in server.callbacks()] == ["t0", "t1"]
+
+
+def test_who_has_just_started_waits_a_moment_that_grows_with_what_is_owed(
+    tmp_path: Path, server: ManagementServer
+) -> None:
+    windows: list[float] = []
+
+    def draw(window_s: float) -> float:
+        windows.append(window_s)
+        return 0.3
+
+    sender = Sender(tmp_path, backoff=Backoff(0.5, 180.0, 2.0, draw=draw))
+    owed = [sender.finish(f"t{n}", server.url, vm=f"vm{n % 3}") for n in range(10)]
+    began = time.monotonic()
+    sender.delivery.put_missing(owed[:9])
+    sender.delivery.put_missing(owed)  # what is known already is waited for no second time
+    for n in range(10):
+        sender.wait(f"t{n}", "delivered")
+    assert windows == [18.0]
+    assert time.monotonic() - began >= 0.3
+    assert len(server.callbacks()) == 10
+    sender.close()
+
+
+def test_a_server_that_was_away_is_tried_again_the_later_the_more_is_owed(
+    tmp_path: Path, server: ManagementServer
+) -> None:
+    windows: list[float] = []
+
+    def draw(window_s: float) -> float:
+        windows.append(window_s)
+        return 0.0
+
+    server.stop()
+    sender = Sender(tmp_path, backoff=Backoff(0.2, 180.0, 0.01, jitter=lambda: 0.5, draw=draw))
+    for n in range(7):
+        sender.send(f"t{n}", server.url, vm=f"vm{n}")
+    wait_for(lambda: len(windows) >= 3, timeout_s=10, what="three tries")
+    assert windows[-1] == pytest.approx(0.07)
+    server.start()
+    for n in range(7):
+        sender.wait(f"t{n}", "delivered")
+    sender.close()
 
 
 def test_all_that_a_silent_server_is_owed_too_long_is_given_up_together(

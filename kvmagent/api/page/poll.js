@@ -75,7 +75,9 @@ export class Poll {
       const took = Date.now() - this.busySince;
       this.busySince = null;
       clearTimeout(this.timer);
-      this.timer = this.hold() ? null : setTimeout(() => this.run(), Math.max(this.every, 3 * took));
+      // Pages that were opened together do not ask together.
+      const pause = Math.max(this.every, 3 * took) * (0.9 + 0.2 * Math.random());
+      this.timer = this.hold() ? null : setTimeout(() => this.run(), pause);
     }
   }
 }
