@@ -151,8 +151,6 @@ _BACKOFF = Backoff(0.1, 2.0)
 # Of a log that is put back, at a time.
 _COPY_BYTES = 2**20
 # For each connection; the kernel's own cache has the rest of the file.
-# Of a log that is put back, at a time.
-_COPY_BYTES = 2**20
 _CACHE_KIB = 256
 # The log is cut back to this when it starts anew: one large commit does not keep its space for good.
 _LOG_BYTES = 16 * 2**20
@@ -259,6 +257,7 @@ class JournalFile:
             # SQLite gives its -wal and -shm files the mode of this one.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
             self._path.chmod(0o600)
+            self._tell_of_a_missing_log()
             self._db = self._connect()
             self._check(self._db)
             _migrate(self._db, self._path)
@@ -509,6 +508,14 @@ class JournalFile:
         is_small = self._path.stat().st_size <= _WHOLE_CHECK_BYTES
         if found := _find_damage(db, "integrity_check(1)" if is_small else "quick_check(1)"):
             raise sqlite3.DatabaseError(f"damaged: {found[0]}")
+
+    def _tell_of_a_missing_log(self) -> None:
+        """Say it where the log was taken away and its agent was killed before it could mend that: nobody has it now.
+
+        SQLite removes the log first and then its index (-shm): an index without a log is not its doing.
+        """
+        if self._log_path.with_name(f"{self._path.name}-shm").exists() and not self._log_path.exists():
+            log.error("journal's WAL is missing", lost="the newest tasks", path=self._log_path)
 
     def _refuse_another_file(self) -> None:
         inode, size = self._identify()

@@ -89,7 +89,7 @@ class Count:
     outcomes: Counter[str] = field(default_factory=Counter)
     done_to: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
-    #: What the agent itself did not foresee, and told.
+    #: What no task of a run should end in: what the agent did not foresee, and less than the VM has.
     unforeseen: list[str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -120,8 +120,9 @@ class Count:
             self.results += 1
             self.copies += len(copies)
             self.outcomes[first.get("errorCode") or first["outcome"]] += 1
-            if first.get("errorCode") == "INTERNAL_ERROR":
-                self.unforeseen.append(f"{vm}: task {one.uuid}: {first['error']}")
+            if first.get("errorCode") in ("INTERNAL_ERROR", "TARGET_BELOW_CURRENT"):
+                self.unforeseen.append(f"{vm}: task {one.uuid}: {first['errorCode']}: {first}")
+                self.unforeseen += [f"    {other.uuid} {other.total}: {by_task[other.uuid][0]}" for other in sent]
             if any(copy != first for copy in copies):
                 self.fault(f"{vm}: task {one.uuid} has two results: {by_task[one.uuid]}")
             if first["success"] and first[one.number] != one.total:

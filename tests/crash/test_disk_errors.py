@@ -1,5 +1,6 @@
 """A commit that was told as failed may be on disk all the same: what it did is found, and none of it is forgotten."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,59 @@ def test_the_log_may_be_taken_away_while_the_disk_fails(
     assert [agent.get(f"/tasks/{task}").body["state"] for task in ("t0", "t1")] == ["delivered", "delivered"]
     assert len(server.callbacks("t0")) == 1
     assert host.vcpus("vm1") == (3, 3)
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_nothing_is_accepted_onto_a_log_that_was_taken_away(
+    agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host, *, is_failing: bool
+) -> None:
+    """Killed before the log is mended, it loses nothing that it accepted since; what it loses, the next start tells."""
+    if is_failing:
+        break_disk(shim)
+        assert send(agent, server, "t1", 3) == 503
+    (agent.directory / "state/journal.sqlite-wal").unlink()
+    sent = {f"new{n}": send(agent, server, f"new{n}", 3 + n) for n in range(5)}
+    agent.kill()
+    shim.fail()
+    assert set(sent.values()) == {503 if is_failing else 200}
+    agent.start()
+    assert ("journal's WAL is missing" in agent.log()) == is_failing
+    for task_uuid, status in sent.items():
+        if status == 200:
+            assert server.wait(task_uuid, 10)["success"]
+    # Sent again, each is done; one that was done before is not done twice.
+    for n, task_uuid in enumerate(["t0", "t1", *sent]):
+        assert send(agent, server, task_uuid, max(2, n + 1)) == 200
+        wait_for(lambda: server.callbacks(task_uuid), timeout_s=10, what=task_uuid)  # noqa: B023
+    assert host.vcpus("vm1") == (7, 7)
+
+
+def test_a_pruning_that_a_read_only_disk_refuses_forgets_nothing_and_is_made_up_for(
+    make_agent: StartAgent, host: Host, server: ManagementServer, shim: Shim
+) -> None:
+    """A file system with errors turns read-only under open files: nothing asks for a change but the age."""
+    agent = make_agent(host.uri, environment=shim.environment(), settings={"agent": {"keep_tasks": "1"}})
+    shim.watch(agent.directory / "state")
+    host.pause()
+    try:
+        assert send(agent, server, "unfinished", 2) == 200
+        for n in range(3):
+            assert agent.post("/vm/hotplug/ready", {"vmUuid": f"no{n}"}, task_uuid=f"no{n}", callback_url=server.url)
+        assert [agent.post(f"/tasks/no{n}/cancel", {}).status for n in range(3)] == [200] * 3
+        wait_for(lambda: {agent.get(f"/tasks/no{n}").body["state"] for n in range(3)} == {"delivered"},
+                 timeout_s=20, what="their ends on disk")  # fmt: skip
+        shim.fail("writes", "syncs", error=errno.EROFS)
+        wait_for(lambda: "journal" in agent.get("/healthz").body["down"], timeout_s=30, what="a pruning")
+        assert [agent.get(f"/tasks/no{n}").body["state"] for n in range(3)] == ["delivered"] * 3
+        assert send(agent, server, "refused", 9) == 503
+        shim.fail()
+        wait_for(lambda: "journal" not in agent.get("/healthz").body["down"], timeout_s=30, what="the journal")
+        wait_for(lambda: agent.get("/tasks/no0").status == 404, timeout_s=60, what="what was to be forgotten")
+    finally:
+        shim.fail()
+        host.resume()
+    assert server.wait("unfinished", 30)["cpuNum"] == 2
+    assert agent.get("/tasks/refused").status == 404
 
 
 def test_a_withdrawal_that_was_told_as_failed_and_happened_is_told_by_its_callback(

@@ -37,9 +37,22 @@ def _read_request(client: socket.socket) -> None:
 
 def _dribble(client: socket.socket, stopping: threading.Event, first: bytes, filler: bytes) -> None:
     _read_request(client)
+    _go_on_dribbling(client, stopping, first, filler)
+
+
+def _go_on_dribbling(client: socket.socket, stopping: threading.Event, first: bytes, filler: bytes) -> None:
     client.sendall(first)
     while not stopping.wait(DRIBBLE_S):
         client.sendall(filler)
+
+
+def _dribble_all(client: socket.socket, stopping: threading.Event) -> None:
+    _read_request(client)
+    for byte in _HEAD[:-4]:
+        client.sendall(bytes([byte]))
+        if stopping.wait(DRIBBLE_S / 10):
+            return
+    _go_on_dribbling(client, stopping, _HEAD[-4:], b" ")
 
 
 def _repeat(client: socket.socket, stopping: threading.Event, first: bytes, filler: bytes) -> None:
@@ -108,6 +121,7 @@ KINDS: Mapping[str, Behaviour] = MappingProxyType(
         "dribbles its status line": lambda client, stop: _dribble(client, stop, b"HTTP/1.1 200 ", b"O"),
         "dribbles a header": lambda client, stop: _dribble(client, stop, b"HTTP/1.1 200 OK\r\nX: ", b"x"),
         "dribbles its answer": lambda client, stop: _dribble(client, stop, _HEAD, b" "),
+        "dribbles its head and its answer": _dribble_all,
         "dribbles 100 Continue": lambda client, stop: _dribble(client, stop, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
         "sends 100 Continue for ever": lambda client, stop: _repeat(
             client, stop, b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100

@@ -1,9 +1,12 @@
 """One exchange with a receiver: whatever it does, it ends in time."""
 
+import contextlib
+import itertools
 import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,9 +59,26 @@ def test_a_tls_receiver_that_dribbles_ends_in_its_time(tmp_path: Path) -> None:
     own = Authority(tmp_path)
     callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
     callbacks.load()
-    with dribbling_tls(own) as url:
+    answer = itertools.chain([b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"], itertools.repeat(b" "))
+    with dribbling(answer, pause_s=0.1, context=own.server(own.issue("127.0.0.1"), clients=False)) as url:
         status, words, took_s = post(callbacks, url)
     assert (status, took_s < TIMEOUT_S + GRACE_S) == (None, True), words
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_head_and_body_have_the_time_together(tmp_path: Path, *, is_tls: bool) -> None:
+    """Each comes in less than the time, read by read and as a whole; both do not."""
+    own = Authority(tmp_path)
+    callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection(server_ca=str(own.ca_file)))
+    callbacks.load()
+    context = own.server(own.issue("127.0.0.1"), clients=False) if is_tls else None
+    answer = [b"HTTP/1.1 ", b"200 OK\r\n", b"Content-Length: 4\r\n\r\n", b" ", b" ", b"{", b"}"]
+    with dribbling(answer, pause_s=TIMEOUT_S / 4, context=context) as url:
+        assert post(callbacks, url)[0] is None
+    with dribbling(answer, pause_s=0, context=context) as url:
+        channel = callbacks.open(url, "127.0.0.1")
+        assert channel.post(url, b"{}", {"taskuuid": "t"}, GRACE_S) == (200, "HTTP 200")
+        channel.close()
 
 
 def test_a_handshake_that_does_not_end_is_given_up_in_time(tmp_path: Path) -> None:
@@ -70,18 +90,18 @@ def test_a_handshake_that_does_not_end_is_given_up_in_time(tmp_path: Path) -> No
     assert (status, took_s < TIMEOUT_S + GRACE_S) == (None, True), words
 
 
-class dribbling_tls:  # reads as a statement
-    """A TLS receiver that sends its answer's body a byte at a time."""
+class dribbling:  # reads as a statement
+    """A receiver that takes its time between the pieces of its answer, over TLS where it has a context."""
 
-    def __init__(self, own: Authority) -> None:
-        self._context = own.server(own.issue("127.0.0.1"), clients=False)
+    def __init__(self, pieces: Iterable[bytes], *, pause_s: float, context: ssl.SSLContext | None = None) -> None:
+        self._pieces, self._pause_s, self._context = pieces, pause_s, context
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve)
 
     def __enter__(self) -> str:
         self._thread.start()
-        return f"https://127.0.0.1:{self._listener.getsockname()[1]}/"
+        return f"{'https' if self._context else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}/"
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
@@ -90,15 +110,14 @@ class dribbling_tls:  # reads as a statement
 
     def _serve(self) -> None:
         plain, _ = self._listener.accept()
-        try:
-            with self._context.wrap_socket(plain, server_side=True) as client:
-                while len(client.recv(2**20)) == 2**20:
-                    pass
-                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                while not self._stop.wait(0.1):
-                    client.sendall(b" ")
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            client = self._context.wrap_socket(plain, server_side=True) if self._context else plain
+            with client:
+                client.recv(2**16)
+                for piece in self._pieces:
+                    client.sendall(piece)
+                    if self._stop.wait(self._pause_s):
+                        return
 
 
 @pytest.fixture
