@@ -6,7 +6,6 @@ its place, so that hanging VMs hold up themselves and no other. A lane whose tas
 VM is parked without a thread until it is woken.
 """
 
-import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -57,8 +56,9 @@ class Lanes:
         self._waiting: dict[str, deque[Task]] = {}
         self._ready: deque[str] = deque()
         self._parked: set[str] = set()
-        # Tasks that were woken before `run` has come to say that they wait.
+        # Tasks that were woken, or withdrawn, before `run` has come to say that they wait.
         self._woken: set[str] = set()
+        self._withdrawn: set[str] = set()
         self._running: dict[str, tuple[Task, float]] = {}
         self._threads: set[threading.Thread] = set()
         self._idle = 0
@@ -112,12 +112,14 @@ class Lanes:
             if task.lane in self._parked:
                 self._parked.remove(task.lane)
                 self._give_thread(task.lane)
-            elif (running := self._running.get(task.lane)) is not None and running[0].task_uuid == task.task_uuid:
+            elif self._runs(task):
                 self._woken.add(task.task_uuid)
 
     def withdraw(self, task: Task) -> None:
-        """Take a task out of its lane, where it still waits there."""
+        """Take a task out of its lane, where it waits there or comes to wait."""
         with self._changed:
+            if self._runs(task):
+                self._withdrawn.add(task.task_uuid)
             lane = self._waiting.get(task.lane, deque())
             waiting = next((one for one in lane if one.task_uuid == task.task_uuid), None)
             if waiting is None:
@@ -175,10 +177,12 @@ class Lanes:
         """Return how many tasks wait."""
         return sum(self.queued().values())
 
-    def _has(self, task: Task) -> bool:
+    def _runs(self, task: Task) -> bool:
         running, _ = self._running.get(task.lane, (None, 0.0))
-        there = itertools.chain(self._waiting.get(task.lane, ()), [running] if running else [])
-        return any(one.task_uuid == task.task_uuid for one in there)
+        return running is not None and running.task_uuid == task.task_uuid
+
+    def _has(self, task: Task) -> bool:
+        return self._runs(task) or any(one.task_uuid == task.task_uuid for one in self._waiting.get(task.lane, ()))
 
     def _check_room(self, lane: str, client: str) -> None:
         if self._stopping:
@@ -278,8 +282,10 @@ class Lanes:
         with self._changed:
             del self._running[lane]
             was_woken = task.task_uuid in self._woken
+            was_withdrawn = task.task_uuid in self._withdrawn
             self._woken.discard(task.task_uuid)
-            if waits:
+            self._withdrawn.discard(task.task_uuid)
+            if waits and not was_withdrawn:
                 self._waiting[lane].appendleft(task)
                 if was_woken:
                     self._make_ready(lane)

@@ -43,24 +43,23 @@ def test_promtool_finds_nothing_to_say_of_them(agent: AgentProcess, server: Mana
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_command_is_counted_by_outcome_with_the_time_of_each_phase(
-    agent: AgentProcess, server: ManagementServer
-) -> None:
-    before = scrape(agent)
-    body = run(agent, server, {"vmUuid": "vm1", "cpuNum": 3, "affect": "live"})
-    outcome = f'kvmagent_commands_total{{command="HotPlugCpu",outcome="{body["outcome"]}"}}'
-    wait_for(lambda: changed(agent, before, outcome) == 1, timeout_s=10, what="the count")
-    for phase in ("queue", "plan", "journal", "libvirt", "callback"):
-        series = f'{{command="HotPlugCpu",phase="{phase}"}}'
-        wait_for(
-            lambda series=series: changed(agent, before, f"kvmagent_phase_seconds_count{series}") == 1,  # type: ignore[misc]
-            timeout_s=10,
-            what=phase,
-        )
-        assert 0 < changed(agent, before, f"kvmagent_phase_seconds_sum{series}") < 20
-    assert changed(agent, before, "kvmagent_journal_writes_total") >= 4
-    assert changed(agent, before, "kvmagent_journal_commit_seconds_count") >= 2
-    assert changed(agent, before, 'kvmagent_callbacks_total{result="delivered"}') == 1
+def test_a_command_is_counted_by_outcome_with_the_time_of_each_phase(node_uri: str, server: ManagementServer) -> None:
+    # An agent of its own: what was just told to another test may be counted in this one.
+    with AgentProcess(uri=node_uri) as agent:
+        body = run(agent, server, {"vmUuid": "vm1", "cpuNum": 3, "affect": "live"})
+        outcome = f'kvmagent_commands_total{{command="HotPlugCpu",outcome="{body["outcome"]}"}}'
+        wait_for(lambda: changed(agent, {}, outcome) == 1, timeout_s=10, what="the count")
+        for phase in ("queue", "plan", "journal", "libvirt", "callback"):
+            series = f'{{command="HotPlugCpu",phase="{phase}"}}'
+            wait_for(
+                lambda series=series: changed(agent, {}, f"kvmagent_phase_seconds_count{series}") == 1,  # type: ignore[misc]
+                timeout_s=10,
+                what=phase,
+            )
+            assert 0 < changed(agent, {}, f"kvmagent_phase_seconds_sum{series}") < 20
+        assert changed(agent, {}, "kvmagent_journal_writes_total") >= 4
+        assert changed(agent, {}, "kvmagent_journal_commit_seconds_count") >= 2
+        assert changed(agent, {}, 'kvmagent_callbacks_total{result="delivered"}') == 1
 
 
 def test_a_question_is_counted_as_well(agent: AgentProcess) -> None:
@@ -87,9 +86,9 @@ def test_what_is_owed_and_for_how_long(node_uri: str) -> None:
     with AgentProcess(uri=node_uri) as agent:
         dead = f"http://127.0.0.1:{find_free_port()}/done"
         agent.post(CPU, {"vmUuid": "vm1", "cpuNum": 2}, task_uuid=new_task_uuid(), callback_url=dead)
-        wait_for(lambda: scrape(agent)["kvmagent_callback_attempts_failed_total"] > 0, timeout_s=10, what="a failure")
+        wait_for(lambda: scrape(agent)["kvmagent_callback_destinations_failing"] == 1, timeout_s=10, what="a failure")
         told = scrape(agent)
-        assert (told["kvmagent_callbacks_owed"], told["kvmagent_callback_destinations_failing"]) == (1, 1)
+        assert (told["kvmagent_callbacks_owed"], told["kvmagent_callback_attempts_failed_total"] > 0) == (1, True)
         assert 0 < told["kvmagent_callbacks_owed_oldest_seconds"] < 30
         assert (told["kvmagent_journal_up"], told["kvmagent_libvirt_up"], told["kvmagent_vms_running"]) == (1, 1, 2)
 

@@ -38,7 +38,7 @@ class Work:
         self.at_once[task.lane] += 1
         assert self.at_once[task.lane] == 1
         if task.lane.startswith("hang"):
-            self.let_go.wait(20)
+            self.let_go.wait(600)
         if task.lane.startswith("fail"):
             raise RuntimeError("a bug")
         self.done.append(task.task_uuid)
@@ -85,6 +85,7 @@ def test_vms_that_hang_do_not_use_up_the_workers(work: Work) -> None:
     work.now = 60.0
     work.lanes.relieve()
     work.wait_done("a-0")
+    wait_for(lambda: "a" not in work.lanes.running(), timeout_s=5, what="its end")
     hanging = {lane: seconds for lane, (_, seconds) in work.lanes.running().items()}
     assert hanging == {f"hang{n}": 60.0 for n in range(4)}
 

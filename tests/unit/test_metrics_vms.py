@@ -87,13 +87,13 @@ def with_config(seen: Facts, **changes: Any) -> Facts:
 class Watched:
     """VM metrics on a libvirt and a clock that are set by hand; with `hang` set, libvirt does not answer."""
 
-    def __init__(self, *found: VmStats) -> None:
+    def __init__(self, *found: VmStats, wait_s: float = 0.2) -> None:
         self.found = found
         self.now = 100.0
         self.calls = 0
         self.hang: threading.Event | None = None
         self.away = False
-        self.vms = VmMetrics(self._read, wait_s=0.2, fresh_s=0.0, clock=lambda: self.now)
+        self.vms = VmMetrics(self._read, wait_s=wait_s, fresh_s=0.0, clock=lambda: self.now)
 
     def _read(self) -> tuple[VmStats, ...]:
         self.calls += 1
@@ -236,7 +236,8 @@ def test_scrapes_are_answered_in_time_while_libvirt_hangs_and_few_calls_hang(wat
     assert watched.calls == 1 + 3
 
 
-def test_who_scrapes_while_another_waits_gets_the_last_answer_at_once(watched: Watched) -> None:
+def test_who_scrapes_while_another_waits_gets_the_last_answer_at_once() -> None:
+    watched = Watched(stats(), wait_s=600)
     watched.told()
     watched.hang = threading.Event()
     first = threading.Thread(target=watched.told)
@@ -244,6 +245,7 @@ def test_who_scrapes_while_another_waits_gets_the_last_answer_at_once(watched: W
     wait_for(lambda: watched.calls == 2, timeout_s=5, what="the first to ask")
     assert watched.told()["u1"]["vm_vcpus"] == 4
     assert watched.calls == 2
+    watched.hang.set()
     first.join()
 
 

@@ -34,7 +34,7 @@ def test_a_server_that_dribbles_holds_up_reports_to_its_successor_for_one_exchan
     with BadReceiver("dribbles its answer") as bad, Receiver() as good:
         told = Told(bad.urls[0], timeout_s=1.0)
         told.reports.tell_gap("one")
-        wait_for(lambda: bad.open == 1, timeout_s=5, what="the exchange")
+        wait_for(lambda: bad.accepted, timeout_s=5, what="the exchange")
         told.url = good.url
         told.reports.tell_gap("two")
         wait_for(lambda: len(good.callbacks()) == 2, timeout_s=5, what="both reports")
@@ -55,7 +55,7 @@ def test_a_server_that_hangs_does_not_keep_the_agent_from_stopping() -> None:
     with BadReceiver("says nothing") as bad:
         told = Told(bad.urls[0], timeout_s=20.0)
         told.reports.tell_gap("one")
-        wait_for(lambda: bad.open == 1, timeout_s=5, what="the exchange")
+        wait_for(lambda: bad.accepted, timeout_s=5, what="the exchange")
         began = time.monotonic()
         told.reports.stop(0.5)
         assert time.monotonic() - began < 10

@@ -43,9 +43,20 @@ class Agent:
             libvirt_wait_s=5.0,
             fault=self._fault,
         )
-        self.lanes = Lanes(
-            self.executor.run, workers=1, max_queued=99, max_queued_per_lane=99, max_queued_per_client=99
-        )
+        self.waited: set[str] = set()
+        self.lanes = Lanes(self._run, workers=1, max_queued=99, max_queued_per_lane=99, max_queued_per_client=99)
+
+    def _run(self, task: Task) -> None:
+        try:
+            self.executor.run(task)
+        except NotYet:
+            self.waited.add(task.task_uuid)
+            raise
+
+    def wait_parked(self, *task_uuids: str) -> None:
+        """Wait until these were run, had to wait, and left the thread. That the queue is long says nothing: it is
+        before the first is run, too."""
+        wait_for(lambda: self.waited >= set(task_uuids) and not self.lanes.running(), timeout_s=60, what="them to wait")
 
     def _fault(self, name: str) -> None:
         if name == self.kill_at:
@@ -96,9 +107,7 @@ def test_who_waits_for_a_goal_of_an_earlier_agent_leaves_the_only_thread_to_it(a
     (left,) = agent.journal.unfinished()
     for n, spelling in enumerate(SPELLINGS[1:], 3):
         agent.lanes.put(agent.accept(f"t{n}", spelling, n))
-    wait_for(
-        lambda: not agent.lanes.running() and agent.lanes.depth() == 2, timeout_s=60, what="both to wait without it"
-    )
+    agent.wait_parked("t3", "t4")
     agent.lanes.put(left)
     replies = {name: agent.reply(name) for name in ("t1", "t3", "t4")}
     assert replies["t1"]["outcome"] == "online"
@@ -123,7 +132,7 @@ def test_who_waits_for_a_task_that_runs_goes_on_once_it_has_ended_and_other_vms_
     wait_for(lambda: agent.find("t1").goal, timeout_s=60, what="the goal")
     for n in range(3, 6):
         agent.lanes.put(agent.accept(f"t{n}", SPELLINGS[n % 3], n))
-    wait_for(lambda: not agent.lanes.running() and agent.lanes.depth() == 3, timeout_s=60, what="all to wait")
+    agent.wait_parked("t3", "t4", "t5")
     agent.lanes.put(agent.accept("t9", "another VM", 2))
     assert agent.reply("t9")["errorCode"] == "VM_NOT_FOUND"
     go_on.set()
@@ -140,9 +149,9 @@ def test_one_that_waits_can_be_taken_back_and_its_lane_goes_on(agent: Agent) -> 
     waits, next_one = agent.accept("t2", UUID, 3), agent.accept("t3", UUID, 4)
     agent.lanes.put(waits)
     agent.lanes.put(next_one)
-    wait_for(lambda: not agent.lanes.running() and agent.lanes.depth() == 2, timeout_s=60, what="them to wait")
+    agent.wait_parked("t2")
     agent.journal.cancel("t2", b"{}", "refused", then=lambda owed: agent.lanes.withdraw(waits))
-    wait_for(lambda: agent.lanes.queued() == {UUID: 1} and not agent.lanes.running(), timeout_s=60, what="the next one")
+    agent.wait_parked("t3")
     (left, _) = agent.journal.unfinished()
     agent.lanes.put(left)
     assert agent.reply("t3")["before"]["cpuNum"] == 2
@@ -156,7 +165,7 @@ def test_one_whose_goal_can_never_be_pursued_holds_nobody_up(agent: Agent) -> No
         agent.executor.run(first)
     (left,) = agent.journal.unfinished()
     agent.lanes.put(agent.accept("t2", UUID, 3))
-    wait_for(lambda: not agent.lanes.running() and agent.lanes.depth() == 1, timeout_s=60, what="it to wait")
+    agent.wait_parked("t2")
     agent.lanes.put(msgspec.structs.replace(left, command="Gone"))
     assert agent.reply("t1")["errorCode"] == "TASK_UNREADABLE"
     assert agent.reply("t2")["outcome"] == "online"
@@ -187,17 +196,20 @@ def test_turns_are_taken_once_and_whoever_waits_is_woken_by_what_it_waits_for() 
 @pytest.mark.parametrize("first", ["woken", "rests"])
 def test_a_task_that_is_woken_before_it_rests_runs_again(first: str) -> None:
     runs: list[int] = []
+    put_twice = threading.Event()
 
     def run(one: Task) -> None:
         runs.append(len(runs))
         if len(runs) == 1:
+            put_twice.wait()
             if first == "woken":
                 lanes.wake(one)
             raise NotYet
 
     lanes = Lanes(run, workers=1, max_queued=9, max_queued_per_lane=9, max_queued_per_client=9)
     lanes.put(task("a"))
-    lanes.put(task("a"))  # it is there already
+    lanes.put(task("a"))  # it is there already, for the first run does not end before
+    put_twice.set()
     if first == "rests":
         wait_for(lambda: runs and not lanes.running() and lanes.depth(), timeout_s=60, what="it to rest")
         assert lanes.stalled_s() == 0.0
@@ -208,13 +220,37 @@ def test_a_task_that_is_woken_before_it_rests_runs_again(first: str) -> None:
     assert runs == [0, 1]
 
 
+def test_a_task_that_is_withdrawn_before_it_rests_leaves_its_place() -> None:
+    withdrawn = threading.Event()
+
+    def run(one: Task) -> None:
+        if one.task_uuid == "a":
+            withdrawn.wait()
+            raise NotYet
+        ran.set()
+
+    ran = threading.Event()
+    lanes = Lanes(run, workers=1, max_queued=9, max_queued_per_lane=2, max_queued_per_client=9)
+    lanes.put(task("a"))
+    wait_for(lanes.running, timeout_s=60, what="it to run")
+    lanes.put(msgspec.structs.replace(task("b"), lane="a"))
+    lanes.withdraw(task("a"))
+    withdrawn.set()
+    assert ran.wait(240)
+    assert lanes.stop(60)
+    assert lanes.depth() == 0
+
+
 def test_a_task_that_waits_keeps_its_place() -> None:
+    rested = threading.Event()
+
     def run(_one: Task) -> None:
+        rested.set()
         raise NotYet
 
     lanes = Lanes(run, workers=1, max_queued=9, max_queued_per_lane=1, max_queued_per_client=9)
     lanes.put(task("a"))
-    wait_for(lambda: not lanes.running() and lanes.depth() == 1, timeout_s=60, what="it to rest")
+    wait_for(lambda: rested.is_set() and not lanes.running(), timeout_s=60, what="it to rest")
     with pytest.raises(AgentError) as refused, lanes.hold_place(task("a")):
         pass
     assert refused.value.code is Code.QUEUE_FULL
