@@ -514,8 +514,7 @@ def _by_name(plugins: list[Plugin]) -> tuple[dict[str, Command], dict[str, Query
 def _handle(intake: Intake, declared: Command | Query) -> Handler:
     def handle(call: Call) -> Answer:
         if isinstance(declared, Query) and declared.sync:
-            reply = intake.answer(declared, call.headers, call.body, client=call.client, access=call.access)
-            return Answer(encode(reply))
+            return Answer(intake.answer(declared, call.headers, call.body, client=call.client, access=call.access))
         return Answer(encode(intake.accept(declared, call.headers, call.body, client=call.client, access=call.access)))
 
     return handle

@@ -35,15 +35,17 @@ def audit(
     uuid: str = "",
     task: str = "",
     outcome: str,
+    error_code: str = "",
     error: str = "",
     totals: Mapping[str, int] = _NO_TOTALS,
 ) -> None:
-    """Write one line. `what` is the command's name, or what was tried; `outcome` a word, for a refusal its code.
+    """Write one line. `what` is the command's name, or what was tried; `outcome` a word, of a refusal its code.
 
-    `error` is what a refusal says in words, `totals` are those of the VM before and after.
+    `error_code` and `error` are what an ending tells, `error` also what a refusal says in words; `totals` are those of
+    the VM before and after.
     """
     known = {"caller": caller, "client": client, "what": what, "vm": vm, "uuid": uuid, "task": task}
-    known |= {"outcome": outcome, "error": error}
+    known |= {"outcome": outcome, "error_code": error_code, "error": error}
     log.info("audit", event=event, **{name: value for name, value in known.items() if value}, **totals)
 
 

@@ -141,14 +141,10 @@ class Intake:
             task=task_uuid,
             outcome=outcome,
         )
-        with log_context(**task.log_fields):
-            log.info("task taken back")
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
-    def answer(
-        self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, access: Access
-    ) -> msgspec.Struct:
-        """Answer a question at once.
+    def answer(self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, access: Access) -> bytes:
+        """Answer a question at once, in JSON.
 
         Raises:
             AgentError: everything that refuses a request at once.
@@ -168,10 +164,11 @@ class Intake:
                 who: dict[str, Any] = {"caller": caller, "client": client}
                 audit("refused", **who, what=query.name, outcome=error.code, error=error.message)
                 raise
-            reply, failure = self._questions.answer(query, request, client)
-            outcome = failure.code if failure else "answered"
-            audit("finished", caller=caller, client=client, what=query.name, outcome=outcome)
-            return reply
+            ended = self._questions.answer(query, request, client)
+            code, words = (ended.error.code, ended.error.message) if ended.error else ("", "")
+            who = {"caller": caller, "client": client}
+            audit("finished", **who, what=query.name, outcome=ended.outcome, error_code=code, error=words)
+            return ended.reply
 
     def _store(self, task: Task, tell_accepted: Callable[[], None], *, for_all: bool) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none.

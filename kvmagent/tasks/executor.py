@@ -33,12 +33,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
-from kvmagent.audit import audit
 from kvmagent.logs import Log, add_context, error_fields, log_context, struct_fields
 from kvmagent.model.command import Command, Ending, Goal, Reservation, StepReport, VmRequest, find_unreached
 from kvmagent.model.errors import AgentError, Code
@@ -49,12 +47,13 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.recorder import Recorder, phase
 from kvmagent.tasks.decision import decide
+from kvmagent.tasks.endings import Ended, Endings, named
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
-from kvmagent.tasks.journal import UNFINISHED, Change, Journal, Task, Undelivered
+from kvmagent.tasks.journal import Change, Journal, Task, Undelivered
 from kvmagent.tasks.offlinecpus import OfflineCpus
-from kvmagent.tasks.replies import make_error, make_reply, tell_totals
-from kvmagent.tasks.run import GONE, Run, bare_reply, failed_by, read_facts, read_report
+from kvmagent.tasks.replies import bare_reply, make_error, make_reply, tell_totals
+from kvmagent.tasks.run import GONE, Run, failed_by, read_facts, read_report
 from kvmagent.tasks.vmturns import NotYet, VmTurns
 
 log = Log(__name__)
@@ -113,26 +112,6 @@ class VmNode(Protocol):
         """Free what a task has reserved."""
 
 
-class _Stopped(Exception):
-    """The agent stops, and the task can go on after its next start. Raised while a task waits for libvirt."""
-
-
-class _Ended(NamedTuple):
-    """What came of a task: its reply as JSON, and the error that it tells.
-
-    `hooked`: the operator's hooks have been asked. `totals` are the VM's, before and after;
-    `made` is what goes to its history. `facts` are what was seen of the VM last, where it was.
-    """
-
-    reply: bytes
-    outcome: str
-    error: AgentError | None
-    hooked: bool = False
-    totals: Mapping[str, int] = MappingProxyType({})
-    made: Change | None = None
-    facts: Facts | None = None
-
-
 class Executor:
     """Thread-safe: one call of `run` for each task, on its lane's thread; `wake` is for those that are to run again.
 
@@ -158,7 +137,6 @@ class Executor:
         self._node = node
         self._journal = journal
         self._commands = commands
-        self._on_finished = on_finished
         self._on_pending = on_pending
         self._on_progress = on_progress
         self._hooks = hooks or Hooks()
@@ -166,7 +144,7 @@ class Executor:
         self.libvirt_wait_s = libvirt_wait_s
         self._clock = clock
         self._fault = fault
-        self._recorder = recorder or Recorder()
+        self._endings = Endings(journal, on_finished=on_finished, recorder=recorder or Recorder(), free=node.release)
         self._left = OfflineCpus(journal)
         self._turns = VmTurns(wake)
         self._stopping = threading.Event()
@@ -202,51 +180,13 @@ class Executor:
                 return
             started = self._clock()
             log.info("task started", recovered=task.recovered or None)
-            try:
-                ended, owed = self._finish(task)
-            except _Stopped:
-                log.warning("task waits for libvirt at stop and stays in the journal")
+            ended = self._endings.end(task, self._carry_out, seconds=lambda: self._clock() - started)
+            if ended is None:
                 return
-            except AgentError as failure:
-                if failure.code is Code.CANCELLED:
-                    log.info("task was taken back, nothing was touched")
-                    self._node.release(task.task_uuid)
-                    return
-                # The journal was closed under it: the next start finds the task unfinished and carries it out. Until
-                # then it has not ended, and what it has reserved stays so.
-                log.error("task stays in the journal", **error_fields(failure))
-                return
-            self._node.release(task.task_uuid)
-            self._on_finished(owed)
-            self._recorder.ended(task.command, ended.outcome, ended.error.code if ended.error else None)
             if ended.outcome == PENDING:
                 self._on_pending(task.task_uuid)
-            task = _named(task, ended.facts)
-            _tell_end(task, ended, seconds=round(self._clock() - started, 3))
             if ended.hooked:
-                self._hooks.run_after(task, ended.reply)
-
-    def _finish(self, task: Task) -> tuple[_Ended, Undelivered]:
-        """Carry a task out and record its reply: whatever is raised, also where nothing was to fail, there is one.
-
-        Raises:
-            AgentError, NotYet, _Stopped: as `_carry_out`; the task stays in the journal.
-        """
-        try:
-            self._journal.start_task(task.task_uuid)
-            ended = self._carry_out(task)
-            return ended, self._journal.finish(task.task_uuid, ended.reply, ended.outcome, ended.made)
-        except (AgentError, NotYet, _Stopped):
-            raise
-        except Exception as error:
-            failure = make_error(error)
-            log.failure("task failed", failure, error_code=failure.code)
-            known = self._journal.find(task.task_uuid) or task
-            if known.state not in UNFINISHED and known.reply is not None:
-                stored = _Ended(known.reply, known.outcome or "", failure)
-                return stored, self._journal.owe_again(task.task_uuid)
-            bare = _Ended(*bare_reply(known, failure))
-            return bare, self._journal.finish(task.task_uuid, bare.reply, bare.outcome)
+                self._hooks.run_after(named(task, ended.facts), ended.reply)
 
     def ask(self, command: Command, request: VmRequest) -> msgspec.Raw:
         """Answer a command that changes nothing, without a task.
@@ -290,10 +230,8 @@ class Executor:
         except Exception as error:
             log.failure("pending removal cannot be looked at", error)
             return
-        self._recorder.ended_late(task.command, judgement.error.code if judgement.error else None)
-        _tell_end(_named(task, run.after), _Ended(reply, outcome, judgement.error, totals=totals), late=True)
-        if owed is not None:
-            self._on_finished(owed)
+        ended = Ended(reply, outcome, judgement.error, totals=totals, facts=run.after)
+        self._endings.tell_late(task, ended, owed)
 
     def _find_following(self, run: Run, failed: frozenset[str]) -> tuple[AnyStep, ...]:
         """Return the steps by which the definition follows what has left; none where the VM is off: nothing has."""
@@ -302,14 +240,13 @@ class Executor:
             return ()
         return tuple(step for step in run.command.next_steps(run.goal, run.after, failed) if step.follows)
 
-    def _carry_out(self, task: Task) -> _Ended:
+    def _carry_out(self, task: Task) -> Ended:
         """Carry a task out as far as it goes, and say what came of it.
 
         Raises:
-            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED, when the task was taken back;
-                STOPPING, when a hook was cut off: nothing was touched.
+            AgentError: JOURNAL_UNAVAILABLE, when the journal was closed; CANCELLED; STOPPING: the task is left to the
+                next start.
             NotYet: another task has the VM.
-            _Stopped: the task is left to the next start.
         """
         try:
             run = self._take_up(task)
@@ -317,7 +254,7 @@ class Executor:
             log.error("task cannot be read", **error_fields(error))
             unread = self._take_up_unread(task, error)
             if unread is None:
-                return _Ended(*bare_reply(task, error))
+                return Ended(*bare_reply(task, error))
             run = unread
         unread_error = run.error
         if run.interrupted:
@@ -325,7 +262,7 @@ class Executor:
             self._recall(task, run)
         try:
             self._pursue_through_outages(task, run)
-        except (NotYet, _Stopped):
+        except NotYet:
             raise
         except Exception as error:
             run.error = make_error(error)
@@ -339,7 +276,7 @@ class Executor:
         reply, judgement = make_reply(run.command, run.end())
         totals = tell_totals(judgement)
         made = _find_change(run, judgement.outcome, judgement.error, totals)
-        return _Ended(reply, judgement.outcome, judgement.error, run.hooked, totals, made, run.after or run.before)
+        return Ended(reply, judgement.outcome, judgement.error, run.hooked, totals, made, run.after or run.before)
 
     def _take_up(self, task: Task) -> Run:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
@@ -457,7 +394,7 @@ class Executor:
         """Return whether libvirt is there again in time.
 
         Raises:
-            _Stopped: the agent is being stopped.
+            AgentError: STOPPING.
         """
         with phase("libvirt"):
             while not self._stopping.wait(_PAUSE_S):
@@ -466,7 +403,7 @@ class Executor:
                     return False
                 if self._node.wait_connected(min(left_s, 1.0)):
                     return True
-        raise _Stopped
+        raise AgentError(Code.STOPPING, "the agent stops while the task waits for libvirt")
 
     def _pursue(self, task: Task, run: Run, vm: OpenVm) -> None:
         fresh = run.goal is None
@@ -479,7 +416,7 @@ class Executor:
         if steps and fresh:
             assert run.goal is not None
             run.hooked = True
-            if self._hooks.run_before(_named(task, run.after), run.goal):
+            if self._hooks.run_before(named(task, run.after), run.goal):
                 # They take time and may change the host: what was seen before them is no ground to stand on.
                 run.goal = None
                 steps = self._plan(task, run, vm)
@@ -694,36 +631,6 @@ class Executor:
         except Exception as error:
             log.warning("the VM cannot be read after the failure", **error_fields(make_error(error)))
             run.after = None
-
-
-def _tell_end(task: Task, ended: _Ended, *, seconds: float | None = None, late: bool = False) -> None:
-    """Write how a task ended, to the log and to the audit trail: with its error, whoever made it."""
-    audit(
-        "finished",
-        caller=task.caller,
-        client=task.client,
-        what=task.command,
-        vm=task.vm,
-        uuid=task.vm_uuid,
-        task=task.task_uuid,
-        outcome=ended.outcome,
-        totals=ended.totals,
-    )
-    (log.warning if ended.outcome == "partial" else log.info)(
-        "task finished",
-        outcome=ended.outcome,
-        seconds=seconds,
-        late=late or None,
-        **(error_fields(ended.error) if ended.error else {}),
-        **ended.totals,
-    )
-
-
-def _named(task: Task, facts: Facts | None) -> Task:
-    """Return the task with its VM's name and UUID, where that was seen."""
-    if facts is None:
-        return task
-    return msgspec.structs.replace(task, vm_uuid=facts.domain.uuid, vm_name=facts.domain.name)
 
 
 def _find_change(run: Run, outcome: str, error: AgentError | None, totals: Mapping[str, int]) -> Change | None:

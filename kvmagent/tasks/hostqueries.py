@@ -1,7 +1,9 @@
 """Answers questions to the host: remembers what the asker told of itself, looks, and lets the plugin answer.
 
 answer(query, ...)   at once, in the HTTP answer
-run(task)            as a task: on its lane's thread, recorded and delivered like any other
+run(task)            as a task: on its lane's thread, recorded and delivered like any other (tasks.endings)
+
+Whatever a plugin raises, or answers that is no JSON: there is an answer, and it says so.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,14 +11,16 @@ from typing import Any, Protocol
 
 import msgspec
 
-from kvmagent.audit import audit
 from kvmagent.logs import Log, error_fields, log_context
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import HostView, Query
 from kvmagent.recorder import Recorder
 from kvmagent.tasks.callbackclient import CallbackClient
+from kvmagent.tasks.endings import Ended, Endings
 from kvmagent.tasks.journal import Journal, Task, Undelivered
 from kvmagent.tasks.managementserver import ManagementServerFile
+from kvmagent.tasks.plugincalls import call
+from kvmagent.tasks.replies import encode_answer, make_error, make_failed_answer
 
 log = Log(__name__)
 
@@ -43,76 +47,60 @@ class HostQueries:
         recorder: Recorder | None = None,
     ) -> None:
         self._node = node
-        self._journal = journal
         self._queries = queries
         self._memory = memory
         self._callbacks = callbacks
-        self._on_finished = on_finished
         self._recorder = recorder or Recorder()
+        self._endings = Endings(journal, on_finished=on_finished, recorder=self._recorder)
         self._noticed: set[str] = set()
 
     def run(self, task: Task) -> None:
         """Answer one task and record its reply. Answering twice does no harm: there is nothing to go on from."""
-        query = self._queries[task.command]
         with log_context(**task.log_fields):
-            try:
-                self._journal.start_task(task.task_uuid)
-                reply, failure = self._answer_task(query, task)
-                outcome = "refused" if failure else "answered"
-                owed = self._journal.finish(task.task_uuid, msgspec.json.encode(reply), outcome)
-            except AgentError as error:
-                if error.code is Code.CANCELLED:
-                    log.info("task was cancelled")
-                    return
-                # The journal was closed under it: the next start finds the task unfinished and answers it.
-                log.error("task stays in the journal", **error_fields(error))
-                return
-            self._on_finished(owed)
-            log.info("task finished", outcome=outcome, **(error_fields(failure) if failure else {}))
-            audit(
-                "finished",
-                caller=task.caller,
-                client=task.client,
-                what=task.command,
-                vm=task.vm,
-                task=task.task_uuid,
-                outcome=failure.code if failure else outcome,
-            )
+            self._endings.end(task, self._answer_task)
 
-    def answer(self, query: Query, request: Any, client: str) -> tuple[msgspec.Struct, AgentError | None]:
+    def answer(self, query: Query, request: Any, client: str) -> Ended:
         """Return the answer, and the error that it tells: where libvirt cannot be asked nothing is made up.
 
         `client` is the address that asks; a server is told of events only where its callbacks may go.
         """
-        reply, failure = self._find_answer(query, request, client)
-        self._recorder.ended(query.name, "refused" if failure else "answered", failure.code if failure else None)
-        return reply, failure
+        ended = self._answer(query, request, client)
+        self._recorder.ended(query.name, ended.outcome, ended.error.code if ended.error else None)
+        return ended
 
-    def _find_answer(self, query: Query, request: Any, client: str) -> tuple[msgspec.Struct, AgentError | None]:
-        for notice in query.notice(request):
-            if notice not in self._noticed:
-                self._noticed.add(notice)
-                log.warning("part of a request is ignored", notice=notice, command=query.name)
-        try:
-            server = query.remember(request, self._memory.get())
-            if server is not None:
-                self._callbacks.check(server.send_command_url, client)
-                self._memory.remember(msgspec.structs.replace(server, client=client))
-            view = self._node.view_host(query.needs)
-            return query.answer(request, msgspec.structs.replace(view, server=self._memory.get())), None
-        except AgentError as error:
-            log.info("question cannot be answered", command=query.name, **error_fields(error))
-            return query.fail(f"{error.message}. {error.remedy}"), error
-        except Exception as error:
-            log.failure("question failed in a way that nothing expected", error, command=query.name)
-            words = f"{type(error).__name__}: {error}"
-            return query.fail(words), AgentError(Code.INTERNAL_ERROR, words, expected=False)
-
-    def _answer_task(self, query: Query, task: Task) -> tuple[msgspec.Struct, AgentError | None]:
+    def _answer_task(self, task: Task) -> Ended:
+        query = self._queries[task.command]
         try:
             request = msgspec.json.decode(task.request, type=query.request)
         except msgspec.MsgspecError as error:
             unreadable = AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}")
-            self._recorder.ended(query.name, "refused", unreadable.code)
-            return query.fail(unreadable.message), unreadable
-        return self.answer(query, request, task.client)
+            log.error("task cannot be read", **error_fields(unreadable))
+            return _fail(query, unreadable)
+        return self._answer(query, request, task.client)
+
+    def _answer(self, query: Query, request: Any, client: str) -> Ended:
+        try:
+            self._tell_ignored(query, request)
+            server = call(query.remember, request, self._memory.get())
+            if server is not None:
+                self._callbacks.check(server.send_command_url, client)
+                self._memory.remember(msgspec.structs.replace(server, client=client))
+            view = msgspec.structs.replace(self._node.view_host(query.needs), server=self._memory.get())
+            return Ended(encode_answer(query, call(query.answer, request, view)), "answered", None)
+        except Exception as error:
+            failure = make_error(error)
+            if failure.expected:
+                log.info("question cannot be answered", command=query.name, **error_fields(failure))
+            else:
+                log.failure("question cannot be answered", failure, command=query.name, error_code=failure.code)
+            return _fail(query, failure)
+
+    def _tell_ignored(self, query: Query, request: Any) -> None:
+        for notice in call(query.notice, request):
+            if notice not in self._noticed:
+                self._noticed.add(notice)
+                log.warning("part of a request is ignored", notice=notice, command=query.name)
+
+
+def _fail(query: Query, error: AgentError) -> Ended:
+    return Ended(make_failed_answer(query, error), "refused", error)

@@ -1,14 +1,21 @@
-"""Makes the reply of an ending: the judge's fields, and what the command adds to them. Never the other way round."""
+"""Makes the reply of an ending: the judge's fields, and what the command adds to them. Never the other way round.
+
+Whatever a plugin raises meanwhile, there is a reply.
+"""
 
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from kvmagent.logs import Log
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import Query
 from kvmagent.model.judge import judge, reply_fields
-from kvmagent.model.reply import Judgement, Numbers, VmReply
+from kvmagent.model.reply import Judgement, Numbers, Outcome, VmReply
+from kvmagent.tasks.journal import Task
+from kvmagent.tasks.plugincalls import call
 
 log = Log(__name__)
 
@@ -46,6 +53,43 @@ def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
         return _encode(command, ending, judgement, own=False), judgement
 
 
+def encode_answer(query: Query, answer: object) -> bytes:
+    """Return the answer to a question as JSON.
+
+    Raises:
+        Exception: the plugin returned something else than it declares.
+    """
+    if not isinstance(answer, query.reply):
+        raise TypeError(f"{query.name} answers a {type(answer).__name__} instead of {query.reply.__name__}")
+    return msgspec.json.encode(answer)
+
+
+def make_failed_answer(query: Query, error: AgentError) -> bytes:
+    """Return the answer as JSON to a question that ended in an error: the query's own, or a bare one."""
+    try:
+        return encode_answer(query, call(query.fail, f"{error.message}. {error.remedy}"))
+    except Exception as raised:
+        log.failure("the query cannot say that it failed", make_error(raised), command=query.name)
+        return msgspec.json.encode(_bare_fields(error, "refused"))
+
+
+def bare_reply(task: Task, error: AgentError) -> tuple[bytes, Outcome, AgentError]:
+    """Return a reply for a task whose command can make none."""
+    outcome: Outcome = "refused" if task.goal is None else "partial"
+    fields = _bare_fields(error, outcome) | ({"recovered": True} if task.recovered else {})
+    return msgspec.json.encode(fields), outcome, error
+
+
+def _bare_fields(error: AgentError, outcome: Outcome) -> dict[str, Any]:
+    return {
+        "success": False,
+        "error": error.message,
+        "errorCode": error.code,
+        "remedy": error.remedy,
+        "outcome": outcome,
+    }
+
+
 def tell_totals(judgement: Judgement) -> dict[str, int]:
     """Return what a log line tells of a VM's numbers: its vCPUs and memory, and what else is not as it was before."""
     told = dict[str, int]()
@@ -59,7 +103,7 @@ def tell_totals(judgement: Judgement) -> dict[str, int]:
 def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool) -> bytes:
     fields = reply_fields(ending, judgement)
     if own:
-        added = dict(command.reply_fields(replace(ending, error=judgement.error, judgement=judgement)))
+        added = dict(call(command.reply_fields, replace(ending, error=judgement.error, judgement=judgement)))
         fields["warnings"] += added.pop("warnings", [])
         if taken := sorted(_JUDGED & added.keys()):
             raise TypeError(f"reply_fields of {command.name} sets {', '.join(taken)}, which the judge alone does")

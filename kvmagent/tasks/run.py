@@ -9,9 +9,9 @@ from kvmagent.logs import Log
 from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
-from kvmagent.model.reply import Outcome, Problem, VmReply
+from kvmagent.model.reply import Problem, VmReply
 from kvmagent.model.steps import AnyStep
-from kvmagent.tasks.journal import StepRecord, Task
+from kvmagent.tasks.journal import StepRecord
 
 log = Log(__name__)
 
@@ -107,18 +107,3 @@ def read_report(record: StepRecord) -> StepReport:
         elapsed_ms=record.elapsed_ms,
         problem=_PROBLEM.decode(record.problem) if record.problem else None,
     )
-
-
-def bare_reply(task: Task, error: AgentError) -> tuple[bytes, Outcome, AgentError]:
-    """Return a reply for a task whose command can make none."""
-    outcome: Outcome = "refused" if task.goal is None else "partial"
-    fields: dict[str, Any] = {
-        "success": False,
-        "error": error.message,
-        "errorCode": error.code,
-        "remedy": error.remedy,
-        "outcome": outcome,
-    }
-    if task.recovered:
-        fields["recovered"] = True
-    return msgspec.json.encode(fields), outcome, error

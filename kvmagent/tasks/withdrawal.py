@@ -13,17 +13,15 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from kvmagent.logs import Log, error_fields, log_context
+from kvmagent.logs import log_context
 from kvmagent.model.command import Command, Ending
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.host import Query
 from kvmagent.recorder import Recorder
+from kvmagent.tasks.endings import Ended, Endings
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task, Undelivered
 from kvmagent.tasks.lanes import Lanes
-from kvmagent.tasks.replies import make_reply
-from kvmagent.tasks.run import bare_reply
-
-log = Log(__name__)
+from kvmagent.tasks.replies import bare_reply, make_failed_answer, make_reply
 
 OUTCOME = "refused"
 
@@ -43,8 +41,7 @@ class Withdrawal:
         self._journal = journal
         self._lanes = lanes
         self._declared = declared
-        self._on_finished = on_finished
-        self._recorder = recorder or Recorder()
+        self._endings = Endings(journal, on_finished=on_finished, recorder=recorder or Recorder())
 
     def withdraw(self, task_uuid: str) -> Task:
         """Take a task back and return it as it was; one that was taken back before stays so, and is not told again.
@@ -58,22 +55,22 @@ class Withdrawal:
         if _was_withdrawn(task):
             return task
 
+        error = AgentError(Code.CANCELLED, "the task was cancelled before it changed anything")
+        ended = Ended(self._make_reply(task, error), OUTCOME, error)
+
         def tell(owed: Undelivered) -> None:
             self._lanes.withdraw(task)
-            self._on_finished(owed)
-            self._recorder.ended(task.command, OUTCOME, error.code)
             with log_context(**task.log_fields):
-                log.info("task finished", outcome=OUTCOME, **error_fields(error))
+                self._endings.tell(task, ended, owed)
 
-        error = AgentError(Code.CANCELLED, "the task was cancelled before it changed anything")
-        self._journal.cancel(task_uuid, self._make_reply(task, error), OUTCOME, then=tell)
+        self._journal.cancel(task_uuid, ended.reply, OUTCOME, then=tell)
         return task
 
     def _make_reply(self, task: Task, error: AgentError) -> bytes:
         declared = self._declared.get(task.command)
         try:
             if isinstance(declared, Query):
-                return msgspec.json.encode(declared.fail(error.message))
+                return make_failed_answer(declared, error)
             if declared is not None:
                 request = msgspec.json.decode(task.request, type=declared.request)
                 ending = Ending(request, goal=None, before=None, after=None, reports=(), error=error)

@@ -1,0 +1,32 @@
+"""Calls what a plugin declares: what it raises is a refusal or a fault of the plugin's, and never steers the agent."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from kvmagent.model.errors import AgentError, Code
+
+# By these the agent tells itself that a task is left, or goes on later.
+_AGENTS_OWN = (Code.CANCELLED, Code.JOURNAL_UNAVAILABLE, Code.LIBVIRT_UNAVAILABLE, Code.STOPPING)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def call(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Call a function of a plugin's.
+
+    Raises:
+        AgentError: its refusal; INTERNAL_ERROR where it says what only the agent can know, or would end the thread.
+        Exception: its fault.
+    """
+    try:
+        return function(*arguments, **named)
+    except AgentError as error:
+        if error.code not in _AGENTS_OWN:
+            raise
+        message = f"a plugin says {error.code}: {error.message}"
+        raise AgentError(Code.INTERNAL_ERROR, message, expected=False) from error
+    except Exception:
+        raise
+    except BaseException as error:
+        raise AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False) from error
