@@ -13,7 +13,7 @@ PIP := -m pip install --quiet --disable-pip-version-check --no-build-isolation -
 LOCKED := $(PIP) --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages image demo picture test test-matrix test-foreign test-on test-pythons lint bench fuzz chaos audit deb
+.PHONY: help setup packages image demo picture test test-matrix test-foreign test-on test-pythons lint bench fuzz chaos fleet audit deb
 
 help:
 	@echo "make setup   install what is needed: distribution packages, $(VENV), the guest image"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
 	@echo "make chaos   everything at once is done to the agent, for hours: SECONDS=3600 SEED=1; figures at its end"
+	@echo "make fleet   many agents, their server and Prometheus in one box: N=100 SECONDS=120, the server's outage"
 	@echo "make audit   known holes in the Python packages that are installed"
 	@echo "make lock    write conf/locked anew: the versions and hashes of all Python packages; UPGRADE=NAME or all"
 	@echo "make deb     the Debian package and its SBOM, in dist/; with the Python packages of conf/locked"
@@ -118,6 +119,11 @@ SEED := 1
 
 chaos: setup
 	KVMAGENT_CHAOS_SECONDS=$(SECONDS) KVMAGENT_CHAOS_SEED=$(SEED) $(BIN)/python -m pytest -s tests/chaos
+
+N := 100
+
+fleet: setup
+	@$(BIN)/python -m tests.fleet $(N) $(SECONDS)
 
 audit: $(STAMP)
 	@$(BIN)/python $(LOCKED) -r conf/locked/audit.txt

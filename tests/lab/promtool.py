@@ -1,10 +1,11 @@
-"""Prometheus' own checker of metrics and rules, from the distribution's package, which is downloaded and not installed.
+"""Prometheus and its checker of metrics and rules, from the distribution's packages, downloaded and not installed.
 
 Installed, it would start a server.
 """
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab.image import ImageError, as_root, cache_directory, call, download, parse_policy, publish
@@ -14,41 +15,57 @@ PACKAGES = ("promtool", "prometheus")
 
 
 def find_promtool() -> Path:
-    """The program, fetched if need be.
+    """The checker, fetched if need be.
 
     Raises:
         ImageError: apt offers no package that has it.
     """
-    installed = shutil.which("promtool")
+    return _find("promtool", PACKAGES)
+
+
+def find_prometheus() -> Path:
+    """The server, fetched if need be.
+
+    Raises:
+        ImageError: apt does not offer it.
+    """
+    return _find("prometheus", ("prometheus",))
+
+
+def _find(name: str, packages: Sequence[str]) -> Path:
+    installed = shutil.which(name)
     if installed is not None:
         return Path(installed)
-    directory = cache_directory() / "promtool"
-    program = directory / "usr/bin/promtool"
+    directory = cache_directory() / name
+    program = directory / "usr/bin" / name
     if not program.exists():
         with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
             Path(scratch).chmod(0o755)  # apt's download user must reach it
-            packages, unpacked = Path(scratch) / "packages", Path(scratch) / "unpacked"
-            download(_find_package(), packages)
-            call("dpkg-deb", "--extract", *map(str, packages.glob("*.deb")), str(unpacked))
+            fetched, unpacked = Path(scratch) / "packages", Path(scratch) / "unpacked"
+            download(_find_package(packages), fetched)
+            call("dpkg-deb", "--extract", *map(str, fetched.glob("*.deb")), str(unpacked))
             # Of all that is in it one program is wanted.
             for path in (unpacked / "usr").iterdir():
                 if path.name != "bin":
                     shutil.rmtree(path)
-            (unpacked / "usr/bin/prometheus").unlink(missing_ok=True)
+            for path in (unpacked / "usr/bin").iterdir():
+                if path.name != name:
+                    path.unlink()
             publish(unpacked, directory)
     return program
 
 
-def _find_package() -> dict[str, str]:
+def _find_package(packages: Sequence[str]) -> dict[str, str]:
     for update in (False, True):
         if update:
             call(*as_root(), "apt-get", "update", "-qq")
-        offered = parse_policy(call("apt-cache", "policy", *PACKAGES))
-        for package in PACKAGES:
+        offered = parse_policy(call("apt-cache", "policy", *packages))
+        for package in packages:
             if package in offered:
                 return {package: offered[package]}
-    raise ImageError(f"apt offers none of {' and '.join(PACKAGES)}, one of which has promtool")
+    raise ImageError(f"apt offers none of {', '.join(packages)}")
 
 
 if __name__ == "__main__":
     find_promtool()
+    find_prometheus()
