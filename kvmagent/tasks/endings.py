@@ -107,7 +107,7 @@ class Endings:
         except Exception as error:
             failure = make_error(error)
             log.failure("task failed", failure, error_code=failure.code)
-            known = self._journal.find(task.task_uuid) or task
+            known = self._journal.find(task.task_uuid, wait=True) or task
             if ended is not None and known.state not in UNFINISHED:
                 return ended, self._journal.owe_again(task.task_uuid)
             bare = Ended(*bare_reply(known, failure))

@@ -299,7 +299,7 @@ class Executor:
             if task.goal is not None:
                 run.goal = msgspec.json.decode(task.goal, type=command.goal)
                 run.before = read_facts(task.before)
-                run.reports = [read_report(step) for step in self._journal.steps(task.task_uuid)]
+                run.reports = [read_report(step) for step in self._journal.steps(task.task_uuid, wait=True)]
         except msgspec.MsgspecError as error:
             raise AgentError(Code.TASK_UNREADABLE, f"{task.command}: {error}") from error
         return run
@@ -317,7 +317,7 @@ class Executor:
                 interrupted=True,
                 goal=msgspec.json.decode(task.goal, type=Goal),
                 before=read_facts(task.before),
-                reports=[read_report(step) for step in self._journal.steps(task.task_uuid)],
+                reports=[read_report(step) for step in self._journal.steps(task.task_uuid, wait=True)],
                 error=error,
                 started=self._clock(),
                 hooked=True,

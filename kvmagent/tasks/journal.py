@@ -196,8 +196,8 @@ class Journal:
     it goes on from the last that the file tells of. What was owed before the start counts from there.
 
     Every method may raise AgentError JOURNAL_UNAVAILABLE: reads when the file cannot be read, `accept` when it cannot
-    be written (`cancel` and `owe_again` likewise), the other writes only when the journal is stopped before they were
-    on disk.
+    be written (`cancel` and `owe_again` likewise), the other writes, and reads that wait, only when the journal is
+    stopped before.
     """
 
     def __init__(
@@ -267,8 +267,8 @@ class Journal:
         self._file.stop()
 
     def check(self) -> str | None:
-        """Return why the last commit failed; None while commits succeed."""
-        return self._file.failure
+        """Return why the last commit failed, or what a task wants to read; None while they succeed."""
+        return self._file.find_failure()
 
     def stalled_s(self) -> float:
         """Return for how long the writer has been at one commit."""
@@ -528,9 +528,9 @@ class Journal:
 
     # -- reads
 
-    def find(self, task_uuid: str) -> Task | None:
-        """Return the task of that id."""
-        rows = self._file.read("SELECT * FROM tasks WHERE task_uuid = ?", (task_uuid,))
+    def find(self, task_uuid: str, *, wait: bool = False) -> Task | None:
+        """Return the task of that id; with `wait` as soon as the file can be read."""
+        rows = self._file.read("SELECT * FROM tasks WHERE task_uuid = ?", (task_uuid,), wait=wait)
         return Task(**dict(rows[0])) if rows else None
 
     def unfinished(self) -> list[Task]:
@@ -538,12 +538,15 @@ class Journal:
         return [_read_unfinished(row) for row in self._file.read(_UNFINISHED)]
 
     def find_goal_of(self, vm_uuid: str) -> str | None:
-        """Return the oldest unfinished task that has recorded a goal for that VM, by whatever name it came."""
+        """Return the oldest unfinished task that has recorded a goal for that VM, by whatever name it came.
+
+        It waits until the file can be read.
+        """
         sql = (
             "SELECT task_uuid FROM tasks WHERE state = 'running' AND goal IS NOT NULL"
             " AND json_extract(CAST(before AS TEXT), '$.domain.uuid') = ? ORDER BY seq LIMIT 1"
         )
-        rows = self._file.read(sql, (vm_uuid,))
+        rows = self._file.read(sql, (vm_uuid,), wait=True)
         return rows[0]["task_uuid"] if rows else None
 
     def find_left(self, vm_uuid: str) -> tuple[str | None, frozenset[int]]:
@@ -613,11 +616,12 @@ class Journal:
         sql = f"SELECT {columns} FROM changes WHERE {where} ORDER BY seq DESC LIMIT ?"
         return [ChangeRecord(**dict(row)) for row in self._file.read(sql, (*values, limit))]
 
-    def steps(self, task_uuid: str) -> list[StepRecord]:
-        """Return the steps of a task in order."""
+    def steps(self, task_uuid: str, *, wait: bool = False) -> list[StepRecord]:
+        """Return the steps of a task in order; with `wait` as soon as the file can be read."""
         sql = "SELECT step, started_at, elapsed_ms, problem, cut_off FROM steps WHERE task_uuid = ? ORDER BY n"
         return [
-            StepRecord(**dict(row) | {"cut_off": bool(row["cut_off"])}) for row in self._file.read(sql, (task_uuid,))
+            StepRecord(**dict(row) | {"cut_off": bool(row["cut_off"])})
+            for row in self._file.read(sql, (task_uuid,), wait=wait)
         ]
 
     def recent_steps(self, *, limit: int) -> list[StepTime]:

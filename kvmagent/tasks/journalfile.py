@@ -22,6 +22,7 @@ One process at a time has the file: the lock is on the file itself, for as long 
 
 import contextlib
 import fcntl
+import itertools
 import os
 import sqlite3
 import threading
@@ -161,6 +162,15 @@ _MOST_FAULTS = 20
 # Errors that lie in one change, and not in the file.
 _OWN_ERRORS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its tasks), and start the agent again."
+_CUT = (
+    "Restart the agent: the newest tasks are lost. Send again, with their taskuuids, those whose results do not come."
+)
+# The first bytes of a log, of either byte order of its checksums. Source: sqlite.org/fileformat2.html, WAL header.
+_LOG_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
+
+
+class _LostLogError(sqlite3.DatabaseError):
+    """Raised where the log was cut off and what it held is lost: only a start begins a new one."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +215,9 @@ class JournalFile:
         self._log_lock = threading.Lock()
         self._log_fd: int | None = None
         self._log_inode: tuple[int, int] | None = None
+        # After the last commit. Only SQLite may make it smaller.
+        self._log_bytes = 0
+        self._has_lost_log = False
         self._recorder = recorder
         self._fault = fault
         self._changed = threading.Condition()
@@ -219,7 +232,14 @@ class JournalFile:
         self._db: sqlite3.Connection | None = None
         self._read_lock = threading.Lock()
         self._reader: sqlite3.Connection | None = None
+        #: Why the last commit failed.
         self.failure: str | None = None
+        # Why reads fail that are waited for, by thread.
+        self._unread: dict[int, str] = {}
+
+    def find_failure(self) -> str | None:
+        """Return why the file cannot be written, or read."""
+        return self.failure or next(iter(list(self._unread.values())), None)
 
     def lock(self) -> None:
         """Keep every other process away from the file until `unlock`, or the end of this one.
@@ -329,12 +349,41 @@ class JournalFile:
             if self._asleep:
                 self._changed.notify_all()
 
-    def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[Row]:
-        """Return the rows of a query.
+    def read(self, sql: str, values: tuple[Any, ...] = (), *, wait: bool = False) -> list[Row]:
+        """Return the rows of a query; with `wait` not before the file can be read, unless it is closed.
 
         Raises:
             AgentError: JOURNAL_UNAVAILABLE.
         """
+        try:
+            return self._read(sql, values)
+        except AgentError as error:
+            if not wait:
+                raise
+            return self._read_later(sql, values, error)
+
+    def _read_later(self, sql: str, values: tuple[Any, ...], failure: AgentError) -> list[Row]:
+        """Try a read that failed again until it succeeds, as a write that is to be kept.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE: it is closed.
+        """
+        log.error("journal cannot be read", **error_fields(failure))
+        try:
+            for failures in itertools.count(1):
+                self._unread[threading.get_ident()] = failure.message
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._closed, _BACKOFF.pause_s(failures)):
+                        break
+                try:
+                    return self._read(sql, values)
+                except AgentError as error:
+                    failure = error
+        finally:
+            del self._unread[threading.get_ident()]
+        raise failure
+
+    def _read(self, sql: str, values: tuple[Any, ...]) -> list[Row]:
         with self._read_lock:
             try:
                 if self._reader is None:
@@ -345,7 +394,7 @@ class JournalFile:
                 if self._log_inode is None:  # nobody had the file: this is the log that is open now
                     self._watch_log()
                 return rows
-            except sqlite3.Error as error:
+            except (sqlite3.Error, OSError) as error:
                 self._close_reader()
                 raise self._unavailable(error) from error
 
@@ -355,7 +404,7 @@ class JournalFile:
         Raises:
             AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
         """
-        if self.failure is None and not self._has_log():
+        if self.failure is None and (not self._has_log() or self._is_log_cut()):
             self.write_later("look", lambda db: None, keep=False)
 
     def stalled_s(self) -> float:
@@ -460,6 +509,7 @@ class JournalFile:
         self._refuse_another_file()
         if not self._has_log():
             self._mend_log()
+        self._refuse_a_cut_log()
         if self._db is None:
             self._db = self._connect()
         outcomes: list[tuple[_Write, Any, Exception | None]] = []
@@ -477,6 +527,7 @@ class JournalFile:
         self._refuse_another_file()
         if not self._has_log():
             self._mend_log()
+        self._measure_log()
         return outcomes
 
     def _tell(self, write: _Write, result: Any) -> None:
@@ -522,6 +573,32 @@ class JournalFile:
         if inode != self._inode or size < self._size:
             raise sqlite3.DatabaseError("the file was replaced or truncated while the agent ran")
         self._size = size
+
+    def _refuse_a_cut_log(self) -> None:
+        """Refuse a log that somebody else made smaller, unless all that it held is in the file: a checkpoint did it.
+
+        SQLite would write behind the gap, and find nothing of it after the next start.
+        """
+        if self._is_log_cut() and not self._has_lost_log:
+            self._has_lost_log = True
+            self._db = self._db or self._connect()
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self._has_lost_log = False
+        if self._has_lost_log:
+            raise _LostLogError("its WAL was truncated while the agent ran")
+
+    def _is_log_cut(self) -> bool:
+        with self._log_lock:
+            return self._log_fd is not None and os.fstat(self._log_fd).st_size < self._log_bytes
+
+    def _measure_log(self) -> None:
+        """Note how large the log is after a commit, which began with its header if it wrote anything."""
+        if self._log_fd is None:
+            return
+        self._log_bytes = os.fstat(self._log_fd).st_size
+        if self._log_bytes and os.pread(self._log_fd, 4, 0) not in _LOG_MAGICS:
+            self._has_lost_log = True
+            raise _LostLogError("its WAL was truncated during a commit")
 
     def _has_log(self) -> bool:
         """Return whether the log that is open is the one that will be found by its name; also where none is open."""
@@ -574,6 +651,7 @@ class JournalFile:
     def _let_log_go(self) -> None:
         if self._log_fd is not None:
             os.close(self._log_fd)
+        self._log_bytes = 0
         self._log_fd = self._log_inode = None
 
     def _identify(self) -> tuple[tuple[int, int], int]:
@@ -599,12 +677,12 @@ class JournalFile:
         was_there = self._has_log()
         with contextlib.suppress(sqlite3.Error):
             db.close()
-        if self._db is None and self._reader is None and was_there and not self._log_path.exists():
+        if self._db is None and self._reader is None and was_there and _is_gone(self._log_path):
             self._drop_log()
 
     def _unavailable(self, error: Exception) -> AgentError:
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-        remedy = _DAMAGED if damaged else None
+        remedy = _CUT if isinstance(error, _LostLogError) else _DAMAGED if damaged else None
         return AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: {error}", remedy=remedy, expected=False)
 
 
@@ -614,11 +692,21 @@ def _find_damage(db: Database, pragma: str) -> list[str]:
 
 
 def _find_inode(path: Path) -> tuple[int, int] | None:
+    """Return what a name leads to; None where it leads nowhere, whatever keeps it from that."""
     try:
         facts = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return facts.st_dev, facts.st_ino
+
+
+def _is_gone(path: Path) -> bool:
+    """Return whether nothing has that name; not so where that cannot be found out."""
+    try:
+        path.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def _find_holder(inode: int) -> str:

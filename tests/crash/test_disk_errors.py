@@ -101,6 +101,24 @@ def test_the_log_may_be_taken_away_while_the_disk_fails(
     assert host.vcpus("vm1") == (3, 3)
 
 
+def test_tasks_whose_journal_cannot_be_read_wait_for_it_in_their_order(
+    agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host
+) -> None:
+    """Nothing that was accepted is left to the next start."""
+    host.pause()
+    try:
+        assert [send(agent, server, f"t{n}", 2 + n) for n in (1, 2, 3)] == [200] * 3
+        shim.fail("reads")
+    finally:
+        host.resume()
+    wait_for(lambda: "journal" in agent.get("/healthz").body["down"], timeout_s=30, what="a read that fails")
+    assert not server.callbacks("t3")
+    shim.fail()
+    assert [server.wait(f"t{n}", 30)["cpuNum"] for n in (1, 2, 3)] == [3, 4, 5]
+    assert host.vcpus("vm1") == (5, 5)
+    wait_for(lambda: agent.get("/healthz").status == 200, timeout_s=20, what="the journal")
+
+
 @pytest.mark.parametrize("is_failing", [False, True])
 def test_nothing_is_accepted_onto_a_log_that_was_taken_away(
     agent: MortalAgent, shim: Shim, server: ManagementServer, host: Host, *, is_failing: bool

@@ -402,6 +402,57 @@ class TestLog:
         assert log.stat().st_size < 20_000_000
         running.journal.stop()
 
+    @pytest.mark.parametrize("left", [0, 5000])
+    def test_nothing_is_accepted_onto_one_that_was_truncated(self, path: Path, left: int) -> None:
+        running = Running(path)
+        running.journal.accept(make_task("t1"))
+        os.truncate(path.with_name("journal.sqlite-wal"), left)
+        running.journal.look()
+        wait_for(running.journal.check, timeout_s=10, what="what is wrong with it")
+        for _ in range(3):
+            with pytest.raises(AgentError, match=r"truncated|I/O") as caught:
+                running.journal.accept(make_task("t2"))
+            assert caught.value.code is Code.JOURNAL_UNAVAILABLE
+        assert "Restart the agent" in caught.value.remedy
+        running.journal.stop()
+
+    def test_a_checkpoint_of_another_process_truncates_it_and_nothing_is_lost(self, path: Path) -> None:
+        running = Running(path)
+        running.journal.accept(make_task("t1"))
+        write(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        assert path.with_name("journal.sqlite-wal").stat().st_size == 0
+        running.journal.look()
+        running.journal.accept(make_task("t2"))
+        assert running.journal.check() is None
+        assert read_copy(path) == ["t1", "t2"]
+        running.journal.stop()
+
+    @pytest.mark.parametrize("thing", ["nothing", "a file", "a link to itself"])
+    def test_its_directory_may_be_away_for_a_while(self, path: Path, thing: str) -> None:
+        state, aside = path.parent / "state", path.parent / "aside"
+        state.mkdir()
+        running = Running(state / "journal.sqlite")
+        running.journal.accept(make_task("t1"))
+        state.rename(aside)
+        if thing == "a file":
+            state.write_text("")
+        elif thing == "a link to itself":
+            state.symlink_to(state.name)
+        with ThreadPoolExecutor(1) as other:
+            finished = other.submit(running.journal.finish, "t1", b"{}", "plugged")
+            wait_for(running.journal.check, timeout_s=10, what="the failure")
+            running.journal.look()
+            with pytest.raises(AgentError) as caught:
+                running.journal.accept(make_task("t2"))
+            assert caught.value.code is Code.JOURNAL_UNAVAILABLE
+            if thing != "nothing":
+                state.unlink()
+            aside.rename(state)
+            assert finished.result(30).task_uuid == "t1"
+        running.journal.accept(make_task("t2"))
+        assert [task.task_uuid for task in running.journal.unfinished()] == ["t2"]
+        running.journal.stop()
+
 
 class TestLock:
     def test_a_second_one_is_refused_and_told_who_has_it(self, path: Path) -> None:
