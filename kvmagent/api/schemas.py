@@ -42,6 +42,7 @@ EXTENSIONS = (
         "Lists are read by pages and fields, and have an ETag.",
         ("GET /vms ?limit", "GET /vms ?cursor", "GET /vms ?fields", "GET /tasks ?cursor", "GET /tasks ?fields"),
     ),
+    Extension("guest_fell_silent", "guestFellSilent of a VM: its guest agent answered before, and does not now.", ()),
 )
 
 

@@ -24,6 +24,7 @@ from kvmagent.hypervisor.qemumemory import AskQemu
 from kvmagent.hypervisor.qemuprocess import find_pid, read_memlock_bytes
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, has_schema
+from kvmagent.hypervisor.silentguests import SilentGuests
 from kvmagent.hypervisor.vmnames import VmNames
 from kvmagent.model.command import Reservation
 from kvmagent.model.errors import AgentError, Code
@@ -85,6 +86,7 @@ class Node:
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
         self._migrations = migrations or Migrations(host_root=host_root)
+        self._silent_guests = SilentGuests()
 
     def check(self) -> None:
         """Prove that libvirt answers.
@@ -110,6 +112,7 @@ class Node:
         if self._restarts is not None:
             self._restarts.keep(uuids)
         self._migrations.forget(known.difference(uuids))
+        self._silent_guests.keep(uuids)
         return uuids
 
     def check_vm(self, vm: str) -> None:
@@ -242,7 +245,7 @@ class Node:
         )
         facts = Facts(domain=domain, guest=guest, host=host)
         domain = msgspec.structs.replace(domain, migrated=self._migrations.note(facts))
-        facts = msgspec.structs.replace(facts, domain=domain)
+        facts = msgspec.structs.replace(facts, domain=domain, fell_silent=self._silent_guests.note(facts))
         self._budget.note(facts)
         if "budget" in parts:
             pools = self._budget.look(connection, domain)

@@ -314,6 +314,14 @@ class Guest(msgspec.Struct, frozen=True):
     os: GuestOs | None = None
 
     @property
+    def spoke(self) -> bool:
+        """Whether its agent said anything, be it a refusal or what cannot be used."""
+        if self.silence is not None:
+            return self.silence in (Code.GUEST_AGENT_INVALID, Code.GUEST_AGENT_FROZEN)
+        parts = (self.vcpus, self.blocks, self.block_bytes, self.mem_total_bytes, self.os)
+        return bool(self.refused or self.disabled) or any(part is not None for part in parts)
+
+    @property
     def cpus_online(self) -> int | None:
         """How many CPUs run in the guest."""
         return None if self.vcpus is None else sum(cpu.online for cpu in self.vcpus)
@@ -385,6 +393,7 @@ class Facts(msgspec.Struct, frozen=True):
 
     `left_offline` are the guest's CPUs that the agent plugged, or took offline, in this run of the VM, and that it has
     not seen in use since: others that are offline are so by their owner's will.
+    `fell_silent`: its guest's agent spoke before in this run of the VM, and was asked and did not now.
     `restart_since` is since when it waits for a restart, in seconds since the epoch; None: it does not, or unknown.
     """
 
@@ -392,6 +401,7 @@ class Facts(msgspec.Struct, frozen=True):
     guest: Guest
     host: Host
     left_offline: frozenset[int] = frozenset()
+    fell_silent: bool = False
     restart_since: float | None = None
 
     @property

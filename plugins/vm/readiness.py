@@ -70,6 +70,7 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
         "guest_os": facts.guest.os,
         "ready": now.ready,
         "at_maximum": now.at_maximum,
+        "guest_fell_silent": facts.fell_silent,
         "confirmable": facts.domain.live is not None and not silence,
         "ready_after_restart": _is_ready_after_restart(request, facts),
         "blockers": list(now.blockers),

@@ -190,6 +190,7 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     `ready`: a command to the totals that were asked for would be accepted now; where none were, one that adds anything.
     `atMaximum`: it would not, and nothing is wrong: the VM has all that it can have without a restart. `confirmable`:
     the guest can say whether it uses what is plugged; else a warning with the code GUEST_AGENT_... says why.
+    `guestFellSilent`: its agent spoke before in this run of the VM, and does not now; a guest without one never did.
     `restartRequired`: the persistent definition has what the running VM lacks until it is powered off and on;
     `restartRequiredSince` is when that was first seen, in seconds since the epoch.
     `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline,
@@ -203,6 +204,7 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     ready: bool = False
     at_maximum: bool = False
     confirmable: bool = False
+    guest_fell_silent: bool = False
     ready_after_restart: bool = False
     blockers: list[Blocker] = []
     headroom: Headroom | None = None

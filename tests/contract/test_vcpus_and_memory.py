@@ -458,11 +458,13 @@ def test_what_is_plugged_is_offline_in_the_guest_until_its_agent_brings_it_onlin
     assert "not-found" in caught.value.message
 
     guest.hang_agent()
-    assert node.observe("vm1", BOTH).guest.silence is Code.GUEST_AGENT_UNRESPONSIVE
+    hung = node.observe("vm1", BOTH)
+    assert (hung.guest.silence, hung.fell_silent) == (Code.GUEST_AGENT_UNRESPONSIVE, True)
     if pair == "lab_guest":
         guest.resume_agent()
     guest.stop_agent()
-    assert node.observe("vm1", BOTH).guest.silence is Code.GUEST_AGENT_DISCONNECTED
+    stopped = node.observe("vm1", BOTH)
+    assert (stopped.guest.silence, stopped.fell_silent) == (Code.GUEST_AGENT_DISCONNECTED, True)
 
 
 def _wait_listed(node: Node) -> Any:

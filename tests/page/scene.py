@@ -43,6 +43,7 @@ def vm(
     blockers: tuple[tuple[Code, str], ...] = (),
     warnings: tuple[tuple[Code, str], ...] = (),
     at_maximum: bool = False,
+    fell_silent: bool = False,
 ) -> ReadinessReply:
     """One entry of /vms: `cpus` are plugged, online in the guest, maximum; `memory` is plugged, offline, maximum."""
     (has, online, most), (size, idle, largest) = cpus, memory
@@ -70,6 +71,7 @@ def vm(
         after=numbers,
         ready=not blockers and live and not at_maximum,
         at_maximum=at_maximum,
+        guest_fell_silent=fell_silent,
         ready_after_restart=True,
         blockers=[
             Blocker(code=code, message=message, remedy=REMEDIES[code], needs_restart=code is Code.NO_MAX_MEMORY)
@@ -191,6 +193,7 @@ VMS = [
                 "hot-plug works, but the guest's use cannot be confirmed: no guest agent is connected",
             ),
         ),
+        fell_silent=True,
     ),
     vm(
         4,
@@ -220,10 +223,13 @@ SILENT = "hot-plug works, but the guest's use cannot be confirmed: "
 
 def full_host() -> list[ReadinessReply | dict[str, Any]]:
     """The VMs of a host with 200, of which six are in trouble: the others are as VMs of the field are."""
+    no_agent = (Code.GUEST_AGENT_DISCONNECTED, f"{SILENT}no guest agent is connected")
+    babble = (Code.GUEST_AGENT_INVALID, f"{SILENT}the answer to guest-get-vcpus cannot be used")
     healthy: list[dict[str, Any]] = [
         {},
         {"at_maximum": True, "cpus": (8, 8, 8), "memory": (16 * GIB, 0, 16 * GIB)},
         {"warnings": ((Code.GUEST_AGENT_ABSENT, f"{SILENT}the VM has no guest-agent channel"),), "cpus": (2, None, 8)},
+        {"warnings": (no_agent,), "cpus": (2, None, 8), "memory": (4 * GIB, None, 16 * GIB)},
         {"warnings": ((Code.RESTART_REQUIRED, "the persistent definition has what the running VM lacks"),)},
         {"blockers": ((Code.NO_MAX_MEMORY, "each definition has no <maxMemory>"),), "memory": (2 * GIB, 0, None)},
         {"state": "shutoff", "cpus": (2, None, 8), "memory": (4 * GIB, None, 16 * GIB)},
@@ -232,8 +238,8 @@ def full_host() -> list[ReadinessReply | dict[str, Any]]:
     trouble: list[dict[str, Any]] = [
         {"cpus": (4, 2, 8), "warnings": ((Code.GUEST_CPU_OFFLINE, "CPUs 2-3 are offline in the guest"),)},
         {"memory": (8 * GIB, GIB, 16 * GIB), "warnings": ((Code.GUEST_MEMORY_OFFLINE, "1 GiB is offline"),)},
-        {"warnings": ((Code.GUEST_AGENT_DISCONNECTED, f"{SILENT}no guest agent is connected"),), "cpus": (2, None, 8)},
-        {"warnings": ((Code.GUEST_AGENT_INVALID, f"{SILENT}the answer to guest-get-vcpus cannot be used"),)},
+        {"warnings": (no_agent,), "cpus": (2, None, 8), "fell_silent": True},
+        {"warnings": (babble,), "fell_silent": True},
         {"warnings": ((Code.DRIFT, "cpuNum is 3 in the running VM, 2 in its definition"),), "cpus": (3, 3, 8)},
     ]
     vms: list[ReadinessReply | dict[str, Any]] = [unread(200)]

@@ -35,6 +35,7 @@ def facts(
     online: int | None = 2,
     blocks_online: int | None = 9,
     silence: Code | None = None,
+    fell_silent: bool = False,
     running: bool = True,
 ) -> Facts:
     """A VM of 1 GiB with a dimm of 256 MiB behind it: 10 blocks of 128 MiB in all."""
@@ -65,7 +66,7 @@ def facts(
         mem_total_bytes=None if blocks_online is None else 1000 * MIB,
     )
     domain = Domain(name=f"vm-{uuid}", uuid=uuid, state="running", live=live if running else None, config=None)
-    return Facts(domain=domain, guest=guest, host=Host())
+    return Facts(domain=domain, guest=guest, host=Host(), fell_silent=fell_silent)
 
 
 def with_live(seen: Facts, **changes: Any) -> Facts:
@@ -173,13 +174,15 @@ def test_a_vm_that_has_changed_since_its_guest_was_asked_has_no_offline_number(w
 def test_a_guest_that_falls_silent_keeps_what_it_said_and_its_age_grows(watched: Watched) -> None:
     watched.vms.observed(facts())
     watched.now += 60
-    watched.vms.observed(facts(online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE))
+    watched.vms.observed(
+        facts(online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE, fell_silent=True)
+    )
     told = watched.told()["u1"]
     assert (told["vm_guest_answers"], told["vm_offline_vcpus"], told["vm_guest_vcpus_age_seconds"]) == (0, 2, 60)
 
 
-@pytest.mark.parametrize("silence", [Code.GUEST_AGENT_ABSENT, Code.VM_PAUSED])
-def test_a_guest_that_cannot_answer_is_not_called_silent(watched: Watched, silence: Code) -> None:
+@pytest.mark.parametrize("silence", [Code.GUEST_AGENT_ABSENT, Code.GUEST_AGENT_DISCONNECTED, Code.VM_PAUSED])
+def test_a_guest_that_never_answered_is_not_called_silent(watched: Watched, silence: Code) -> None:
     watched.vms.observed(facts(online=None, blocks_online=None, silence=silence))
     assert "vm_guest_answers" not in watched.told()["u1"]
 
@@ -280,7 +283,9 @@ def test_series_of_vms_are_bounded_and_the_sums_are_those_of_all(
             watched.vms.observed(facts(f"u{n:02}", online=online, blocks_online=blocks))
         if silent:
             watched.vms.observed(
-                facts(f"u{n:02}", online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE)
+                facts(
+                    f"u{n:02}", online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE, fell_silent=True
+                )
             )
     whole = watched.told()
     sums = whole.pop("", {})
@@ -306,7 +311,10 @@ def test_series_of_vms_are_bounded_and_the_sums_are_those_of_all(
 @pytest.mark.parametrize(
     ("trouble", "seen"),
     [
-        ("guest_silent", facts(online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE)),
+        (
+            "guest_silent",
+            facts(online=None, blocks_online=None, silence=Code.GUEST_AGENT_UNRESPONSIVE, fell_silent=True),
+        ),
         ("vcpus_offline", facts(online=3, blocks_online=10)),
         ("memory_offline", facts(online=4, blocks_online=9)),
         ("restart_required", with_config(facts(online=4, blocks_online=10), vcpu_maximum=16)),

@@ -100,7 +100,7 @@ METRICS = {
             _VM,
         ),
         Metric(
-            "kvmagent_vm_guest_answers", "gauge", "1 when its guest agent answered, 0 when silent; none without.", _VM
+            "kvmagent_vm_guest_answers", "gauge", "1 when its agent answers, 0 when it fell silent; else none.", _VM
         ),
         Metric("kvmagent_vm_guest_vcpus", "gauge", "vCPUs that the guest said it uses.", _VM),
         Metric("kvmagent_vm_offline_vcpus", "gauge", "vCPUs that were plugged and offline in the guest.", _VM),

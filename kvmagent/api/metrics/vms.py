@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 
 from kvmagent.api.deadline import Asker
 from kvmagent.api.metrics.table import METRICS, make_gauge
-from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.host import VmStats
 from kvmagent.settings import MetricsSection
@@ -51,8 +51,6 @@ _TROUBLES: Mapping[str, Callable[[Mapping[str, float]], bool]] = MappingProxyTyp
 )
 # Of all VMs the sum of what each has.
 _SUMS = ("vcpus", "promised_bytes", "resident_bytes", "offline_vcpus", "offline_memory_bytes")
-# Of a guest that has an agent: it ought to answer. One that has none, or is paused, does neither.
-_SILENT = (Code.GUEST_AGENT_DISCONNECTED, Code.GUEST_AGENT_UNRESPONSIVE, Code.GUEST_AGENT_INVALID)
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class VmMetrics(Collector):
 
     def _with_guest(self, seen: _Seen, facts: Facts) -> _Seen:
         guest, now = facts.guest, self._clock()
-        if guest.silence in _SILENT:
+        if facts.fell_silent:
             seen = replace(seen, answers=False)
         if guest.cpus_online is not None:
             seen = replace(

@@ -17,10 +17,11 @@ let vms = [];
 const rows = new Map();
 
 /** What the table needs of a VM; one that cannot be read is told whole. */
-export const FIELDS = "name,state,after,pluggedOffline,atMaximum,readyAfterRestart,headroom,blockers,warnings";
+export const FIELDS =
+  "name,state,after,pluggedOffline,atMaximum,readyAfterRestart,guestFellSilent,headroom,blockers,warnings";
 
-// What nobody asked for: the guest fell silent, or the next start would have something else.
-const ATTENTION = /^(GUEST_AGENT_(DISCONNECTED|UNRESPONSIVE|INVALID)|DRIFT)$/;
+/** Whether a warning is of what nobody asked for: the guest fell silent, or the next start would have something else. */
+const isUnasked = (vm) => ({ code }) => code === "DRIFT" || (vm.guestFellSilent && code.startsWith("GUEST_AGENT_"));
 
 /** What a row says of a VM: [how bad, symbol, words]; from 2 up somebody has to do something. */
 function judge(vm) {
@@ -29,7 +30,7 @@ function judge(vm) {
   if (vm.state === "shutoff") return [0, "idle", "off"];
   const offline = vm.pluggedOffline ?? {};
   if (offline.cpuNum || offline.memorySize) return [3, "warn", vm.state];
-  if (vm.warnings.some((warning) => ATTENTION.test(warning.code))) return [2, "warn", vm.state];
+  if (vm.warnings.some(isUnasked(vm))) return [2, "warn", vm.state];
   if (vm.state !== "running" || vm.blockers.length) return [1, "warn", vm.state];
   return [0, "good", vm.state];
 }
@@ -254,11 +255,12 @@ function bar({ has, most, offline, ballooned }, live) {
 }
 
 /** What is plugged for nothing, what stands in the way, what is good to know. */
-function worstFirst({ warnings, blockers }) {
+function worstFirst(vm) {
+  const { warnings, blockers } = vm;
   const idle = ({ code }) => /^GUEST_(CPU|MEMORY)_(OFFLINE|NOT_SEEN)$/.test(code);
-  const silent = ({ code }) => ATTENTION.test(code);
-  const others = warnings.filter((warning) => !idle(warning) && !silent(warning));
-  return [...warnings.filter(idle), ...warnings.filter(silent), ...blockers, ...others];
+  const unasked = isUnasked(vm);
+  const others = warnings.filter((warning) => !idle(warning) && !unasked(warning));
+  return [...warnings.filter(idle), ...warnings.filter(unasked), ...blockers, ...others];
 }
 
 /** Whether hotplug can be had, or the first of what stands in the way; and a button for all of it. */
