@@ -21,6 +21,9 @@ from kvmagent.model.errors import AgentError, Code
 _PING_S, _PINGS_S = 2, 20.0
 _DENIED = {libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_AUTH_UNAVAILABLE}
 
+#: Why a guest says nothing that has no agent, as far as libvirt knows.
+NO_CHANNEL, NOT_CONNECTED = "the VM has no guest-agent channel", "no guest agent is connected"
+
 Version = tuple[int, int, int]
 
 
@@ -110,9 +113,9 @@ def _probe_vms(domains: list[libvirt.virDomain]) -> Iterator[ProbedVm]:
         live = parse_definition(xml)
         connected = is_agent_connected(xml)
         if connected is None:
-            silence = "the VM has no guest-agent channel"
+            silence = NO_CHANNEL
         elif not connected:
-            silence = "no guest agent is connected"
+            silence = NOT_CONNECTED
         else:
             silence = _ping(domain) if time.monotonic() < end_at else ""
         yield ProbedVm(

@@ -26,7 +26,7 @@ from kvmagent.cli.ctl.hostchecks import (
     examine_kvm,
     examine_state_dir,
 )
-from kvmagent.hypervisor.probe import Probe, ProbedVm
+from kvmagent.hypervisor.probe import NO_CHANNEL, NOT_CONNECTED, Probe, ProbedVm
 from kvmagent.model.units import MIB
 from kvmagent.settings import HooksSection, SecuritySection, Settings
 from kvmagent.tasks.journal import Journal, Task
@@ -35,6 +35,7 @@ from tests.lab.agent import AgentProcess
 from tests.lab.pki import LOOPBACK, Authority
 
 NOW = datetime.now(UTC)
+HANGS = "the guest agent does not answer: guest agent is not responding"
 
 
 def found(findings: Any, check: str) -> list[tuple[str, str]]:
@@ -46,7 +47,7 @@ def test_a_host_without_illness_is_healthy(ctl: Ctl, agent: AgentProcess) -> Non
     assert done.status == 0, done.out
     assert f"good     configuration: {agent.config_file}" in done.out.splitlines()
     assert f"good     agent: {agent.url} is ready, version" in done.out
-    assert "warning  guest agents: the VM has no guest-agent channel: old" in done.out
+    assert "note     guest agents: 2 of 2 running VMs have no guest agent: no plug into them is confirmed" in done.out
     told = ctl("doctor", "--config", str(agent.config_file), "--json").json
     assert told["healthy"] is True
     assert {finding["check"] for finding in told["findings"]} == {
@@ -300,13 +301,14 @@ def test_what_versions_are_known_for_is_told(
     assert {level for level, _ in found(examine_versions(probe), "qemu")} == levels
 
 
-def test_guests_that_can_confirm_nothing_are_named() -> None:
-    silent = [ProbedVm(name=f"vm{n}", hypervisor="qemu", silence="no guest agent is connected") for n in range(7)]
-    running = (*silent, ProbedVm(name="db-7", hypervisor="kvm", silence=""))
-    probe = Probe(libvirt=(9, 0, 0), hypervisor=(7, 2, 0), driver="QEMU", offers_kvm=False, running=running, vms=9)
+def test_guests_without_an_agent_are_counted_and_one_that_hangs_is_named() -> None:
+    silences = [NO_CHANNEL] * 3 + [NOT_CONNECTED] * 190 + [HANGS, "", ""]
+    running = tuple(ProbedVm(name=f"vm{n}", hypervisor="qemu", silence=one) for n, one in enumerate(silences))
+    probe = Probe(libvirt=(9, 0, 0), hypervisor=(7, 2, 0), driver="QEMU", offers_kvm=False, running=running, vms=200)
     assert found(examine_guests(probe), "guest agents") == [
-        ("good", "1 of 8 answer"),
-        ("warning", "no guest agent is connected: vm0, vm1, vm2, vm3, vm4 and 2 more"),
+        ("good", "2 of 196 answer"),
+        ("note", "193 of 196 running VMs have no guest agent: no plug into them is confirmed"),
+        ("warning", f"{HANGS}: vm193"),
     ]
     told = found(examine_versions(probe), "qemu")
     assert ("warning", "libvirt offers no KVM: VMs are emulated") in told

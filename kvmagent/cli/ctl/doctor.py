@@ -21,7 +21,7 @@ from kvmagent.cli.ctl.findings import Finding
 from kvmagent.cli.ctl.front import examine_front
 from kvmagent.cli.ctl.hostchecks import examine_clock, examine_kvm
 from kvmagent.cli.ctl.local import target_of
-from kvmagent.hypervisor.probe import Probe, Version, probe
+from kvmagent.hypervisor.probe import NO_CHANNEL, NOT_CONNECTED, Probe, Version, probe
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.guestuse import MOST_MOVABLE_RATIO
 from kvmagent.model.units import format_size
@@ -156,21 +156,21 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
 
 
 def examine_guests(found: Probe) -> Iterator[Finding]:
-    """Look whose guests can confirm nothing: without an agent what is plugged stays `plugged`."""
-    by_reason: dict[str, list[str]] = {}
+    """Look whose agents hang, and how many guests have none: nothing is wrong with those, plugs stay `plugged`."""
+    names_by_silence: dict[str, list[str]] = {}
     for vm in found.running:
-        by_reason.setdefault(vm.silence, []).append(vm.name)
-    answering = by_reason.pop("", [])
+        names_by_silence.setdefault(vm.silence, []).append(vm.name)
+    answering = names_by_silence.pop("", [])
+    without = sum(len(names_by_silence.pop(silence, [])) for silence in (NO_CHANNEL, NOT_CONNECTED))
     if answering:
         yield Finding("guest agents", "good", f"{len(answering)} of {len(found.running)} answer")
-    for reason, names in by_reason.items():
-        no_channel = "no guest-agent channel" in reason
-        remedy = (
-            "kvmagentctl ready VM --prepare --apply adds the channel for the next start."
-            if no_channel
-            else "In the guest: install qemu-guest-agent and start it (systemctl enable --now qemu-guest-agent)."
-        )
-        yield Finding("guest agents", "warning", f"{reason}: {_names(names)}", remedy)
+    if without:
+        message = f"{without} of {len(found.running)} running VMs have no guest agent: no plug into them is confirmed"
+        remedy = "kvmagentctl ready VM says what one lacks: the channel, or qemu-guest-agent in the guest."
+        yield Finding("guest agents", "note", message, remedy)
+    for silence, names in names_by_silence.items():
+        remedy = "In the guest: systemctl restart qemu-guest-agent."
+        yield Finding("guest agents", "warning", f"{silence}: {_names(names)}", remedy)
 
 
 def examine_memory_balance(found: Probe) -> Iterator[Finding]:
