@@ -116,9 +116,23 @@ def _read_definition(document: _Document) -> Definition:
         phys_bits_limit=int(limit) if (limit := document.attribute("cpu/maxphysaddr", "limit")) else None,
         pci_hole_bytes=None if (hole := document.find("devices/controller/pcihole64")) is None else _size(hole),
         iommu_eim=any(document.find(f"devices/iommu/driver[@{one}='on']") is not None for one in ("eim", "xtsup")),
+        iommu_open=_leaves_iommu_open(document),
         cpu_shares=int(shares.text or 0) if (shares := document.find("cputune/shares")) is not None else None,
         domain_id=int(number) if (number := document.root.get("id")) else None,
         policy=_policy(document),
+    )
+
+
+def _leaves_iommu_open(document: _Document) -> bool:
+    """Return whether libvirt may have the IOMMU carry APIC ids above 255; virtio's cannot.
+
+    Observed: libvirt 12.8. It does the same for AMD's; since when is not known.
+    """
+    found = document.find_all("devices/iommu")
+    return not found or (
+        [one.get("model") for one in found] == ["intel"]
+        and document.find("devices/iommu/driver[@eim]") is None
+        and document.find("devices/iommu/driver[@intremap='off']") is None
     )
 
 

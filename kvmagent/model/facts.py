@@ -120,7 +120,8 @@ class Definition(msgspec.Struct, frozen=True):
     `host_nodes` the host NUMA nodes that memory must come from (empty: any) and `cell_host_nodes` those of single guest
     nodes, `phys_bits` the vCPUs' physical address bits (None: those of the host), `phys_bits_limit` the most of the
     host's that they use, `pci_hole_bytes` what is kept for 64-bit PCI addresses (None: the machine's default),
-    `iommu_eim` whether an IOMMU carries APIC ids above 255 (Intel's eim, AMD's xtsup), `cpu_shares`
+    `iommu_eim` whether an IOMMU carries APIC ids above 255 (Intel's eim, AMD's xtsup), `iommu_open` whether the
+    definition leaves it to libvirt to say so: it has no IOMMU, or Intel's that says neither, `cpu_shares`
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
     every start. `policy` is what this definition's owner allows. With `free_page_reporting` the
     balloon gives back to the host what the guest frees.
@@ -154,6 +155,7 @@ class Definition(msgspec.Struct, frozen=True):
     phys_bits_limit: int | None = None
     pci_hole_bytes: int | None = None
     iommu_eim: bool = False
+    iommu_open: bool = False
     cpu_shares: int | None = None
     domain_id: int | None = None
     policy: Policy = Policy()

@@ -187,7 +187,7 @@ def find_vcpu_limit(host: Host, definition: Definition) -> tuple[int | None, str
     Source: libvirt domain capabilities, vcpu max. On x86 APIC ids above 255 need more than that: `has_low_ids`.
     """
     limit, kind = host.vcpu_limit, f"a {definition.machine} ({definition.hypervisor})"
-    if has_low_ids(host, definition) and (limit is None or limit > MOST_VCPUS_WITHOUT_EIM):
+    if has_low_ids(host, definition, MOST_VCPUS_WITHOUT_EIM + 1) and (limit is None or limit > MOST_VCPUS_WITHOUT_EIM):
         most = MOST_VCPUS_WITHOUT_EIM
         if definition.hypervisor == "kvm":
             return most, f"more than {most} need an <iommu> that carries their APIC ids (eim='on', AMD's xtsup='on')"
@@ -195,16 +195,18 @@ def find_vcpu_limit(host: Host, definition: Definition) -> tuple[int | None, str
     return limit, f"the hypervisor gives at most {limit} to {kind}"
 
 
-def has_low_ids(host: Host, definition: Definition) -> bool:
-    """Return whether nothing carries APIC ids above 255 to their vCPUs: an IOMMU does, where they take such ids.
+def has_low_ids(host: Host, definition: Definition, vcpus: int) -> bool:
+    """Return whether nothing carries APIC ids above 255 to so many vCPUs: an IOMMU does, where they take such ids.
 
-    Newer libvirt adds that IOMMU by itself where a q35 VM gets so many vCPUs.
+    Newer libvirt sees to that IOMMU by itself where a q35 VM is defined with more than 255 vCPUs, unless the definition
+    says otherwise: with an IOMMU of virtio, or eim='off'.
     Source: QEMU hw/i386/x86-iommu, "eim". Observed: QEMU 7.2 emulating refuses such ids, "requires kernel irqchip and
     X2APIC API support"; QEMU 10.0 and 11.1 start 300 emulated vCPUs with some IOMMUs and CPU models only.
     """
     if definition.arch != "x86_64":
         return False
-    carried = definition.iommu_eim or (host.adds_iommu and "q35" in definition.machine)
+    is_seen_to = host.adds_iommu and definition.iommu_open and vcpus > MOST_VCPUS_WITHOUT_EIM
+    carried = definition.iommu_eim or (is_seen_to and "q35" in definition.machine)
     return not (carried and definition.hypervisor == "kvm")
 
 

@@ -120,7 +120,10 @@ def _plan_vcpus(
             remedy="Request a maximum that is not below the VM's current size.",
         )
     (limit, why), ceiling = find_vcpu_limit(facts.host, config), config.policy.max_cpu_num
-    addressed = _most_addressed(facts, config)
+    unit = _socket_vcpus(config)
+    default = config.vcpu_maximum if config.vcpu_maximum > config.vcpu_current else DEFAULT_GROWTH * config.vcpu_current
+    likely = align_up(max(default if asked is None else asked, config.vcpu_maximum, request.cpu_num or 0), unit)
+    addressed = _most_addressed(facts, config, min(n for n in (likely, limit, ceiling) if n is not None))
     if addressed is not None and (limit is None or addressed < limit):
         limit, why = addressed, f"more in this topology have APIC ids above {_HIGHEST_APIC_ID}"
     if ceiling is not None and (limit is None or ceiling < limit):
@@ -130,10 +133,8 @@ def _plan_vcpus(
     if limit is None:
         limit = max(asked or 0, request.cpu_num or 0, DEFAULT_GROWTH * config.vcpu_current)
     if asked is None:
-        grown = config.vcpu_maximum > config.vcpu_current
-        asked = config.vcpu_maximum if grown else min(limit, DEFAULT_GROWTH * config.vcpu_current)
+        asked = min(limit, default)
     wanted = max(asked, config.vcpu_maximum, request.cpu_num or 0)
-    unit = _socket_vcpus(config)
     maximum = align_up(wanted, unit)
     if maximum > max(limit, config.vcpu_maximum):
         maximum = max(align_down(limit, unit), config.vcpu_maximum)
@@ -149,13 +150,13 @@ def _socket_vcpus(config: Definition) -> int:
     return 1 if config.topology is None else config.topology[1] * config.topology[2] * config.topology[3]
 
 
-def _most_addressed(facts: Facts, config: Definition) -> int | None:
-    """Return the most vCPUs, in whole sockets, whose APIC ids need no X2APIC; None where ids are no limit.
+def _most_addressed(facts: Facts, config: Definition, vcpus: int) -> int | None:
+    """Return the most vCPUs, in whole sockets, whose APIC ids need no X2APIC; None where ids of `vcpus` are no limit.
 
     Each level of a topology takes whole bits of the id, so ids have gaps where it is no power of two.
     Source: QEMU 7.2 include/hw/i386/topology.h.
     """
-    if config.topology is None or not has_low_ids(facts.host, config):
+    if config.topology is None or not has_low_ids(facts.host, config, vcpus):
         return None
     stride, last = 1, 0
     for count in reversed(config.topology[1:]):

@@ -30,6 +30,21 @@ def test_a_machine_that_does_nothing_is_refused_in_one_voice(of: tuple[str, str]
         (define("ppc64le", "pseries"), Host(), None, ""),
         (define("x86_64", "q35"), Host(vcpu_limit=4096), 255, "<iommu>"),
         (define("x86_64", "q35"), Host(vcpu_limit=4096, adds_iommu=True), 4096, "the hypervisor gives"),
+        *(
+            (
+                define("x86_64", "q35", inside=f"<devices>{iommu}</devices>"),
+                Host(vcpu_limit=4096, adds_iommu=True),
+                *most,
+            )
+            for iommu, most in (
+                ("<iommu model='intel'/>", (4096, "the hypervisor gives")),
+                ("<iommu model='intel'><driver caching_mode='on'/></iommu>", (4096, "the hypervisor gives")),
+                ("<iommu model='intel'><driver intremap='on' eim='off'/></iommu>", (255, "<iommu>")),
+                ("<iommu model='intel'><driver intremap='off'/></iommu>", (255, "<iommu>")),
+                ("<iommu model='virtio'/>", (255, "<iommu>")),
+                ("<iommu model='amd'><driver xtsup='off'/></iommu>", (255, "<iommu>")),
+            )
+        ),
         (define("x86_64", "pc"), Host(vcpu_limit=255, adds_iommu=True), 255, "the hypervisor gives"),
         (define("x86_64", "q35", kind="qemu"), Host(vcpu_limit=288), 255, "emulated"),
         (define("x86_64", "q35", kind="qemu"), Host(vcpu_limit=288, adds_iommu=True), 255, "emulated"),

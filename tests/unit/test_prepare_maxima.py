@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, NumaCell
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, NumaCell, Policy
 from kvmagent_plugins.vm.prepare import PrepareGoal, explain_preparation, plan_preparation
 from kvmagent_plugins.vm.requests import ReadyForHotplugRequest
 from tests.fakes.agent import carry_out, make_domain, make_node
 from tests.lab.domainxml import GuestSpec
 
 GIB = 1024**3
+HOST = Host(vcpu_limit=288)
 
 
 def a_definition(**changed: Any) -> Definition:
@@ -38,9 +40,9 @@ def a_definition(**changed: Any) -> Definition:
     return Definition(**fields | changed)
 
 
-def plan(definition: Definition, *, phys_bits: int = 46, **asked: Any) -> PrepareGoal:
+def plan(definition: Definition, *, phys_bits: int = 46, host: Host = HOST, **asked: Any) -> PrepareGoal:
     domain = Domain(name="vm1", uuid="u", state="shutoff", live=None, config=definition)
-    facts = Facts(domain=domain, guest=Guest(), host=Host(vcpu_limit=288, phys_bits=phys_bits))
+    facts = Facts(domain=domain, guest=Guest(), host=msgspec.structs.replace(host, phys_bits=phys_bits))
     return plan_preparation(ReadyForHotplugRequest(vm_uuid="vm1", prepare=True, **asked), facts)
 
 
@@ -72,6 +74,29 @@ def test_no_apic_id_is_above_what_starts(sockets: int, dies: int, cores: int, th
     one_more = (shape.topology[0] + 1, dies, cores, threads)
     more = shape.vcpu_maximum + dies * cores * threads
     assert shape.vcpu_maximum >= asked or apic_id(more - 1, one_more) > 254, "no fewer than can be"
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts, st.integers(1, 3), counts, st.integers(1, 4), st.integers(1, 700), st.booleans(), st.booleans())
+def test_ids_are_high_only_where_libvirt_adds_what_carries_them(
+    sockets: int, dies: int, cores: int, threads: int, asked: int, is_open: bool, has_ceiling: bool
+) -> None:
+    topology = (sockets, dies, cores, threads)
+    now = sockets * dies * cores * threads
+    if apic_id(now - 1, topology) > 254:
+        return
+    definition = a_definition(
+        topology=topology, vcpu_current=now, vcpu_maximum=now, hypervisor="kvm", iommu_open=is_open,
+        policy=Policy(max_cpu_num=max(now, 240)) if has_ceiling else Policy(),
+    )  # fmt: skip
+    host = Host(vcpu_limit=4096, adds_iommu=True)
+    shape = plan(definition, host=host, max_cpu_num=max(now, asked)).shape
+    assert shape is not None
+    assert shape.topology is not None
+    is_carried = is_open and shape.vcpu_maximum > 255
+    assert is_carried or apic_id(shape.vcpu_maximum - 1, shape.topology) <= 254
+    if is_open and not has_ceiling and asked > 255:
+        assert shape.vcpu_maximum >= asked
 
 
 @settings(max_examples=200, deadline=None)
