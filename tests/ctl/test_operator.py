@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kvmagent.cli.ctl.bundle import without_secrets
@@ -167,9 +167,12 @@ json_values = st.recursive(
 
 
 @given(json_values)
+@example("🙂")
+@example({"🙂": 1, "\ufffd": 2})
 def test_yaml_says_what_json_does(value: object) -> None:
     value = json.loads(json.dumps(value))
     read = yaml.safe_load(write_yaml(value))
+    assert read == value
     assert json.dumps(read, sort_keys=True) == json.dumps(value, sort_keys=True)
 
 

@@ -93,7 +93,10 @@ def _look(text: str) -> str:
 
 def steps(_of: str | None) -> str:
     """Every effect that a plan can name."""
-    rows = [f"| {step.__struct_config__.tag} | {(step.__doc__ or '').strip()} |" for step in get_args(AnyStep)]
+    # A row is one line; and how far the second line of a docstring is indented depends on the Python.
+    rows = [
+        f"| {step.__struct_config__.tag} | {' '.join((step.__doc__ or '').split())} |" for step in get_args(AnyStep)
+    ]
     return "\n".join(["| step | effect |", "|---|---|", *rows, ""])
 
 

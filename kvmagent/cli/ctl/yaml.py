@@ -42,11 +42,17 @@ def _entry(head: str, value: Any) -> Iterator[str]:
         yield f"{head} {_scalar(value)}"
 
 
+def _quote(text: str) -> str:
+    """Return text as JSON has it, but characters above U+FFFF as one: YAML knows no halves of them, as JSON does."""
+    parts = (f"\\U{ord(one):08X}" if ord(one) > 0xFFFF else json.dumps(one)[1:-1] for one in text)
+    return f'"{"".join(parts)}"'.replace("\x7f", "\\u007f")
+
+
 def _scalar(value: Any) -> str:
     if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
         return value
     # What JSON writes is YAML too. ASCII alone: YAML allows fewer characters as they are than JSON does.
-    text = json.dumps(value).replace("\x7f", "\\u007f")
+    text = _quote(value) if isinstance(value, str) else json.dumps(value)
     if isinstance(value, float) and "." not in text:  # YAML 1.1 takes 1e-9 for text
         text = text.replace("e", ".0e")
     return text
