@@ -255,10 +255,6 @@ class Request(cheroot.server.HTTPRequest):
         except ValueError as error:  # of a URL that Python cannot take apart; cheroot would log a traceback for each
             self.simple_response("400 Bad Request", f"the request cannot be read: {error}")
 
-    def respond(self) -> None:
-        super().respond()
-        self.conn.wfile.flush()
-
     def simple_response(self, status: str, msg: str = "") -> None:
         number = int(str(status).split()[0])
         if number < 400:
@@ -386,7 +382,10 @@ class _Connection(cheroot.server.HTTPConnection):
         except AgentError as error:
             self.refuse(error)
             return None
-        return True if super().communicate() else None  # type: ignore[no-untyped-call]
+        stays = super().communicate()  # type: ignore[no-untyped-call]
+        # Not within it: of a client that is gone it would log a traceback, for the errors that it does not know.
+        self.wfile.flush()
+        return True if stays else None
 
     def send(self, data: bytes) -> None:
         """Send a few bytes; a client that is gone gets none."""
