@@ -1,11 +1,11 @@
 """HTTP: what comes in is checked here, what goes out is written here.
 
 listener  sockets, TLS, slow clients; the only user of cheroot
-framing   whether a request is whole, and how large it may be
+framing   whether a request is whole, how large it may be, and what its head says
 security  who a client is, and whether it may come in
 server    routes, made from the declared commands; the only user of CherryPy
 wire      JSON and headers to typed requests, errors to JSON; the only user of simplejson
 intake    a command in: checked, stored, and only then accepted
-reads     the GET paths; deadline is how long they wait for libvirt
+resources the GET paths; deadline is how long they wait for libvirt
 openapi   the same declarations as an OpenAPI document
 """

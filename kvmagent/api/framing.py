@@ -1,14 +1,18 @@
-"""Where one request ends and the next begins, in bytes as they come in. No sockets, no waiting.
+"""Where one request ends and the next begins, in bytes as they come in, and what it says. No sockets, no waiting.
 
-    feed(bytes)  ->  take() -> None: more is needed | one whole request | AgentError: nothing more can come of it
+    feed(bytes)  ->  take() -> None: more is needed | one whole Request | AgentError: nothing more can come of it
 
-A request is handed on only when it is there to its last byte, so that no thread ever waits for a client. What two
-parsers could read in two ways (two lengths, folded lines, a header twice that must stand once) is refused.
+Here alone a request's head is read: everything behind takes the `Request`. It is handed on only when it is there to
+its last byte, so that no thread ever waits for a client. What two parsers could read in two ways (two lengths, folded
+lines, a header twice that must stand once, a target that begins with a host) is refused.
 
-Source: RFC 9112 sections 5 to 7, and 11.2 (request smuggling).
+Source: RFC 9112 sections 3 and 5 to 7, and 11.2 (request smuggling).
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from urllib.parse import unquote_to_bytes
 
 from kvmagent.model.errors import AgentError, Code
 
@@ -22,10 +26,28 @@ _MAX_CHUNK_LINE = 256
 _ONCE = frozenset(
     {b"authorization", b"callbackurl", b"content-length", b"content-type", b"host", b"taskuuid", b"transfer-encoding"}
 )
-# RFC 9112 3: method, target and version. Of versions, those whose framing this is.
-_REQUEST_LINE = re.compile(rb"[A-Za-z][!#$%&'*+.^_`|~0-9A-Za-z-]* [!-~\x80-\xff]+ HTTP/1\.[01]")
+# RFC 9112 3: method, target and version. Of targets, a path, and none that others take for a host; of versions, those
+# whose framing this is.
+_REQUEST_LINE = re.compile(rb"([A-Z][!#$%&'*+.^_`|~0-9A-Z-]*) (/(?!/)[!-\"$-~]*) HTTP/1\.([01])")
 _NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?")
+_ESCAPED_SLASH = re.compile(rb"(?i:%2f)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One whole request. Header names are in lower case, the path is decoded and the query is not.
+
+    `minor` is that of its version, HTTP/1.1 or 1.0; `keeps`: its client wants to go on with the connection.
+    """
+
+    method: str
+    path: str
+    query: str
+    minor: int
+    headers: Mapping[str, str]
+    keeps: bool
+    body: bytes = b""
 
 
 class Framing:
@@ -34,38 +56,47 @@ class Framing:
     def __init__(self, max_body_bytes: int) -> None:
         self._max_body_bytes = max_body_bytes
         self._buffer = bytearray()
-        self._head_bytes = 0
-        self._expects = False
         self._start_over()
+
+    def _start_over(self) -> None:
+        self._head: Request | None = None
+        self._body = bytearray()
+        self._searched = 0
+        self._has_skipped = False
+        self._expects = False
+        self._is_chunked = False
+        self._is_too_large = False
+        self._inside_chunk = False
+        self._left = 0  # bytes still to come of what has been announced
+        self._body_bytes = 0  # announced so far
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing of a next request is there."""
-        return not self._buffer and self._head_bytes == 0
+        return not self._buffer and self._head is None
 
     @property
     def size(self) -> int:
         """How many bytes are kept for a request that is not whole."""
-        return len(self._buffer)
+        return len(self._buffer) + len(self._body)
 
     def feed(self, data: bytes) -> None:
         """Add what came in."""
         self._buffer += data
 
-    def take(self) -> bytes | None:
-        """Return the next request once it is whole: head and body as they came; None while more is needed.
+    def take(self) -> Request | None:
+        """Return the next request once it is whole; None while more is needed.
 
         Raises:
             AgentError: BAD_HTTP, URL_TOO_LONG, HEAD_TOO_LARGE, BODY_TOO_LARGE: close the connection after the answer.
         """
-        if self._head_bytes == 0 and not self._read_head():
-            return None
-        if not (self._read_chunks() if self._is_chunked else self._read_body()):
+        if self._head is None:
+            self._head = self._read_head()
+        if self._head is None or not (self._read_chunks() if self._is_chunked else self._read_body()):
             return None
         if self._is_too_large:
             raise self._too_large()
-        request = bytes(self._buffer[: self._position])
-        del self._buffer[: self._position]
+        request = replace(self._head, body=bytes(self._body))
         self._start_over()
         return request
 
@@ -75,19 +106,7 @@ class Framing:
         self._expects = False
         return wanted
 
-    def _start_over(self) -> None:
-        self._head_bytes = 0
-        self._searched = 0
-        self._has_skipped = False
-        self._expects = False
-        self._is_chunked = False
-        self._is_too_large = False
-        self._inside_chunk = False
-        self._left = 0  # bytes still to come of what has been announced
-        self._body_bytes = 0
-        self._position = 0  # in the buffer, behind what has been read of the request
-
-    def _read_head(self) -> bool:
+    def _read_head(self) -> Request | None:
         if self._buffer.startswith(b"\r\n") and not self._has_skipped:  # RFC 9112 2.2: one empty line is no error
             del self._buffer[:2]
             self._has_skipped = True
@@ -98,30 +117,31 @@ class Framing:
         self._check_sizes(end)
         if end < 0:
             self._searched = max(0, len(self._buffer) - len(_END) + 1)
-            return False
+            return None
         request_line, *lines = bytes(self._buffer[:end]).split(b"\r\n")
-        if not _REQUEST_LINE.fullmatch(request_line):
-            raise AgentError(Code.BAD_HTTP, "the request line is not METHOD TARGET HTTP/1.1 (or 1.0)")
+        del self._buffer[: end + len(_END)]
+        match = _REQUEST_LINE.fullmatch(request_line)
+        if match is None:
+            raise AgentError(Code.BAD_HTTP, "the request line is not METHOD /PATH HTTP/1.1 (or 1.0)")
+        method, target, minor = match[1].decode(), match[2], int(match[3])
         headers = _parse_headers(lines)
-        encoding, length = headers.get(b"transfer-encoding"), headers.get(b"content-length")
-        if encoding is not None and (length is not None or encoding.lower() != b"chunked"):
+        if "host" not in headers and minor:
+            raise AgentError(Code.BAD_HTTP, "an HTTP/1.1 request needs a Host header")
+        self._expect_body(headers)
+        path, _, query = target.partition(b"?")
+        wishes = [wish.strip() for wish in headers.get("connection", "").lower().split(",")]
+        keeps = "close" not in wishes if minor else "keep-alive" in wishes
+        return Request(method, _decode_path(path), query.decode(), minor, headers, keeps)
+
+    def _expect_body(self, headers: Mapping[str, str]) -> None:
+        encoding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if encoding is not None and (length is not None or encoding.lower() != "chunked"):
             raise AgentError(Code.BAD_HTTP, "Transfer-Encoding is not chunked, or comes together with Content-Length")
-        if length is not None and (not length.isdigit() or len(length) > 18):
+        if length is not None and not re.fullmatch("[0-9]{1,18}", length):
             raise AgentError(Code.BAD_HTTP, "Content-Length is not a number")
-        self._head_bytes = self._position = end + len(_END)
         self._is_chunked = encoding is not None
         self._announce(int(length or 0))
-        if headers.get(b"expect", b"").lower() == b"100-continue":
-            self._expects = True
-            self._drop_expect(request_line, lines)
-        return True
-
-    def _drop_expect(self, request_line: bytes, lines: list[bytes]) -> None:
-        """Take the header out: it is answered here, and whoever parses the request would answer it again."""
-        kept = [line for line in lines if not line.lower().startswith(b"expect:")]
-        head = b"\r\n".join([request_line, *kept]) + _END
-        self._buffer[: self._head_bytes] = head
-        self._head_bytes = self._position = len(head)
+        self._expects = headers.get("expect", "").lower() == "100-continue"
 
     def _announce(self, size: int) -> None:
         """So many more bytes of the body are to come."""
@@ -140,46 +160,44 @@ class Framing:
 
     def _read_chunks(self) -> bool:
         while self._read_body():
-            if (
-                self._inside_chunk
-                and not self._is_too_large
-                and self._buffer[self._position - 2 : self._position] != b"\r\n"
-            ):
-                raise AgentError(Code.BAD_HTTP, "a chunk does not have the length that it declares")
-            end = self._buffer.find(b"\r\n", self._position, self._position + _MAX_CHUNK_LINE)
+            if self._inside_chunk and not self._read_line_end(0, "a chunk does not have the length that it declares"):
+                return False
+            self._inside_chunk = False
+            end = self._buffer.find(b"\r\n", 0, _MAX_CHUNK_LINE)
             if end < 0:
-                if len(self._buffer) - self._position >= _MAX_CHUNK_LINE:
+                if len(self._buffer) >= _MAX_CHUNK_LINE:
                     raise AgentError(Code.BAD_HTTP, "a chunk's first line does not end")
                 return False
-            match = _CHUNK_SIZE.fullmatch(self._buffer, self._position, end)
+            match = _CHUNK_SIZE.fullmatch(self._buffer, 0, end)
             if match is None:
                 raise AgentError(Code.BAD_HTTP, "a chunk's size is not a hexadecimal number")
             size = int(match[1], 16)
             if not size:
-                return self._read_last_line(end + 2)
+                return self._read_line_end(end + 2, "trailers are not supported")
+            del self._buffer[: end + 2]
             self._announce(size)
-            self._left += 2  # the chunk's own CRLF
-            self._position = end + 2
             self._inside_chunk = True
         return False
 
     def _read_body(self) -> bool:
         """Read what is left as far as it is there; what is too large is dropped."""
-        here = min(self._left, len(self._buffer) - self._position)
-        self._position += here
-        self._left -= here
+        taken = self._buffer[: self._left]
+        del self._buffer[: len(taken)]
+        self._left -= len(taken)
         if self._is_too_large:
-            del self._buffer[: self._position]
-            self._position = 0
+            self._body.clear()
+        else:
+            self._body += taken
         return self._left == 0
 
-    def _read_last_line(self, start: int) -> bool:
+    def _read_line_end(self, start: int, otherwise: str) -> bool:
+        """Read up to the end of a line that must be at `start`; return False while it is not there."""
         ending = bytes(self._buffer[start : start + 2])
         if ending != b"\r\n"[: len(ending)]:
-            raise AgentError(Code.BAD_HTTP, "trailers are not supported")
+            raise AgentError(Code.BAD_HTTP, otherwise)
         if len(ending) < 2:
             return False
-        self._position = start + 2
+        del self._buffer[: start + 2]
         return True
 
     def _too_large(self) -> AgentError:
@@ -187,7 +205,7 @@ class Framing:
         return AgentError(Code.BODY_TOO_LARGE, f"{found}, the limit is {self._max_body_bytes}")
 
 
-def _parse_headers(lines: list[bytes]) -> dict[bytes, bytes]:
+def _parse_headers(lines: list[bytes]) -> dict[str, str]:
     headers: dict[bytes, bytes] = {}
     for line in lines:
         name, colon, value = line.partition(b":")
@@ -201,5 +219,15 @@ def _parse_headers(lines: list[bytes]) -> dict[bytes, bytes]:
             raise AgentError(Code.BAD_HTTP, f"the header {name.decode()} appears twice with different values")
         if name == b"transfer-encoding" and name in headers:
             raise AgentError(Code.BAD_HTTP, "the header transfer-encoding appears twice")
-        headers[name] = value
-    return headers
+        # RFC 9110 5.3: other headers that stand several times are one list.
+        headers[name] = value if name in _ONCE or name not in headers else headers[name] + b", " + value
+    return {name.decode(): value.decode("latin-1") for name, value in headers.items()}
+
+
+def _decode_path(path: bytes) -> str:
+    """Return a path with its %XX decoded: UTF-8, and what is not that byte by byte. An escaped slash stays escaped."""
+    decoded = b"%2F".join(unquote_to_bytes(part) for part in _ESCAPED_SLASH.split(path))
+    try:
+        return decoded.decode()
+    except UnicodeDecodeError:
+        return decoded.decode("latin-1")

@@ -1,15 +1,16 @@
-"""Connections: TLS, the bytes of a request, limits. The only user of cheroot.
+"""Connections: TLS, the bytes of a request, limits, the bytes of an answer. The only user of cheroot.
 
     selector -> worker: handshake and bytes, as far as they are there -> not whole yet: back to the selector
-                                                                      -> whole: parse, `respond`, answer
+                                                                      -> whole: `respond`, answer
                         an answer that its client does not take at once: back to the selector, until it takes more
 
 A worker that has answered stays with its client for a moment where others are free, and saves the next request the
 way over the selector.
 
-cheroot's own worker reads from the socket and waits: a client that sends a byte a second keeps it for ever, and with
-TLS cheroot shakes hands in the thread that accepts. Here a worker takes what has come, writes what is taken, and lets
-go: however many clients dribble, or ask and never read, a whole request finds a worker at once. No socket ever blocks.
+From cheroot come the listening socket and the workers. Its own connection reads from the socket and waits: a client
+that sends a byte a second keeps a worker for ever, and with TLS it shakes hands in the thread that accepts. Here a
+worker takes what has come, writes what is taken, and lets go: however many clients dribble, or ask and never read, a
+whole request finds a worker at once. No socket ever blocks.
 Source: cheroot 11 server.HTTPConnection.communicate, connections.ConnectionManager.
 """
 
@@ -36,7 +37,7 @@ from typing import Any
 import cheroot.server
 
 from kvmagent.api.connections import Connections
-from kvmagent.api.framing import MAX_HEAD_BYTES, READ_AWAY_BYTES, Framing
+from kvmagent.api.framing import Framing, Request
 from kvmagent.api.localpeer import find_local_user
 from kvmagent.api.security import Peer, Security, certificate_end, certificate_names
 from kvmagent.api.wire import encode_error
@@ -91,22 +92,18 @@ class Listener(cheroot.server.HTTPServer):
         self,
         http: HttpSection,
         security: Security,
-        respond: Callable[["Request"], Response],
+        respond: Callable[[Request, Peer], Response],
         recorder: Recorder,
         refusals: Refusals,
         *,
         path: str = "",
     ) -> None:
         threads, staying = (_LOCAL_THREADS, _LOCAL_STAYING) if path else (_THREADS, _STAYING)
-        super().__init__(
-            path or (http.host, http.port), _Gateway, minthreads=threads, maxthreads=threads, server_name="kvmagent"
-        )
+        super().__init__(path or (http.host, http.port), gateway=None, minthreads=threads, maxthreads=threads)
         self.path = path
         self._bound: os.stat_result | None = None
         self.request_queue_size = _BACKLOG
-        self.timeout = _IDLE_S
         self.respond = respond
-        self.max_request_header_size = MAX_HEAD_BYTES
         self.security = security
         self.recorder = recorder
         self.refusals = refusals
@@ -118,7 +115,6 @@ class Listener(cheroot.server.HTTPServer):
 
     def set_limits(self, http: HttpSection) -> None:
         """Have the limits of a section, which is of the same address."""
-        self.max_request_body_size = http.max_body_bytes + READ_AWAY_BYTES
         self.http = http
         with self._lock:
             self._held.resize(_MAX_HELD_BYTES + 2 * http.max_body_bytes)
@@ -232,78 +228,19 @@ class Listener(cheroot.server.HTTPServer):
         return connection
 
 
-class _Gateway(cheroot.server.Gateway):
-    """From cheroot's request to the listener's `respond`."""
+class _Connection(cheroot.server.HTTPConnection):
+    """One client's connection. On one worker at a time, or with the selector.
 
-    def respond(self) -> None:
-        req = self.req
-        req.status, req.outheaders, body = req.server.respond(req)
-        if req.conn.is_outdated:
-            req.close_connection = True
-        req.ensure_headers_sent()
-        req.write(body)
-
-
-class Request(cheroot.server.HTTPRequest):
-    """A request as cheroot parsed it; one that cheroot itself refuses is told as JSON too."""
-
-    conn: "_Connection"
-
-    def parse_request(self) -> None:
-        try:
-            super().parse_request()
-        except ValueError as error:  # of a URL that Python cannot take apart; cheroot would log a traceback for each
-            self.simple_response("400 Bad Request", f"the request cannot be read: {error}")
-
-    def simple_response(self, status: str, msg: str = "") -> None:
-        number = int(str(status).split()[0])
-        if number < 400:
-            self.conn.send(f"{self.server.protocol} {status}\r\n\r\n".encode())
-        else:
-            self.conn.refuse(AgentError(Code.BAD_HTTP, msg or str(status)))
-
-
-class _Inbox(io.BytesIO):
-    """One whole request, for cheroot to read; `more` says whether bytes of the next one are there already."""
-
-    more = False
-
-    def has_data(self) -> bool:
-        return self.more
-
-
-class _Outbox(io.RawIOBase):
-    """What is written to a client, sent whole: cheroot's own writer sends the head of an answer before its body.
-
-    `flush` sends what the client takes at once, and waits for nobody; `waiting` is the rest.
+    cheroot's workers call `communicate` and `close`; its own files of the socket are not used.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-        self.waiting = bytearray()
-
-    def write(self, data: Any) -> int:
-        self.waiting += data
-        return len(data)
-
-    def flush(self) -> None:
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
-            while self.waiting:
-                del self.waiting[: self._socket.send(self.waiting)]
-
-
-class _Connection(cheroot.server.HTTPConnection):
-    """One client's connection. On one worker at a time, or with the selector."""
-
-    RequestHandlerClass = Request
     server: Listener
-    wfile: _Outbox
     #: The other end, as far as the connection tells.
     peer: Peer
 
     def __init__(self, server: Listener, sock: socket.socket) -> None:
         sock.setblocking(False)
-        super().__init__(server, sock, _make_file)
+        super().__init__(server, sock, lambda *_: io.BytesIO())
         self._framing = Framing(server.http.max_body_bytes)
         self._context = server.context
         self._generation = server.security.generation
@@ -311,20 +248,24 @@ class _Connection(cheroot.server.HTTPConnection):
         self._is_counted = False
         self._held_bytes = 0
         # By when the request must be whole that is under way, if one is; the first one with its handshake.
-        self._deadline: float | None = time.monotonic() + server.http.request_timeout_sec
+        self._deadline: float | None = self._next_deadline()
         # By when an answer must be taken, if one waits; and whether it is the last one.
         self._answer_deadline: float | None = None
         self._is_last = False
+        #: Whether bytes came behind the last request that were not looked at yet.
+        self._has_unread = False
+        #: What of an answer its client has not taken yet.
+        self._waiting = bytearray()
 
     @property
     def is_writing(self) -> bool:
         """Whether its client has not taken its answer yet."""
-        return bool(self.wfile.waiting)
+        return bool(self._waiting)
 
     @property
     def has_more(self) -> bool:
         """Whether it can go on at once: bytes of its next request are there."""
-        return self.rfile.has_data() and not self.is_writing
+        return self._has_unread and not self.is_writing
 
     @property
     def is_outdated(self) -> bool:
@@ -334,7 +275,7 @@ class _Connection(cheroot.server.HTTPConnection):
     def communicate(self) -> bool:
         """Go on with what has come in; return whether the connection stays open, if only to be written to."""
         try:
-            self.wfile.flush()
+            self._flush()
             goes_on = True
             while goes_on and not self.is_writing and not self._is_last:
                 answered = self._go_on()
@@ -356,12 +297,12 @@ class _Connection(cheroot.server.HTTPConnection):
         """
         if self._answer_deadline is None:
             self._answer_deadline = time.monotonic() + _ANSWER_S
-        self._count_partial_bytes(len(self.wfile.waiting))
+        self._count_partial_bytes(len(self._waiting))
         return time.monotonic() < self._answer_deadline
 
     def wait_readable(self, timeout_s: float) -> bool:
         """Wait until more has come in from the client, or it has gone; return whether it is so."""
-        if self.rfile.has_data() or (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
+        if self._has_unread or (isinstance(self.socket, ssl.SSLSocket) and self.socket.pending()):
             return True
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
@@ -374,42 +315,49 @@ class _Connection(cheroot.server.HTTPConnection):
             if not self._is_counted:
                 self._enter()
             try:
-                if not self._receive():
-                    return None
+                request = self._receive()
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 self._wait()
                 return False
         except AgentError as error:
-            self.refuse(error)
+            self._refuse(error)
             return None
-        stays = super().communicate()  # type: ignore[no-untyped-call]
-        # Not within it: of a client that is gone it would log a traceback, for the errors that it does not know.
-        self.wfile.flush()
-        return True if stays else None
+        if request is None:
+            return None
+        response = self.server.respond(request, self.peer)
+        keeps = request.keeps and self.server.ready and not self.is_outdated
+        self._send(response, connection=None if keeps and request.minor else b"keep-alive" if keeps else b"close")
+        return True if keeps else None
 
-    def send(self, data: bytes) -> None:
-        """Send a few bytes; a client that is gone gets none."""
-        try:
-            self.wfile.write(data)
-            self.wfile.flush()
-        except OSError as error:
-            log.debug("client left before its answer", client=self.remote_addr, error=str(error))
+    def _send(self, response: Response, *, connection: bytes | None) -> None:
+        """Send an answer whole, or have it wait; `connection` says what becomes of it where its client may err."""
+        status, headers, body = response
+        told = [(b"Connection", connection)] if connection else []
+        lines = [b"HTTP/1.1 " + status, *(name + b": " + value for name, value in (*headers, *told))]
+        self._waiting += b"\r\n".join(lines) + b"\r\n\r\n" + body
+        self._flush()
 
-    def refuse(self, error: AgentError) -> None:
+    def _flush(self) -> None:
+        """Send what the client takes at once, and wait for nobody."""
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
+            while self._waiting:
+                del self._waiting[: self.socket.send(self._waiting)]
+
+    def _refuse(self, error: AgentError) -> None:
         """Answer what is no request, or may not become one; the connection is of no use after it."""
         self.server.recorder.refused(error.code)
         self.server.refusals.tell(self.remote_addr, what="connection", outcome=error.code, error=error.message)
         if not self._has_shaken_hands and error.code is not Code.TLS_REQUIRED:
             return  # a TLS client that has shaken no hands can read nothing
         body = encode_error(error)
-        status = HTTPStatus(error.status)
-        head = (
-            f"{self.server.protocol} {status} {status.phrase}\r\nContent-Type: {JSON_TYPE}\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n"
-            + ("Retry-After: 5\r\n\r\n" if error.status == 503 else "\r\n")
-        )
-        self.send(head.encode() + body)
-        self._read_away()
+        status = f"{error.status} {HTTPStatus(error.status).phrase}"
+        headers = {"Content-Type": JSON_TYPE, "Content-Length": str(len(body))}
+        if error.status == 503:
+            headers["Retry-After"] = "5"
+        told = [(name.encode(), value.encode()) for name, value in headers.items()]
+        with contextlib.suppress(OSError):  # a client that is gone gets none
+            self._send((status.encode(), told, body), connection=b"close")
+            self._read_away()
 
     def close(self) -> None:
         """Close, and make room for another."""
@@ -425,6 +373,7 @@ class _Connection(cheroot.server.HTTPConnection):
         Raises:
             AgentError: REQUEST_TOO_SLOW, TOO_MANY_CONNECTIONS: nothing more is waited for.
         """
+        self._has_unread = False
         self._count_partial_bytes(self._framing.size)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             seconds = self.server.http.request_timeout_sec
@@ -449,33 +398,36 @@ class _Connection(cheroot.server.HTTPConnection):
         self.server.enter(self._key, limit)
         self._is_counted = True
 
-    def _receive(self) -> bool:
-        """Take in what is there; return True once a request is whole, False when the client is done.
+    def _receive(self) -> Request | None:
+        """Take in what is there; return a request once it is whole, None when the client is done.
 
         Raises:
             BlockingIOError, ssl.SSLWantReadError: more is needed.
             AgentError: what came in is not taken.
         """
         if not self._has_shaken_hands and not self._shake_hands():
-            return False
+            return None
         if self.is_outdated and self._framing.is_empty:
-            return False  # who may do what has been read anew: the client connects anew
+            return None  # who may do what has been read anew: the client connects anew
         while (request := self._framing.take()) is None:
             if self._framing.take_expectation():
-                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self._waiting += b"HTTP/1.1 100 Continue\r\n\r\n"
+                self._flush()
             data = self.socket.recv(_READ_BYTES)
             if not data and self._framing.is_empty:
-                return False
+                return None
             if not data:
                 raise AgentError(Code.BAD_HTTP, "the connection ended inside a request")
             if self._deadline is None:
-                self._deadline = time.monotonic() + self.server.http.request_timeout_sec
+                self._deadline = self._next_deadline()
             self._framing.feed(data)
-        self._deadline = None
-        self._count_partial_bytes(0)
-        self.rfile = _Inbox(request)
-        self.rfile.more = not self._framing.is_empty
-        return True
+        self._has_unread = not self._framing.is_empty
+        self._deadline = self._next_deadline() if self._has_unread else None
+        self._count_partial_bytes(self._framing.size)
+        return request
+
+    def _next_deadline(self) -> float:
+        return time.monotonic() + self.server.http.request_timeout_sec
 
     def _shake_hands(self) -> bool:
         """Go on with the TLS handshake; return False when the client has ended it."""
@@ -487,7 +439,6 @@ class _Connection(cheroot.server.HTTPConnection):
                     raise AgentError(Code.TLS_REQUIRED, "this port accepts only TLS, but received plain text")
                 return False
             self.socket = self._context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-            self.wfile = _make_file(self.socket, "wb")
         try:
             self.socket.do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
@@ -502,13 +453,10 @@ class _Connection(cheroot.server.HTTPConnection):
 
     def _read_away(self) -> None:
         """Say that no more comes and take what is there: else closing would reset the answer away."""
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-            for _ in range(_READ_AWAY_TIMES):
-                if not self.socket.recv(_READ_BYTES):
-                    break
-        except OSError:
-            pass
+        self.socket.shutdown(socket.SHUT_WR)
+        for _ in range(_READ_AWAY_TIMES):
+            if not self.socket.recv(_READ_BYTES):
+                break
 
 
 def _remove_old_socket(path: str) -> None:
@@ -539,8 +487,3 @@ def _open_to_group(path: str, group: str) -> None:
         os.chmod(path, 0o660)
     except (KeyError, PermissionError) as error:
         log.info("socket open to root and the agent's user alone", path=path, group=group, error=str(error))
-
-
-def _make_file(sock: socket.socket, mode: str = "rb", _bufsize: int = 0) -> Any:
-    """cheroot's hook: what a connection is read from, and written to."""
-    return _Inbox() if "r" in mode else _Outbox(sock)

@@ -15,13 +15,13 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 from urllib.parse import parse_qsl
 
 import cherrypy
 
-from kvmagent.api.listener import Listener, Request, Response
-from kvmagent.api.security import Security
+from kvmagent.api.framing import Request
+from kvmagent.api.listener import Listener, Response
+from kvmagent.api.security import Peer, Security
 from kvmagent.api.wire import encode_error
 from kvmagent.audit import Refusals, audit
 from kvmagent.logs import Log, error_fields, log_context
@@ -83,6 +83,8 @@ _HEADERS: Mapping[str, str] = MappingProxyType(
 )
 
 
+# CherryPy asks where a request came to and from; nothing here asks CherryPy.
+_NO_HOST = cherrypy.lib.httputil.Host("", 0)
 # A list of all VMs has megabytes, of which the C library keeps what it was made of.
 _LARGE_BYTES = 2**18
 
@@ -165,36 +167,28 @@ class _Application:
         self._application.log.screen = False
         cherrypy.log.screen = False
 
-    def respond(self, asked: Request) -> Response:
+    def respond(self, asked: Request, peer: Peer) -> Response:
         """Return the answer to a request."""
-        connection, server = asked.conn, asked.server
-        local = cherrypy.lib.httputil.Host(server.http.host, server.http.port)
-        remote = cherrypy.lib.httputil.Host(connection.remote_addr, connection.remote_port)
-        scheme = "http" if server.context is None else "https"
-        request, response = self._application.get_serving(local, remote, scheme, "HTTP/1.1")
-        request.peer = connection.peer
+        request, response = self._application.get_serving(_NO_HOST, _NO_HOST, "http", "HTTP/1.1")
+        request.asked, request.peer = asked, peer
         try:
-            request.run(
-                asked.method.decode("latin-1"),
-                _decode_path(asked.path),
-                asked.qs.decode("latin-1"),
-                asked.request_protocol.decode("latin-1"),
-                [(name.decode("latin-1"), value.decode("latin-1")) for name, value in asked.inheaders.items()],
-                asked.rfile,
-            )
+            request.run(asked.method, asked.path, asked.query, f"HTTP/1.{asked.minor}", (), None)
             body = b"".join(response.body)
             self.was_large = self.was_large or len(body) >= _LARGE_BYTES
             return response.output_status, response.header_list, body
         except Exception as error:
-            log.failure("request failed before it was one", error, client=connection.remote_addr)
+            log.failure("request failed before it was one", error, client=peer.address)
             body = encode_error(AgentError(Code.INTERNAL_ERROR, type(error).__name__, expected=False))
-            return b"500 Internal Server Error", [(b"Content-Type", JSON_TYPE.encode())], body
+            headers = [(b"Content-Type", JSON_TYPE.encode()), (b"Content-Length", str(len(body)).encode())]
+            return b"500 Internal Server Error", headers, body
         finally:
             self._application.release_serving()
 
 
 class _Request(cherrypy.Application.request_class):  # type: ignore[misc]
     """CherryPy's request without what nothing here has: tools, hooks, forms, cookies, error pages.
+
+    Nor does it read a head: `asked` is the whole request, `peer` is who sent it.
 
     Source: CherryPy 18 _cprequest.Request.respond.
     """
@@ -232,44 +226,43 @@ class _Dispatcher:
 
     def _handle(self) -> bytes:
         request, response = cherrypy.serving.request, cherrypy.serving.response
-        asked = {"method": request.method, "path": request.path_info, "client": request.remote.ip}
+        asked: Request = request.asked
+        about = {"method": asked.method, "path": asked.path, "client": request.peer.address}
         try:
-            answer = self._answer(request)
+            answer = self._answer(asked, request.peer)
         except AgentError as error:
             self._recorder.refused(error.code)
-            log.debug("request refused", **asked, **error_fields(error))
+            log.debug("request refused", **about, **error_fields(error))
             answer = _refusal(error)
         except Exception as error:
-            log.failure("request failed in a way that nothing expected", error, **asked)
+            log.failure("request failed in a way that nothing expected", error, **about)
             answer = _refusal(AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
         response.status = answer.status
         response.headers.update({**_HEADERS, **answer.headers})
         return answer.body
 
-    def _answer(self, request: Any) -> Answer:
-        client, path, access = request.remote.ip, request.path_info, Access("")
+    def _answer(self, asked: Request, peer: Peer) -> Answer:
+        client, path, access = peer.address, asked.path, Access("")
         try:
-            headers = _read_headers(request)
             methods, parts = self._find(path)
-            asks_only = request.method in methods and not methods[request.method].changes
-            self._security.check_browser(request.method, headers, request.peer, asks_only=asks_only)
+            asks_only = asked.method in methods and not methods[asked.method].changes
+            self._security.check_browser(asked.method, asked.headers, peer, asks_only=asks_only)
             if any(route.needs == "public" for route in methods.values()):
-                access = self._security.admit(request.peer)
+                access = self._security.admit(peer)
             else:
-                access = self._security.identify(request.peer, headers.get("authorization"))
-            route = _choose(methods, request.method, path)
+                access = self._security.identify(peer, asked.headers.get("authorization"))
+            route = _choose(methods, asked.method, path)
             role = _check_role(access, route)
-            query = _read_query(request.query_string, route.query)
+            query = _read_query(asked.query, route.query)
         except AgentError as error:
-            what, caller = f"{request.method} {path}", access.caller
+            what, caller = f"{asked.method} {path}", access.caller
             if caller in ("", ANONYMOUS):
                 self._refusals.tell(client, what=what, outcome=error.code, error=error.message)
             else:
                 audit("refused", caller=caller, client=client, what=what, outcome=error.code, error=error.message)
             raise
-        body = request.rfile.read() if request.method == "POST" else b""
         with log_context(caller=access.caller, role=role):
-            return route.handler(Call(headers, query, parts, body, client, access))
+            return route.handler(Call(asked.headers, query, parts, asked.body, client, access))
 
     def _find(self, path: str) -> tuple[dict[str, Route], tuple[str, ...]]:
         """Return the routes of a path by method, none where nothing is there, and the path's variable segments."""
@@ -302,18 +295,6 @@ def _check_role(access: Access, route: Route) -> str:
     return access.check(route.needs, host=route.host)
 
 
-def _read_headers(request: Any) -> dict[str, str]:
-    """Return the headers as they came, by name in lower case: nothing in them is decoded to something else.
-
-    Raises:
-        AgentError: BAD_HTTP.
-    """
-    headers = {name.lower(): value.strip() for name, value in request.header_list}
-    if "host" not in headers and request.protocol >= (1, 1):
-        raise AgentError(Code.BAD_HTTP, "an HTTP/1.1 request needs a Host header")
-    return headers
-
-
 def _read_query(text: str, known: frozenset[str]) -> dict[str, str]:
     """Return the query parameters, each of which is known and stands once.
 
@@ -332,14 +313,6 @@ def _read_query(text: str, known: frozenset[str]) -> dict[str, str]:
         repeated = next(name for name in names if names.count(name) > 1)
         raise AgentError(Code.BAD_QUERY, f"query parameter {repeated!r} appears more than once")
     return query
-
-
-def _decode_path(path: bytes) -> str:
-    """Return a path whose %XX are decoded: UTF-8, and what is not that byte by byte."""
-    try:
-        return path.decode()
-    except UnicodeDecodeError:
-        return path.decode("latin-1")
 
 
 def _give_memory_back() -> None:

@@ -93,7 +93,6 @@ class Task(TaskSummary, frozen=True, kw_only=True):
     request: bytes
     goal: bytes | None = None
     before: bytes | None = None
-    owed_at: float | None = None
     own_at: float = 0.0
     traceparent: str = ""
     recovered: bool = False
@@ -165,16 +164,12 @@ class StepTime(NamedTuple):
 
 
 class Undelivered(msgspec.Struct, frozen=True):
-    """A callback that is owed since `owed_at`, without its body: what delivery keeps in memory.
-
-    `own_at` is the same moment in the agent's own time, which alone says for how long.
-    """
+    """A callback that is owed since `own_at` in the agent's own time, without its body: delivery keeps it in memory."""
 
     task_uuid: str
     lane: str
     callback_url: str
     client: str
-    owed_at: float
     own_at: float
 
 
@@ -383,12 +378,12 @@ class Journal:
 
         def change(db: Database) -> Undelivered:
             _refuse_withdrawn(db, task_uuid, reply)
-            moved = _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
+            moved = _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, own_at=own_at)
             if made is not None:
                 _add_change(db, task_uuid, made)
             return moved
 
-        now, since = self._clock(), self._owed_since()
+        now, own_at = self._clock(), self.own_time()
         owed: Undelivered = self._file.write_now("finish", change)
         self.results += 1
         return owed
@@ -416,9 +411,9 @@ class Journal:
                     f"task {task_uuid} is already changing its VM ({step})",
                     details={"state": row["state"], "step": step},
                 )
-            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, **since)
+            return _move(db, task_uuid, "finished", reply=reply, outcome=outcome, finished_at=now, own_at=own_at)
 
-        now, since = self._clock(), self._owed_since()
+        now, own_at = self._clock(), self.own_time()
         with _given_up_in_time("the withdrawal"):
             self._file.write_now("cancel", change, keep=False, then=then, timeout_s=_ACCEPT_WAIT_S)
 
@@ -438,7 +433,7 @@ class Journal:
             values = {"reply": reply, "outcome": outcome, "finished_at": now}
             moved = None
             if owed:
-                moved = _move(db, task_uuid, "finished", **values, **since, attempts=0, delivery_error=None)
+                moved = _move(db, task_uuid, "finished", **values, own_at=own_at, attempts=0, delivery_error=None)
             else:
                 columns = ", ".join(f"{name} = ?" for name in values)
                 db.execute(f"UPDATE tasks SET {columns} WHERE task_uuid = ?", (*values.values(), task_uuid))
@@ -446,7 +441,7 @@ class Journal:
                 _add_change(db, task_uuid, made)
             return moved
 
-        now, since = self._clock(), self._owed_since()
+        now, own_at = self._clock(), self.own_time()
         callback: Undelivered | None = self._file.write_now("finish_late", change)
         return callback
 
@@ -495,9 +490,9 @@ class Journal:
         """delivered, gone or given_up -> finished: the caller asked for the callback again, from now on."""
 
         def change(db: Database) -> Undelivered:
-            return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, **since)
+            return _move(db, task_uuid, "finished", attempts=0, delivery_error=None, own_at=own_at)
 
-        since = self._owed_since()
+        own_at = self.own_time()
         with _given_up_in_time("the callback"):
             owed: Undelivered = self._file.write_now("owe_again", change, keep=False, timeout_s=_ACCEPT_WAIT_S)
         return owed
@@ -530,7 +525,7 @@ class Journal:
 
     def find(self, task_uuid: str, *, wait: bool = False) -> Task | None:
         """Return the task of that id; with `wait` as soon as the file can be read."""
-        rows = self._file.read("SELECT * FROM tasks WHERE task_uuid = ?", (task_uuid,), wait=wait)
+        rows = self._file.read(f"SELECT {_WHOLE} FROM tasks WHERE task_uuid = ?", (task_uuid,), wait=wait)
         return Task(**dict(rows[0])) if rows else None
 
     def unfinished(self) -> list[Task]:
@@ -633,10 +628,6 @@ class Journal:
         )
         return [StepTime(*row) for row in self._file.read(sql, (limit,))]
 
-    def _owed_since(self) -> dict[str, float]:
-        """Return what is written of a callback that is owed from now on."""
-        return {"owed_at": self._clock(), "own_at": self.own_time()}
-
     def _accept(self, db: Database, task: Task, *, for_all: bool) -> tuple[Task, bool]:
         if self.max_bytes is not None and _count_bytes(db) > self.max_bytes:
             _make_room(db, self.max_bytes, task.task_uuid)
@@ -647,7 +638,7 @@ class Journal:
         }
         cursor = db.execute(_INSERT, tuple(values.values()))
         if not cursor.rowcount:
-            row = db.execute("SELECT * FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
+            row = db.execute(f"SELECT {_WHOLE} FROM tasks WHERE task_uuid = ?", (task.task_uuid,)).fetchone()
             known = Task(**dict(row))
             if known.caller != task.caller and not for_all:
                 raise task_not_yours(task.task_uuid)
@@ -667,7 +658,9 @@ _INSERT = (
     f"INSERT INTO tasks ({', '.join(_GIVEN)}, state, accepted_at, own_at)"
     f" VALUES ({', '.join('?' * (len(_GIVEN) + 3))}) ON CONFLICT (task_uuid) DO NOTHING"
 )
-_UNFINISHED = "SELECT * FROM tasks WHERE state IN ('accepted', 'running') ORDER BY seq"
+# A file may have columns of which this version knows nothing, or no longer wants to know.
+_WHOLE = ", ".join(name for name in Task.__struct_fields__ if name != "recovered")
+_UNFINISHED = f"SELECT {_WHOLE} FROM tasks WHERE state IN ('accepted', 'running') ORDER BY seq"
 # What ran when an earlier agent ended.
 _CUT_STEPS = (
     "UPDATE steps SET cut_off = 1 WHERE elapsed_ms IS NULL AND task_uuid IN"
@@ -749,7 +742,7 @@ def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Undelive
         row = db.execute("SELECT state FROM tasks WHERE task_uuid = ?", (task_uuid,)).fetchone()
         found = "unknown" if row is None else row["state"]
         raise AgentError(Code.INTERNAL_ERROR, f"task {task_uuid} cannot go from {found} to {state}", expected=False)
-    return Undelivered(task_uuid, row["lane"], row["callback_url"], row["client"], row["owed_at"] or 0.0, row["own_at"])
+    return Undelivered(task_uuid, row["lane"], row["callback_url"], row["client"], row["own_at"])
 
 
 @functools.cache
@@ -759,7 +752,7 @@ def _move_sql(state: State, columns: tuple[str, ...]) -> str:
     changes = ", ".join([f"state = '{state}'", *(f"{name} = ?" for name in columns)])
     return (
         f"UPDATE tasks SET {changes} WHERE task_uuid = ? AND state IN ({formers})"
-        " RETURNING lane, callback_url, client, owed_at, own_at"
+        " RETURNING lane, callback_url, client, own_at"
     )
 
 

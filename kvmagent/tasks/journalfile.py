@@ -83,7 +83,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         # A step's problem was its code alone; a task that goes on after a restart needs the words too.
         "UPDATE steps SET problem = json_object('code', problem, 'message', '', 'remedy', '') WHERE problem NOT NULL",
-        # A callback that is asked for again is owed from then on; when the task finished stays what it was.
+        # Since when a callback is owed by the clock. Nothing reads it since own_at says it; an older agent does.
         "ALTER TABLE tasks ADD COLUMN owed_at REAL",
         "UPDATE tasks SET owed_at = finished_at",
         # Pruning finds the oldest settled tasks without reading the others.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import msgspec
 from lxml import etree
 
-from kvmagent.api.framing import Framing
+from kvmagent.api.framing import Framing, Request
 from kvmagent.api.wire import decode_request, encode, parse_callback_url, parse_task_uuid
 from kvmagent.hypervisor.domainxml import is_agent_connected, parse_definition
 from kvmagent.model.errors import AgentError
@@ -54,13 +54,14 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 }
 
 
-def _frames(data: bytes, piece: int) -> list[bytes | str]:
-    framing, found = Framing(_LIMIT), list[bytes | str]()
+def _frames(data: bytes, piece: int) -> list[Request | str]:
+    framing, found = Framing(_LIMIT), list[Request | str]()
     try:
         for start in range(0, len(data), piece):
             framing.feed(data[start : start + piece])
             while (request := framing.take()) is not None:
-                assert b"\r\n\r\n" in request
+                assert request.path.startswith("/")
+                assert len(request.body) <= _LIMIT
                 found.append(request)
     except AgentError as error:
         _check(error)

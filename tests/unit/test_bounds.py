@@ -73,7 +73,7 @@ def test_what_a_client_sent_is_repeated_only_in_part(body: dict[str, object]) ->
 def test_two_addresses_of_one_host_do_not_take_all_connections() -> None:
     http = HttpSection(port=1, max_connections=100, max_connections_per_client=100)
     everybody = Security(SecuritySection(allowed_clients=("0.0.0.0/0", "::/0")))
-    listener = Listener(http, everybody, lambda request: (b"", [], b""), Recorder(), Refusals())
+    listener = Listener(http, everybody, lambda *_: (b"", [], b""), Recorder(), Refusals())
 
     def enter_all(prefix: str) -> int:
         for n in range(1, 200):
@@ -91,7 +91,7 @@ def test_two_addresses_of_one_host_do_not_take_all_connections() -> None:
 
 def test_one_client_does_not_take_all_memory_for_requests_and_answers() -> None:
     http = HttpSection(port=1, max_body_bytes=2**20)
-    listener = Listener(http, Security(SecuritySection()), lambda request: (b"", [], b""), Recorder(), Refusals())
+    listener = Listener(http, Security(SecuritySection()), lambda *_: (b"", [], b""), Recorder(), Refusals())
 
     def hold_all(key: str) -> int:
         for n in itertools.count():
