@@ -74,12 +74,19 @@ def slowest_s(agent: AgentProcess, server: ManagementServer, seconds: float) -> 
     return slowest
 
 
+def check_healthy(agent: AgentProcess, server: ManagementServer, seconds: float) -> None:
+    """A healthy client is held up by nobody: a busy machine slows one look, those who hold it up every one."""
+    wait_for(
+        lambda: slowest_s(agent, server, seconds) < 8, timeout_s=20, what="a healthy client to be answered at once"
+    )
+
+
 @pytest.mark.parametrize("slow", ["head", "body", "chunk", "nothing"])
 def test_200_dribbling_connections_hold_up_no_healthy_client(
     agent: AgentProcess, server: ManagementServer, slow: str
 ) -> None:
     with Dribblers(agent.port, [SLOW[slow]] * DRIBBLERS):
-        assert slowest_s(agent, server, 3) < 8
+        check_healthy(agent, server, 3)
 
 
 def test_200_handshakes_that_do_not_end_hold_up_no_healthy_client(
@@ -90,13 +97,13 @@ def test_200_handshakes_that_do_not_end_hold_up_no_healthy_client(
     tls = own.client(own.issue("server.example"))
     with AgentProcess(uri=node_uri, settings={"security": security}, tls=tls) as agent:
         with Dribblers(agent.port, [SLOW["handshake"], SLOW["nothing"]] * (DRIBBLERS // 2)):
-            assert slowest_s(agent, server, 3) < 8
+            check_healthy(agent, server, 3)
         # Beside them a whole handshake with half a request behind it.
         with contextlib.ExitStack() as half:
             for _ in range(20):
                 plain = half.enter_context(socket.create_connection((LOOPBACK, agent.port), timeout=10))
                 half.enter_context(tls.wrap_socket(plain, server_hostname=LOOPBACK)).sendall(HEAD)
-            assert slowest_s(agent, server, 1) < 8
+            check_healthy(agent, server, 1)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +305,7 @@ def test_clients_that_never_read_hold_up_no_healthy_client(
             with contextlib.suppress(OSError):
                 connection.send(ask)
         # Workers that wait for a reader wait for ten seconds at a time.
-        assert slowest_s(agent, server, 6) < 8
+        check_healthy(agent, server, 6)
     assert "Traceback" not in agent.log()
 
 
