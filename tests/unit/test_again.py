@@ -316,7 +316,8 @@ def test_a_change_that_libvirt_confirmed_and_did_not_make_is_made_by_the_same_ag
     domain = make_domain(SPEC)
     agent, change = make(domain), domain.setVcpusFlags
     domain.setVcpusFlags = lambda count, flags: None  # type: ignore[method-assign]
-    assert agent.run("HotPlugCpu", "t1", vmUuid="vm1", cpuNum=3).reply["errorCode"] == "NOT_VERIFIED"
+    reply = agent.run("HotPlugCpu", "t1", vmUuid="vm1", cpuNum=3, timeoutSec=1).reply
+    assert reply["errorCode"] == "NOT_VERIFIED"
     domain.setVcpusFlags = change  # type: ignore[method-assign]
     assert agent.run("HotPlugCpu", "t2", vmUuid="vm1", cpuNum=3).reply["outcome"] == "online"
 

@@ -216,7 +216,14 @@ def link_to_nothing(directory: HookDirectory) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    [write_for_others, write_for_the_group, write_above, give_away, link_to_what_others_write, link_to_nothing],
+    [
+        write_for_others,
+        write_for_the_group,
+        write_above,
+        pytest.param(give_away, marks=pytest.mark.slow),
+        link_to_what_others_write,
+        link_to_nothing,
+    ],
 )
 def test_what_others_can_change_stops_the_start_and_is_not_run_later(
     directory: HookDirectory, spoil: Callable[[HookDirectory], None], caplog: pytest.LogCaptureFixture

@@ -575,6 +575,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
+@pytest.mark.slow
 class TestFullDisk:
     """These mount a small file system and so run as root, as the agent does."""
 

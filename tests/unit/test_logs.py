@@ -225,8 +225,9 @@ def test_only_the_journal_is_told_priorities(tmp_path: Path) -> None:
         assert priorities == (["<6>", "<4>", "<3>", "<3>", "<3>"] if is_journal else [None] * 5)
 
 
+@pytest.mark.slow
 class TestTurnedOver:
-    """By the real logrotate, while threads write as fast as they can."""
+    """By the real logrotate, as root, while threads write as fast as they can."""
 
     THREADS, TURNS = 4, 6
 
