@@ -3,12 +3,11 @@
 import http.client
 import json
 import re
+import shutil
 import ssl
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,9 +15,17 @@ from tests.lab.agent import find_free_port
 from tests.lab.pki import LOOPBACK, Authority
 from tests.lab.processes import wait_for
 from tests.lab.tree import FreshDebian, Tree
-from tests.package.conftest import ROOT
-
-CONTROLLER, COLLECTIONS = "/srv/controller", "/srv/collections"
+from tests.package.conftest import (
+    CONTROLLER,
+    NEWER,
+    ROOT,
+    control,
+    health,
+    issue,
+    make_newer,
+    play_site,
+    write_inventory,
+)
 
 Play = Callable[..., str]
 
@@ -27,14 +34,6 @@ Play = Callable[..., str]
 def port() -> int:
     """Where the agent shall listen."""
     return find_free_port()
-
-
-def issue(authority: Authority, directory: Path, file: str, name: str) -> None:
-    """Make a certificate, and its key in a file of its own."""
-    both = authority.issue(name, file_name=file)
-    key = re.search(r"-----BEGIN[^-]*PRIVATE KEY-----.*?-----END[^-]*-----\n", both.read_text(), re.DOTALL)
-    assert key
-    (directory / f"{file}.key").write_text(key.group())
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +45,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="module")
 def controller(deb: Path, port: int, authority: Authority) -> Path:
     """What a controller has: the package, the certificates, an inventory with the machine itself."""
-    directory = authority.ca_file.parent
+    directory = write_inventory(authority, port, {"kvmagent_deb": f"{CONTROLLER}/{deb.name}"})
     (directory / deb.name).write_bytes(deb.read_bytes())
-    for file, name in (("node1", LOOPBACK), ("server", "server.example")):
-        issue(authority, directory, file, name)
-    variables = {
-        "ansible_connection": "local",
-        "ansible_python_interpreter": "/usr/bin/python3",
-        "kvmagent_deb": f"{CONTROLLER}/{deb.name}",
-        "kvmagent_pki": CONTROLLER,
-        "kvmagent_address": LOOPBACK,
-        "kvmagent_port": port,
-        "kvmagent_client_cert": f"{CONTROLLER}/server.pem",
-        "kvmagent_client_key": f"{CONTROLLER}/server.key",
-        "kvmagent_install_recommends": False,
-        "kvmagent_settings": {
-            "libvirt": {"uri": "test:///default"},
-            "security": {"allowed_names": ["server.example", "prometheus.example"]},
-        },
-    }
-    inventory = {"kvmagent": {"hosts": {"node1": variables}}}
-    (directory / "inventory.yml").write_text(json.dumps(inventory))
     return directory
 
 
@@ -76,24 +56,14 @@ def tree(debian: FreshDebian, controller: Path) -> Tree:
     tree = debian.copy("ansible")
     tree.install("python3-apt", "systemd-standalone-sysusers")
     tree.run_services()
-    tree.bind(controller, CONTROLLER)
-    tree.bind(ROOT / "conf/ansible", f"{COLLECTIONS}/ansible_collections/kvmagent/hotplug")
-    # The controller's Ansible is the one of these tests.
-    for prefix in {sys.prefix, sys.base_prefix} - {"/usr"}:
-        tree.bind(Path(prefix), prefix)
+    control(tree, controller)
     return tree
 
 
 @pytest.fixture(scope="module")
 def play(tree: Tree) -> Play:
     """Runs the playbook on the machine; what it printed."""
-
-    def run(**variables: Any) -> str:
-        command = ["env", f"ANSIBLE_COLLECTIONS_PATH={COLLECTIONS}", sys.executable, "-m", "ansible", "playbook"]
-        command += ["--inventory", f"{CONTROLLER}/inventory.yml", "--extra-vars", json.dumps(variables)]
-        return tree.run(*command, "kvmagent.hotplug.site")
-
-    return run
+    return lambda **variables: tree.run(*play_site(variables))
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +121,37 @@ def test_a_renewed_certificate_is_read_without_a_restart(
     (before,) = tree.processes()
     context = authority.client(controller / "server.pem")
     former = serial(port, context)
-    issue(authority, controller, "node1", LOOPBACK)
+    issue(authority, "node1", LOOPBACK)
     assert re.search(r"node1 .* failed=0 ", output := play()), output
     wait_for(lambda: serial(port, context) != former, timeout_s=60, what="the new certificate")
     assert [one.pid for one in tree.processes()] == [before.pid]
+
+
+def test_an_older_package_is_a_rollback_that_keeps_tasks_and_configuration(
+    rolled_out: str,
+    play: Play,
+    tree: Tree,
+    deb: Path,
+    authority: Authority,
+    controller: Path,
+    port: int,
+    tmp_path: Path,
+) -> None:
+    older = tree.run("kvmagent", "--version").strip()
+    controller = authority.ca_file.parent
+    newer = shutil.move(make_newer(deb, tmp_path), controller / f"kvmagent_{NEWER}-1.deb")
+    assert re.search(r"node1 .* failed=0 ", output := play(kvmagent_deb=f"{CONTROLLER}/{newer.name}")), output
+    assert tree.run("kvmagent", "--version").strip() == NEWER
+    tree.run("sh", "-c", "kvmagentctl plug-cpu test 77 || true")
+    (task,) = tree.run("kvmagentctl", "tasks", "--limit", "1", "-o", "name").split()
+    configuration = tree.run("cat", "/etc/kvmagent/kvmagent.conf")
+    assert re.search(r"node1 .* failed=0 ", output := play(kvmagent_deb=f"{CONTROLLER}/{deb.name}")), output
+    assert tree.run("kvmagent", "--version").strip() == older
+    told = json.loads(tree.run("kvmagentctl", "status", "--json"))
+    assert (told["version"], told["ready"]) == (older, True), "it is the older agent that runs"
+    assert json.loads(tree.run("kvmagentctl", "task", task, "--json"))["request"]["cpuNum"] == 77
+    assert tree.run("cat", "/etc/kvmagent/kvmagent.conf") == configuration
+    assert health(port, authority.client(controller / "server.pem")) == 200
 
 
 # The operator's day, after docs/operate.md, on the node that the role rolled out: each line is written there.
@@ -190,10 +187,3 @@ def serial(port: int, context: ssl.SSLContext) -> str:
         shown = connection.sock.getpeercert()
     assert shown is not None
     return str(shown["serialNumber"])
-
-
-def health(port: int, context: ssl.SSLContext) -> int:
-    """The status of /healthz."""
-    with closing(http.client.HTTPSConnection(LOOPBACK, port, timeout=20, context=context)) as connection:
-        connection.request("GET", "/healthz")
-        return connection.getresponse().status

@@ -3,7 +3,6 @@
 import http.client
 import json
 import re
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -21,6 +20,7 @@ from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
 from tests.lab.tree import FreshDebian, Tree
+from tests.package.conftest import NEWER, make_newer
 
 ROOT = Path(__file__).parents[2]
 MIB = 1024 * 1024
@@ -150,7 +150,7 @@ def test_an_upgrade_in_the_middle_of_a_task_loses_nothing_and_keeps_the_configur
     assert all(callback.body == reply for callback in server.callbacks("memory"))
     assert (in_use.tree.path / CONF).read_text() == edited
     assert "newer_key = 1" in (in_use.tree.path / "usr/share/kvmagent/kvmagent.conf").read_text()
-    assert in_use.tree.run("kvmagent", "--version").strip() == "0.99"
+    assert in_use.tree.run("kvmagent", "--version").strip() == NEWER
     (after,) = in_use.tree.processes()
     assert after.pid != before.pid
 
@@ -171,7 +171,7 @@ def test_a_downgrade_keeps_configuration_and_journal(in_use: Machine, deb: Path)
     edited = (in_use.tree.path / CONF).read_text()
     in_use.tree.install(deb, options=["--allow-downgrades"])
     wait_for(in_use.is_ready, timeout_s=60, what="the older agent to be ready")
-    assert in_use.tree.run("kvmagent", "--version").strip() != "0.99"
+    assert in_use.tree.run("kvmagent", "--version").strip() != NEWER
     assert (in_use.tree.path / CONF).read_text() == edited
     assert in_use.request("GET", "/tasks/memory") == 200
 
@@ -189,22 +189,3 @@ def test_a_purge_leaves_the_user_and_nothing_else(in_use: Machine) -> None:
     left = in_use.tree.run("find", "/etc", "/lib", "/run", "/usr", "/var", "-xdev", "-name", "*kvmagent*")
     assert [line for line in left.splitlines() if not line.startswith("/var/tmp/")] == []
     assert "nologin" in in_use.tree.run("getent", "passwd", "kvmagent")
-
-
-def make_newer(deb: Path, directory: Path) -> Path:
-    """The same package as its next version: other code, other defaults in its configuration."""
-    content, newer = directory / "content", directory / "kvmagent_0.99-1.deb"
-    subprocess.run(["dpkg-deb", "--raw-extract", str(deb), str(content)], check=True)
-    edit(content / "DEBIAN/control", r"(?m)^Version: .*$", "Version: 0.99-1")
-    edit(content / "usr/share/kvmagent/kvmagent.conf", r"\Z", "# A key of the new version\nnewer_key = 1\n")
-    (module,) = content.glob("usr/lib/kvmagent/lib/python3*/site-packages/kvmagent/__init__.py")
-    edit(module, r'__version__ = ".*"', '__version__ = "0.99"')
-    subprocess.run(["dpkg-deb", "--root-owner-group", "-Znone", "--build", str(content), str(newer)], check=True)
-    return newer
-
-
-def edit(file: Path, pattern: str, text: str) -> None:
-    """Replace the one place where the pattern is found."""
-    changed, count = re.subn(pattern, text, file.read_text())
-    assert count == 1, file
-    file.write_text(changed)

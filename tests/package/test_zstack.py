@@ -3,7 +3,6 @@
 import http.client
 import json
 import re
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,13 +17,12 @@ from tests.lab.agent import find_free_port
 from tests.lab.booted import Booted
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
-from tests.package.conftest import ROOT, Made
+from tests.package.conftest import CONTROLLER, ROOT, Made, control, play_site
 
 pytestmark = pytest.mark.guest
 
 DOCUMENT = ROOT / "docs/zstack.md"
 SERVER = "10.0.0.100"
-CONTROLLER = "/srv/controller"
 
 
 class Original(BaseHTTPRequestHandler):
@@ -96,10 +94,7 @@ def boot(made: Made, tmp_path: Path) -> Iterator[Callable[[str], Booted]]:
         tree.install("systemd-sysv", "dbus", "libpam-systemd", "polkitd", "libvirt-daemon-system", "python3-apt")
         tree.run("apt-get", "install", "--yes", "--quiet", "--download-only", "--no-install-recommends", "haproxy")
         (tmp_path / made.deb.name).write_bytes(made.deb.read_bytes())
-        tree.bind(tmp_path, CONTROLLER)
-        tree.bind(ROOT / "conf/ansible", "/srv/collections/ansible_collections/kvmagent/hotplug")
-        for prefix in {sys.prefix, sys.base_prefix} - {"/usr"}:
-            tree.bind(Path(prefix), prefix)
+        control(tree, tmp_path)
         machine = Booted(tree)
         machine.__enter__()
         machines.append(machine)
@@ -177,16 +172,7 @@ def test_the_role_makes_the_same_node_and_changes_nothing_the_second_time(
         "kvmagent_zstack_original_port": original,
     }
     (tmp_path / "inventory.yml").write_text(json.dumps({"kvmagent": {"hosts": {"node1": variables}}}))
-    play = [
-        "env",
-        "ANSIBLE_COLLECTIONS_PATH=/srv/collections",
-        sys.executable,
-        "-m",
-        "ansible",
-        "playbook",
-        f"--inventory={CONTROLLER}/inventory.yml",
-        "kvmagent.hotplug.site",
-    ]
+    play = play_site({})
     first = machine.run(*play)
     assert re.search(r"node1 .* failed=0 ", first), first
     node.is_served()
