@@ -468,6 +468,7 @@ class Agent:
             Maxima(parse_amount(prepare.max_cpus, parse_count), parse_amount(prepare.max_memory, parse_size)),
             find_task=self._journal.find,
             hand_in=hand_in,
+            recorder=self._metrics,
         )
 
     def _run(self, task: Task) -> None:

@@ -19,6 +19,7 @@ from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.hostqueries import HostQueries
 from kvmagent.tasks.journal import UNFINISHED, Journal, Task, task_not_yours
 from kvmagent.tasks.lanes import Lanes
+from kvmagent.tasks.plugincalls import call
 from kvmagent.tasks.withdrawal import Withdrawal
 
 log = Log(__name__)
@@ -206,7 +207,7 @@ def _check_access(declared: Command | Query, request: Any, access: Access) -> Ro
     if isinstance(declared, Query):
         return access.check(declared.role, host=True)
     role = access.check(declared.role, vm=request.vm_uuid)
-    needed = declared.needs_also(request)
+    needed = call(declared.needs_also, request)
     return role if needed is None else access.check(needed, vm=request.vm_uuid)
 
 

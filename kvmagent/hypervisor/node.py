@@ -103,16 +103,16 @@ class Node:
 
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
-        known = self._migrations.known()
+        # Before the look: what comes meanwhile is not in the list, and is there.
+        memories = (self._migrations, self._restarts, self._silent_guests)
+        known = [(memory, memory.known()) for memory in memories if memory is not None]
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             domains = connection.listAllDomains()
             for domain in domains:
                 self.names.note(domain.UUIDString(), domain.name())
             uuids = [domain.UUIDString() for domain in domains]
-        if self._restarts is not None:
-            self._restarts.keep(uuids)
-        self._migrations.forget(known.difference(uuids))
-        self._silent_guests.keep(uuids)
+        for memory, of_vms in known:
+            memory.forget(of_vms.difference(uuids))
         return uuids
 
     def check_vm(self, vm: str) -> None:

@@ -50,10 +50,15 @@ class RestartMemory:
                 self._file.save(self._waiting)
             return known.since
 
-    def keep(self, uuids: Iterable[str]) -> None:
-        """Forget the VMs that are not on this host any more."""
-        here = set(uuids)
+    def known(self) -> frozenset[str]:
+        """Return the VMs of which something is remembered."""
         with self._lock:
-            if gone := self._waiting.keys() - here:
+            return frozenset(self._waiting)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        """Forget VMs that are not on this host any more."""
+        gone = set(uuids)
+        with self._lock:
+            if gone & self._waiting.keys():
                 self._waiting = {uuid: one for uuid, one in self._waiting.items() if uuid not in gone}
                 self._file.save(self._waiting)

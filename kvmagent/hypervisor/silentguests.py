@@ -32,8 +32,13 @@ class SilentGuests:
                 self._spoke[uuid] = run
             return facts.guest.silence in _SILENCES and uuid in self._spoke
 
-    def keep(self, uuids: Iterable[str]) -> None:
-        """Forget the VMs that are not on this host any more."""
-        here = set(uuids)
+    def known(self) -> frozenset[str]:
+        """Return the VMs of which something is remembered."""
         with self._lock:
-            self._spoke = {uuid: run for uuid, run in self._spoke.items() if uuid in here}
+            return frozenset(self._spoke)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        """Forget VMs that are not on this host any more."""
+        with self._lock:
+            for uuid in uuids:
+                self._spoke.pop(uuid, None)

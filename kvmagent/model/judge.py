@@ -33,13 +33,10 @@ from kvmagent.model.policy import find_mistakes, may_online
 from kvmagent.model.reply import SUCCESSFUL, Drift, Judgement, Numbers, Outcome, Problem, Stage
 from kvmagent.model.steps import (
     AnyStep,
-    AttachVirtioMem,
     DefineShape,
     OfflineGuestMemory,
     OfflineGuestVcpus,
-    ResizeVirtioMem,
     Resource,
-    SetBalloon,
     StageName,
 )
 from kvmagent.model.units import format_ids, format_size
@@ -139,7 +136,8 @@ def drift(facts: Facts | None) -> list[Drift]:
 
 def _find_outcome(ending: Ending, error: AgentError | None, *, is_same: bool) -> Outcome:
     if error is not None:
-        if error.code in _PENDING:
+        # Only what was found here can be so: nothing that was raised asked a guest for a removal.
+        if error.code in _PENDING and ending.error is None:
             return "pending"
         return "refused" if is_same and not _find_left_asked(ending) and not _find_left_offline(ending) else "partial"
     if ending.planned is not None:
@@ -147,7 +145,8 @@ def _find_outcome(ending: Ending, error: AgentError | None, *, is_same: bool) ->
     if is_same and not any(map(_is_done, ending.reports)):
         return "unchanged"
     if not _is_live_changed(ending):
-        return "configured" if any(_is_done(report) and report.step.saves for report in ending.reports) else "unchanged"
+        saved = any(_is_done(report) and "config" in report.step.changes for report in ending.reports)
+        return "configured" if saved else "unchanged"
     wanted = [total for total in ending.goal.totals if total.live is not None]
     return "online" if wanted and all(_covers(total, ending) for total in wanted) else "plugged"
 
@@ -165,19 +164,11 @@ def _find_left_asked(ending: Ending) -> list[Problem]:
     if after is not None:
         is_left = bool(find_unreached(ending.goal, ending.reports, after))
         asked = tuple(step for step in asked if is_left and step.take_back(after))
-    amounts = [words for step in asked if (words := _tell_request(step))]
-    if not amounts:
+    if not asked:
         return []
     how = "may still be" if ending.after is None else "is still"
-    return [warning(Code.GUEST_STILL_ASKED, f"the guest {how} asked for {' and '.join(amounts)}")]
-
-
-def _tell_request(step: AnyStep) -> str:
-    if isinstance(step, SetBalloon):
-        return f"{format_size(step.size_bytes)} by balloon"
-    if isinstance(step, AttachVirtioMem | ResizeVirtioMem):
-        return f"{format_size(step.requested_bytes)} of virtio-mem device {step.alias}"
-    return ""
+    amounts = " and ".join(step.request for step in asked)
+    return [warning(Code.GUEST_STILL_ASKED, f"the guest {how} asked for {amounts}")]
 
 
 def _is_same(ending: Ending) -> bool:

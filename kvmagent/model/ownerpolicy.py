@@ -7,7 +7,7 @@ from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Definition, Domain, Facts
 from kvmagent.model.policy import check_cpu_ceiling, check_memory_ceiling, check_opt_out
 from kvmagent.model.reply import Problem
-from kvmagent.model.steps import AnyStep
+from kvmagent.model.steps import AnyStep, Target
 
 
 def check_owner_policy(facts: Facts, affect: Affect, goal: Goal, steps: tuple[AnyStep, ...] = ()) -> None:
@@ -17,10 +17,9 @@ def check_owner_policy(facts: Facts, affect: Affect, goal: Goal, steps: tuple[An
     Raises:
         AgentError: VM_OPTED_OUT, ABOVE_POLICY.
     """
-    running = affect != "config" or any(total.live is not None for total in goal.totals)
-    persistent = (
-        affect != "live" or any(total.config is not None for total in goal.totals) or any(step.saves for step in steps)
-    )
+    changed = frozenset[Target]().union(*(step.changes for step in steps))
+    running = affect != "config" or "live" in changed or any(total.live is not None for total in goal.totals)
+    persistent = affect != "live" or "config" in changed or any(total.config is not None for total in goal.totals)
     for name, definition in _definitions(facts.domain, running=running, persistent=persistent):
         for problem in (
             *check_opt_out(facts.domain, name, definition),

@@ -4,9 +4,10 @@ A `soft` step asks the guest. When it fails or its time runs out, the task goes 
 a guest that does not answer is no error of the hypervisor's change. A soft step that failed is not tried again in its
 run: `key` names what is given up with it.
 
-A step that changes a `resource` says so, and how far it brings it (`stage`): it is performed only for a goal that has
-a total of it. A step that asks the guest for an amount names what is asked, another that waits for it names the same,
-and where the wait does not end well the first says what takes it back: the guest could follow it at any later time.
+A step that changes a `resource` says so, in which definition (`changes`), and how far it brings it (`stage`): it is
+performed only for a goal that has a total of that. A step that asks the guest for an amount names what is asked,
+another that waits for it names the same, and where the wait does not end well the first says what takes it back: the
+guest could follow it at any later time.
 """
 
 from typing import ClassVar, Literal
@@ -14,10 +15,14 @@ from typing import ClassVar, Literal
 import msgspec
 
 from kvmagent.model.facts import Facts
+from kvmagent.model.units import format_size
 
 Target = Literal["live", "config"]
 Resource = Literal["cpu", "memory", "balloon"]
 StageName = Literal["plugged", "visible", "online"]
+NOTHING: frozenset[Target] = frozenset()
+LIVE: frozenset[Target] = frozenset({"live"})
+CONFIG: frozenset[Target] = frozenset({"config"})
 
 
 class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
@@ -38,14 +43,19 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
         return False
 
     @property
-    def saves(self) -> bool:
-        """Whether it changes the persistent definition."""
-        return False
+    def changes(self) -> frozenset[Target]:
+        """What it changes: the running VM, which has its guest, or the persistent definition."""
+        return LIVE
 
     @property
     def asks(self) -> str | None:
         """What the guest is asked to bring to another size, which it does in its own time: a device of the VM's."""
         return None
+
+    @property
+    def request(self) -> str:
+        """That in words: the amount, and of what."""
+        return ""
 
     @property
     def awaits(self) -> str | None:
@@ -74,8 +84,8 @@ class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
         return self.target == "config"
 
     @property
-    def saves(self) -> bool:
-        return self.target != "live"
+    def changes(self) -> frozenset[Target]:
+        return LIVE | CONFIG if self.target == "both" else frozenset({self.target})
 
     def leaves_offline(self, facts: Facts) -> frozenset[int]:
         """The guest gives a new CPU the lowest number that is free; one that says nothing has numbered all it had."""
@@ -100,8 +110,8 @@ class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
         return f"{type(self).__name__} {self.target}"
 
     @property
-    def saves(self) -> bool:
-        return self.target == "config"
+    def changes(self) -> frozenset[Target]:
+        return frozenset({self.target})
 
 
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
@@ -142,8 +152,8 @@ class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
     config: bool
 
     @property
-    def saves(self) -> bool:
-        return self.config
+    def changes(self) -> frozenset[Target]:
+        return (LIVE if self.live else NOTHING) | (CONFIG if self.config else NOTHING)
 
 
 class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"):
@@ -184,12 +194,16 @@ class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
     target: Target
 
     @property
-    def saves(self) -> bool:
-        return self.target == "config"
+    def changes(self) -> frozenset[Target]:
+        return frozenset({self.target})
 
     @property
     def asks(self) -> str | None:
         return "balloon" if self.target == "live" else None
+
+    @property
+    def request(self) -> str:
+        return f"{format_size(self.size_bytes)} by balloon"
 
     def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
         actual = None if facts.domain.live is None else facts.domain.balloon_bytes
@@ -274,8 +288,8 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
         return True
 
     @property
-    def saves(self) -> bool:
-        return True
+    def changes(self) -> frozenset[Target]:
+        return CONFIG
 
 
 class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
@@ -292,12 +306,16 @@ class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
     config: bool
 
     @property
-    def saves(self) -> bool:
-        return self.config
+    def changes(self) -> frozenset[Target]:
+        return (LIVE if self.live else NOTHING) | (CONFIG if self.config else NOTHING)
 
     @property
     def asks(self) -> str | None:
         return self.alias if self.live else None
+
+    @property
+    def request(self) -> str:
+        return f"{format_size(self.requested_bytes)} of virtio-mem device {self.alias}"
 
     def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
         """The definition, too, was given what was requested."""
@@ -324,12 +342,16 @@ class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
     address: str | None = None
 
     @property
-    def saves(self) -> bool:
-        return self.target == "config"
+    def changes(self) -> frozenset[Target]:
+        return frozenset({self.target})
 
     @property
     def asks(self) -> str | None:
         return self.alias if self.target == "live" else None
+
+    @property
+    def request(self) -> str:
+        return f"{format_size(self.requested_bytes)} of virtio-mem device {self.alias}"
 
     def take_back(self, facts: Facts) -> "tuple[AnyStep, ...]":
         return _take_back_request(self, facts)
@@ -413,8 +435,8 @@ class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):
     shape: Shape
 
     @property
-    def saves(self) -> bool:
-        return True
+    def changes(self) -> frozenset[Target]:
+        return CONFIG
 
 
 AnyStep = (

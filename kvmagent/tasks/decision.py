@@ -1,27 +1,86 @@
-"""The decision of a command: a plugin's own, the VM's owner asked, and the host's memory looked at.
+"""What a command's plugin decides and plans, and what it may not: the VM's owner is asked, the host's memory looked at.
 
-Whoever asks before a task does, asks this.
+Whoever asks before a task does, asks this. A plan that changes what its goal has no total of, or what its caller did
+not ask to be changed, is the plugin's mistake: nothing of it is performed.
 """
 
 import msgspec
 
-from kvmagent.model.command import Command, Goal, VmRequest
+from kvmagent.model.command import Affect, Command, Goal, VmRequest
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
 from kvmagent.model.hostbudget import refuse_growth
 from kvmagent.model.ownerpolicy import check_owner_policy
-from kvmagent.model.steps import AnyStep
+from kvmagent.model.steps import CONFIG, LIVE, AnyStep, Step, Target
+from kvmagent.tasks.plugincalls import call
+
+_AFFECTED: dict[Affect, frozenset[Target]] = {"both": LIVE | CONFIG, "live": LIVE, "config": CONFIG}
+_CALLED: dict[Target, str] = {"live": "running VM", "config": "persistent definition"}
 
 
 def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -> tuple[Goal, tuple[AnyStep, ...]]:
     """Return the goal of a request, for this VM in this run of it, and the first steps towards it.
 
     Raises:
-        AgentError: what the command, the owner or the host's memory refuses.
+        AgentError: what the command, the owner or the host's memory refuses; INTERNAL_ERROR, of the plugin's plan.
     """
+    decided = call(command.decide, request, facts, task_uuid)
     # No plugin has to remember which VM and which run it was.
-    goal = msgspec.structs.replace(command.decide(request, facts, task_uuid), vm=facts.domain.uuid, run=facts.run)
-    steps = command.next_steps(goal, facts, frozenset())
+    goal = msgspec.structs.replace(check_goal(command, decided), vm=facts.domain.uuid, run=facts.run)
+    steps = _ask(command, goal, facts, frozenset())
     if steps or goal.totals:
         check_owner_policy(facts, request.affect, goal, steps)
         refuse_growth(goal.totals, facts)
+    _check_plan(command, request, goal, steps)
     return goal, steps
+
+
+def plan(
+    command: Command, request: VmRequest, goal: Goal, facts: Facts, failed: frozenset[str] = frozenset()
+) -> tuple[AnyStep, ...]:
+    """Return what is left to do towards a goal.
+
+    Raises:
+        AgentError: INTERNAL_ERROR, of the plugin's plan.
+    """
+    steps = _ask(command, goal, facts, failed)
+    _check_plan(command, request, goal, steps)
+    return steps
+
+
+def check_goal(command: Command, goal: object) -> Goal:
+    """Return what a plugin gave as a goal of its command.
+
+    Raises:
+        TypeError: it is none; what is recorded is read back as the declared type.
+    """
+    if not isinstance(goal, command.goal):
+        raise TypeError(f"{command.name} has a {type(goal).__name__} as its goal instead of {command.goal.__name__}")
+    return goal
+
+
+def _ask(command: Command, goal: Goal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
+    steps = tuple(call(command.next_steps, goal, facts, failed))
+    for step in steps:
+        if not isinstance(step, Step):
+            raise TypeError(f"{command.name} plans a {type(step).__name__}, which is no step")
+    return steps
+
+
+def _check_plan(command: Command, request: VmRequest, goal: Goal, steps: tuple[AnyStep, ...]) -> None:
+    """What the goal has no total of cannot be judged, nor could its owner be asked."""
+    for step in steps:
+        why = _find_fault(request.affect, goal, step)
+        if why:
+            message = f"{command.name} plans {type(step).__name__}, but {why}"
+            raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
+
+
+def _find_fault(affect: Affect, goal: Goal, step: AnyStep) -> str:
+    for target in sorted(step.changes):
+        if target not in _AFFECTED[affect]:
+            return f"the request leaves the {_CALLED[target]} alone (affect {affect})"
+        totals = [getattr(total, target) for total in goal.totals if total.resource == step.resource]
+        if step.resource is not None and all(amount is None for amount in totals):
+            return f"its goal has no total of {step.resource} for the {_CALLED[target]}"
+    return ""

@@ -46,12 +46,13 @@ from kvmagent.model.hostbudget import find_reservation
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.recorder import Recorder, phase
-from kvmagent.tasks.decision import decide
+from kvmagent.tasks.decision import check_goal, decide, plan
 from kvmagent.tasks.endings import Ended, Endings, named
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import Change, Journal, Task, Undelivered
 from kvmagent.tasks.offlinecpus import OfflineCpus
+from kvmagent.tasks.plugincalls import call
 from kvmagent.tasks.replies import bare_reply, make_error, make_reply, tell_totals
 from kvmagent.tasks.run import GONE, Run, failed_by, read_facts, read_report
 from kvmagent.tasks.vmturns import NotYet, VmTurns
@@ -195,7 +196,7 @@ class Executor:
             AgentError: when the VM cannot be read.
         """
         facts = self._left.add(self._node.observe(request.vm_uuid, command.observe_guest))
-        goal = command.decide(request, facts, "")
+        goal = call(command.decide, request, facts, "")
         ending = Ending(request, goal, before=facts, after=facts, reports=(), error=None)
         return msgspec.Raw(make_reply(command, ending)[0])
 
@@ -238,7 +239,7 @@ class Executor:
         assert run.after is not None
         if run.after.domain.live is None:
             return ()
-        return tuple(step for step in run.command.next_steps(run.goal, run.after, failed) if step.follows)
+        return tuple(step for step in run.plan(failed) if step.follows)
 
     def _carry_out(self, task: Task) -> Ended:
         """Carry a task out as far as it goes, and say what came of it.
@@ -408,7 +409,7 @@ class Executor:
     def _pursue(self, task: Task, run: Run, vm: OpenVm) -> None:
         fresh = run.goal is None
         if not fresh:
-            run.goal = run.command.resumed_goal(run.goal)
+            run.goal = check_goal(run.command, call(run.command.resumed_goal, run.goal))
         steps = self._plan(task, run, vm)
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
@@ -460,27 +461,30 @@ class Executor:
             run.before = run.after
             run.goal, steps = decide(command, run.request, run.after, task.task_uuid)
             return steps
-        return command.next_steps(run.goal, run.after, frozenset())
+        return run.plan()
 
     def _reach_goal(self, task: Task, run: Run, vm: OpenVm) -> None:
         """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
-            AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there.
+            AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there;
+                INTERNAL_ERROR, of a plan without end.
         """
         failed: set[str] = set()
         confirmed: set[AnyStep] = set()
         steps: tuple[AnyStep, ...] = ()
         for _ in range(_MAX_ROUNDS):
             assert run.after is not None
-            last, steps = steps, run.command.next_steps(run.goal, run.after, frozenset(failed))
+            last, steps = steps, run.plan(frozenset(failed))
             if steps and steps == last:
                 failed |= {step.key for step in steps}
-                steps = run.command.next_steps(run.goal, run.after, frozenset(failed))
+                steps = run.plan(frozenset(failed))
             if not steps:
                 return
             _refuse_repetition(confirmed, steps)
-            _refuse_undeclared(run, steps)
+            if steps == last:
+                message = f"{run.command.name} plans again what had no effect"
+                raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
             self._perform_round(task, run, vm, steps, failed, confirmed)
             run.after = self._observe(vm, run.command.observe_guest)
         raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
@@ -490,7 +494,7 @@ class Executor:
     ) -> None:
         """Perform steps up to the first that fails: what follows it was planned for its success."""
         for n, step in enumerate(steps):
-            if (context := run.command.find_progress_context(run.request)) is not None:
+            if (context := call(run.command.find_progress_context, run.request)) is not None:
                 done, left = len(run.reports), len(steps) - n
                 percent = 100 * done // (done + left)
                 self._on_progress(Progress(task.command, run.request.vm_uuid, percent, type(step).__name__, context))
@@ -516,12 +520,13 @@ class Executor:
         try:
             assert run.after is not None
             seen, run.after = run.after, self._observe(vm, run.command.observe_guest)
-            goal = run.command.rollback_goal(run.goal, seen, run.after, error)
+            goal = call(run.command.rollback_goal, run.goal, seen, run.after, error)
             if goal is None:
                 return
             log.info("task retreats", **error_fields(error))
+            goal = check_goal(run.command, goal)
             run.goal, run.interrupted = msgspec.structs.replace(goal, failure=Problem.of(error)), True
-            if steps := run.command.next_steps(run.goal, run.after, frozenset()):
+            if steps := run.plan():
                 self._record_goal(task, run, steps)
             self._reach_goal(task, run, vm)
         except Exception as raised:
@@ -580,8 +585,9 @@ class Executor:
         """
         if not run.interrupted or error.code is Code.LIBVIRT_UNAVAILABLE:
             return False
+        assert run.goal is not None
         facts = self._observe(vm, run.command.observe_guest)
-        if step in run.command.next_steps(run.goal, facts, failed):
+        if step in plan(run.command, run.request, run.goal, facts, failed):
             return False
         log.info("step failed and its effect is there", step=type(step).__name__, error=error.message)
         return True
@@ -655,19 +661,6 @@ def _tell_step(report: StepReport) -> None:
         error=problem and problem.message,
         **struct_fields(report.step),
     )
-
-
-def _refuse_undeclared(run: Run, steps: tuple[AnyStep, ...]) -> None:
-    """What the goal has no total of cannot be judged, nor could its owner be asked."""
-    assert run.goal is not None
-    declared = {total.resource for total in run.goal.totals}
-    for step in steps:
-        if step.resource is not None and step.resource not in declared:
-            raise AgentError(
-                Code.INTERNAL_ERROR,
-                f"{run.command.name} plans {type(step).__name__}, but its goal has no total of {step.resource}",
-                expected=False,
-            )
 
 
 def _refuse_repetition(confirmed: set[AnyStep], steps: tuple[AnyStep, ...]) -> None:

@@ -28,8 +28,10 @@ from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.roles import LOCAL, Access
 from kvmagent.model.units import Amount
 from kvmagent.model.vmname import parse_uuid
+from kvmagent.recorder import Recorder
 from kvmagent.tasks.decision import decide
 from kvmagent.tasks.journal import UNFINISHED, Task
+from kvmagent.tasks.plugincalls import call
 from kvmagent.tasks.replies import make_error
 
 log = Log(__name__)
@@ -109,6 +111,7 @@ class Preparations:
         find_task: Callable[[str], Task | None],
         hand_in: HandIn,
         clock: Callable[[], float] = time.monotonic,
+        recorder: Recorder | None = None,
     ) -> None:
         assert command.prepares is not None
         self._node = node
@@ -118,6 +121,7 @@ class Preparations:
         self._find_task = find_task
         self._hand_in = hand_in
         self._clock = clock
+        self._recorder = recorder or Recorder()
         self._lock = threading.Lock()
         # By UUID, whether it was defined: whatever of its XML is new then.
         self._noted: dict[str, bool] = {}
@@ -173,7 +177,11 @@ class Preparations:
             self._woken.clear()
             if self._stopping.is_set():
                 return
-            pause_s = self.look()
+            try:
+                pause_s = self.look()
+            except Exception as error:
+                log.failure("VMs cannot be looked at", error)
+                pause_s = _LONG_PAUSE_S
 
     def look(self) -> float | None:
         """Look at the VMs whose time has come; return in how many seconds to look again, None: when one is noted."""
@@ -247,8 +255,8 @@ class Preparations:
         if config is None or (failed is not None and failed.config == config and (failed.touched or not is_new)):
             return None
         told = {"vm": facts.domain.name, "uuid": facts.domain.uuid}
-        request = self._prepares(self._maxima.wish_for(config, uuid))
         try:
+            request = call(self._prepares, self._maxima.wish_for(config, uuid))
             _, steps = decide(self._command, request, facts, "")
         except Exception as error:
             self._tell_refused(uuid, config, make_error(error), told)
@@ -269,7 +277,8 @@ class Preparations:
         self._offered[uuid] = mine
         try:
             self._hand_in(self._command, mine.task_uuid, msgspec.json.encode(request))
-        except AgentError as error:
+        except Exception as raised:
+            error = make_error(raised)
             log.warning("definition cannot be prepared", uuid=uuid, **error_fields(error))
             if error.code in _PASSING:
                 return False
@@ -297,6 +306,7 @@ class Preparations:
             outcome=failure.code,
             error=failure.message,
         )
+        self._recorder.ended(self._command.name, "refused", failure.code)
 
 
 class _Told(msgspec.Struct, rename="camel"):

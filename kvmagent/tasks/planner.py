@@ -43,6 +43,7 @@ from kvmagent.model.reply import Outcome, Problem
 from kvmagent.model.steps import AnyStep, DefineShape, Shape
 from kvmagent.model.units import format_size
 from kvmagent.tasks.decision import decide
+from kvmagent.tasks.plugincalls import call
 from kvmagent.tasks.replies import make_error
 
 log = Log(__name__)
@@ -156,7 +157,7 @@ class Planner:
         if self._preparer is None or self._preparer.prepares is None:
             return None
         wish = Wish(vm, cpu_num=target.cpu_num, memory_size=target.memory_size)
-        return _decide(self._preparer, self._preparer.prepares(wish), facts)
+        return _decide(self._preparer, call(self._preparer.prepares, wish), facts)
 
     def find_took(self, trials: Iterable[_Trial]) -> Took | None:
         """Return how long such steps took: of several commands, one after the other."""
@@ -318,7 +319,7 @@ def _try(command: Command, request: VmRequest, facts: Facts) -> _Trial:
     try:
         ending = Ending(request, trial.goal, before=facts, after=facts, reports=(), error=None, planned=trial.steps)
         judgement = judge(ending)
-        own = command.reply_fields(replace(ending, judgement=judgement))
+        own = call(command.reply_fields, replace(ending, judgement=judgement))
     except Exception as error:
         return _refused(command, request, error)
     told = [*judgement.warnings, *own.get("warnings", ())]

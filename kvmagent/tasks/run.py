@@ -11,6 +11,7 @@ from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.reply import Problem, VmReply
 from kvmagent.model.steps import AnyStep
+from kvmagent.tasks.decision import plan
 from kvmagent.tasks.journal import StepRecord
 
 log = Log(__name__)
@@ -69,6 +70,12 @@ class Run:
     started: float = 0.0
     recorded: int | None = None
     hooked: bool = False
+
+    def plan(self, failed: frozenset[str] = frozenset()) -> tuple[AnyStep, ...]:
+        """Return what is left to do towards the goal, as last seen."""
+        assert self.goal is not None
+        assert self.after is not None
+        return plan(self.command, self.request, self.goal, self.after, failed)
 
     def end(self) -> Ending:
         return Ending(

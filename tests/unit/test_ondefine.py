@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_capacity import any_vms, examples
 from tests.unit.test_planners_properties import Vm
+from tests.unit.test_rogues import MISDEEDS
+from tests.unit.test_told import Counted
 
 GIB = 1024 * MIB
 BARE = GuestSpec(name="vm1", vcpus=2, max_vcpus=2, memory_mib=1024, max_memory_mib=None, numa_cells=0)
@@ -44,6 +47,7 @@ class Field:
         self.waiting: list[Task] = []
         self.refuse: AgentError | None = None
         self.stores_and_fails = False
+        self.recorder = Counted()
         self.preparations = self.make(maxima)
         assert domain.connection is not None
         events = VmEvents(
@@ -59,6 +63,7 @@ class Field:
             find_task=self.agent.journal.find,
             hand_in=self.hand_in,
             clock=lambda: self.now,
+            recorder=self.recorder,
         )
 
     def hand_in(self, command: Command, task_uuid: str, body: bytes) -> None:
@@ -184,6 +189,7 @@ def test_one_that_its_owner_excludes_is_left_alone_and_told_once(
     assert "event=refused" in audited
     assert "caller=agent:on_define" in audited
     assert len(lines) == 2
+    assert field.recorder.endings == [("ReadyForHotplug", "refused", "VM_OPTED_OUT")]
     # Another definition, without it: now it may.
     for root in (field.domain.config, field.domain.live):
         for metadata in root.findall("metadata"):
@@ -232,6 +238,29 @@ def test_one_that_fails_on_the_way_does_not_follow_its_own_event(field: Field) -
     field.preparations.note_all()
     field.settle()
     assert field.outcomes() == ["refused"]
+
+
+@pytest.mark.parametrize("misdeed", MISDEEDS)
+def test_a_plugin_that_misbehaves_is_told_once_and_leaves_the_others_alone(
+    field: Field, misdeed: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = replace(COMMANDS["ReadyForHotplug"], prepares=MISDEEDS[misdeed])
+    preparations = Preparations(
+        field.node,  # type: ignore[arg-type]
+        command,
+        FOURFOLD,
+        find_task=field.agent.journal.find,
+        hand_in=field.hand_in,
+        clock=lambda: field.now,
+        recorder=field.recorder,
+    )
+    for _ in range(3):
+        preparations.note_all()
+        field.now += 0.6
+        preparations.look()
+    assert field.handed_in == []
+    assert len(field.recorder.endings) == 1
+    assert sum("audit" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_a_task_that_failed_for_a_passing_reason_is_followed_by_another(field: Field) -> None:
@@ -331,6 +360,7 @@ def test_few_tasks_are_unfinished_at_once(tmp_path: Path) -> None:
     field = Field.__new__(Field)
     field.agent, field.node, field.now, field.domain = agent, agent.executor._node, 0.0, domains[0]
     field.handed_in, field.waiting, field.refuse, field.stores_and_fails = [], [], None, False
+    field.recorder = Counted()
     field.preparations = field.make()
     try:
         field.preparations.note_all()

@@ -39,7 +39,7 @@ def test_it_counts_from_the_first_look_over_a_restart_of_the_agent_and_ends_with
     assert again.note(look(tmp_path, prepared=True, domain_id=8)) == 200.0, "prepared once more after the VM's start"
     assert again.note(look(tmp_path, prepared=False, domain_id=8)) is None
     assert again.note(waiting) == 200.0
-    again.keep([])
+    again.forget(again.known())
     last = RestartMemory(file, clock=lambda: 300.0)
     last.load()
     assert last.note(waiting) == 300.0, "the VM was gone meanwhile"

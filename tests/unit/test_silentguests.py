@@ -67,7 +67,7 @@ def test_what_an_earlier_run_said_is_not_said_by_this_one(running: Facts) -> Non
     guests.note(look(running, Guest(), run=None))
     assert not guests.note(look(running, silent, run=8)), "it was off"
     guests.note(look(running, answer, run=9))
-    guests.keep([])
+    guests.forget(guests.known())
     assert not guests.note(look(running, silent, run=9)), "it was gone"
 
 

@@ -1,0 +1,213 @@
+"""Commands of plugins that misbehave: nothing is done that their goal does not say, and each task is answered truly."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmagent.model.command import Affect, Command, Goal, Total, no_rollback
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.steps import (
+    AnyStep,
+    AttachMemory,
+    AttachVirtioMem,
+    DefineShape,
+    DetachMemory,
+    ForgetMemory,
+    OfflineGuestVcpus,
+    OnlineGuestVcpus,
+    ResizeVirtioMem,
+    SetBalloon,
+    SetCpuShares,
+    SetVcpus,
+    Shape,
+    UnplugVcpus,
+)
+from kvmagent.tasks.executor import Executor
+from tests.fakes.agent import COMMANDS, MIB
+from tests.fakes.libvirt import FakeDomain
+from tests.unit.test_hostqueries import Unforeseen, raising, returning
+from tests.unit.test_recovery import WAYS, Agent, Way, check_truth, meet, reserved, shape_of
+from tests.unit.test_told import Counted
+
+SHAPE = Shape(vcpu_maximum=16, topology=None, max_memory_bytes=8192 * MIB, slots=16, cells=())
+DIMM: dict[str, Any] = {"alias": "ua-x", "size_bytes": 128 * MIB, "node": 0}
+STEPS: list[AnyStep] = [
+    *(SetVcpus(count=3, target=target) for target in ("live", "config", "both")),
+    *(AttachMemory(**DIMM, live=live, config=config) for live, config in ((True, False), (False, True), (True, True))),
+    *(
+        AttachVirtioMem(**DIMM, block_bytes=2 * MIB, requested_bytes=0, live=live, config=config)
+        for live, config in ((True, False), (False, True), (True, True))
+    ),
+    *(SetBalloon(size_bytes=200 * MIB, target=target) for target in ("live", "config")),
+    *(SetCpuShares(shares=512, target=target) for target in ("live", "config")),
+    *(ResizeVirtioMem(**DIMM, requested_bytes=0, target=target) for target in ("live", "config")),
+    ForgetMemory(**DIMM, slot=0),
+    DetachMemory(alias="ua-x", timeout_sec=1),
+    UnplugVcpus(count=1, timeout_sec=1),
+    OnlineGuestVcpus(ids=(0,)),
+    OfflineGuestVcpus(ids=(0,)),
+    DefineShape(shape=SHAPE),
+]
+AMOUNTS = {"cpu": 3, "memory": 384 * MIB, "balloon": 384 * MIB}
+
+
+def carry_out(directory: Path, command: Command, domain: FakeDomain | None = None, /, **fields: Any) -> Agent:
+    """Carry a command out that a plugin declares; the agent has what came of it."""
+    agent = Agent(directory, domain)
+    recorder = Counted()
+    agent.executor = Executor(
+        agent.node,
+        agent.journal,
+        {command.name: command},
+        on_finished=lambda owed: agent.finished.append(owed.task_uuid),
+        on_pending=lambda task_uuid: None,
+        libvirt_wait_s=0.0,
+        recorder=recorder,
+    )
+    agent.executor.run(agent.accept(command.name, vmUuid="vm1", **fields))
+    agent.journal.stop()
+    task = agent.journal.find("t1")
+    assert task is not None
+    assert (task.state, agent.finished, len(recorder.endings)) == ("finished", ["t1"], 1)
+    return agent
+
+
+def planning(totals: tuple[Total, ...], *steps: AnyStep) -> Command:
+    return replace(
+        COMMANDS["HotPlugCpu"],
+        goal=Goal,
+        decide=lambda request, facts, task_uuid: Goal(totals=totals),
+        next_steps=lambda goal, facts, failed: tuple(step for step in steps if step.key not in failed),
+        rollback_goal=no_rollback,
+    )
+
+
+def is_declared(step: AnyStep, totals: tuple[Total, ...], affect: Affect) -> bool:
+    """An oracle of its own: whether each definition that a step changes was asked for, and has a total."""
+    for target in step.changes:
+        if affect not in ("both", target):
+            return False
+        amounts = {"live": [t.live for t in totals if t.resource == step.resource and t.live is not None]}
+        amounts["config"] = [t.config for t in totals if t.resource == step.resource and t.config is not None]
+        if step.resource is not None and not amounts[target]:
+            return False
+    return True
+
+
+@st.composite
+def goals(draw: st.DrawFn) -> tuple[Total, ...]:
+    chosen = draw(st.lists(st.sampled_from(sorted(AMOUNTS)), unique=True))
+    return tuple(
+        Total(one, draw(st.sampled_from([None, AMOUNTS[one]])), draw(st.sampled_from([None, AMOUNTS[one]])))  # type: ignore[arg-type]
+        for one in chosen
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    step=st.sampled_from(STEPS),
+    totals=goals(),
+    affect=st.sampled_from(["both", "live", "config"]),
+    dry_run=st.booleans(),
+)
+def test_no_definition_is_changed_that_the_goal_or_the_caller_leaves_alone(
+    tmp_path_factory: pytest.TempPathFactory, step: AnyStep, totals: tuple[Total, ...], affect: Affect, dry_run: bool
+) -> None:
+    command = planning(totals, step)
+    agent = carry_out(tmp_path_factory.mktemp("rogue"), command, cpuNum=3, affect=affect, dryRun=dry_run)
+    reply = agent.reply()
+    if is_declared(step, totals, affect):
+        assert reply["errorCode"] != "INTERNAL_ERROR", reply
+        return
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "INTERNAL_ERROR")
+    assert type(step).__name__ in reply["error"]
+    assert (agent.domain.calls, reply["steps"]) == ([], [])
+
+
+def test_each_step_that_a_plan_can_name_says_what_it_changes() -> None:
+    assert {type(step) for step in STEPS} >= {
+        kind for kind in AnyStep.__args__ if not kind.__name__.startswith(("Await", "Online", "Offline"))
+    }
+
+
+def test_a_plan_that_has_no_effect_and_no_end_is_ended(tmp_path: Path) -> None:
+    command = replace(
+        planning((Total("cpu", 3, None),)), next_steps=lambda goal, facts, failed: (OnlineGuestVcpus(ids=(0,)),)
+    )
+    reply = carry_out(tmp_path, command, cpuNum=3).reply()
+    assert (reply["outcome"], reply["errorCode"], len(reply["steps"])) == ("refused", "INTERNAL_ERROR", 1)
+
+
+def test_what_a_later_round_plans_is_held_to_the_goal_as_well(tmp_path: Path) -> None:
+    """The definition alone was asked for; once it is changed the plugin goes on with the running VM."""
+
+    def next_steps(goal: Goal, facts: Any, failed: frozenset[str]) -> tuple[AnyStep, ...]:
+        saved = facts.get_config().vcpu_current == 3
+        return (SetVcpus(count=3, target="live" if saved else "config"),)
+
+    command = replace(planning((Total("cpu", None, 3),)), next_steps=next_steps)
+    agent = carry_out(tmp_path, command, cpuNum=3)
+    reply = agent.reply()
+    assert (reply["outcome"], reply["errorCode"]) == ("partial", "INTERNAL_ERROR")
+    assert (reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == (1, 3)
+
+
+#: What a function of a plugin's does instead of its work.
+MISDEEDS: dict[str, Callable[..., Any]] = {
+    "has a bug": raising(Unforeseen("a bug")),
+    "ends its thread": raising(SystemExit("bye")),
+    **{f"raises {code}": raising(AgentError(code, "made up")) for code in Code if code.startswith((
+        "CANCELLED", "JOURNAL_UN", "LIBVIRT_UN", "STOPPING", "CPU_REMOVAL_P", "MEMORY_REMOVAL_P", "VM_NOT_F", "VM_REPL"
+    ))},
+    "returns None": returning(None),
+    "returns a number": returning(7),
+    "returns text": returning("no"),
+    "returns numbers": returning((1, 2)),
+    "returns a goal of its own": returning(Goal(totals=(Total("cpu", 1, 1),), vm="x", run="y")),
+    "returns a step": returning((SetVcpus(count=1, target="both"),)),
+    "returns the judge's fields": returning({"outcome": "online", "success": True}),
+    "returns fields that there are not": returning({"no_such_field": 1}),
+    "returns warnings that are none": returning({"warnings": [object()]}),
+}  # fmt: skip
+CALLS = ("decide", "next_steps", "rollback_goal", "resumed_goal", "reply_fields", "find_progress_context")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(WAYS)),
+    wrong=st.dictionaries(
+        st.sampled_from(CALLS), st.tuples(st.integers(1, 4), st.sampled_from(sorted(MISDEEDS))), min_size=1, max_size=2
+    ),
+)
+def test_whatever_a_plugin_s_functions_do_its_task_is_answered_once_and_truly(
+    tmp_path_factory: pytest.TempPathFactory, name: str, wrong: dict[str, tuple[int, str]]
+) -> None:
+    way = WAYS[name]
+    check_way(tmp_path_factory.mktemp("rogue"), way, wrong)
+
+
+def check_way(directory: Path, way: Way, wrong: dict[str, tuple[int, str]]) -> None:
+    good = COMMANDS[way.command]
+
+    def spoil(name: str, nth: int, misdeed: str) -> Callable[..., Any]:
+        called, function = 0, getattr(good, name)
+
+        def spoilt(*arguments: Any) -> Any:
+            nonlocal called
+            called += 1
+            return (MISDEEDS[misdeed] if called == nth else function)(*arguments)
+
+        return spoilt
+
+    command = replace(good, **{call: spoil(call, nth, misdeed) for call, (nth, misdeed) in wrong.items()})
+    untouched, domain = shape_of(meet(way)), meet(way)
+    agent = carry_out(directory, command, domain, **way.fields)
+    reply = agent.reply()
+    assert reserved(agent) == 0
+    assert reply["outcome"] != "pending"
+    check_truth(domain, reply, untouched)
