@@ -19,7 +19,7 @@ def leave_over(vm: Vm, kind: str) -> None:
         return
     if kind == "balloon":
         vm.domain.guest.balloon_driver = False
-        vm.domain.setMemoryFlags(int(live.findtext("memory")) // 2, 1)
+        vm.domain.setMemoryFlags(int(live.findtext("currentMemory")) // 2, 1)
     for target in live.findall("./devices/memory[@model='virtio-mem']/target") if kind == "virtio-mem" else []:
         target.find("requested").text = target.findtext("size")
         vm.domain.guest.virtio_mem_limit = 0
