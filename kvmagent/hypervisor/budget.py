@@ -48,7 +48,7 @@ log = Log(__name__)
 
 # Looks that come so close together are one: a list of VMs is many looks. On a host of many VMs a look takes its time,
 # and is good for so many times of that: else the looks for each of n VMs would ask n times of all n.
-_SAME_LOOK_S, _SAME_LOOK_TIMES = 0.05, 5
+_SAME_LOOK_S, _SAME_LOOK_TIMES = 0.05, 20
 # How old what is shown may be: a page and a scraper ask often.
 _VIEW_S = 1.0
 # How long what a guest said of its memory is no news.

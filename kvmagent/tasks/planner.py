@@ -16,7 +16,8 @@ and nothing reserved, so that a plan is true of the moment alone. The operator's
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Literal, NamedTuple, Protocol
+from functools import cache, cached_property
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -91,6 +92,11 @@ class _Trial(NamedTuple):
         assert self.command.resizes is not None
         return self.command.resizes.direction
 
+    @property
+    def resources(self) -> frozenset[Name]:
+        assert self.command.resizes is not None
+        return self.command.resizes.resources
+
 
 class Planner:
     """Thread-safe. `find_took` says how long a command with such first steps took lately."""
@@ -103,8 +109,8 @@ class Planner:
         for command in commands:
             if command.resizes is not None:
                 self._commands.setdefault((command.resizes.resources, command.resizes.direction), command)
-        self._preparer = next((command for command in commands if command.prepares is not None), None)
-        asked = [*self._commands.values(), *([self._preparer] if self._preparer else [])]
+        self.preparer = next((command for command in commands if command.prepares is not None), None)
+        asked = [*self._commands.values(), *([self.preparer] if self.preparer else [])]
         self._parts = frozenset[str]().union(*(one.observe_guest | one.observe_first for one in asked))
 
     def plan(self, request: PlanRequest) -> PlanReply:
@@ -115,7 +121,7 @@ class Planner:
         """
         with self._node.open_vm(request.vm_uuid) as vm:
             facts = vm.observe(self._parts)
-            sketch = _Sketch(self, vm, facts, request.vm_uuid)
+            sketch = _Sketch(self, vm, _Look(self, request.vm_uuid, facts))
             return PlanReply(
                 vm_uuid=facts.domain.uuid,
                 name=facts.domain.name,
@@ -123,41 +129,9 @@ class Planner:
                 plans=[sketch.plan(target) for target in request.targets],
             )
 
-    def try_target(self, target: PlanTarget, vm: str, facts: Facts) -> list[_Trial]:
-        """Return what the commands say that bring a VM to a target: one for all of it, or one for each resource."""
-        names: list[Name] = [name for name, field in _FIELDS.items() if getattr(target, field) is not None]
-        trials = [self._try_one(name, target, vm, facts) for name in names]
-        directions = {trial.direction for trial in trials}
-        if len(trials) > 1 and len(directions) == 1:
-            whole = self._commands.get((frozenset(names), directions.pop()))
-            if whole is not None and _given(target) <= set(whole.request.__struct_fields__):
-                return [_try(whole, _make_request(whole, target, vm), facts)]
-        return trials
-
-    def _try_one(self, name: Name, target: PlanTarget, vm: str, facts: Facts) -> _Trial:
-        """Ask the command that grows a resource, and where that refuses the one that shrinks it.
-
-        Each takes the VM's present total as its end of the scale: no more than one of them has anything to do.
-        """
-        tried = []
-        for direction in ("up", "down"):
-            command = self._commands.get((frozenset({name}), direction))
-            if command is None:
-                continue
-            trial = _try(command, _make_request(command, target, vm), facts)
-            if trial.error is None:
-                return trial
-            tried.append(trial)
-        if not tried:
-            raise AgentError(Code.UNKNOWN_PATH, f"no plugin resizes {name}")
-        return next((one for one in tried if one.error is not None and one.error.code not in _OTHER_WAY), tried[0])
-
-    def prepare_for(self, target: PlanTarget, vm: str, facts: Facts) -> _Trial | None:
-        """Return what the command says that prepares the definition for a target; None where there is none."""
-        if self._preparer is None or self._preparer.prepares is None:
-            return None
-        wish = Wish(vm, cpu_num=target.cpu_num, memory_size=target.memory_size)
-        return _decide(self._preparer, call(self._preparer.prepares, wish), facts)
+    def find_command(self, names: Iterable[Name], direction: str) -> Command | None:
+        """Return the command that resizes these, all at once, in a direction."""
+        return self._commands.get((frozenset(names), direction))
 
     def find_took(self, trials: Iterable[_Trial]) -> Took | None:
         """Return how long such steps took: of several commands, one after the other."""
@@ -172,19 +146,99 @@ class Planner:
         )
 
 
+class _Look:
+    """What the commands say of a VM as it is, or would be, at one moment. What several targets ask alike is decided
+    once."""
+
+    def __init__(self, planner: Planner, vm: str, facts: Facts) -> None:
+        self.planner = planner
+        self.vm = vm
+        self.facts = facts
+        self._decided: dict[tuple[str, VmRequest], _Trial] = {}
+
+    def foresee(self, definition: Definition | None = None) -> "_Look":
+        """Return what would be so after a restart, with the persistent definition or with another.
+
+        A job of libvirt's that has the VM now is nothing that a restart is to end.
+        """
+        later = foresee_restart(self.facts, definition)
+        domain = msgspec.structs.replace(later.domain, job=self.facts.domain.job)
+        return _Look(self.planner, self.vm, msgspec.structs.replace(later, domain=domain))
+
+    def try_target(self, target: PlanTarget) -> list[_Trial]:
+        """Return what the commands say that bring a VM to a target: one for all of it, or one for each resource."""
+        return [_tell(trial, self.facts) for trial in self._decide_target(target)]
+
+    def try_one(self, name: Name, target: PlanTarget) -> _Trial:
+        """Return what the command says that brings one resource of a VM to a target."""
+        return _tell(self._decide_one(name, target), self.facts)
+
+    def prepare_for(self, target: PlanTarget) -> _Trial | None:
+        """Return what the command says that prepares the definition for a target; None where there is none."""
+        preparer = self.planner.preparer
+        if preparer is None or preparer.prepares is None:
+            return None
+        wish = Wish(self.vm, cpu_num=target.cpu_num, memory_size=target.memory_size)
+        return self.decide(preparer, call(preparer.prepares, wish))
+
+    def decide(self, command: Command, request: VmRequest) -> _Trial:
+        """Ask a command what a task with such a request would do; what it would be refused with is an answer too."""
+        asked = command.name, request
+        if asked not in self._decided:
+            try:
+                self._decided[asked] = _Trial(command, request, *decide(command, request, self.facts, ""))
+            except Exception as error:
+                self._decided[asked] = _refused(command, request, error)
+        return self._decided[asked]
+
+    def _decide_target(self, target: PlanTarget) -> list[_Trial]:
+        names: list[Name] = [name for name, field in _FIELDS.items() if getattr(target, field) is not None]
+        trials = [self._decide_one(name, target) for name in names]
+        directions = {trial.direction for trial in trials}
+        if len(trials) < 2 or len(directions) > 1 or _find_error(trials) is not None:
+            return trials
+        # All of it at once, where a command does that and takes the target's fields.
+        whole = self.planner.find_command(names, directions.pop())
+        if whole is None or not _given(target) <= set(whole.request.__struct_fields__):
+            return trials
+        return [self.decide(whole, _make_request(whole, target, self.vm))]
+
+    def _decide_one(self, name: Name, target: PlanTarget) -> _Trial:
+        """Ask the command that grows a resource, and where that refuses the one that shrinks it.
+
+        Each takes the VM's present total as its end of the scale: no more than one of them has anything to do.
+        """
+        tried = []
+        for direction in ("up", "down"):
+            command = self.planner.find_command((name,), direction)
+            if command is None:
+                continue
+            trial = self.decide(command, _make_request(command, target, self.vm))
+            if trial.error is None:
+                return trial
+            tried.append(trial)
+        if not tried:
+            raise AgentError(Code.UNKNOWN_PATH, f"no plugin resizes {name}")
+        return next((one for one in tried if one.error is not None and one.error.code not in _OTHER_WAY), tried[0])
+
+
 class _Sketch:
     """The plans of one VM, from one look at it. What several targets would prepare alike is made once."""
 
-    def __init__(self, planner: Planner, vm: PlannedVm, facts: Facts, name: str) -> None:
+    def __init__(self, planner: Planner, vm: PlannedVm, now: _Look) -> None:
         self._planner = planner
         self._vm = vm
-        self._facts = facts
-        self._name = name
-        self._foreseen: dict[Shape, tuple[str, Facts] | AgentError] = {}
+        self._now = now
+        self._facts = now.facts
+        self._foreseen: dict[Shape, tuple[str, _Look] | AgentError] = {}
+
+    @cached_property
+    def _restarted(self) -> _Look:
+        return self._now.foresee()
 
     def plan(self, target: PlanTarget) -> Plan:
         """Return what one target would mean."""
-        trials = self._planner.try_target(target, self._name, self._facts)
+        trials = self._now.try_target(target)
         refused = [trial for trial in trials if trial.error is not None]
         if not refused:
             return self._tell_live(target, trials)
@@ -245,12 +299,12 @@ class _Sketch:
             return self._shrink_definition(target, trials)
         if not all(trial.error is not None and _is_cured_by_start(trial.error) for trial in refused):
             return _Ahead(error=error)
-        later = self._try_later(target, foresee_restart(facts))
+        later = self._restarted.try_target(target)
         if any(_takes_by_balloon(trial) for trial in later):
             return _Ahead(error=error)
         if _find_error(later) is None:
             return _Ahead(totals=later, commands=later)
-        preparation = self._planner.prepare_for(target, self._name, facts)
+        preparation = self._now.prepare_for(target)
         if preparation is None or preparation.error is not None:
             return _Ahead(error=error if preparation is None else preparation.error)
         shape = next((step for step in preparation.steps if isinstance(step, DefineShape)), None)
@@ -260,24 +314,24 @@ class _Sketch:
         if isinstance(foreseen, AgentError):
             return _Ahead(error=foreseen)
         diff, restarted = foreseen
-        later = self._try_later(target, restarted)
+        later = restarted.try_target(target)
         return _Ahead([_tell_command(preparation, diff)], later, later, _find_error(later))
-
-    def _try_later(self, target: PlanTarget, restarted: Facts) -> list[_Trial]:
-        """A job of libvirt's that has the VM now is nothing that a restart is to end."""
-        domain = msgspec.structs.replace(restarted.domain, job=self._facts.domain.job)
-        return self._planner.try_target(target, self._name, msgspec.structs.replace(restarted, domain=domain))
 
     def _shrink_definition(self, target: PlanTarget, trials: list[_Trial]) -> "_Ahead":
         """What the running VM does not give up, its definition may: the next start has less then."""
         prepared, accepted = [], []
         for trial in trials:
             if trial.error is None:
-                accepted.append(trial)
+                # The definition may have less than the running VM, and then it is to be sent after the restart.
+                later = [self._restarted.try_one(name, target) for name in sorted(trial.resources)]
+                if (error := _find_error(later)) is not None:
+                    return _Ahead(error=error)
+                accepted += later
                 continue
             if trial.request.affect != "both":
                 return _Ahead(error=trial.error)
-            smaller = _try(trial.command, msgspec.structs.replace(trial.request, affect="config"), self._facts)
+            request = msgspec.structs.replace(trial.request, affect="config")
+            smaller = _tell(self._now.decide(trial.command, request), self._facts)
             if smaller.error is not None:
                 return _Ahead(error=smaller.error)
             if (
@@ -289,12 +343,12 @@ class _Sketch:
             prepared.append(smaller)
         return _Ahead([_tell_command(one) for one in prepared], [*accepted, *prepared], accepted)
 
-    def _foresee(self, step: DefineShape) -> tuple[str, Facts] | AgentError:
+    def _foresee(self, step: DefineShape) -> tuple[str, _Look] | AgentError:
         """Return the diff of a preparation, and what would be so after a start with it; or why it cannot be made."""
         if step.shape not in self._foreseen:
             try:
                 diff, definition = self._vm.foresee(step)
-                self._foreseen[step.shape] = diff, foresee_restart(self._facts, definition)
+                self._foreseen[step.shape] = diff, self._now.foresee(definition)
             except AgentError as error:
                 if error.code is Code.LIBVIRT_UNAVAILABLE:
                     raise
@@ -311,27 +365,20 @@ class _Ahead(NamedTuple):
     error: AgentError | None = None
 
 
-def _try(command: Command, request: VmRequest, facts: Facts) -> _Trial:
-    """Ask a command what a task with such a request would do, and what its reply would tell of it."""
-    trial = _decide(command, request, facts)
+def _tell(trial: _Trial, facts: Facts) -> _Trial:
+    """Return a trial with what the reply to such a task would tell of it."""
     if trial.goal is None:
         return trial
     try:
-        ending = Ending(request, trial.goal, before=facts, after=facts, reports=(), error=None, planned=trial.steps)
+        ending = Ending(
+            trial.request, trial.goal, before=facts, after=facts, reports=(), error=None, planned=trial.steps
+        )
         judgement = judge(ending)
-        own = call(command.reply_fields, replace(ending, judgement=judgement))
+        own = call(trial.command.reply_fields, replace(ending, judgement=judgement))
     except Exception as error:
-        return _refused(command, request, error)
+        return _refused(trial.command, trial.request, error)
     told = [*judgement.warnings, *own.get("warnings", ())]
     return trial._replace(told=told, size_bytes=own.get("aligned"))
-
-
-def _decide(command: Command, request: VmRequest, facts: Facts) -> _Trial:
-    """Ask a command what a task with such a request would do; what it would be refused with is an answer too."""
-    try:
-        return _Trial(command, request, *decide(command, request, facts, ""))
-    except Exception as error:
-        return _refused(command, request, error)
 
 
 def _refused(command: Command, request: VmRequest, error: Exception) -> _Trial:
@@ -352,8 +399,7 @@ def _make_request(command: Command, target: PlanTarget, vm: str) -> VmRequest:
 
 
 def _tell_command(trial: _Trial, diff: str | None = None) -> PlannedCommand:
-    fields = msgspec.structs.fields(trial.command.request)
-    defaults = {field.encode_name: field.default for field in fields}
+    defaults = _find_defaults(trial.command.request)
     request = msgspec.to_builtins(trial.request)
     return PlannedCommand(
         command=trial.command.name,
@@ -362,6 +408,11 @@ def _tell_command(trial: _Trial, diff: str | None = None) -> PlannedCommand:
         steps=[msgspec.to_builtins(step) for step in trial.steps],
         diff=diff,
     )
+
+
+@cache
+def _find_defaults(request: type[VmRequest]) -> dict[str, Any]:
+    return {field.encode_name: field.default for field in msgspec.structs.fields(request)}
 
 
 def _is_cured_by_start(error: AgentError) -> bool:

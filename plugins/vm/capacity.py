@@ -139,7 +139,8 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
         methods = [
             name for name in _METHODS if planners.refuse_memory(_least_by(name, facts, request.affect), name) is None
         ]
-    by_virtio_mem = memory.auto_method(facts, request.affect if current is not None else "config") == "plug virtio-mem"
+    known: Affect = "config" if facts.domain.live is None else "live"
+    by_virtio_mem = memory.auto_method(facts, known if current is None else request.affect) == "plug virtio-mem"
     emulated = definition.hypervisor == "qemu" and not facts.host.removes_emulated
     fixed = emulated or any(check_cpu_removal(definition)) or any(check_gives_up(facts.guest.os))
     if definition.policy.hotplug and not fixed:

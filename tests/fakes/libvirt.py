@@ -292,7 +292,8 @@ class FakeDomain:
     def power_cycle(self, *, start: bool = True) -> None:
         """Off, and on again from the persistent definition; each dimm has another place then."""
         self.live = copy.deepcopy(self.config) if start else None
-        self.held_kib = None
+        self.held_kib, self.unusual_state, self.guest.frozen = None, None, False
+        self.reason = libvirt.VIR_DOMAIN_RUNNING_BOOTED
         self.number += 1
         base = FIRST_DIMM_BASE + 1024 * MIB
         for device in self.live.iterfind("./devices/memory[@model='dimm']") if start else ():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,7 +94,42 @@ def any_vms(draw: st.DrawFn) -> Vm:
     vm.domain.paused = draw(st.sampled_from([False, False, False, True]))
     if draw(st.integers(0, 9)) == 0:
         vm.domain.live = None
+    arrange_state(vm.domain, draw(st.just(None) | st.sampled_from(STATES)))
     return vm
+
+
+JOBS = {
+    "backup": libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP,
+    "migration": libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT,
+    "unknown job": 99,
+}
+UNUSUAL = {"in shutdown": libvirt.VIR_DOMAIN_SHUTDOWN, "pmsuspended": libvirt.VIR_DOMAIN_PMSUSPENDED}
+STATES = (*JOBS, *UNUSUAL, "saved", "frozen", "migrated", "transient", "shares", "other shares", "next start has more")
+
+
+def arrange_state(domain: FakeDomain, state: str | None) -> None:
+    """Bring a VM into a state that has little to do with what its definitions say of CPUs and memory."""
+    if state in JOBS and domain.live is not None:
+        domain.job = {"type": libvirt.VIR_DOMAIN_JOB_UNBOUNDED, "operation": JOBS[state]}
+    elif state in UNUSUAL:
+        domain.unusual_state = UNUSUAL[state]
+    elif state == "saved":
+        domain.saved = True
+    elif state == "frozen":
+        domain.guest.frozen = True
+    elif state == "migrated":
+        domain.reason = libvirt.VIR_DOMAIN_RUNNING_MIGRATED
+    elif state == "transient" and domain.live is not None:
+        domain.config = None
+    elif state == "next start has more":
+        config = domain.config
+        config.find("vcpu").text = str(int(config.findtext("vcpu")) + 2)
+        if config.find("maxMemory") is not None:
+            config.find("maxMemory").text = str(int(config.findtext("maxMemory")) + 4 * 1024 * 1024)
+    elif state in ("shares", "other shares"):
+        for root, shares in ((domain.live, 1024), (domain.config, 1024 if state == "shares" else 3)):
+            if root is not None:
+                root.append(etree.fromstring(f"<cputune><shares>{shares}</shares></cputune>"))
 
 
 def draw_definitions(draw: st.DrawFn, vm: Vm) -> tuple[Any, ...]:
@@ -233,6 +269,14 @@ def test_a_vm_that_has_all_it_can_have_is_at_its_maximum_and_nothing_is_wrong(tm
     full = GuestSpec(name="vm1", vcpus=4, max_vcpus=4, memory_mib=512, max_memory_mib=512, slots=4)
     told = ask(tmp_path, lambda domain: None, full)
     assert (told["ready"], told["atMaximum"], told["blockers"], told["warnings"]) == (False, True, [], [])
+
+
+def test_a_transient_vm_is_asked_about_the_definition_that_it_has_not(tmp_path: Path) -> None:
+    """Found by the properties above: the question failed, in place of saying that there is none."""
+    transient = make_domain(SPEC, make_guest(SPEC), virt_type="kvm", persistent=False)
+    told = carry_out(make_node(tmp_path, transient), "ReadyForHotplug", vmUuid="vm1", affect="config")
+    assert (told["outcome"], told["ready"]) == ("unchanged", False)
+    assert [blocker["code"] for blocker in told["blockers"]] == ["VM_TRANSIENT"]
 
 
 def test_a_guest_without_an_agent_is_ready_and_cannot_confirm(tmp_path: Path) -> None:
