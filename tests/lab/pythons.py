@@ -63,7 +63,7 @@ def find_command(version: str) -> list[str]:
 
 
 def run_fast(version: str, *arguments: str) -> int:
-    """Run the fast tests on a version; pytest's exit status. Another -m among the arguments takes the place of this one.
+    """Run the fast tests on a version; pytest's exit status. Another -m among the arguments replaces this one.
 
     Raises:
         ImageError: there is no such Python.
