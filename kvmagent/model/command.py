@@ -14,13 +14,13 @@ on from its recorded goal.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
 from kvmagent.model.decoders import prepare_decoder
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, Part
 from kvmagent.model.host import ManagementServer, Progress, Query, Report, VmEvent
 from kvmagent.model.reply import Judgement, Problem, VmReply
 from kvmagent.model.roles import Role, check_role
@@ -246,7 +246,7 @@ class Command:
     request: type[VmRequest]
     reply: type[VmReply]
     goal: type[Goal]
-    observe_guest: frozenset[str]
+    observe_guest: frozenset[Part]
     decide: Callable[[Any, Facts, str], Goal]
     next_steps: Callable[[Any, Facts, frozenset[str]], tuple[AnyStep, ...]]
     refusals: tuple[Code, ...]
@@ -255,7 +255,7 @@ class Command:
     reply_fields: Callable[[Ending], Mapping[str, Any]] = no_reply_fields
     rollback_goal: Callable[[Any, Facts, Facts, AgentError], Goal | None] = no_rollback
     resumed_goal: Callable[[Any], Goal] = resume_goal
-    observe_first: frozenset[str] = frozenset()
+    observe_first: frozenset[Part] = frozenset()
     find_progress_context: Callable[[Any], dict[str, Any] | None] = lambda _request: None
     subcommand: str = ""
     remedies_in_error: Mapping[Code, str] | None = None
@@ -266,6 +266,9 @@ class Command:
         check_role(self.name, self.role)
         if not issubclass(self.reply, VmReply):
             raise TypeError(f"the reply of {self.name} is a {self.reply.__name__}: it must extend VmReply")
+        if unknown := (self.observe_guest | self.observe_first) - frozenset(get_args(Part)):
+            parts = ", ".join(map(repr, get_args(Part)))
+            raise ValueError(f"{self.name} observes {sorted(unknown)}; what can be observed: {parts}")
         prepare_decoder(self.request, self.goal)
 
 

@@ -3,6 +3,7 @@
 Facts are read by hypervisor/ and judged by planners. Sizes are bytes. `None` always means unknown, never zero.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -247,6 +248,11 @@ def count_missing(listed: frozenset[int], spans: tuple[range, ...]) -> int:
     return sum(map(len, spans)) - len(pick_blocks(listed, spans))
 
 
+#: What is asked of the guest: its CPUs, its memory (and the host's beside it), its agent, its operating system; and of
+#: others: what of the host's memory is promised to all VMs, what was asked of the balloon.
+Part = Literal["cpus", "memory", "agent", "os", "budget", "balloon target"]
+
+
 class Domain(msgspec.Struct, frozen=True):
     """One VM as libvirt has it. `live` is None when it is off, `config` when it is transient.
 
@@ -270,6 +276,13 @@ class Domain(msgspec.Struct, frozen=True):
     memlock_bytes: int | None = None
     balloon_target_bytes: int | None = None
     balloon_unused: tuple[int, int] | None = None
+
+    def definitions(self, *, live: bool = True, config: bool = True) -> Iterator[tuple[str, Definition]]:
+        """Yield the definitions that there are of those wanted, each with what messages call it."""
+        if live and self.live is not None:
+            yield "running", self.live
+        if config and self.config is not None:
+            yield "persistent", self.config
 
 
 class GuestVcpu(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ def check_owner_policy(facts: Facts, affect: Affect, goal: Goal, steps: tuple[An
     changed = frozenset[Target]().union(*(step.changes for step in steps))
     running = affect != "config" or "live" in changed or any(total.live is not None for total in goal.totals)
     persistent = affect != "live" or "config" in changed or any(total.config is not None for total in goal.totals)
-    for name, definition in _definitions(facts.domain, running=running, persistent=persistent):
+    for name, definition in facts.domain.definitions(live=running, config=persistent):
         for problem in (
             *check_opt_out(facts.domain, name, definition),
             *_check_totals(facts.domain, name, definition, goal.totals),
@@ -44,10 +44,3 @@ def _check_totals(domain: Domain, name: str, definition: Definition, totals: tup
                 actual = domain.balloon_bytes
             if wanted > actual:
                 yield from check_memory_ceiling(domain, name, definition, wanted + definition.virtio_mem_bytes)
-
-
-def _definitions(domain: Domain, *, running: bool, persistent: bool) -> Iterator[tuple[str, Definition]]:
-    if running and domain.live is not None:
-        yield "running", domain.live
-    if persistent and domain.config is not None:
-        yield "persistent", domain.config

@@ -65,8 +65,8 @@ def find_mistakes(facts: Facts | None) -> list[Problem]:
     if facts is None:
         return []
     domain, policies = facts.domain, dict[str, Policy]()
-    for name, definition in (("running", domain.live), ("persistent", domain.config)):
-        if definition is not None and definition.policy.mistakes:
+    for name, definition in domain.definitions():
+        if definition.policy.mistakes:
             policies[name] = definition.policy
     if not policies:
         return []

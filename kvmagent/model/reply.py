@@ -30,6 +30,19 @@ class Problem(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
         return cls(error.code, error.message, error.remedy, asked if isinstance(asked, int) else None)
 
 
+class Blocker(msgspec.Struct, frozen=True, rename="camel"):
+    """One thing that stands in the way of hotplug.
+
+    `definitions` are those that it stands in; empty where it is of the guest, the host or the VM as a whole.
+    """
+
+    code: Code
+    message: str
+    remedy: str
+    needs_restart: bool
+    definitions: list[Literal["running", "persistent"]] = []
+
+
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):
     """A VM's numbers at one moment; null where unknown. Sizes are bytes.
 

@@ -12,16 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from kvmagent.model.command import Affect, Goal
-from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts
-from kvmagent.model.fields import Method
-from kvmagent.model.hostbudget import refuse_growth
-from kvmagent.model.ownerpolicy import check_owner_policy
-from kvmagent.model.units import align_up
-
-from . import cpu, memory
-from .checks import (
+from kvmagent.model.checks import (
     VIRTIO_MEM_BLOCK_BYTES,
     check_cpu,
     check_cpu_removal,
@@ -34,9 +25,19 @@ from .checks import (
     dimm_quantum,
     virtio_mem_block_bytes,
 )
-from .guestos import check_gives_up, check_plugs_memory
-from .placement import check_placement
-from .requests import Blocker, Headroom, HotPlugCpuRequest, HotPlugMemoryRequest, ReadyForHotplugRequest
+from kvmagent.model.command import Affect, Goal
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.fields import Method
+from kvmagent.model.guestos import check_gives_up, check_plugs_memory
+from kvmagent.model.hostbudget import refuse_growth
+from kvmagent.model.ownerpolicy import check_owner_policy
+from kvmagent.model.placement import check_placement
+from kvmagent.model.reply import Blocker
+from kvmagent.model.units import align_up
+
+from . import cpu, memory
+from .requests import Headroom, HotPlugCpuRequest, HotPlugMemoryRequest, ReadyForHotplugRequest
 
 # Nothing is wrong with a VM that has all that it can have without a restart.
 _AT_MAXIMUM = frozenset({Code.CPU_ABOVE_MAXIMUM, Code.MEMORY_ABOVE_MAXIMUM, Code.SLOTS_EXHAUSTED})

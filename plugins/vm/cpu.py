@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from kvmagent.model.checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
 from kvmagent.model.command import Command, Ending, Goal, Resize, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
@@ -17,7 +18,6 @@ from kvmagent.model.steps import (
     SetVcpus,
 )
 
-from .checks import STATE_REFUSALS, check_cpu, check_expected, check_state, refuse_first
 from .cpushares import PlannedShares, are_shares_set, explain_shares, plan_shares, shares_steps
 from .requests import HotPlugCpuRequest
 from .vcpus import FormerVcpus, find_former, is_back, undo_steps

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from kvmagent.model.checks import check_expected, check_state, refuse_first
 from kvmagent.model.command import Command, Ending, Goal, Resize
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
@@ -13,7 +14,6 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 
 from . import cpu, memory, memorygoal, shrink
-from .checks import check_expected, check_state, refuse_first
 from .cpu import CpuGoal
 from .cpushares import explain_shares
 from .memorygoal import MemoryGoal

@@ -5,16 +5,7 @@ from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Affect, Command, Ending, Resize, Total
-from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice
-from kvmagent.model.guestuse import find_imbalance
-from kvmagent.model.policy import may_online
-from kvmagent.model.reply import Problem
-from kvmagent.model.steps import Target
-from kvmagent.model.units import KIB, align_down, align_up, format_size
-
-from .checks import (
+from kvmagent.model.checks import (
     STATE_REFUSALS,
     VIRTIO_MEM_BLOCK_BYTES,
     check_balloon,
@@ -29,9 +20,20 @@ from .checks import (
     check_unlocked,
     dimm_quantum,
     refuse_first,
-    round_up_addition,
     virtio_mem_block_bytes,
 )
+from kvmagent.model.command import Affect, Command, Ending, Resize, Total
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.guestos import check_plugs_memory, check_virtio_mem, find_limits
+from kvmagent.model.guestuse import find_imbalance
+from kvmagent.model.machines import Ability, find_machine
+from kvmagent.model.placement import check_placement
+from kvmagent.model.policy import may_online
+from kvmagent.model.reply import Blocker, Problem
+from kvmagent.model.steps import Target
+from kvmagent.model.units import KIB, align_down, align_up, format_size
+
 from .guestmemory import (
     OWN_ALIAS,
     explain_free,
@@ -39,12 +41,9 @@ from .guestmemory import (
     find_idle,
     split_for_guest,
 )
-from .guestos import check_plugs_memory, check_virtio_mem, find_limits
 from .leftovers import cancel_leftovers, explain_leftovers, find_balloon_leftover, find_other_half
-from .machines import Ability, find_machine
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, next_steps
-from .placement import check_placement
-from .requests import Blocker, HotPlugMemoryRequest, MemoryReply
+from .requests import HotPlugMemoryRequest, MemoryReply
 
 TARGETS: tuple[Target, Target] = ("live", "config")
 
@@ -103,6 +102,25 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         guest_online=request.guest_online,
         timeout_sec=request.timeout_sec,
     )
+
+
+def round_up_addition(request: HotPlugMemoryRequest, wanted_bytes: int, quantum_bytes: int) -> int:
+    """Return what to add to have at least `wanted_bytes` more, in whole quanta.
+
+    Raises:
+        AgentError: MEMORY_NOT_ALIGNED, when it would have to be rounded and `strict` forbids it.
+    """
+    aligned = align_up(wanted_bytes, quantum_bytes)
+    if request.strict and aligned != wanted_bytes:
+        upper = request.memory_size - wanted_bytes + aligned
+        raise AgentError(
+            Code.MEMORY_NOT_ALIGNED,
+            f"{format_size(wanted_bytes)} more requested, but the guest takes multiples of "
+            f"{format_size(quantum_bytes)}",
+            remedy=f'Request a total of {upper - quantum_bytes} or {upper} bytes, or leave "strict" out to have it '
+            "rounded up.",
+        )
+    return aligned
 
 
 def auto_method(facts: Facts, affect: Affect) -> Ability:

@@ -4,15 +4,7 @@ from typing import Any
 
 import msgspec
 
-from kvmagent.model.command import Goal
-from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts
-from kvmagent.model.guestuse import warning
-from kvmagent.model.reply import Problem
-from kvmagent.model.steps import CellShape, Shape, VirtioMemShape
-from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
-
-from .checks import (
+from kvmagent.model.checks import (
     check_machine_age,
     check_opted_out,
     check_passes_nothing,
@@ -22,8 +14,16 @@ from .checks import (
     refuse_first,
     virtio_mem_block_bytes,
 )
-from .guestos import check_virtio_mem, find_limits, find_socket_limits, find_unknown
-from .machines import check_machine, find_machine
+from kvmagent.model.command import Goal
+from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.guestos import check_virtio_mem, find_limits, find_socket_limits, find_unknown
+from kvmagent.model.guestuse import warning
+from kvmagent.model.machines import check_machine, find_machine
+from kvmagent.model.reply import Problem
+from kvmagent.model.steps import CellShape, Shape, VirtioMemShape
+from kvmagent.model.units import GIB, align_down, align_up, format_ids, format_size
+
 from .requests import Change, Clamp, ReadyForHotplugRequest
 
 # Room that a VM without any is given where the request names none, in multiples of what it has.

@@ -6,9 +6,11 @@ With `prepare` the persistent definition is edited so that the next start is rea
 from collections.abc import Mapping
 from typing import Any
 
+from kvmagent.model.checks import check_guest
 from kvmagent.model.command import Command, Ending, Wish
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.guestos import check_gives_up, find_limits
 from kvmagent.model.guestuse import find_imbalance, find_memory_warnings, idle_warnings, migration_warnings, warning
 from kvmagent.model.hostbudget import foresee_restart
 from kvmagent.model.judge import drift
@@ -17,9 +19,7 @@ from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import format_size
 
 from .capacity import find_headroom, judge_readiness
-from .checks import check_guest
 from .guestmemory import find_online_bytes
-from .guestos import check_gives_up, find_limits
 from .prepare import PrepareGoal, explain_preparation, is_prepared, plan_preparation
 from .requests import Device, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
 

@@ -5,10 +5,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from kvmagent.model.command import VmRequest
-from kvmagent.model.errors import Code
 from kvmagent.model.facts import GuestOs, VmState
 from kvmagent.model.fields import CpuNum, DimmSize, GuestNode, MemoryMethod, MemorySize, ScaleShares, Strict
-from kvmagent.model.reply import VmReply
+from kvmagent.model.reply import Blocker, VmReply
 
 LateCallback = Annotated[
     bool, msgspec.Meta(description="Send a second callback when a removal that was pending completes later")
@@ -106,19 +105,6 @@ class MemoryReply(VmReply, kw_only=True, rename="camel"):
     aligned: int | None = None
     applied: int | None = None
     guest_growth: int | None = None
-
-
-class Blocker(msgspec.Struct, frozen=True, rename="camel"):
-    """One thing that stands in the way of hotplug.
-
-    `definitions` are those that it stands in; empty where it is of the guest, the host or the VM as a whole.
-    """
-
-    code: Code
-    message: str
-    remedy: str
-    needs_restart: bool
-    definitions: list[Literal["running", "persistent"]] = []
 
 
 class Headroom(msgspec.Struct, frozen=True, rename="camel"):

@@ -3,16 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+from kvmagent.model.checks import (
+    STATE_REFUSALS,
+    check_awake,
+    check_cpu_removal,
+    check_expected,
+    check_state,
+    refuse_first,
+)
 from kvmagent.model.command import Command, Ending, Goal, Resize, Total
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.guestos import check_gives_up
 from kvmagent.model.reply import VmReply
 from kvmagent.model.steps import AnyStep, OfflineGuestVcpus, OnlineGuestVcpus, SetVcpus, UnplugVcpus
 from kvmagent.model.units import format_ids
 
-from .checks import STATE_REFUSALS, check_awake, check_cpu_removal, check_expected, check_state, refuse_first
 from .cpushares import PlannedShares, explain_shares, plan_shares, shares_steps
-from .guestos import check_gives_up
 from .requests import HotUnplugCpuRequest
 from .vcpus import can_remove_vcpus, leaving_ids
 

@@ -6,14 +6,7 @@ virtio-mem devices shrink, dimms leave where that is not enough, and below the b
 from collections.abc import Mapping
 from typing import Any
 
-from kvmagent.model.command import Affect, Command, Ending, Resize, Total
-from kvmagent.model.errors import CODES, AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
-from kvmagent.model.reply import Problem
-from kvmagent.model.steps import Target
-from kvmagent.model.units import align_down, align_up, format_size
-
-from .checks import (
+from kvmagent.model.checks import (
     STATE_REFUSALS,
     VIRTIO_MEM_BLOCK_BYTES,
     block_bytes,
@@ -22,6 +15,14 @@ from .checks import (
     check_state,
     refuse_first,
 )
+from kvmagent.model.command import Affect, Command, Ending, Resize, Total
+from kvmagent.model.errors import CODES, AgentError, Code
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, device_blocks, pick_blocks
+from kvmagent.model.guestos import check_gives_up
+from kvmagent.model.reply import Problem
+from kvmagent.model.steps import Target
+from kvmagent.model.units import align_down, align_up, format_size
+
 from .exactfit import Sums
 from .guestmemory import (
     BALLOON_FLOOR_BYTES,
@@ -30,7 +31,6 @@ from .guestmemory import (
     find_growth,
     offline_bytes,
 )
-from .guestos import check_gives_up
 from .memory import (
     TARGETS,
     balloon_actual,

@@ -14,10 +14,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+from kvmagent.model.checks import check_cpu_removal
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.steps import AnyStep, AwaitGuestVcpus, OfflineGuestVcpus, SetVcpus, UnplugVcpus
-
-from .checks import check_cpu_removal
 
 
 class FormerVcpus(msgspec.Struct, frozen=True, rename="camel"):

@@ -4,6 +4,7 @@ A document holds `<!-- block: NAME -->`, what NAME makes, `<!-- end -->`; `pytes
 all of them anew.
 """
 
+import importlib
 import inspect
 import json
 import re
@@ -29,6 +30,7 @@ from kvmagent.settings import Settings, list_settings
 from tests.fakes.agent import FakeAgent, make_guest
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
+from tests.test_floors import FOR_PLUGINS
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"(<!-- block: (?P<name>[^ ]+)(?: (?P<of>[^ ]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -98,6 +100,13 @@ def steps(_of: str | None) -> str:
         f"| {step.__struct_config__.tag} | {' '.join((step.__doc__ or '').split())} |" for step in get_args(AnyStep)
     ]
     return "\n".join(["| step | effect |", "|---|---|", *rows, ""])
+
+
+def model(_of: str | None) -> str:
+    """What plugins may import."""
+    modules = [importlib.import_module(f"kvmagent.model.{name}") for name in FOR_PLUGINS]
+    rows = [f"| `{one.__name__}` | {_cell((inspect.getdoc(one) or '').splitlines()[0])} |" for one in modules]
+    return "\n".join(["| module | what |", "|---|---|", *rows, ""])
 
 
 @cache
@@ -250,6 +259,7 @@ BLOCKS: dict[str, Callable[[str | None], str]] = {
     "requests": requests,
     "settings": settings,
     "steps": steps,
+    "model": model,
     "file": file,
     "prepare-before": prepare_before,
     "prepare-diff": prepare_diff,

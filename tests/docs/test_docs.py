@@ -14,6 +14,7 @@ from kvmagent.cli.ctl.main import make_cli
 from kvmagent.model.errors import CODES, LOOKS, Code
 from kvmagent.settings import Settings, list_settings
 from tests.docs.blocks import ROOT, fill
+from tests.docs.test_plugin import EXAMPLES
 
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "SECURITY.md"]
 MADE = re.compile(r"<!-- block: .*?<!-- end -->", re.DOTALL)
@@ -95,7 +96,7 @@ def test_commands_of_the_agent_exist_with_their_options(document: Path) -> None:
                     command, options = found, set(own(found)) | {"--help", "--json"}
                 elif word.startswith("--"):
                     assert word.partition("=")[0] in options, words
-            assert command is not None or words[1].startswith("-") or words[1] == "give-all-cpus", words
+            assert command is not None or words[1].startswith("-") or words[1] in EXAMPLES, words
 
 
 def own(command: click.Command) -> Iterator[str]:

@@ -6,7 +6,7 @@ import libvirt
 import pytest
 
 from kvmagent.hypervisor.domainxml import format_dimm, format_virtio_mem, parse_definition
-from kvmagent_plugins.vm.placement import find_gap, find_spans
+from kvmagent.model.placement import find_gap, find_spans
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 

@@ -10,9 +10,9 @@ from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import VmState
 from kvmagent.model.host import HostLoad, HostMemory
 from kvmagent.model.plans import Plan, PlannedCommand, PlanReply, PlanTarget, Reason, Reserved, Verdict
-from kvmagent.model.reply import Numbers, Problem
+from kvmagent.model.reply import Blocker, Numbers, Problem
 from kvmagent.model.units import format_size
-from kvmagent_plugins.vm.requests import Blocker, Headroom, PluggedOffline, ReadinessReply
+from kvmagent_plugins.vm.requests import Headroom, PluggedOffline, ReadinessReply
 from tests.page.stage import NOW
 
 # The agent's remedies, but for those that the pictures show: other words for them are no other look.

@@ -5,8 +5,8 @@ from typing import Any
 
 import msgspec
 
+from kvmagent.model.checks import check_cpu, check_device_support, check_state
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
-from kvmagent_plugins.vm.checks import check_cpu, check_device_support, check_state
 from tests.fakes.agent import make_domain, make_node
 from tests.lab.domainxml import GuestSpec
 

@@ -3,9 +3,9 @@
 import pytest
 
 from kvmagent.hypervisor.domainxml import parse_definition
+from kvmagent.model.checks import find_vcpu_limit
 from kvmagent.model.facts import Definition, Host
-from kvmagent_plugins.vm.checks import find_vcpu_limit
-from kvmagent_plugins.vm.machines import check_machine
+from kvmagent.model.machines import check_machine
 
 
 def define(arch: str, machine: str, *, kind: str = "kvm", inside: str = "") -> Definition:

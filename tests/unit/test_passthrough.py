@@ -8,8 +8,8 @@ from lxml import etree
 
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA, check_definition
+from kvmagent.model.checks import check_device_room, check_host
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
-from kvmagent_plugins.vm.checks import check_device_room, check_host
 from tests.fakes.agent import MIB, format_spec
 from tests.lab.domainxml import GuestSpec
 

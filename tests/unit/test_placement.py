@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host, MemoryDevice, NumaCell
-from kvmagent_plugins.vm.placement import check_placement
+from kvmagent.model.placement import check_placement
 from tests.fakes.agent import carry_out, make_domain, make_guest, make_node
 from tests.lab.domainxml import GuestSpec
 

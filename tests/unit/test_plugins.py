@@ -1,8 +1,10 @@
+import dataclasses
 import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +36,14 @@ def test_a_plugin_that_cannot_be_had_stops_the_start_with_its_name_and_cause(
     assert caught.value.code is Code.BAD_CONFIGURATION
     assert "'broken'" in caught.value.message
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("wrong", [{"observe_guest": {"cpu"}}, {"observe_first": {"budgets"}}])
+def test_a_part_that_cannot_be_observed_is_an_error_and_no_silence(wrong: dict[str, set[str]]) -> None:
+    (plugin,) = load_plugins(("vm",))
+    declared: Any = {name: frozenset(parts) for name, parts in wrong.items()}
+    with pytest.raises(ValueError, match=r"observes \['(cpu|budgets)'\]; what can be observed: 'cpus', 'memory'"):
+        dataclasses.replace(plugin.commands[0], **declared)
 
 
 def test_the_command_line_says_what_is_wrong_and_what_to_do(tmp_path: Path) -> None:

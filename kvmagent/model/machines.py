@@ -16,9 +16,8 @@ import msgspec
 
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import Definition
+from kvmagent.model.reply import Blocker
 from kvmagent.model.units import KIB, MIB
-
-from .requests import Blocker
 
 Ability = Literal["plug vCPUs", "unplug vCPUs", "plug dimms", "plug virtio-mem"]
 

@@ -12,9 +12,7 @@ from collections.abc import Iterator
 
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import GuestOs
-from kvmagent.model.reply import Problem
-
-from .requests import Blocker
+from kvmagent.model.reply import Blocker, Problem
 
 _VIRTIO_MEM_FROM, _VIRTIO_MEM_ADVISED, _VIRTIO_MEM_FROM_ON_ARM = (5, 8), (5, 16), (5, 18)
 _USE_RESTART = 'Use "affect": "config" and power the VM off and on.'

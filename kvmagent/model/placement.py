@@ -8,13 +8,12 @@ hotplug range"); libvirt and QEMU say nothing.
 
 from collections.abc import Iterator
 
+from kvmagent.model.checks import block_bytes, blocker, find_changed, find_page_bytes
 from kvmagent.model.command import Affect
 from kvmagent.model.errors import Code
 from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.reply import Blocker
 from kvmagent.model.units import GIB, MIB, align_down, align_up, format_size
-
-from .checks import block_bytes, blocker, find_page_bytes
-from .requests import Blocker
 
 # What QEMU aligns memory to that is backed by normal pages. Source: QEMU include/qemu/osdep.h, QEMU_VMALLOC_ALIGN.
 _ALIGNMENT_BYTES = 2 * MIB
@@ -30,9 +29,7 @@ _Span = tuple[int, int, MemoryDevice | None]
 def check_placement(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], node: int | None) -> Iterator[Blocker]:
     """No device may be in the way by which the next dimms would come to lie where the guest cannot use them."""
     quantum, page = block_bytes(facts), find_page_bytes(facts, node or 0) or 0
-    for name, definition in (("running", facts.domain.live), ("persistent", facts.domain.config)):
-        if definition is None or affect == ("config" if name == "running" else "live"):
-            continue
+    for name, definition in find_changed(facts.domain, affect):
         start, spans = find_spans(definition)
         for size in sizes_bytes:
             base, before = find_gap(start, spans, size, max(_ALIGNMENT_BYTES, page))

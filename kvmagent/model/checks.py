@@ -1,4 +1,4 @@
-"""What stands in the way of hotplug: each check yields every blocker that it finds.
+"""The checks of the shipped commands: what stands in the way of hotplug, every blocker of it.
 
 Planners refuse with the first one; ReadyForHotplug tells them all. So a VM that is called ready is a VM that a
 planner will not refuse.
@@ -14,11 +14,9 @@ from kvmagent.model.command import Affect, Total
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
 from kvmagent.model.guestuse import AGENT_COMMANDS
-from kvmagent.model.reply import Problem
-from kvmagent.model.units import GIB, MIB, align_up, format_ids, format_size
-
-from .machines import Ability, check_machine, find_machine
-from .requests import Blocker, HotPlugMemoryRequest
+from kvmagent.model.machines import Ability, check_machine, find_machine
+from kvmagent.model.reply import Blocker, Problem
+from kvmagent.model.units import GIB, MIB, format_ids, format_size
 
 # What the host keeps for itself when memory is plugged.
 HOST_RESERVE_BYTES = 256 * MIB
@@ -110,13 +108,13 @@ def check_awake(domain: Domain, affect: Affect) -> Iterator[Blocker]:
 
 def check_opted_out(domain: Domain, affect: Affect) -> Iterator[Blocker]:
     """The owner must allow hotplug of each definition to be changed."""
-    for name, definition in _definitions(domain, affect):
+    for name, definition in find_changed(domain, affect):
         yield from _blockers(policy.check_opt_out(domain, name, definition))
 
 
 def check_memory_ceiling(facts: Facts, affect: Affect, size_bytes: int) -> Iterator[Blocker]:
     """Memory that grows to this must stay within the ceiling of each definition to be changed."""
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         yield from _blockers(policy.check_memory_ceiling(facts.domain, name, definition, size_bytes))
 
 
@@ -144,7 +142,7 @@ def check_expected(facts: Facts, affect: Affect, cpu_num: int | None, memory_siz
 def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
     """Each definition to be changed, and its owner, must allow `cpu_num` vCPUs, and the host its maximum."""
     yield from check_awake(facts.domain, affect)
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         yield from check_machine(name, definition, "plug vCPUs")
         limit, why = find_vcpu_limit(facts.host, definition)
         if limit is not None and definition.vcpu_maximum > limit:
@@ -230,7 +228,7 @@ def check_machine_age(name: str, definition: Definition) -> Iterator[Blocker]:
 
 def check_device_support(facts: Facts, affect: Affect, ability: Ability) -> Iterator[Blocker]:
     """Each definition to be changed must be able to take a memory device of the kind at all."""
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         cannot = list(check_machine(name, definition, ability))
         yield from cannot
         if any(one.code is Code.MACHINE_NOT_SUPPORTED for one in cannot):
@@ -258,14 +256,14 @@ def check_device_support(facts: Facts, affect: Affect, ability: Ability) -> Iter
 
 def check_unlocked(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     """A virtio-mem device gives pages back, which locked memory cannot. Source: QEMU, virtio-mem and mlock."""
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         if definition.locked:
             yield blocker(Code.MEMORY_LOCKED, f"memory of the {name} definition is locked (memoryBacking)")
 
 
 def check_passes_nothing(facts: Facts, affect: Affect) -> Iterator[Blocker]:
     """What is passed through has all memory pinned, and a virtio-mem device's is not to be."""
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         if definition.vfio_devices:
             yield blocker(
                 Code.MEMORY_LOCKED, f"the {name} definition passes {definition.vfio_devices} host devices through"
@@ -280,7 +278,7 @@ def check_device_room(
     Only what `check_device_support` passed is judged.
     """
     wanted = sum(sizes_bytes)
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         nodes = frozenset(cell.id for cell in definition.cells)
         if node is not None and node not in nodes and (nodes or not find_machine(definition).needs_cells):
             has = format_ids(nodes) if nodes else "no guest NUMA cell"
@@ -373,7 +371,7 @@ def _check_available(host: Host, sources: frozenset[int], added_bytes: int) -> I
 
 def check_hard_limit(facts: Facts, affect: Affect, added_bytes: int) -> Iterator[Blocker]:
     """Each definition to be changed must allow its QEMU so much memory."""
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         yield from _check_hard_limit(name, definition, added_bytes)
 
 
@@ -414,7 +412,7 @@ def _check_hugepages(host: Host, size: int, sources: frozenset[int], added_bytes
 
 def check_balloon(facts: Facts, affect: Affect, size_bytes: int) -> Iterator[Blocker]:
     """Each definition to be changed must have a balloon, which gives back no more than the VM has."""
-    for name, definition in _definitions(facts.domain, affect):
+    for name, definition in find_changed(facts.domain, affect):
         if not definition.balloon:
             yield blocker(Code.NO_BALLOON, f"the {name} definition has no memory balloon device", needs_restart=True)
         if size_bytes > definition.balloon_total_bytes:
@@ -440,30 +438,9 @@ def check_guest(guest: Guest) -> Iterator[Blocker]:
         yield blocker(Code.GUEST_AGENT_REFUSED, f"{command}: {words}")
 
 
-def round_up_addition(request: HotPlugMemoryRequest, wanted_bytes: int, quantum_bytes: int) -> int:
-    """Return what to add to have at least `wanted_bytes` more, in whole quanta.
-
-    Raises:
-        AgentError: MEMORY_NOT_ALIGNED, when it would have to be rounded and `strict` forbids it.
-    """
-    aligned = align_up(wanted_bytes, quantum_bytes)
-    if request.strict and aligned != wanted_bytes:
-        upper = request.memory_size - wanted_bytes + aligned
-        raise AgentError(
-            Code.MEMORY_NOT_ALIGNED,
-            f"{format_size(wanted_bytes)} more requested, but the guest takes multiples of "
-            f"{format_size(quantum_bytes)}",
-            remedy=f'Request a total of {upper - quantum_bytes} or {upper} bytes, or leave "strict" out to have it '
-            "rounded up.",
-        )
-    return aligned
-
-
-def _definitions(domain: Domain, affect: Affect) -> Iterator[tuple[str, Definition]]:
-    if affect != "config" and domain.live is not None:
-        yield "running", domain.live
-    if affect != "live" and domain.config is not None:
-        yield "persistent", domain.config
+def find_changed(domain: Domain, affect: Affect) -> Iterator[tuple[str, Definition]]:
+    """Yield the definitions that a command changes, of those that there are, each with what messages call it."""
+    return domain.definitions(live=affect != "config", config=affect != "live")
 
 
 def _blockers(problems: Iterable[Problem]) -> Iterator[Blocker]:
