@@ -32,6 +32,7 @@ help:
 	@echo "make fleet   many agents, their server and Prometheus in one box: N=100 SECONDS=120, the server's outage"
 	@echo "make audit   known holes in the Python packages that are installed"
 	@echo "make lock    write conf/locked anew: the versions and hashes of all Python packages; UPGRADE=NAME or all"
+	@echo "make release VERSION=1.0.0   set the version everywhere and freeze its contract; CONTRIBUTING.md has the rest"
 	@echo "make deb     the Debian package and its SBOM, in dist/; with the Python packages of conf/locked"
 
 setup: packages $(STAMP) image
@@ -134,6 +135,16 @@ audit: $(STAMP)
 lock: $(STAMP)
 	@$(BIN)/python $(LOCKED) -r conf/locked/lock.txt
 	@$(BIN)/python conf/locked/lock.py $(UPGRADE)
+
+# The version stands in kvmagent/__init__.py, and the collection's is the same; the contract of each version is frozen.
+.PHONY: release
+release: $(STAMP)
+	@test -n "$(VERSION)" || { echo "make: name the version: make release VERSION=1.0.0" >&2; exit 1; }
+	@sed -i 's/^__version__ = .*/__version__ = "$(VERSION)"/' kvmagent/__init__.py
+	@sed -i 's/^version: .*/version: $(VERSION)/' conf/ansible/galaxy.yml
+	@sed -i "s/^## Unreleased$$/## $(VERSION) - $$(date -u +%F)/" CHANGELOG.md conf/ansible/CHANGELOG.md
+	$(BIN)/python -m pytest -q tests/http/test_contract.py -k frozen --update-golden
+	@git status --short
 
 deb: $(STAMP)
 	@sh conf/debian/build.sh $(BIN)/python dist

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 
+from kvmagent import __version__
 from kvmagent.cli.ctl.main import make_cli
 from kvmagent.model.errors import CODES, LOOKS, Code
 from kvmagent.settings import Settings, list_settings
@@ -35,6 +37,16 @@ def anchors(document: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_version_stands_in_one_place_and_the_collection_has_it_too() -> None:
+    collection = yaml.safe_load((ROOT / "conf/ansible/galaxy.yml").read_text())
+    assert collection["version"] == __version__
+    newest = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert newest == "Unreleased" or newest.startswith(f"{__version__} - ")
+    named = re.compile(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])")
+    for document in (*DOCUMENTS, ROOT / "conf/ansible/inventory.example.yml"):
+        assert not named.search(MADE.sub("", document.read_text())), document
 
 
 @by_document
