@@ -46,8 +46,9 @@ def decide(request: ReturnBalloonRequest, facts: Facts, task_uuid: str) -> Retur
         actual = facts.domain.balloon_bytes
         if actual is None:
             raise AgentError(Code.BALLOON_NOT_ANSWERING, f"libvirt does not tell the balloon of {facts.domain.name}")
-        wanted["live"] = max(actual, facts.get_live().balloon_total_bytes - request.keep_size)
-        refuse_first(check_host(facts, wanted["live"] - actual))
+        live_bytes = max(actual, facts.get_live().balloon_total_bytes - request.keep_size)
+        refuse_first(check_host(facts, live_bytes - actual))
+        wanted["live"] = live_bytes
     if request.affect != "live":
         config = facts.get_config()
         wanted["config"] = max(config.current_bytes, config.balloon_total_bytes - request.keep_size)
