@@ -8,7 +8,7 @@ import pytest
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.node import Node
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA
-from kvmagent_plugins.vm.checks import find_vcpu_limit
+from kvmagent.model.checks import find_vcpu_limit
 from tests.fakes.agent import open_node
 from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.newest import build_newest_tree
