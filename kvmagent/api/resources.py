@@ -275,7 +275,12 @@ class Resources:
         changes = self._journal.changes(self._find_id(vm), **_of_page(page))
         if not changes:
             self._asker.ask(lambda: self._node.check_vm(vm), timeout_s=_CHECK_WAIT_S, about=f"reading VM {vm}")
-        return _answer_newest(call, page, "changes", changes, _entry)
+
+        def may_see(change: ChangeRecord) -> bool:
+            # A VM that once had this name may be another's by now.
+            return call.access.covers(change.vm_uuid, change.vm_name)
+
+        return _answer_newest(call, page, "changes", changes, _entry, may_see=may_see)
 
     def _find_id(self, vm: str) -> VmId:
         """Return a VM's names as far as they are known; what is not is empty."""
@@ -376,10 +381,18 @@ def _of_page(page: Page) -> dict[str, Any]:
     return {"before": None if page.cursor is None else int(page.cursor), "limit": (page.limit or _NEWEST) + 1}
 
 
-def _answer_newest(call: Call, page: Page, name: str, found: Sequence[Any], tell: Callable[[Any], Any]) -> Answer:
-    """Return a page of what the journal has, by its number."""
+def _answer_newest(
+    call: Call,
+    page: Page,
+    name: str,
+    found: Sequence[Any],
+    tell: Callable[[Any], Any],
+    *,
+    may_see: Callable[[Any], bool] = lambda _one: True,
+) -> Answer:
+    """Return a page of what the journal has, by its number; what the caller may not see is left out of it."""
     most = page.limit or _NEWEST
-    entries: list[Any] = [tell(one) for one in found[:most]]
+    entries: list[Any] = [tell(one) for one in found[:most] if may_see(one)]
     if page.fields is not None:
         entries = [choose_fields(encode(one), page.fields | {"taskUuid"}) for one in entries]
     more = {"next": str(found[most - 1].seq)} if len(found) > most else {}

@@ -22,7 +22,9 @@ from kvmagent.api.localpeer import LocalUser
 from kvmagent.api.security import Peer, Security
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import SecuritySection
+from tests.fakes.agent import write_node
 from tests.lab.agent import LOOPBACK, AgentProcess, Reply, UnixConnection, new_task_uuid
+from tests.lab.domainxml import GuestSpec
 from tests.lab.pki import Authority
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
@@ -75,6 +77,33 @@ def guarded(node_uri: str, tokens: Path) -> Iterator[AgentProcess]:
     settings = {"security": {"tokens_file": str(tokens), "roles": ROLES}}
     with AgentProcess(uri=node_uri, settings=settings, token="chief") as running:
         yield running
+
+
+def test_a_history_tells_who_has_a_role_for_some_vms_nothing_of_another_that_once_had_such_a_name(
+    tmp_path: Path, tokens: Path
+) -> None:
+    settings = {"security": {"tokens_file": str(tokens), "roles": ROLES}}
+    first, second = (f"<uuid>11111111-1111-4111-8111-11111111111{n}</uuid>" for n in (1, 2))
+    uri = write_node(tmp_path, GuestSpec(name="vm1", domain_xml=first))
+
+    def plug(vm: str, cpus: int) -> None:
+        task = new_task_uuid()
+        agent.post("/vm/hotplug/cpu", {"vmUuid": vm, "cpuNum": cpus}, task_uuid=task, callback_url="none")
+        wait_for(lambda: agent.get(f"/tasks/{task}").body["finishedAt"], timeout_s=60, what=f"task {task}")
+
+    with AgentProcess(uri=uri, settings=settings, token="chief") as agent:
+        plug("vm1", 2)
+        agent.stop()
+        write_node(tmp_path, GuestSpec(name="other", domain_xml=first), GuestSpec(name="vm1", domain_xml=second))
+        agent.start()
+        plug("other", 3)
+        plug("vm1", 4)
+        told = agent.get("/vms/vm1/history").body["changes"]
+        assert {change["vm"] for change in told} == {"vm1", "other"}
+        agent.token = "tenant"
+        for query in ("", "?limit=1"):
+            changes = agent.get(f"/vms/vm1/history{query}").body["changes"]
+            assert {change["vm"] for change in changes} == {"vm1"}, query
 
 
 def hang_up(agent: AgentProcess) -> None:
