@@ -39,7 +39,7 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: Annotated[
         str, Meta(extra=_RESTART, min_length=1, description="Directory of the task journal; the agent's alone")
     ] = "/var/lib/kvmagent"
-    workers: Annotated[int, Meta(ge=1, le=1024, description="VMs that are changed side by side, at most")] = 32
+    workers: Annotated[int, Meta(ge=1, le=1024, description="VMs that are changed at the same time, at most")] = 32
     plugins: Annotated[
         tuple[str, ...],
         Meta(extra=_RESTART, description="Plugins to load, in this order, by their entry point in kvmagent.plugins"),
@@ -64,8 +64,8 @@ class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         int,
         Meta(
             ge=2**24,
-            description="Size of the journal from which on the oldest finished and delivered tasks are forgotten, and "
-            "without such new ones refused",
+            description="Bytes of the journal above which the oldest finished and delivered tasks are forgotten; where "
+            "there are none of those, new tasks are refused",
         ),
     ] = 2**28
     max_queued_per_client: Annotated[
@@ -242,7 +242,7 @@ class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the agent logs."""
 
     file: Annotated[str, Meta(description="Log file; empty logs to standard error, for journald")] = ""
-    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level that is logged")] = (
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Lowest level that is logged")] = (
         "info"
     )
     format: Annotated[Literal["text", "json"], Meta(description="text is key=value")] = "text"

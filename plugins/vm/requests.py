@@ -16,7 +16,7 @@ LateCallback = Annotated[
 ExpectedCpuNum = (
     Annotated[
         int,
-        msgspec.Meta(ge=1, le=8192, description="Refuse unless the VM has so many now, as cpuNum of replies"),
+        msgspec.Meta(ge=1, le=8192, description="Refuse unless the VM has this number now, as cpuNum of replies"),
     ]
     | None
 )

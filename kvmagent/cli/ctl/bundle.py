@@ -53,9 +53,9 @@ _SECRET_XML = re.compile(
 @click.option("--config", metavar="FILE", default=DEFAULT_PATH, show_default=True, help="The agent's configuration.")
 @click.pass_context
 def support_bundle(context: click.Context, file: str | None, config: str) -> None:
-    """One file for whoever is to help: log, state, versions, definitions, metrics; no secrets.
+    """One file for support: log, state, versions, definitions, metrics; no secrets.
 
-    To be run on the host itself, as root. Names of VMs, hosts and callers are in it: look before you hand it on.
+    Run it on the host itself, as root. Names of VMs, hosts and callers are in it: read it before you pass it on.
     """
     session = session_of(context)
     host = socket.gethostname().partition(".")[0]

@@ -28,7 +28,7 @@ _ALERT_S = 2.0
 # How long a POST whose answer was lost is sent again, and with what pauses at first and at most.
 _RESEND_S, _RESEND = 30.0, Backoff(0.25, 4.0)
 _UNREACHABLE = (
-    "Start the agent there (systemctl start kvmagent; kvmagentctl doctor says what hinders it), or name another with "
+    "Start the agent there (systemctl start kvmagent; kvmagentctl doctor says what is wrong), or name another with "
     "--url or KVMAGENT_URL."
 )
 

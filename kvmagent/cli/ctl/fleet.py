@@ -221,14 +221,14 @@ def print_answers(session: Session, answers: Answers, view: Callable[[list[Json]
 
 @click.command()
 @click.option(
-    "--pending-restart", is_flag=True, help="Those alone that must be powered off and on to have what is new."
+    "--pending-restart", is_flag=True, help="Only VMs that must be powered off and on for a change to take effect."
 )
-@click.option("--not-ready", is_flag=True, help="Those alone to which hotplug can add nothing, and that are not full.")
+@click.option("--not-ready", is_flag=True, help="Only VMs below their maximum to which nothing can be added.")
 @click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
 @hosts_option
 @click.pass_context
 def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: bool, hosts: str | None) -> int:
-    """All VMs: vCPUs, memory, slots; ready, or what hinders.
+    """All VMs: vCPUs, memory, slots; ready, or the first blocker.
 
     GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
     the first blocker; `kvmagentctl ready VM` tells all of them.

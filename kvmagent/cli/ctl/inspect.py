@@ -68,7 +68,7 @@ _CONFIG_OPTION = click.option(
 @click.command()
 @click.pass_context
 def status(context: click.Context) -> int:
-    """Whether the agent is ready, what is down, what it is at."""
+    """Whether the agent is ready, what is down, and what it is doing."""
     session = session_of(context)
     health = session.agent.get("healthz")
     _print(session, health, lambda body: render_status(session.agent.url, body))
@@ -101,7 +101,7 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
 @click.option("--caller", help="Tasks of one caller, as whoami tells it.")
 @click.option("--since", type=MOMENT, help="Tasks that were accepted since then: 2h, 3d, 2026-11-27, 2026-11-27T03:00.")
 @click.option("--until", type=MOMENT, help="Tasks that were accepted before then. Times are UTC.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many at most.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with a line for each change of state, until Ctrl-C.")
 @click.pass_context
 def tasks(context: click.Context, /, state: str | None, limit: int, follow: bool, **chosen: Any) -> None:
@@ -180,7 +180,7 @@ def task(context: click.Context, task_id: str) -> None:
 def cancel(context: click.Context, task_id: str) -> None:
     """Take a task back that has not touched its VM yet.
 
-    It ends as refused, code CANCELLED. A change that has begun is never stopped halfway: the answer says what it is at.
+    It ends as refused, code CANCELLED. A change that has begun is never stopped halfway: the answer says how far it is.
     """
     session = session_of(context)
 
@@ -192,7 +192,7 @@ def cancel(context: click.Context, task_id: str) -> None:
 
 @click.command()
 @click.argument("vm", shell_complete=complete_vm)
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="So many at most.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many at most.")
 @click.pass_context
 def log(context: click.Context, vm: str, limit: int) -> None:
     """Who changed a VM: when, from what to what, with what outcome; the newest first.
@@ -245,7 +245,7 @@ def openapi(context: click.Context) -> None:
 def doctor(context: click.Context, config: str) -> int:
     """Examine this host, with a remedy for each finding.
 
-    To be run on the host itself, as root: it looks as the agent's user then, and says so.
+    Run it on the host itself, as root: it then looks as the agent's user, and says so.
     """
     from kvmagent.cli.ctl.doctor import examine
     from kvmagent.cli.ctl.findings import is_healthy, render_findings

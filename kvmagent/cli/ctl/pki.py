@@ -22,14 +22,14 @@ from kvmagent.cli.ctl.session import session_of, shared_options
 @click.option(
     "--client", "clients", metavar="NAME", multiple=True, help="A client of agents: a management server, you."
 )
-@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="How long they are good.")
+@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Days that they are valid.")
 @click.pass_context
 def pki(
     context: click.Context, action: str, directory: Path, agents: tuple[str, ...], clients: tuple[str, ...], days: int
 ) -> None:
     """Issue certificates for agents and their clients.
 
-    A CA is made in the directory, and of it each NAME.pem with its NAME.key.
+    Makes a CA in the directory, and NAME.pem with its NAME.key for each name.
 
     An agent is known by the names and addresses that its clients use: --agent node1.example,10.0.0.21. Where the
     directory has a CA it is used. Keep its ca.key off the agents' hosts.
