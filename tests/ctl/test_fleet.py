@@ -159,9 +159,13 @@ def test_an_option_wins_over_what_a_named_agent_has(named: tuple[Ctl, Front], tm
 
 
 def test_a_name_that_no_file_has_is_told(named: tuple[Ctl, Front], tmp_path: Path) -> None:
-    (hosts := tmp_path / "hosts").write_text("http://127.0.0.1:9\ngamma\n")
-    done = named[0]("vms", "--hosts", str(hosts))
-    assert (done.status, "no agent is named 'gamma'; named are: alpha, beta" in done.err) == (2, True)
+    for text, words in (
+        ("http://127.0.0.1:9\ngamma\n", "no agent is named 'gamma'; named are: alpha, beta"),
+        ("alpha\nother ftp://127.0.0.1:9\n", "'ftp://127.0.0.1:9' is not an agent's URL"),
+    ):
+        (hosts := tmp_path / "hosts").write_text(text)
+        done = named[0]("vms", "--hosts", str(hosts))
+        assert (done.status, words in done.err) == (2, True), done.err
 
 
 @contextmanager

@@ -79,6 +79,16 @@ def test_a_task_that_waits_is_taken_back_and_never_begins(held: tuple[AgentProce
     assert set(ctl("tasks", "--outcome", "refused", "-o", "name").out.split()) == {"running", "waiting-1"}
 
 
+@pytest.mark.parametrize("named", ["", " "])
+def test_an_id_that_is_empty_is_no_beginning_of_the_only_task(node_uri: str, named: str) -> None:
+    with AgentProcess(uri=node_uri) as agent:
+        post_cpu(agent, 99)
+        ctl = Ctl({"KVMAGENT_URL": agent.url})
+        for command in ("task", "cancel"):
+            answer = ctl(command, named)
+            assert (answer.status, "the id of the task is empty" in answer.err) == (2, True), command
+
+
 def test_nothing_is_taken_back_where_no_task_has_that_id(ctl: Ctl) -> None:
     answer = ctl("cancel", "nobody")
     assert (answer.status, "UNKNOWN_TASK" in answer.err) == (1, True)

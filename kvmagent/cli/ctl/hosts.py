@@ -21,7 +21,8 @@ HOSTS_HELP = (
 )
 _INVENTORY_S = 60.0
 _PORT = 7070
-_URL = re.compile(r"(https?|unix):/")
+# Of whatever scheme: one that is no agent's is told as such.
+_URL = re.compile(r"[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 
 
 class Host(NamedTuple):

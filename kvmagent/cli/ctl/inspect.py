@@ -213,8 +213,10 @@ def _ask_by_beginning(session: Session, beginning: str, ask: Callable[[str], Any
     """Ask about the task of that id, or else about the one whose id begins so.
 
     Raises:
-        CtlError: there is none, or there are several.
+        CtlError: there is none, or there are several; nothing was named, as by a variable of a script that is not set.
     """
+    if not beginning.strip():
+        raise CtlError(Exit.USAGE, "USAGE", "the id of the task is empty", "kvmagentctl tasks lists tasks.")
     try:
         return ask(beginning)
     except CtlError as error:
