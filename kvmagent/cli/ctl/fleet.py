@@ -189,8 +189,34 @@ def _answer(work: "queue.SimpleQueue[tuple[_Future, Agent]]", question: Question
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(question(agent, progress))
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                future.set_exception(_not_understood(agent, error))
             except BaseException as error:
                 future.set_exception(error)
+
+
+def _not_understood(agent: Agent, error: Exception) -> CtlError:
+    words = f"{agent.url}: its answer cannot be understood ({type(error).__name__}: {error})"
+    remedy = "See that the URL is an agent's, and that kvmagentctl --version is no older than the agent's."
+    return CtlError(Exit.UNREACHABLE, "NOT_UNDERSTOOD", words, remedy)
+
+
+def ask_each(vms: list[Json], progress: Progress, ask: Callable[[Json], tuple[Json, Exit]]) -> list[tuple[Json, Exit]]:
+    """Ask an agent about each of its VMs. What fails is told of its VM, and an agent that is gone is asked no more."""
+    answered: list[tuple[Json, Exit]] = []
+    gone: CtlError | None = None
+    progress.expect(len(vms))
+    for vm in progress.each(vms):
+        failure = gone and CtlError(gone.status, "NOT_ASKED", f"its agent is gone: {gone.message}", gone.remedy)
+        if failure is None:
+            try:
+                answered.append(ask(vm))
+                continue
+            except CtlError as error:
+                failure = error
+                gone = error if error.status is Exit.UNREACHABLE else None
+        answered.append(({"vmUuid": vm["vmUuid"], "name": vm.get("name"), **failure.body()}, failure.status))
+    return answered
 
 
 def _show(terminal: Terminal, done: int, hosts: int, progress: Progress) -> None:
@@ -350,17 +376,14 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
         ):
             if name in maxima and has.get(field) is not None:
                 body[wire] = maxima[name](has[field])
-        try:
-            reply = Submission(agent, _Silent()).run("/vm/hotplug/ready", body, wait_s=values.get("wait"))
-        except CtlError as error:
-            return {"vmUuid": vm["vmUuid"], "name": vm.get("name"), **error.body()}, error.status
+        reply = Submission(agent, _Silent()).run("/vm/hotplug/ready", body, wait_s=values.get("wait"))
         return {**reply, "name": reply.get("name") or vm.get("name")}, exit_of(reply)
 
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
         found = agent.list_vms(timeout_s=_VMS_S)
-        progress.expect(len(found))
         if prepares:
-            return [prepare(agent, vm) for vm in progress.each(found)]
+            return ask_each(found, progress, partial(prepare, agent))
+        progress.expect(len(found))
         return [
             (vm, Exit.REACHED if vm.get("ready") or vm.get("atMaximum") else Exit.NOT_READY)
             for vm in progress.each(found)

@@ -41,18 +41,31 @@ def read_hosts(path: Path, conf: CtlConf) -> list[Host]:
     Raises:
         CtlError: it names none, or one that nobody knows, or is an inventory that cannot be read.
     """
-    lines = [words for line in path.read_text().splitlines() if (words := line.split("#", 1)[0].split())]
-    names = [words[0] for words in lines if len(words) == 1 and not _URL.match(words[0])]
-    urls = [words for words in lines if len(words) <= 2 and _URL.match(words[-1])]
-    # Names alone are a list where ctl.conf has all of them, and else what an inventory may be.
-    if len(names) + len(urls) == len(lines) and (urls or (names and all(name in conf.agents for name in names))):
+    text = path.read_text(errors="replace").splitlines()
+    lines = {n: words for n, line in enumerate(text, 1) if (words := line.split("#", 1)[0].split())}
+    names = [words[0] for words in lines.values() if len(words) == 1 and not _URL.match(words[0])]
+    urls = [words for words in lines.values() if len(words) <= 2 and _URL.match(words[-1])]
+    # An inventory in YAML has keys. Names alone are a list where ctl.conf has all of them, and else what an inventory
+    # may be.
+    has_keys = any(words[0].endswith(":") for words in lines.values())
+    if not has_keys and (urls or (names and len(names) == len(lines) and all(name in conf.agents for name in names))):
+        for n, words in lines.items():
+            if words not in urls and len(words) > 1:
+                odd = f"{path}, line {n}: {' '.join(words)!r} is neither a URL, nor NAME URL"
+                raise CtlError(Exit.USAGE, "BAD_HOSTS", odd, "Write one URL per line: https://node1:7070.")
         for name in names:
             conf.find(name)
-        return [Host(words[0], words[-1] if words in urls else "") for words in lines]
+        return [Host(words[0], words[-1] if words in urls else "") for words in lines.values()]
+    if not lines:
+        raise _no_hosts(path)
     found = _read_inventory(path, conf)
     if not found:
-        raise CtlError(Exit.USAGE, "NO_HOSTS", f"{path} lists no host", "Write one URL per line: https://node1:7070.")
+        raise _no_hosts(path)
     return found
+
+
+def _no_hosts(path: Path) -> CtlError:
+    return CtlError(Exit.USAGE, "NO_HOSTS", f"{path} lists no host", "Write one URL per line: https://node1:7070.")
 
 
 def _read_inventory(path: Path, conf: CtlConf) -> list[Host]:
@@ -66,13 +79,16 @@ def _read_inventory(path: Path, conf: CtlConf) -> list[Host]:
             "Install ansible-core, or write one URL per line: https://node1:7070.",
         )
     command = [reader, "-i", str(path), "--list"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_INVENTORY_S, check=False)
+    found, words = None, ""
     try:
-        found = json.loads(done.stdout) if done.returncode == 0 else None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_INVENTORY_S, check=False)
         words = " ".join(done.stderr.split())[:300]
+        found = json.loads(done.stdout) if done.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        words = f"ansible-inventory does not end within {_INVENTORY_S:g} s"
+    except (OSError, ValueError) as error:
+        words = words or f"ansible-inventory: {error}"
+    if not isinstance(found, dict):
         raise CtlError(Exit.USAGE, "BAD_HOSTS", f"{path}: {words}", "Try it with: ansible-inventory --list -i FILE.")
     variables = found.get("_meta", {}).get("hostvars", {})
     names = {name for group in found.values() for name in group.get("hosts", ())} | set(variables)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from kvmagent.cli.ctl.client import Agent
-from kvmagent.cli.ctl.exits import CtlError, Exit
-from kvmagent.cli.ctl.fleet import Json, Progress, ask_hosts, hosts_option, parse_amount, print_answers
+from kvmagent.cli.ctl.exits import Exit
+from kvmagent.cli.ctl.fleet import Json, Progress, ask_each, ask_hosts, hosts_option, parse_amount, print_answers
 from kvmagent.cli.ctl.render import render_plan, render_plans
 from kvmagent.cli.ctl.session import session_of, shared_options
 from kvmagent.cli.ctl.terminal import printable
@@ -58,7 +58,10 @@ def plan(
 
     def ask(agent: Agent, known: Json) -> Json:
         targets = make_targets(known.get("after") or {}, cpu_totals, sizes, fields)
-        return dict(agent.ask(PATH, {"vmUuid": known["vmUuid"], "targets": targets}))
+        reply = dict(agent.ask(PATH, {"vmUuid": known["vmUuid"], "targets": targets}))
+        if len(reply["plans"]) != len(targets):
+            raise ValueError(f"{len(reply['plans'])} plans for {len(targets)} targets")
+        return reply
 
     if vm is not None:
         reply = ask(session.agent, {**session.agent.get("vms", vm), "vmUuid": vm})
@@ -70,15 +73,7 @@ def plan(
 
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
         found = agent.list_vms(fields="name,after", timeout_s=_VMS_S)
-        progress.expect(len(found))
-        answered: list[tuple[Json, Exit]] = []
-        for known in progress.each(found):
-            try:
-                answered.append((ask(agent, known), Exit.REACHED))
-            except CtlError as error:
-                told = {"vmUuid": known["vmUuid"], "name": known.get("name"), **error.body()}
-                answered.append((told, error.status))
-        return answered
+        return ask_each(found, progress, lambda vm: (ask(agent, vm), Exit.REACHED))
 
     return print_answers(session, ask_hosts(session, hosts, question), render_plans)
 

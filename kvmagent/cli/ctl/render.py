@@ -4,13 +4,14 @@ JSON comes in as the agent wrote it but for `printable`. A field that an older a
 """
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from kvmagent.cli.ctl.inoptions import in_options
 from kvmagent.cli.ctl.terminal import BAD, BOLD, DIM, GOOD, WARN, Column, format_table, paint, prose
-from kvmagent.model.units import format_ids, format_size
+from kvmagent.model.units import GIB, MIB, format_ids, format_size
 
 Json = Mapping[str, Any]
 
@@ -132,14 +133,28 @@ def render_plan(reply: Json) -> list[str]:
             ("TARGET", "VERDICT", ">TOOK LATELY"),
             [[_target(plan), _verdict(plan), _took_lately(plan)] for plan in plans],
         )
-    reasons = {reason["code"]: reason for plan in plans for reason in plan["reasons"]}
-    lines += [line for reason in reasons.values() for line in _problem("reason", WARN, reason)]
-    prepares = {one["path"]: one for plan in plans for one in plan["prepare"]}
-    if prepares:
-        lines.append(
-            f"  prepare first: kvmagentctl ready {reply['name']} --prepare --diff; a plan's JSON has each request"
-        )
-    return lines
+    lines += _explain_codes(WARN, [reason for plan in plans for reason in plan["reasons"]])
+    return lines + _prepare_hints(shlex.quote(reply["name"]), [one for plan in plans for one in plan["prepare"]])
+
+
+def _prepare_hints(vm: str, prepares: list[Json]) -> list[str]:
+    """Return what is to be run before the restart, so that it does for all targets."""
+    hints = list[str]()
+    requests = [one["request"] for one in prepares if one["request"].get("prepare")]
+    if requests:
+        most_cpus = max((one.get("cpuNum") or 0 for one in requests), default=0)
+        most_memory = max((one.get("memorySize") or 0 for one in requests), default=0)
+        cpus = f" --max-cpus {most_cpus}" if most_cpus else ""
+        memory = f" --max-memory {_size_option(most_memory)}" if most_memory else ""
+        hints.append(f"  before the restart: kvmagentctl ready {vm} --prepare{cpus}{memory} --diff; then with --apply")
+    if len(requests) < len(prepares):
+        hints.append('  before a restart that is to take away: the request under "prepare" in the plan\'s --json')
+    return hints
+
+
+def _size_option(size_bytes: int) -> str:
+    """Return a size as an option takes it, no less than it is."""
+    return f"{size_bytes // GIB}G" if size_bytes % GIB == 0 else f"{-(-size_bytes // MIB)}M"
 
 
 def render_plans(vms: Iterable[Json]) -> list[str]:
@@ -158,12 +173,32 @@ def render_plans(vms: Iterable[Json]) -> list[str]:
             for plan in vm["plans"]
         ]
 
+    vms = list(vms)
     flat = [{**vm, "row": row} for vm in vms for row in rows(vm)]
-    return _vm_table(
-        ("VM", "TARGET", "VERDICT", ">TOOK LATELY", "WHY"),
-        flat,
-        lambda vm: [str(vm.get("name") or vm["vmUuid"]), *vm["row"]],
-    )
+    reasons = [reason for vm in vms for plan in vm.get("plans", ()) for reason in plan["reasons"]]
+    return [
+        *_vm_table(
+            ("VM", "TARGET", "VERDICT", ">TOOK LATELY", "WHY"),
+            flat,
+            lambda vm: [str(vm.get("name") or vm["vmUuid"]), *vm["row"]],
+        ),
+        *_explain_codes(WARN, reasons),
+        *_explain_failures(vms),
+    ]
+
+
+def _explain_failures(vms: Iterable[Json]) -> list[str]:
+    """Return what went wrong with VMs, of each code the first."""
+    failures = ({"message": vm.get("error"), **vm, "code": vm["errorCode"]} for vm in vms if vm.get("errorCode"))
+    return _explain_codes(BAD, failures)
+
+
+def _explain_codes(colour: str, problems: Iterable[Json]) -> list[str]:
+    """Return each code once, in words: of many VMs those of the first."""
+    first: dict[str, Json] = {}
+    for problem in problems:
+        first.setdefault(problem["code"], problem)
+    return [line for problem in first.values() for line in _problem("reason", colour, problem)]
 
 
 def _target(plan: Json) -> str:
@@ -205,7 +240,7 @@ def render_preparations(vms: Iterable[Json], *, with_diff: bool) -> list[str]:
             "yes" if vm.get("restartRequired") else "-",
         ]
 
-    lines = _vm_table(("VM", "OUTCOME", "CHANGES", "RESTART"), vms, row)
+    lines = [*_vm_table(("VM", "OUTCOME", "CHANGES", "RESTART"), vms, row), *_explain_failures(vms)]
     for vm in vms if with_diff else ():
         if vm.get("diff"):
             lines += ["", str(vm.get("name") or vm["vmUuid"]), *render_diff(vm["diff"])]

@@ -1,0 +1,123 @@
+"""Many VMs of agents that go wrong: what is no agent, one that is gone midway, VMs that are, files that list none."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ctl.ctl import Ctl, Done
+from tests.ctl.front import Answer, Front, Request
+
+PLAN: dict[str, Any] = {"target": {"cpuNum": 2}, "verdict": "live", "reasons": [], "prepare": [], "took": None}
+
+
+@pytest.fixture
+def bare() -> Ctl:
+    """kvmagentctl that knows of no agent."""
+    return Ctl({})
+
+
+def list_vms(*names: str) -> Answer:
+    return Answer(200, {"vms": [{"vmUuid": name, "name": name, "after": {"cpuNum": 1}} for name in names]})
+
+
+def agent_of(*names: str, plan: Callable[[str], Answer | None]) -> Front:
+    """An agent of these VMs that answers plans like this."""
+
+    def decide(request: Request) -> Answer | None:
+        return list_vms(*names) if request.path.startswith("/vms") else plan(json.loads(request.body)["vmUuid"])
+
+    return Front(decide)
+
+
+def planned(vm: str) -> Answer:
+    return Answer(200, {"vmUuid": vm, "name": vm, "state": "running", "plans": [PLAN]})
+
+
+def plan_all(ctl: Ctl, tmp_path: Path, **hosts: str) -> Done:
+    (file := tmp_path / "hosts").write_text("".join(f"{name} {url}\n" for name, url in hosts.items()))
+    return ctl("plan", "--hosts", str(file), "--cpus", "2", "--json")
+
+
+@pytest.mark.parametrize("body", [{}, {"vms": None}, {"vms": [7]}, {"vms": [{}]}, {"vms": [{"name": "a"}]}])
+def test_what_answers_as_no_agent_does_is_told_and_fails_no_other(bare: Ctl, tmp_path: Path, body: Any) -> None:
+    with Front(lambda request: Answer(200, body)) as other, agent_of("db", plan=planned) as good:
+        done = plan_all(bare, tmp_path, bad=other.url, good=good.url)
+    assert [(vm["host"], vm["name"]) for vm in done.json["vms"]] == [("good", "db")]
+    assert [(one["host"], one["errorCode"]) for one in done.json["failures"]] == [("bad", "NOT_UNDERSTOOD")]
+    assert done.status == 4
+
+
+def test_plans_that_are_not_those_of_the_targets_are_not_shown(bare: Ctl, tmp_path: Path) -> None:
+    with agent_of("db", plan=lambda vm: Answer(200, {"vmUuid": vm, "plans": []})) as other:
+        done = plan_all(bare, tmp_path, bad=other.url)
+    assert [one["errorCode"] for one in done.json["failures"]] == ["NOT_UNDERSTOOD"]
+
+
+def test_an_agent_that_is_gone_midway_is_asked_no_more(bare: Ctl, tmp_path: Path) -> None:
+    with agent_of("a", "b", "c", "d", plan=lambda vm: planned(vm) if vm == "a" else None) as front:
+        done = plan_all(bare, tmp_path, node=front.url)
+        asked = [json.loads(request.body)["vmUuid"] for request in front.requests if request.method == "POST"]
+    assert [vm.get("errorCode") for vm in done.json["vms"]] == [None, "AGENT_UNREACHABLE", "NOT_ASKED", "NOT_ASKED"]
+    assert (set(asked), done.status) == ({"a", "b"}, 4)
+
+
+def test_a_vm_that_is_gone_midway_fails_no_other_and_says_why(bare: Ctl) -> None:
+    gone = Answer(404, {"success": False, "error": "no VM is named b", "errorCode": "VM_NOT_FOUND", "remedy": "Look."})
+    with agent_of("a", "b", "c", plan=lambda vm: gone if vm == "b" else planned(vm)) as front:
+        done = bare("--url", front.url, "plan", "--all", "--cpus", "2")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert [(row[0], row[-2]) for row in rows[1:4]] == [("a", "-"), ("b", "-"), ("c", "-")]
+    assert "VM_NOT_FOUND" in rows[2]
+    assert "VM_NOT_FOUND: no VM is named b" in done.out
+    assert done.status == 1
+
+
+def test_no_vms_are_no_failure(bare: Ctl) -> None:
+    with agent_of(plan=planned) as front:
+        for arguments in (("vms",), ("plan", "--all", "--cpus", "x2"), ("ready", "--all", "--apply")):
+            done = bare("--url", front.url, *arguments)
+            assert (done.status, done.out) == (0, "no VMs\n")
+
+
+def test_a_plan_says_what_to_prepare_so_that_it_does_for_every_target(bare: Ctl) -> None:
+    def prepared(**request: Any) -> dict[str, Any]:
+        target = {name: request[name] for name in ("cpuNum", "memorySize")}
+        prepare = {"path": "/vm/hotplug/ready", "request": {"vmUuid": "a b", "prepare": True, **request}}
+        return {**PLAN, "target": target, "verdict": "restart", "prepare": [prepare]}
+
+    plans = [prepared(cpuNum=cpus, memorySize=size) for size in (2**33, 2**35) for cpus in (8, 4)]
+    answer = Answer(200, {"vmUuid": "a b", "name": "a b", "state": "running", "plans": plans})
+    with Front(lambda request: list_vms("a b") if request.method == "GET" else answer) as front:
+        done = bare("--url", front.url, "plan", "a b", "--cpus", "8,4", "--memory", "8G,32G")
+    assert "kvmagentctl ready 'a b' --prepare --max-cpus 8 --max-memory 32G --diff" in done.out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "lists no host"),
+        (b"# all are gone\n\n", "lists no host"),
+        (b"a http://127.0.0.1:9\nb at http://127.0.0.1:9\n", "line 2: 'b at http://127.0.0.1:9' is neither a URL"),
+        (b"\xff\xfe\x00 \x80 \x81", "ansible-inventory is not installed"),
+    ],
+)
+def test_a_file_that_lists_no_hosts_is_told_with_its_line(bare: Ctl, tmp_path: Path, text: bytes, words: str) -> None:
+    (file := tmp_path / "hosts").write_bytes(text)
+    done = bare("vms", "--hosts", str(file), environment={"PATH": "/nowhere"})
+    assert (done.status, words in done.err) == (2, True), done.err
+
+
+def test_an_inventory_in_yaml_is_none_of_names(bare: Ctl, tmp_path: Path) -> None:
+    with agent_of("db", plan=planned) as front:
+        (file := tmp_path / "hosts.yml").write_text(
+            f"all:\n  hosts:\n    alpha:\n      kvmagent_url: {front.url}\n    beta:\n      kvmagent_url: {front.url}\n"
+        )
+        path = f"{Path(sys.executable).parent}:{bare.environment['PATH']}"
+        done = bare("vms", "--hosts", str(file), "--json", environment={"PATH": path})
+    assert [vm["host"] for vm in done.json["vms"]] == ["alpha", "beta"], done.err
