@@ -272,12 +272,12 @@ class Budget:
         for domain in found:
             uuid, number = domain.UUIDString(), domain.ID()
             try:
-                _, maximum_kib, current_kib, _, _ = domain.info()
+                _, maximum_kib, current_kib, vcpus, _ = domain.info()
             except libvirt.libvirtError as error:
                 if _is_ended(error):
                     continue
                 raise translate(error, "reading a VM") from error
-            key: tuple[int | None, ...] = (number, current_kib, maximum_kib)
+            key: tuple[int | None, ...] = (number, current_kib, maximum_kib, vcpus)
             old = self._known.get(uuid)
             if old is not None and old[0] == key and None not in key:
                 promise = old[1]

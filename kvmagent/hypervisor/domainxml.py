@@ -96,6 +96,7 @@ def _read_definition(document: _Document) -> Definition:
         devices=devices,
         acpi=document.find("features/acpi") is not None,
         balloon=balloon is not None and balloon.get("model") != "none",
+        balloon_deflates=balloon is not None and balloon.get("autodeflate") == "on",
         free_page_reporting=balloon is not None and balloon.get("freePageReporting") == "on",
         agent_channel=document.find(_AGENT_CHANNEL) is not None,
         machine=os_type.get("machine", ""),

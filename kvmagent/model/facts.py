@@ -125,7 +125,8 @@ class Definition(msgspec.Struct, frozen=True):
     definition leaves it to libvirt to say so: it has no IOMMU, or Intel's that says neither, `cpu_shares`
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
     every start. `policy` is what this definition's owner allows. With `free_page_reporting` the
-    balloon gives back to the host what the guest frees.
+    balloon gives back to the host what the guest frees; one that `deflates` by itself gives the guest what it holds
+    when that is short of memory.
     """
 
     vcpu_current: int
@@ -161,6 +162,7 @@ class Definition(msgspec.Struct, frozen=True):
     domain_id: int | None = None
     policy: Policy = Policy()
     free_page_reporting: bool = False
+    balloon_deflates: bool = False
 
     @property
     def boot_bytes(self) -> int:

@@ -196,10 +196,18 @@ def make_promise(uuid: str, name: str, live: Definition, *, default_page_bytes: 
             Part(node, find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node), size)
             for node, size in sizes
         ),
-        ballooned_bytes=max(0, live.memory_bytes - live.current_bytes) if live.balloon else 0,
+        ballooned_bytes=max(0, live.memory_bytes - live.current_bytes) if _is_held(live) else 0,
         vcpus=live.vcpu_current,
         removable=find_removable(live),
     )
+
+
+def _is_held(live: Definition) -> bool:
+    """Whether what the balloon holds is the host's until the agent or somebody else asks for less to be held.
+
+    Source: QEMU virtio-balloon deflate-on-oom: the guest takes it back when it is short of memory, and asks nobody.
+    """
+    return live.balloon and not live.balloon_deflates
 
 
 def find_reservation(totals: Iterable[Total], facts: Facts) -> Reservation | None:

@@ -290,6 +290,27 @@ def test_vcpus_count_with_what_qemu_needs_for_them(root: Path) -> None:
         budget.reserve(connection, "t2", vm.UUIDString(), to(0, vcpus=4000))
 
 
+def test_plugged_vcpus_count_after_their_task_has_ended(root: Path) -> None:
+    vm = make_vm(1, 512)
+    connection, budget = FakeConnection(vm), Budget(host_root=root)
+    before = promised_of(budget, connection)
+    budget.reserve(connection, "t1", vm.UUIDString(), to(0, vcpus=4))
+    vm.setVcpusFlags(4, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    budget.release("t1")
+    assert promised_of(budget, connection) == before + 3 * 8 * MIB
+
+
+def test_a_balloon_that_the_guest_may_empty_by_itself_holds_nothing_for_the_host(root: Path) -> None:
+    vm = make_vm(1, 2048)
+    vm.live.find("currentMemory").text = str(512 * 1024)
+    connection = FakeConnection(vm)
+    held = promised_of(Budget(host_root=root), connection)
+    vm.live.find("./devices/memballoon").set("autodeflate", "on")
+    budget = Budget(host_root=root)
+    assert promised_of(budget, connection) == held + 1536 * MIB
+    assert not budget.view(connection).promises[vm.UUIDString()].idle_bytes
+
+
 HUGE_SIZES = (2 * MIB, 1 * GIB)
 
 
