@@ -20,6 +20,8 @@ from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.processes import wait_for
 from tests.lab.server import Answer
 
+# What the unit gives it: before that it ends by itself, and says where every thread is.
+STOP_S = 150.0
 # More than what the journal keeps, with its log.
 DISK_BYTES = 64 * 2**20
 
@@ -133,8 +135,8 @@ class Monkey:
         return "killed while it starts"
 
     def _stop(self) -> str:
-        if self._agent.stop() != 0:
-            self._count.fault(f"the agent did not end in good order: {self._agent.log()[-2000:]}")
+        if status := self._agent.stop(timeout_s=STOP_S):
+            self._count.fault(f"the agent did not end in good order, but with {status}: {self._agent.log()[-6000:]}")
         self._start()
         return "stopped"
 

@@ -129,10 +129,10 @@ class AgentProcess:
         except TimeoutError as error:
             raise TimeoutError(f"{error}; its log:\n{self.log()[-4000:]}") from None
 
-    def stop(self) -> int:
+    def stop(self, *, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """SIGTERM the agent and wait for its end; its exit status, -9 if it had to be killed."""
         assert self._child is not None
-        return stop_child(self._child, timeout_s=STOP_TIMEOUT_S)
+        return stop_child(self._child, timeout_s=timeout_s)
 
     def kill(self) -> None:
         """SIGKILL the agent: no chance to finish anything."""
