@@ -77,7 +77,7 @@ def plan_preparation(request: ReadyForHotplugRequest, facts: Facts) -> PrepareGo
         vcpu_maximum=maximum,
         topology=topology,
         max_memory_bytes=max_memory_bytes,
-        slots=slots + (len(devices) if facts.host.virtio_mem_takes_slots else 0),
+        slots=slots if devices else max(config.slots, slots - _count_virtio_mem_slots(request, facts, config)),
         cells=_plan_cells(config, maximum) if config.cells or machine.needs_cells else (),
         acpi="plug vCPUs" in machine.by_acpi,
         free_page_reporting=request.free_page_reporting,
@@ -192,7 +192,8 @@ def _plan_memory(
     block = machine.block_bytes
     wanted = align_up(max(asked, request.memory_size or 0, former), block)
     bits = _find_phys_bits(facts, config)
-    slots = _plan_slots(request, config, bits, former, clamped)
+    taken = _count_virtio_mem_slots(request, facts, config)
+    slots = _plan_slots(request, config, bits, former, taken, clamped)
     ceiling, allowed = _addressable_bytes(config, bits, slots), config.policy.max_memory_bytes
     why = _explain_bits(facts, config, bits, ceiling, slots)
     if allowed is not None and allowed < ceiling:
@@ -221,10 +222,18 @@ def _find_phys_bits(facts: Facts, config: Definition) -> int:
 
 
 def _plan_slots(
-    request: ReadyForHotplugRequest, config: Definition, bits: int, former_bytes: int, clamped: list[Clamp]
+    request: ReadyForHotplugRequest,
+    config: Definition,
+    bits: int,
+    former_bytes: int,
+    taken: int,
+    clamped: list[Clamp],
 ) -> int:
-    """Return the slots: each costs addresses, so where there are few, there are fewer slots; never fewer than now."""
-    asked = slots = max(request.slots or config.slots or DEFAULT_SLOTS, config.slots)
+    """Return the slots, and those that new virtio-mem devices take besides; never fewer than now.
+
+    Each costs addresses, so where there are few, there are fewer slots.
+    """
+    asked = slots = max(request.slots or config.slots or DEFAULT_SLOTS, config.slots) + taken
     most = find_machine(config).most_slots
     if slots > max(most, config.slots):
         slots = max(most, config.slots)
@@ -232,7 +241,7 @@ def _plan_slots(
             Clamp(field="slots", asked=asked, prepared=slots, why=f"a {config.machine} has at most {most} memory slots")
         )
         asked = slots
-    fewest = config.slots or 1
+    fewest = min(slots, (config.slots or 1) + taken)
     while slots > fewest and _addressable_bytes(config, bits, slots) < former_bytes + find_machine(config).block_bytes:
         slots = max(fewest, slots // 2)
     if slots != asked and bits > _UNREACHING_BITS:
@@ -271,8 +280,7 @@ def _plan_virtio_mems(
     refuse_first(check_unlocked(facts, "config"))
     refuse_first(check_passes_nothing(facts, "config"))
     refuse_first(check_virtio_mem(facts.guest.os, config.arch))
-    has = {device.node or 0 for device in config.virtio_mems}
-    nodes = [node for node in ([cell.id for cell in config.cells] or [0]) if node not in has]
+    nodes = _find_nodes_without_virtio_mem(config)
     room = max(0, (max_memory_bytes or 0) - config.total_bytes)
     size = align_down(room // len(nodes), find_machine(config).block_bytes) if nodes else 0
     return tuple(
@@ -280,6 +288,18 @@ def _plan_virtio_mems(
         for node in nodes
         if size
     )
+
+
+def _find_nodes_without_virtio_mem(config: Definition) -> list[int]:
+    has = {device.node or 0 for device in config.virtio_mems}
+    return [node for node in ([cell.id for cell in config.cells] or [0]) if node not in has]
+
+
+def _count_virtio_mem_slots(request: ReadyForHotplugRequest, facts: Facts, config: Definition) -> int:
+    """Return how many slots the virtio-mem devices would take that are asked for."""
+    if request.memory_device != "virtio-mem" or not facts.host.virtio_mem_takes_slots:
+        return 0
+    return len(_find_nodes_without_virtio_mem(config))
 
 
 def _plan_cells(config: Definition, maximum: int) -> tuple[CellShape, ...]:

@@ -7,7 +7,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, NumaCell, Policy
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, MemoryDevice, NumaCell, Policy
 from kvmagent_plugins.vm.prepare import PrepareGoal, explain_preparation, plan_preparation
 from kvmagent_plugins.vm.requests import ReadyForHotplugRequest
 from tests.fakes.agent import carry_out, make_domain, make_node
@@ -139,6 +139,40 @@ def test_slots_are_given_up_where_each_costs_addresses() -> None:
     assert goal.shape.slots == 16
     assert goal.shape.max_memory_bytes == (64 - 32 - 8 - 16) * GIB
     assert {clamp.field for clamp in goal.clamped} == {"maxMemorySize", "slots"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 256), st.none() | st.integers(1, 256), st.integers(1, 8), st.integers(36, 44))
+def test_the_slots_that_virtio_mem_devices_take_are_counted_wherever_slots_are(
+    has: int, asked: int | None, nodes: int, bits: int
+) -> None:
+    """Observed: QEMU 7.2 refuses more than 256, and each costs addresses."""
+    former = 4 * GIB if has else None
+    cells = tuple(NumaCell(id=n, cpus=frozenset({n}), memory_bytes=GIB // nodes) for n in range(nodes))
+    definition = a_definition(
+        cells=cells, vcpu_current=nodes, vcpu_maximum=nodes, slots=has, max_memory_bytes=former, phys_bits=bits
+    )
+    request: dict[str, Any] = {"max_memory_size": 8192 * GIB, "memory_device": "virtio-mem", "slots": asked}
+    shape = plan(definition, **request).shape
+    assert shape is not None
+    assert has <= shape.slots <= 256
+    assert len(shape.virtio_mems) <= shape.slots
+    assert shape.max_memory_bytes is None or (
+        shape.max_memory_bytes == former or shape.max_memory_bytes + (8 + 32 + shape.slots) * GIB <= 1 << bits
+    )
+    anew = msgspec.structs.replace(
+        definition,
+        slots=shape.slots,
+        max_memory_bytes=shape.max_memory_bytes,
+        total_bytes=GIB + sum(one.size_bytes for one in shape.virtio_mems),
+        devices=tuple(
+            MemoryDevice(model="virtio-mem", size_bytes=one.size_bytes, node=one.node, requested_bytes=0, block_bytes=1)
+            for one in shape.virtio_mems
+        ),
+    )
+    again = plan(anew, **(request | {"slots": None})).shape
+    assert again is not None
+    assert again.slots == shape.slots, "the same again changes nothing"
 
 
 def test_the_hole_the_limit_and_the_host_bound_the_addresses() -> None:
