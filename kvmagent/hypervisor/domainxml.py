@@ -3,6 +3,8 @@
 Source: libvirt formatdomain. Sizes in XML carry a unit; libvirt writes KiB.
 """
 
+from typing import NamedTuple
+
 from lxml import etree
 
 from kvmagent.model.facts import (
@@ -14,7 +16,7 @@ from kvmagent.model.facts import (
     Policy,
     Vcpu,
 )
-from kvmagent.model.units import GIB, KIB, MIB
+from kvmagent.model.units import GIB, KIB, MIB, align_up
 
 _UNITS = {"b": 1, "bytes": 1, "KiB": KIB, "k": KIB, "MiB": MIB, "M": MIB, "GiB": GIB, "G": GIB, "TiB": 1024 * GIB}
 _DEFAULT_PHYS_BITS, _PSE36_BITS = 40, 36
@@ -26,6 +28,19 @@ USER_ALIAS = "ua-"
 # Far more than any machine type of QEMU takes.
 _MAX_CPUS = 65536
 _AGENT_CHANNEL = "devices/channel/target[@type='virtio'][@name='org.qemu.guest_agent.0']"
+
+
+class _Rounded(NamedTuple):
+    """What libvirt rounds sizes of memory up to when it starts a VM: those of the persistent definition stay odd.
+
+    Source: libvirt 9.0, qemuDomainAlignMemorySizes. Observed: <memory unit='GB'>1</memory> is 954 MiB while it runs.
+    """
+
+    boot_bytes: int = MIB
+    device_bytes: int = 2 * MIB
+
+
+_ROUNDED = dict.fromkeys(("ppc64", "ppc64le"), _Rounded(256 * MIB, 256 * MIB))
 
 
 def parse_definition(xml: str) -> Definition:
@@ -81,18 +96,24 @@ def _read_definition(document: _Document) -> Definition:
     if os_type is None:
         raise ValueError("domain XML without <os><type>")
     balloon = document.find("devices/memballoon")
-    devices = tuple(_parse_device(element) for element in document.find_all("devices/memory"))
-    total = _size(document.find("memory"))
+    rounded = _ROUNDED.get(os_type.get("arch", ""), _Rounded())
+    devices = tuple(_parse_device(element, rounded) for element in document.find_all("devices/memory"))
+    cells = tuple(_parse_cell(element, n, rounded) for n, element in enumerate(document.find_all("cpu/numa/cell")))
+    written = _size(document.find("memory"))
+    plugged = sum(_size(element.find("./target/size")) for element in document.find_all("devices/memory"))
+    boot = sum(cell.memory_bytes for cell in cells) or align_up(written - plugged, rounded.boot_bytes)
+    total = boot + sum(device.size_bytes for device in devices)
+    ballooned = _size(document.find("currentMemory"))
     return Definition(
         vcpu_current=current,
         vcpu_maximum=maximum,
         vcpus=_vcpus(document, current, maximum),
         topology=_topology(document),
         total_bytes=total,
-        current_bytes=_size(document.find("currentMemory")) or total,
-        max_memory_bytes=None if max_memory is None else _size(max_memory),
+        current_bytes=total if ballooned in (0, written) else ballooned,
+        max_memory_bytes=None if max_memory is None else align_up(_size(max_memory), rounded.boot_bytes),
         slots=0 if max_memory is None else int(max_memory.get("slots", "0")),
-        cells=tuple(_parse_cell(element, n) for n, element in enumerate(document.find_all("cpu/numa/cell"))),
+        cells=cells,
         devices=devices,
         acpi=document.find("features/acpi") is not None,
         balloon=balloon is not None and balloon.get("model") != "none",
@@ -185,10 +206,10 @@ def find_memory_xml(
 
     libvirt keeps user aliases in the persistent XML, its own ones in the live XML alone.
     """
-    elements = [
-        element for element in parse_xml(domain_xml).iterfind("./devices/memory") if element.get("model") == model
-    ]
-    devices = [(_parse_device(element), element) for element in elements]
+    document = _Document(domain_xml)
+    elements = [element for element in document.find_all("devices/memory") if element.get("model") == model]
+    rounded = _ROUNDED.get(document.attribute("os/type", "arch") or "", _Rounded())
+    devices = [(_parse_device(element, rounded), element) for element in elements]
     for device, element in devices:
         if alias is not None and device.alias == alias:
             return etree.tostring(element, encoding="unicode", with_tail=False)
@@ -282,12 +303,17 @@ def _hugepages(document: _Document) -> tuple[Hugepages, ...]:
 def _count_passed_through(document: _Document) -> tuple[int, int, int]:
     """Return how many devices QEMU pins all guest memory for: by VFIO, by vDPA, and NVMe disks of the host.
 
-    Source: libvirt formatdomain; an interface of a network of host devices is told as one of them while the VM runs.
+    An NVMe disk may lie below an overlay. Source: libvirt formatdomain, virStorageSourceChainHasNVMe; disks by vDPA are
+    of libvirt 9.8. An interface of a network of host devices is told as one of them while the VM runs.
     """
     hostdevs = [one for one in document.find_all("devices/hostdev") if one.get("type") in ("pci", "mdev")]
     interfaces = [one.get("type") for one in document.find_all("devices/interface")]
-    disks = [one for one in document.find_all("devices/disk") if one.get("type") == "nvme"]
-    return len(hostdevs) + interfaces.count("hostdev"), interfaces.count("vdpa"), len(disks)
+    disks = [
+        {one.get("type"), *(below.get("type") for below in one.iterfind(".//backingStore"))}
+        for one in document.find_all("devices/disk")
+    ]
+    vdpa = interfaces.count("vdpa") + sum("vhostvdpa" in kinds for kinds in disks)
+    return len(hostdevs) + interfaces.count("hostdev"), vdpa, sum("nvme" in kinds for kinds in disks)
 
 
 def _locked_copies(document: _Document) -> int:
@@ -373,12 +399,12 @@ def _topology(document: _Document) -> tuple[int, int, int, int] | None:
     return sockets, dies, clusters * cores, threads
 
 
-def _parse_cell(element: etree._Element, position: int) -> NumaCell:
+def _parse_cell(element: etree._Element, position: int, rounded: _Rounded) -> NumaCell:
     unit = _UNITS[element.get("unit", "KiB")]
     return NumaCell(
         id=int(element.get("id", position)),
         cpus=_parse_ids(element.get("cpus", "")),
-        memory_bytes=int(element.get("memory", "0")) * unit,
+        memory_bytes=align_up(int(element.get("memory", "0")) * unit, rounded.boot_bytes),
     )
 
 
@@ -392,7 +418,7 @@ def _parse_ids(text: str) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _parse_device(element: etree._Element) -> MemoryDevice:
+def _parse_device(element: etree._Element, rounded: _Rounded) -> MemoryDevice:
     alias, address, node = element.find("./alias"), element.find("./address"), element.findtext("./target/node")
     # Source: libvirt 9.4 on; a virtio-mem device's own address is its PCI device's.
     place = element.find("./target/address") if address is None or address.get("base") is None else address
@@ -402,7 +428,7 @@ def _parse_device(element: etree._Element) -> MemoryDevice:
     block = element.find("./target/block")
     return MemoryDevice(
         model=element.get("model", ""),
-        size_bytes=_size(element.find("./target/size")),
+        size_bytes=align_up(_size(element.find("./target/size")), rounded.device_bytes),
         node=None if node is None else int(node),
         alias=None if alias is None else alias.get("name"),
         slot=None if slot is None else int(slot, 0),

@@ -92,6 +92,39 @@ def test_vcpus_that_are_as_many_and_not_the_same_are_drift(define: Define, node:
     assert "0-1,3,5" in told
 
 
+ODD_CELL = "<cpu><numa><cell id='0' cpus='0-1' memory='1' unit='GB'/></numa></cpu>"
+ODD_DIMM = "<memory model='dimm'><target><size unit='KiB'>131073</size><node>0</node></target></memory>"
+
+
+@pytest.mark.parametrize(
+    ("maximum", "cpu", "device"),
+    [
+        ("", "", ""),
+        ("", ODD_CELL, ""),
+        ("<maxMemory slots='2' unit='GB'>4</maxMemory>", ODD_CELL, ODD_DIMM),
+    ],
+    ids=["memory alone", "a cell", "a dimm"],
+)
+def test_sizes_that_libvirt_rounds_when_it_starts_the_vm_are_no_drift(
+    lab: PrivateLibvirtd, node: Node, maximum: str, cpu: str, device: str
+) -> None:
+    with lab.connect() as connection:
+        domain = connection.defineXML(
+            f"<domain type='qemu'><name>odd</name>{maximum}<memory unit='GB'>1</memory><vcpu>2</vcpu>"
+            f"<os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>{cpu}"
+            f"<devices>{device}</devices></domain>"
+        )
+        try:
+            domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            reply = carry_out(node, "ReadyForHotplug", vmUuid="odd")
+            domain.destroy()
+        finally:
+            domain.undefine()
+    assert reply["drift"] == [], reply
+    assert reply["restartRequired"] is False
+    assert reply["after"]["memorySize"] == (954 + (130 if device else 0)) * MIB
+
+
 # QEMU ends by SIGTERM alone once its guest is off: where that is held back, the VM stays in shutdown.
 SLOW_TO_END = """#!/bin/sh
 case " $* " in

@@ -1,6 +1,9 @@
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from kvmagent.hypervisor.domainxml import format_dimm, is_agent_connected, parse_definition
+from kvmagent.hypervisor.domainxml import find_memory_xml, format_dimm, is_agent_connected, parse_definition
 from kvmagent.model.facts import POLICY_NAMESPACE, MemoryDevice, Policy, Vcpu
 
 MIB = 1024 * 1024
@@ -155,3 +158,26 @@ def test_writes_a_dimm_with_every_value_escaped() -> None:
         '<memory model="dimm"><target><size unit="KiB">131072</size><node>1</node></target>'
         '<alias name="ua-a\'&lt;&quot;&gt;"/></memory>'
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "address", "place"),
+    [
+        ("dimm", "<address type='dimm' slot='{}'/>", lambda n: {"slot": n}),
+        (
+            "virtio-mem",
+            "<address type='pci' domain='0x0000' bus='0x0{}' slot='0x00' function='0x0'/>",
+            lambda n: {"address": f"pci domain=0x0 bus={n:#x} slot=0x0 function=0x0"},
+        ),
+    ],
+)
+def test_two_devices_of_one_size_on_one_node_are_told_apart_by_their_place(
+    model: str, address: str, place: Callable[[int], dict[str, Any]]
+) -> None:
+    """The running VM has libvirt's own aliases, its persistent definition has none."""
+    device = f"<memory model='{model}'><target><size unit='KiB'>131072</size><node>0</node></target>{address}</memory>"
+    xml = f"<domain><devices>{device.format(3)}{device.format(1)}</devices></domain>"
+    for n in (1, 3):
+        found = find_memory_xml(xml, model=model, alias=f"{model}0", node=0, size_bytes=128 * MIB, **place(n))
+        assert found == device.format(n).replace("'", '"')
+    assert find_memory_xml(xml, model=model, alias=None, node=0, size_bytes=128 * MIB, **place(2)) is None

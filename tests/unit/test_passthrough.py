@@ -29,6 +29,16 @@ NVME = (
     "<disk type='nvme' device='disk'><driver name='qemu' type='raw'/><source type='pci' managed='yes' namespace='1'>"
     f"{PCI.format(0)}</source><target dev='vdb' bus='virtio'/></disk>"
 )
+OVERLAY = (
+    "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/vm/top.qcow2'/>"
+    "<backingStore type='nvme'><format type='raw'/><source type='pci' managed='yes' namespace='1'>"
+    f"{PCI.format(0)}</source><backingStore/></backingStore><target dev='vdc' bus='virtio'/></disk>"
+)
+# The schema of libvirt 9.0 has none.
+VDPA_DISK = (
+    "<disk type='vhostvdpa' device='disk'><driver name='qemu' type='raw'/><source dev='/dev/vhost-vdpa-1'/>"
+    "<target dev='vdd' bus='virtio'/></disk>"
+)
 IOMMU = "<iommu model='intel'/>"
 USB = "<hostdev mode='subsystem' type='usb'><source><address bus='1' device='2'/></source></hostdev>"
 
@@ -50,6 +60,7 @@ def parse(*devices: str, domain_xml: str = "") -> Definition:
         ((INTERFACE,), 1, 1),
         ((VDPA,), 1, 1),
         ((NVME,), 1, 1),
+        ((OVERLAY,), 1, 1),
         ((HOSTDEV.format(0), HOSTDEV.format(2), INTERFACE), 3, 1),
         ((HOSTDEV.format(0), HOSTDEV.format(2), INTERFACE, IOMMU), 3, 3),
         ((HOSTDEV.format(0), VDPA, VDPA, NVME), 4, 4),
@@ -58,6 +69,11 @@ def parse(*devices: str, domain_xml: str = "") -> Definition:
 def test_every_spelling_is_counted(devices: tuple[str, ...], pinning: int, copies: int) -> None:
     definition = parse(*devices)
     assert (definition.vfio_devices, definition.locked_copies) == (pinning, copies)
+
+
+def test_a_disk_by_vdpa_is_counted_as_an_interface_is() -> None:
+    definition = parse_definition(format_spec(GuestSpec(name="vm1", devices_xml=VDPA_DISK + VDPA), "qemu"))
+    assert (definition.vfio_devices, definition.locked_copies) == (2, 2)
 
 
 def facts_of(live: Definition | None, config: Definition | None, **domain: Any) -> Facts:
