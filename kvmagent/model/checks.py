@@ -4,6 +4,7 @@ Planners refuse with the first one; ReadyForHotplug tells them all. So a VM that
 planner will not refuse.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -159,19 +160,30 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
             )
         yield from _blockers(policy.check_cpu_ceiling(facts.domain, name, definition, cpu_num))
         if definition.topology is not None:
-            sockets, dies, cores, threads = definition.topology
-            product = sockets * dies * cores * threads
-            if cpu_num % definition.vcpu_quantum:
-                yield blocker(
-                    Code.CPU_NOT_WHOLE_CORE,
-                    f"{cpu_num} vCPUs requested, cores of the {name} definition have {threads} threads",
-                )
+            product = math.prod(definition.topology)
+            yield from _check_whole_cores(name, definition, cpu_num)
             if product != definition.vcpu_maximum:
                 yield blocker(
                     Code.CPU_TOPOLOGY_MISMATCH,
                     f"the {name} definition's topology makes {product} vCPUs, its maximum is {definition.vcpu_maximum}",
                     needs_restart=True,
                 )
+
+
+def check_cores_left(domain: Domain, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
+    """What is left in each definition that comes down to `cpu_num` must be whole cores."""
+    for name, definition in find_changed(domain, affect):
+        if cpu_num < definition.vcpu_current:
+            yield from _check_whole_cores(name, definition, cpu_num)
+
+
+def _check_whole_cores(name: str, definition: Definition, cpu_num: int) -> Iterator[Blocker]:
+    """vCPUs come and leave by the core where they cannot by the thread."""
+    if cpu_num % definition.vcpu_quantum:
+        yield blocker(
+            Code.CPU_NOT_WHOLE_CORE,
+            f"{cpu_num} vCPUs requested, cores of the {name} definition have {definition.vcpu_quantum} threads",
+        )
 
 
 def check_cpu_removal(definition: Definition) -> Iterator[Blocker]:

@@ -509,7 +509,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.CPU_NOT_WHOLE_CORE: CodeInfo(
         400,
-        "On this architecture only whole cores can be plugged, and the requested number is not a multiple of a "
+        "On this architecture only whole cores come and leave, and the requested number is not a multiple of a "
         "core's threads.",
         "Request a multiple of the threads per core of the VM.",
     ),

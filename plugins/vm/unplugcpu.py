@@ -6,6 +6,7 @@ from typing import Any
 from kvmagent.model.checks import (
     STATE_REFUSALS,
     check_awake,
+    check_cores_left,
     check_cpu_removal,
     check_expected,
     check_state,
@@ -45,7 +46,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
     """Return the goal of a request.
 
     Raises:
-        AgentError: TARGET_ABOVE_CURRENT, CPU_NOT_REMOVABLE, CPU_REMOVAL_UNSAFE, GUEST_CPU_IN_USE, ...
+        AgentError: TARGET_ABOVE_CURRENT, CPU_NOT_WHOLE_CORE, CPU_NOT_REMOVABLE, CPU_REMOVAL_UNSAFE, ...
     """
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, request.expected_cpu_num, None))
@@ -55,6 +56,7 @@ def decide(request: HotUnplugCpuRequest, facts: Facts, task_uuid: str) -> Unplug
         raise AgentError(
             Code.TARGET_ABOVE_CURRENT, f"{request.cpu_num} vCPUs requested, VM {facts.domain.name} has {current}"
         )
+    refuse_first(check_cores_left(facts.domain, request.affect, request.cpu_num))
     if live and request.cpu_num < current:
         refuse_first(check_awake(facts.domain, request.affect))
         _refuse_unremovable(facts, request.cpu_num)
@@ -158,6 +160,7 @@ HOT_UNPLUG_CPU = Command(
         Code.VM_SUSPENDED,
         Code.NOT_AS_EXPECTED,
         Code.TARGET_ABOVE_CURRENT,
+        Code.CPU_NOT_WHOLE_CORE,
         Code.MACHINE_NOT_SUPPORTED,
         Code.CPU_NOT_REMOVABLE,
         Code.CPU_REMOVAL_UNSAFE,

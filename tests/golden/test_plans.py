@@ -687,6 +687,19 @@ CASES = {
     ),
     "less-cpu-refused-emulated": Case(LESS_CPU, {"cpuNum": 1}, arrange=plug_vcpus(3)),
     "less-cpu-refused-machine": Case(LESS_CPU, {"cpuNum": 1}, spec={"vcpus": 2}, domain=KVM, arrange=be_of("s390x")),
+    "less-cpu-refused-part-of-a-core": Case(
+        LESS_CPU,
+        {"cpuNum": 3},
+        spec={"vcpus": 2, "max_vcpus": 8, "topology": (2, 2, 2)},
+        domain=KVM,
+        arrange=then(plug_vcpus(6), be_of("ppc64le")),
+    ),
+    "less-cpu-refused-part-of-a-core-config-only": Case(
+        LESS_CPU,
+        {"cpuNum": 3, "affect": "config"},
+        spec={"vcpus": 2, "max_vcpus": 8, "topology": (2, 2, 2)},
+        arrange=then(plug_vcpus(6), be_of("ppc64le")),
+    ),
     "less-cpu-refused-fixed": Case(LESS_CPU, {"cpuNum": 1}, spec={"vcpus": 2}, domain=KVM, arrange=plug_vcpus(3)),
     "less-cpu-refused-in-use": Case(
         LESS_CPU, {"cpuNum": 1}, guest={"fixed_cpus": frozenset({0, 2})}, domain=KVM, arrange=plug_vcpus(3)

@@ -187,6 +187,8 @@ def test_whole_cores_come_and_leave(newest: PrivateLibvirtd, send: Send) -> None
         guest = boot(replace(spec, max_vcpus=16, topology=topology, kernel_args=kernel_args))
         reply = send(PLUG, guest, cpuNum=3)
         assert (reply["outcome"], reply["errorCode"]) == ("refused", "CPU_NOT_WHOLE_CORE"), reply
+        reply = send(UNPLUG, guest, cpuNum=1)
+        assert (reply["outcome"], reply["errorCode"], guest.cpus_online()) == ("refused", "CPU_NOT_WHOLE_CORE", "0-1")
         for path, count, online in ((PLUG, 6, "0-5"), (UNPLUG, 2, "0-1"), (PLUG, 4, "0-3")):
             reply = send(path, guest, cpuNum=count)
             assert (reply["success"], reply["outcome"], guest.cpus_online()) == (True, "online", online), reply
