@@ -462,15 +462,19 @@ def test_what_was_reserved_is_known_after_a_restart_without_what_was_seen_before
         min_size=1,
         max_size=8,
     ),
+    st.booleans(),
 )
 def test_whatever_is_asked_of_whichever_vm_ready_says_what_happens_and_the_budget_holds(
-    tmp_path_factory: pytest.TempPathFactory, total_gib: int, tasks: list[tuple[int, str, int, str]]
+    tmp_path_factory: pytest.TempPathFactory, total_gib: int, tasks: list[tuple[int, str, int, str]], deflates: bool
 ) -> None:
     vms = [make_vm(n, 512 * (n + 1)) for n in range(3)]
     for vm in vms:
         vm.guest.available_bytes = 8 * GIB
     vms[2].live.find("currentMemory").text = str(1024 * 1024)
-    node = make_node(tmp_path_factory.mktemp("host"), *vms, total_mib=total_gib * 1024)
+    if deflates:
+        vms[2].live.find("./devices/memballoon").set("autodeflate", "on")
+    directory = tmp_path_factory.mktemp("host")
+    node = make_node(directory, *vms, total_mib=total_gib * 1024)
     started = node.view_budget().host
     for n, (which, method, size, fails) in enumerate(tasks):
         vm = vms[which]
@@ -488,6 +492,8 @@ def test_whatever_is_asked_of_whichever_vm_ready_says_what_happens_and_the_budge
         now = node.view_budget().host
         assert now.promised <= max(now.budget, started.promised)
         assert now.reserved == 0
+        anew = Budget(host_root=directory / "host").view(vms[0].connect()).host
+        assert now.promised == anew.promised, "what is kept of earlier looks is what a first look sees"
 
 
 @settings(max_examples=200, deadline=None)
