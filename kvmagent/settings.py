@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from kvmagent.inifile import Section, read_entries
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.fields import MOST_BYTES, MOST_CPUS
 from kvmagent.model.roles import parse_rule
 from kvmagent.model.units import parse_amount, parse_count, parse_size
 
@@ -490,12 +491,13 @@ def check_together(settings: Settings) -> None:
         AgentError: BAD_CONFIGURATION.
     """
     _check_uri(settings.libvirt.uri)
-    for key, text, parse in (
-        ("max_cpus", settings.prepare.max_cpus, parse_count),
-        ("max_memory", settings.prepare.max_memory, parse_size),
+    for key, text, parse, most in (
+        ("max_cpus", settings.prepare.max_cpus, parse_count, MOST_CPUS),
+        ("max_memory", settings.prepare.max_memory, parse_size, MOST_BYTES),
     ):
         try:
-            parse_amount(text, parse)
+            if parse_amount(text, parse).number > most:
+                raise ValueError(f"{text} is more than {most}")
         except ValueError as error:
             raise _bad(f"prepare.{key}: {error}") from error
     if settings.hooks.directory and not settings.hooks.directory.startswith("/"):

@@ -6,8 +6,11 @@ import msgspec
 
 Method = Literal["auto", "dimm", "virtio-mem", "balloon"]
 
-CpuNum = Annotated[int, msgspec.Meta(ge=1, le=8192, description="Total vCPUs wanted")]
-MemorySize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Total memory wanted, bytes")]
+#: No request asks for more.
+MOST_CPUS, MOST_BYTES = 8192, 2**53 - 1
+
+CpuNum = Annotated[int, msgspec.Meta(ge=1, le=MOST_CPUS, description="Total vCPUs wanted")]
+MemorySize = Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES, description="Total memory wanted, bytes")]
 MemoryMethod = Annotated[
     Method,
     msgspec.Meta(

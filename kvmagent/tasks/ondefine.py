@@ -25,6 +25,7 @@ from kvmagent.logs import Log, error_fields
 from kvmagent.model.command import Command, VmRequest, Wish
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
+from kvmagent.model.fields import MOST_BYTES, MOST_CPUS
 from kvmagent.model.roles import LOCAL, Access
 from kvmagent.model.units import Amount
 from kvmagent.model.vmname import parse_uuid
@@ -76,13 +77,14 @@ class Maxima(NamedTuple):
         memory_full = (config.max_memory_bytes or 0) <= config.total_bytes
         return Wish(
             vm,
-            max_cpu_num=_find_maximum(self.cpus, config.vcpu_current, is_full=cpus_full),
-            max_memory_size=_find_maximum(self.memory, config.total_bytes, is_full=memory_full),
+            max_cpu_num=_find_maximum(self.cpus, config.vcpu_current, MOST_CPUS, is_full=cpus_full),
+            max_memory_size=_find_maximum(self.memory, config.total_bytes, MOST_BYTES, is_full=memory_full),
         )
 
 
-def _find_maximum(wanted: Amount, has: int, *, is_full: bool) -> int | None:
-    return None if wanted.is_factor and not is_full else max(has, wanted.of(has))
+def _find_maximum(wanted: Amount, has: int, most: int, *, is_full: bool) -> int | None:
+    """Return the maximum to ask for, of one that has so much; a factor leaves what has room as it is."""
+    return None if wanted.is_factor and not is_full else min(most, max(has, wanted.of(has)))
 
 
 class _Mine(NamedTuple):

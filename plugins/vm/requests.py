@@ -6,7 +6,17 @@ import msgspec
 
 from kvmagent.model.command import VmRequest
 from kvmagent.model.facts import GuestOs, VmState
-from kvmagent.model.fields import CpuNum, DimmSize, GuestNode, MemoryMethod, MemorySize, ScaleShares, Strict
+from kvmagent.model.fields import (
+    MOST_BYTES,
+    MOST_CPUS,
+    CpuNum,
+    DimmSize,
+    GuestNode,
+    MemoryMethod,
+    MemorySize,
+    ScaleShares,
+    Strict,
+)
 from kvmagent.model.reply import Blocker, VmReply
 
 LateCallback = Annotated[
@@ -82,9 +92,9 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     expected_cpu_num: ExpectedCpuNum = None
     expected_memory_size: ExpectedMemorySize = None
     prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
-    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=8192, description="vCPUs to prepare for")] | None = None
+    max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=MOST_CPUS, description="vCPUs to prepare for")] | None = None
     max_memory_size: (
-        Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Memory to prepare for, bytes")] | None
+        Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES, description="Memory to prepare for, bytes")] | None
     ) = None
     slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
     free_page_reporting: Annotated[

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from lxml import etree
 
+from kvmagent.api.wire import decode_request
 from kvmagent.hypervisor.vmevents import VmEvents
 from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
@@ -331,6 +332,19 @@ def test_absolute_maxima_hold_for_all_and_never_lower(tmp_path: Path) -> None:
         field.agent.stop()
 
 
+def test_a_factor_goes_no_further_than_a_request_may(tmp_path: Path) -> None:
+    """What was beyond the range of a request was refused, and the VM never prepared."""
+    most = Maxima(Amount(8000, is_factor=True), Amount(2**30, is_factor=True))
+    field = Field(tmp_path, make_domain(BARE, virt_type="kvm"), most)
+    try:
+        field.preparations.note_all()
+        field.settle()
+        decode_request(msgspec.json.encode(field.handed_in[0][1]), COMMANDS["ReadyForHotplug"].request)
+        assert field.maximum > 2
+    finally:
+        field.agent.stop()
+
+
 def test_a_vm_that_has_room_is_not_given_more_by_a_factor(field: Field) -> None:
     field.preparations.note_all()
     field.settle()
@@ -373,7 +387,16 @@ def test_few_tasks_are_unfinished_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("max_cpus", "x0"), ("max_cpus", "many"), ("max_memory", "64"), ("max_memory", "x1.5")]
+    ("key", "value"),
+    [
+        ("max_cpus", "x0"),
+        ("max_cpus", "many"),
+        ("max_cpus", "8193"),
+        ("max_cpus", "x9999"),
+        ("max_memory", "64"),
+        ("max_memory", "x1.5"),
+        ("max_memory", "9000000T"),
+    ],
 )
 def test_maxima_that_are_none_stop_the_start(key: str, value: str) -> None:
     with pytest.raises(AgentError) as refused:
