@@ -430,6 +430,10 @@ class Facts(msgspec.Struct, frozen=True):
         live = self.domain.live
         return None if live is None else format_run(live.domain_id, self.host.boot_id)
 
+    def find_definition(self, target: Literal["live", "config"]) -> Definition | None:
+        """Return what the running VM is, or the persistent definition; None where there is none."""
+        return self.domain.live if target == "live" else self.domain.config
+
     def get_live(self) -> Definition:
         """Return the running VM's definition.
 

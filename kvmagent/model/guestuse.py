@@ -20,7 +20,7 @@ from kvmagent.model.facts import (
 )
 from kvmagent.model.policy import explain_not_asked
 from kvmagent.model.reply import Problem
-from kvmagent.model.steps import Resource
+from kvmagent.model.steps import Resource, Target
 from kvmagent.model.units import format_ids, format_size
 
 # Source: Linux admin-guide/mm/memory-hotplug.rst: ratios of 3:1 to 4:1 are bearable, what is above is not.
@@ -49,6 +49,17 @@ def measure(facts: Facts | None, resource: Resource) -> Use:
         return Use()
     measures = {"cpu": _measure_cpus, "memory": _measure_memory, "balloon": _measure_balloon}
     return measures[resource](facts, facts.domain.live)
+
+
+def amount_of(facts: Facts, resource: Resource, target: Target) -> int | None:
+    """Return what the running VM or the definition has of a resource; None where there is none, or it is unknown."""
+    if target == "live":
+        return measure(facts, resource).plugged
+    config = facts.domain.config
+    if config is None:
+        return None
+    amounts = {"cpu": config.vcpu_current, "memory": config.memory_bytes, "balloon": config.current_bytes}
+    return amounts[resource]
 
 
 def find_mem_total(facts: Facts) -> int | None:

@@ -22,6 +22,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Facts
 from kvmagent.model.guestuse import (
     Use,
+    amount_of,
     find_cpu_warnings,
     find_mem_total,
     find_memory_warnings,
@@ -38,6 +39,7 @@ from kvmagent.model.steps import (
     OfflineGuestVcpus,
     Resource,
     StageName,
+    Target,
 )
 from kvmagent.model.units import format_ids, format_size
 
@@ -45,6 +47,7 @@ _PENDING = (Code.CPU_REMOVAL_PENDING, Code.MEMORY_REMOVAL_PENDING)
 # What a resource may be short of its total for, in the order in which it is told; a removal may fail in any way.
 _SHORT_UP = (Code.BALLOON_NOT_ANSWERING, Code.VIRTIO_MEM_STALLED)
 _SHORT_DOWN = (*_PENDING, Code.MEMORY_REMOVAL_REFUSED, Code.GUEST_MEMORY_IN_USE)
+_DEFINITIONS: tuple[tuple[Target, str], ...] = (("live", "running"), ("config", "persistent"))
 _STAGES: tuple[StageName, ...] = ("plugged", "visible", "online")
 
 
@@ -224,9 +227,15 @@ def _covers(total: Total, ending: Ending) -> bool:
     assert total.live is not None
     if use.online is None or use.plugged is None:
         return False
-    if total.direction == "down":
+    if _is_removal(total, ending):
         return total.resource != "cpu" or use.online <= total.live
     return use.online >= total.live and not _count_unused_blocks(ending, total.resource)
+
+
+def _is_removal(total: Total, ending: Ending) -> bool:
+    """Whether a resource was to shrink: what has grown did not, whatever its goal calls it."""
+    was, has = measure(ending.before, total.resource).plugged, measure(ending.after, total.resource).plugged
+    return total.direction == "down" and (was is None or has is None or has <= was)
 
 
 def _count_unused_blocks(ending: Ending, resource: Resource) -> int:
@@ -252,14 +261,12 @@ def _find_shortfall(ending: Ending, after: Facts) -> AgentError | None:
     if _is_lost(ending, after):
         return AgentError(Code.REMOVAL_LOST, f"VM {after.domain.name} was powered off while the removal was pending")
     for total in ending.goal.totals:
-        for name, wanted, definition in (
-            ("running", total.live, after.domain.live),
-            ("persistent", total.config, after.domain.config),
-        ):
+        for target, name in _DEFINITIONS:
+            wanted: int | None = getattr(total, target)
             if wanted is None:
                 continue
-            has = _amount(total.resource, definition, after if name == "running" else None)
-            if definition is None or (has is not None and (has < wanted if total.direction == "up" else has > wanted)):
+            has, is_there = amount_of(after, total.resource, target), after.find_definition(target) is not None
+            if not is_there or (has is not None and (has < wanted if total.direction == "up" else has > wanted)):
                 cause = _find_cause(ending, total)
                 if cause is not None and cause.code is Code.CPU_REMOVAL_PENDING and has is not None:
                     cause = _find_unfinished(ending, has, wanted) or cause
@@ -271,19 +278,6 @@ def _is_lost(ending: Ending, after: Facts) -> bool:
     """Whether a removal was still pending when the VM's run ended: QEMU alone knew of it."""
     removes = any(total.direction == "down" for total in ending.goal.totals)
     return bool(ending.late and removes and ending.goal.run is not None and ending.goal.run != after.run)
-
-
-def _amount(resource: Resource, definition: Definition | None, running: Facts | None) -> int | None:
-    if definition is None:
-        return None
-    if running is not None:
-        return measure(running, resource).plugged
-    amounts = {
-        "cpu": definition.vcpu_current,
-        "memory": definition.memory_bytes,
-        "balloon": definition.current_bytes,
-    }
-    return amounts[resource]
 
 
 def _find_cause(ending: Ending, total: Total) -> AgentError | None:
@@ -395,14 +389,15 @@ def _guest_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
     for total in goal.totals:
         if total.live is None:
             continue
+        removal = _is_removal(total, ending)
         # What has left has not to be brought online.
-        hint = {"hint": ""} if total.direction == "down" else {}
+        hint = {"hint": ""} if removal else {}
         if total.resource == "cpu":
             one = find_cpu_warnings(after, ending.before, asked_online=asked_online, **hint)
         else:
             one = find_memory_warnings(after, asked_online=asked_online, **hint)
         use = measure(after, total.resource)
-        if total.direction == "down":
+        if removal:
             # What has left need not be used; but the guest must be there to say so.
             one = one if use.online is None else []
         elif total.resource == "balloon" and use.online is not None:

@@ -47,6 +47,10 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
         """What it changes: the running VM, which has its guest, or the persistent definition."""
         return LIVE
 
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        """Return by how much it makes its resource grow, or lets it, in the running VM or in the definition."""
+        return 0
+
     @property
     def asks(self) -> str | None:
         """What the guest is asked to bring to another size, which it does in its own time: a device of the VM's."""
@@ -86,6 +90,10 @@ class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
     @property
     def changes(self) -> frozenset[Target]:
         return LIVE | CONFIG if self.target == "both" else frozenset({self.target})
+
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        definition = facts.find_definition(target)
+        return 0 if definition is None else self.count - definition.vcpu_current
 
     def leaves_offline(self, facts: Facts) -> frozenset[int]:
         """The guest gives a new CPU the lowest number that is free; one that says nothing has numbered all it had."""
@@ -155,6 +163,9 @@ class AttachMemory(Step, frozen=True, tag="AttachMemory", rename="camel"):
     def changes(self) -> frozenset[Target]:
         return (LIVE if self.live else NOTHING) | (CONFIG if self.config else NOTHING)
 
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        return self.size_bytes
+
 
 class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"):
     """Wait until the guest lists these memory blocks."""
@@ -196,6 +207,13 @@ class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
     @property
     def changes(self) -> frozenset[Target]:
         return frozenset({self.target})
+
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        definition = facts.find_definition(target)
+        if definition is None:
+            return 0
+        actual = facts.domain.balloon_bytes if target == "live" else None
+        return self.size_bytes - (definition.current_bytes if actual is None else actual)
 
     @property
     def asks(self) -> str | None:
@@ -309,6 +327,9 @@ class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
     def changes(self) -> frozenset[Target]:
         return (LIVE if self.live else NOTHING) | (CONFIG if self.config else NOTHING)
 
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        return self.requested_bytes
+
     @property
     def asks(self) -> str | None:
         return self.alias if self.live else None
@@ -344,6 +365,16 @@ class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
     @property
     def changes(self) -> frozenset[Target]:
         return frozenset({self.target})
+
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        """Of a device that cannot be told from another, what it is for the one that grows most."""
+        definition = facts.find_definition(target)
+        devices = () if definition is None else definition.virtio_mems
+        named = [device for device in devices if self.alias is not None and device.alias == self.alias]
+        alike = [device for device in devices if (device.node, device.size_bytes) == (self.node, self.size_bytes)]
+        placed = [device for device in alike if self.address is not None and device.address == self.address]
+        found = named or placed or alike
+        return max((self.requested_bytes - device.plugged_bytes for device in found), default=0)
 
     @property
     def asks(self) -> str | None:

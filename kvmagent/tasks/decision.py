@@ -4,14 +4,18 @@ Whoever asks before a task does, asks this. A plan that changes what its goal ha
 not ask to be changed, is the plugin's mistake: nothing of it is performed.
 """
 
+from collections import Counter
+
 import msgspec
 
 from kvmagent.model.command import Affect, Command, Goal, VmRequest
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Facts
+from kvmagent.model.guestuse import amount_of
 from kvmagent.model.hostbudget import refuse_growth
 from kvmagent.model.ownerpolicy import check_owner_policy
-from kvmagent.model.steps import CONFIG, LIVE, AnyStep, Step, Target
+from kvmagent.model.reply import Problem
+from kvmagent.model.steps import CONFIG, LIVE, AnyStep, Resource, Step, Target
 from kvmagent.tasks.plugincalls import call
 
 _AFFECTED: dict[Affect, frozenset[Target]] = {"both": LIVE | CONFIG, "live": LIVE, "config": CONFIG}
@@ -26,12 +30,12 @@ def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -
     """
     decided = call(command.decide, request, facts, task_uuid)
     # No plugin has to remember which VM and which run it was.
-    goal = msgspec.structs.replace(check_goal(command, decided), vm=facts.domain.uuid, run=facts.run)
+    goal = _bind(command, decided, Goal(vm=facts.domain.uuid, run=facts.run))
     steps = _ask(command, goal, facts, frozenset())
     if steps or goal.totals:
         check_owner_policy(facts, request.affect, goal, steps)
         refuse_growth(goal.totals, facts)
-    _check_plan(command, request, goal, steps)
+    _check_plan(command, request, goal, facts, steps)
     return goal, steps
 
 
@@ -44,19 +48,51 @@ def plan(
         AgentError: INTERNAL_ERROR, of the plugin's plan.
     """
     steps = _ask(command, goal, facts, failed)
-    _check_plan(command, request, goal, steps)
+    _check_plan(command, request, goal, facts, steps)
     return steps
 
 
-def check_goal(command: Command, goal: object) -> Goal:
-    """Return what a plugin gave as a goal of its command.
+def resume(command: Command, goal: Goal) -> Goal:
+    """Return what of a recorded goal may still be pursued after an interruption."""
+    return _bind(command, call(command.resumed_goal, goal), goal)
+
+
+def find_way_back(command: Command, goal: Goal, seen: Facts, facts: Facts, error: AgentError) -> Goal | None:
+    """Return where a command goes after a failure, instead of its goal; None: nowhere.
+
+    Raises:
+        AgentError: INTERNAL_ERROR: that would be further than it was to go, of which nobody asked the owner.
+    """
+    back = call(command.rollback_goal, goal, seen, facts, error)
+    if back is None:
+        return None
+    back = _bind(command, back, msgspec.structs.replace(goal, failure=Problem.of(error)))
+    for total in back.totals:
+        for target in _CALLED:
+            wanted, most = getattr(total, target), _find_most(goal, facts, total.resource, target)
+            if wanted is not None and wanted > max(most, amount_of(seen, total.resource, target) or 0):
+                message = f"{command.name} would go back to more {total.resource} than it was to have"
+                raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
+    return back
+
+
+def _bind(command: Command, goal: object, former: Goal) -> Goal:
+    """Return what a plugin gave as a goal: of that VM and run, and with what else of it is the agent's own.
 
     Raises:
         TypeError: it is none; what is recorded is read back as the declared type.
     """
     if not isinstance(goal, command.goal):
         raise TypeError(f"{command.name} has a {type(goal).__name__} as its goal instead of {command.goal.__name__}")
-    return goal
+    own = {"vm": former.vm, "run": former.run, "reservation": former.reservation, "failure": former.failure}
+    return msgspec.structs.replace(goal, **own)
+
+
+def _find_most(goal: Goal, facts: Facts, resource: Resource, target: Target) -> int:
+    """Return what a definition may come to: what the goal says, or what it has."""
+    totals = [getattr(total, target) for total in goal.totals if total.resource == resource]
+    has = amount_of(facts, resource, target)
+    return max([amount for amount in (*totals, has) if amount is not None], default=0)
 
 
 def _ask(command: Command, goal: Goal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -67,10 +103,18 @@ def _ask(command: Command, goal: Goal, facts: Facts, failed: frozenset[str]) -> 
     return steps
 
 
-def _check_plan(command: Command, request: VmRequest, goal: Goal, steps: tuple[AnyStep, ...]) -> None:
-    """What the goal has no total of cannot be judged, nor could its owner be asked."""
+def _check_plan(command: Command, request: VmRequest, goal: Goal, facts: Facts, steps: tuple[AnyStep, ...]) -> None:
+    """What the goal has no total of cannot be judged, nor could its owner be asked; nor of more than the total."""
+    growth: Counter[tuple[Resource, Target]] = Counter()
     for step in steps:
         why = _find_fault(request.affect, goal, step)
+        for target in step.changes if step.resource is not None and not why else ():
+            assert step.resource is not None
+            growth[step.resource, target] += max(0, step.find_growth(facts, target))
+            has = amount_of(facts, step.resource, target)
+            most = _find_most(goal, facts, step.resource, target)
+            if has is not None and growth[step.resource, target] > most - has:
+                why = f"that is more {step.resource} than its goal has for the {_CALLED[target]}"
         if why:
             message = f"{command.name} plans {type(step).__name__}, but {why}"
             raise AgentError(Code.INTERNAL_ERROR, message, expected=False)

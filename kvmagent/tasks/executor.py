@@ -46,7 +46,7 @@ from kvmagent.model.hostbudget import find_reservation
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.recorder import Recorder, phase
-from kvmagent.tasks.decision import check_goal, decide, plan
+from kvmagent.tasks.decision import decide, find_way_back, plan, resume
 from kvmagent.tasks.endings import Ended, Endings, named
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.hooks import Hooks
@@ -408,8 +408,8 @@ class Executor:
 
     def _pursue(self, task: Task, run: Run, vm: OpenVm) -> None:
         fresh = run.goal is None
-        if not fresh:
-            run.goal = check_goal(run.command, call(run.command.resumed_goal, run.goal))
+        if run.goal is not None:
+            run.goal = resume(run.command, run.goal)
         steps = self._plan(task, run, vm)
         if run.request.dry_run:
             run.planned, run.preview = steps, "".join(vm.preview(step) for step in steps)
@@ -520,12 +520,12 @@ class Executor:
         try:
             assert run.after is not None
             seen, run.after = run.after, self._observe(vm, run.command.observe_guest)
-            goal = call(run.command.rollback_goal, run.goal, seen, run.after, error)
+            assert run.goal is not None
+            goal = find_way_back(run.command, run.goal, seen, run.after, error)
             if goal is None:
                 return
             log.info("task retreats", **error_fields(error))
-            goal = check_goal(run.command, goal)
-            run.goal, run.interrupted = msgspec.structs.replace(goal, failure=Problem.of(error)), True
+            run.goal, run.interrupted = goal, True
             if steps := run.plan():
                 self._record_goal(task, run, steps)
             self._reach_goal(task, run, vm)

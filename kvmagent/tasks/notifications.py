@@ -20,6 +20,7 @@ from kvmagent.logs import Log
 from kvmagent.model.command import Plugin
 from kvmagent.model.host import ManagementServer, Progress, Report, VmEvent
 from kvmagent.tasks.callbackclient import CallbackClient, Channel
+from kvmagent.tasks.plugincalls import call
 
 log = Log(__name__)
 
@@ -91,7 +92,7 @@ class Notifications:
         server = self._get_server()
         if server is None:
             return
-        reports = [report for make in makers if make is not None for report in make(news, server)]
+        reports = [report for make in makers if make is not None for report in _make(make, news, server)]
         with self._changed:
             self._waiting.extend(reports)
             self._changed.notify_all()
@@ -101,6 +102,8 @@ class Notifications:
         while (report := self._take(connection)) is not None:
             try:
                 self._send(report, connection)
+            except Exception as error:
+                log.failure("report cannot be sent", error, path=report.command_path)
             finally:
                 with self._changed:
                     self._busy.discard(_lane(report))
@@ -139,6 +142,20 @@ class Notifications:
                 log.info("reported", path=report.command_path, vm=report.body.get("vmUuid"))
                 return
         log.warning("report dropped", path=report.command_path, body=report.body, error=error)
+
+
+def _make(
+    make: Callable[[News, ManagementServer], tuple[Report, ...]], news: News, server: ManagementServer
+) -> list[Report]:
+    """Return what a plugin makes of it: a fault of its is a line in the log, and no task's or event's end."""
+    try:
+        reports = list(call(make, news, server))
+        for report in reports:
+            msgspec.convert(msgspec.to_builtins(report), Report)
+    except Exception as error:
+        log.failure("report cannot be made", error)
+        return []
+    return reports
 
 
 class _Connection:

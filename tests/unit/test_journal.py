@@ -415,6 +415,13 @@ class TestLog:
             assert caught.value.code is Code.JOURNAL_UNAVAILABLE
         assert "Restart the agent" in caught.value.remedy
         running.journal.stop()
+        # What the remedy says: the agent restarted, and all sent again with their taskuuids.
+        again = Running(path)
+        for task_uuid in ("t1", "t2"):
+            assert again.journal.accept(make_task(task_uuid))[0].state == "accepted"
+        assert again.journal.check() is None
+        assert [task.task_uuid for task in again.journal.unfinished()] == ["t1", "t2"]
+        again.journal.stop()
 
     def test_a_checkpoint_of_another_process_truncates_it_and_nothing_is_lost(self, path: Path) -> None:
         running = Running(path)

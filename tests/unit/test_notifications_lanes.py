@@ -3,17 +3,20 @@
 import time
 from collections import defaultdict
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmagent.model.command import Plugin
-from kvmagent.model.host import ManagementServer, Report, VmEvent
+from kvmagent.model.host import ManagementServer, Progress, Report, VmEvent
 from kvmagent.settings import CallbackSection, parse_callback_rule
 from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.notifications import Notifications
 from tests.lab.processes import wait_for
 from tests.lab.server import Answer
 from tests.lab.server import ManagementServer as Receiver
+from tests.unit.test_hostqueries import returning
+from tests.unit.test_rogues import MISDEEDS
 
 LIMIT_S = 20.0
 
@@ -98,3 +101,40 @@ def test_a_report_that_the_server_has_no_handler_for_is_no_failure() -> None:
         wait_for(lambda: came(receiver).count(("a", "2")) == 3, timeout_s=LIMIT_S, what="the tries of the other")
         told.reports.stop(LIMIT_S)
         assert came(receiver).count(("a", "1")) == 1
+
+
+REPORT_MISDEEDS = {
+    **MISDEEDS,
+    "makes no reports": returning((1, None)),
+    "makes one of no path": returning((Report(7, {}),)),  # type: ignore[arg-type]
+    "makes one that is no JSON": returning((Report("/x", {"vmUuid": "a", "x": object()}),)),
+    "makes one of no object": returning((Report("/x", []),)),  # type: ignore[arg-type]
+    "makes one of a VM that is none": returning((Report("/x", {"vmUuid": ["a"]}),)),
+}
+
+
+@pytest.mark.parametrize("misdeed", REPORT_MISDEEDS)
+def test_a_plugin_whose_reports_cannot_be_made_ends_no_task_and_keeps_nobody_else_s(misdeed: str) -> None:
+    with Receiver() as receiver:
+        bad = REPORT_MISDEEDS[misdeed]
+        plugins = [
+            Plugin(name="bad", commands=(), report_event=bad, report_gap=bad, report_progress=bad),
+            Plugin(name="good", commands=(), report_event=tell),
+        ]
+        server = ManagementServer(host_uuid="h", send_command_url=receiver.url, client="127.0.0.1")
+        callbacks = CallbackClient([parse_callback_rule("caller")], CallbackSection())
+        reports = Notifications(plugins, lambda: server, callbacks, timeout_s=LIMIT_S)
+        reports.start()
+        for number in range(6):
+            reports.tell_progress(Progress("HotPlugCpu", "a", 10, "SetVcpus", {}))
+            reports.tell_gap("why")
+            reports.tell_event(VmEvent("b", str(number), "started"))
+        wait_for(
+            lambda: (
+                [one.body.get("number") for one in receiver.callbacks() if one.body.get("vmUuid") == "b"]
+                == [str(number) for number in range(6)]
+            ),
+            timeout_s=60,
+            what="the reports of the other plugin",
+        )
+        reports.stop(5)

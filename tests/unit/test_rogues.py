@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmagent.model.command import Affect, Command, Goal, Total, no_rollback
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.reply import Problem
 from kvmagent.model.steps import (
     AnyStep,
     AttachMemory,
@@ -29,9 +31,9 @@ from kvmagent.model.steps import (
 )
 from kvmagent.tasks.executor import Executor
 from tests.fakes.agent import COMMANDS, MIB
-from tests.fakes.libvirt import FakeDomain
+from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.unit.test_hostqueries import Unforeseen, raising, returning
-from tests.unit.test_recovery import WAYS, Agent, Way, check_truth, meet, reserved, shape_of
+from tests.unit.test_recovery import WAYS, Agent, Way, check_truth, meet, numbers_of, reserved, shape_of
 from tests.unit.test_told import Counted
 
 SHAPE = Shape(vcpu_maximum=16, topology=None, max_memory_bytes=8192 * MIB, slots=16, cells=())
@@ -211,3 +213,83 @@ def check_way(directory: Path, way: Way, wrong: dict[str, tuple[int, str]]) -> N
     assert reserved(agent) == 0
     assert reply["outcome"] != "pending"
     check_truth(domain, reply, untouched)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    step=st.sampled_from(STEPS).flatmap(
+        lambda step: st.integers(1, 4).map(
+            lambda factor: msgspec.structs.replace(
+                step,
+                **{
+                    name: getattr(step, name) * factor
+                    for name in ("count", "size_bytes", "requested_bytes")
+                    if hasattr(step, name)
+                },
+            )
+        )
+    ),
+    cpus=st.integers(1, 4),
+    blocks=st.integers(0, 4),
+    times=st.integers(1, 3),
+)
+def test_no_plan_brings_a_vm_above_its_goal_of_which_alone_its_owner_was_asked(
+    tmp_path_factory: pytest.TempPathFactory, step: AnyStep, cpus: int, blocks: int, times: int
+) -> None:
+    size = (256 + 128 * blocks) * MIB
+    totals = (Total("cpu", cpus, cpus), Total("memory", size, size), Total("balloon", size, size))
+    steps = [step]
+    if "alias" in step.__struct_fields__:
+        steps = [msgspec.structs.replace(step, alias=f"ua-{n}") for n in range(times)]  # type: ignore[call-arg]
+    agent = carry_out(tmp_path_factory.mktemp("rogue"), planning(totals, *steps), cpuNum=3)
+    has = numbers_of(agent.domain)
+    assert max(has["cpuNum"], has["configCpuNum"]) <= cpus
+    assert max(has["memorySize"], has["configMemorySize"]) <= size
+    if agent.reply()["errorCode"] == "INTERNAL_ERROR":
+        assert agent.domain.calls == []
+
+
+@pytest.mark.parametrize("other", ["99999999-2222-3333-4444-555555555555", ""])
+def test_a_way_back_is_one_of_the_same_vm_and_goes_no_further_than_the_way(tmp_path: Path, other: str) -> None:
+    """Its owner allowed what the goal has; of what a plugin wants to go back to nobody asked."""
+    further = Goal(totals=(Total("cpu", 4, 4),), vm=other, run="another")
+    command = replace(
+        planning((Total("cpu", 3, 3),)),
+        next_steps=lambda goal, facts, failed: (SetVcpus(count=goal.totals[0].live, target="both"),),
+        rollback_goal=lambda goal, seen, facts, error: further,
+    )
+    domain = meet(WAYS["HotPlugCpu"])
+    domain.fail_next["setVcpusFlags"] = qemu_error(1, "no")
+    agent = carry_out(tmp_path, command, domain, cpuNum=3)
+    assert agent.reply()["outcome"] == "refused"
+    assert (numbers_of(domain)["cpuNum"], numbers_of(domain)["configCpuNum"]) == (1, 1)
+    recorded = agent.journal.find("t1")
+    assert recorded is not None
+    assert msgspec.json.decode(recorded.goal or b"")["vm"] == domain.UUIDString()
+
+
+def test_what_of_a_goal_is_the_agent_s_own_no_plugin_sets(tmp_path: Path) -> None:
+    claimed = Goal(
+        totals=(Total("cpu", 3, 3),), vm="x", run="y", failure=Problem(code=Code.VM_PAUSED, message="no", remedy="")
+    )
+    command = replace(
+        planning(()),
+        decide=lambda request, facts, task_uuid: claimed,
+        next_steps=lambda goal, facts, failed: (
+            () if facts.get_live().vcpu_current == 3 else (SetVcpus(count=3, target="both"),)
+        ),
+    )
+    reply = carry_out(tmp_path, command, cpuNum=3).reply()
+    assert (reply["success"], reply["error"], reply["cpuNum"]) == (True, "", 3)
+
+
+def test_what_grew_and_is_called_a_removal_is_online_only_where_the_guest_uses_it(tmp_path: Path) -> None:
+    def next_steps(goal: Goal, facts: Any, failed: frozenset[str]) -> tuple[AnyStep, ...]:
+        return () if facts.get_live().vcpu_current == 3 else (SetVcpus(count=3, target="both"),)
+
+    command = replace(planning((Total("cpu", 3, 3, direction="down"),)), next_steps=next_steps)
+    domain = meet(WAYS["HotPlugCpu"])
+    domain.guest.auto_online = False
+    reply = carry_out(tmp_path, command, domain, cpuNum=3).reply()
+    assert (reply["outcome"], reply["cpuNum"], reply["after"]["guestCpuNum"]) == ("plugged", 3, 1)
+    assert [warning["code"] for warning in reply["warnings"]] == ["GUEST_CPU_OFFLINE"]
