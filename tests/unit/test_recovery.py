@@ -453,6 +453,26 @@ def test_on_another_boot_only_what_lacks_to_the_total_is_plugged(agent: Agent, b
     assert (after["memorySize"], after["configMemorySize"]) == (expected, expected)
 
 
+@pytest.mark.parametrize("point", ["step:begun", "step:done"])
+def test_another_vm_of_the_same_name_keeps_the_vcpus_of_its_definition(agent: Agent, point: str) -> None:
+    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=3)
+    agent.point = point
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    agent.domain._uuid = "99999999-2222-3333-4444-555555555555"
+    agent.domain.config.find("vcpu").set("current", "4")
+    before = definitions_of(agent.domain)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    assert agent.reply()["errorCode"] == "VM_REPLACED"
+    assert definitions_of(agent.domain) == before
+    # Nor does a plug that is meant for this one lower them.
+    agent.executor.run(
+        agent.journal.accept(msgspec.structs.replace(left, task_uuid="t2", goal=None, state="accepted"))[0]
+    )
+    assert (numbers_of(agent.domain)["cpuNum"], numbers_of(agent.domain)["configCpuNum"]) == (3, 4)
+
+
 def test_another_vm_of_the_same_name_is_not_touched(agent: Agent) -> None:
     task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, dimmSize=128 * MIB, guestOnline=False)
     agent.point = "step:done@3"

@@ -245,8 +245,6 @@ def test_no_plan_brings_a_vm_above_its_goal_of_which_alone_its_owner_was_asked(
     has = numbers_of(agent.domain)
     assert max(has["cpuNum"], has["configCpuNum"]) <= cpus
     assert max(has["memorySize"], has["configMemorySize"]) <= size
-    if agent.reply()["errorCode"] == "INTERNAL_ERROR":
-        assert agent.domain.calls == []
 
 
 @pytest.mark.parametrize("other", ["99999999-2222-3333-4444-555555555555", ""])
