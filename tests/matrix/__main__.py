@@ -16,6 +16,7 @@ from kvmagent.hypervisor.schema import DOMAIN_SCHEMA
 from tests.fakes.agent import open_node
 from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.newest import build_newest_tree
+from tests.lab.orphans import reaping_orphans
 from tests.matrix.rows import all_rows, list_machines, newest_rows
 from tests.matrix.trial import try_row
 
@@ -37,6 +38,7 @@ def main() -> int:
     end_at = None if options.seconds is None else time.monotonic() + options.seconds
     tried = 0
     with (
+        reaping_orphans(),
         PrivateLibvirtd(tree) as lab,
         tempfile.TemporaryDirectory() as directory,
         open_node(lab.uri, Path(directory), domain_schema=schema) as node,

@@ -12,6 +12,7 @@ from kvmagent.model.checks import find_vcpu_limit
 from tests.fakes.agent import open_node
 from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.newest import build_newest_tree
+from tests.lab.orphans import reaping_orphans
 from tests.matrix import rows
 from tests.matrix.rows import Row, newest_gate_rows
 from tests.matrix.trial import MAXIMA, try_row
@@ -30,7 +31,8 @@ def newest() -> Iterator[PrivateLibvirtd]:
 def node(newest: PrivateLibvirtd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """The agent's inside on it."""
     schema = build_newest_tree() / DOMAIN_SCHEMA.relative_to("/")
-    with open_node(newest.uri, tmp_path_factory.mktemp("node"), domain_schema=schema) as opened:
+    directory = tmp_path_factory.mktemp("node")
+    with reaping_orphans(), open_node(newest.uri, directory, domain_schema=schema) as opened:
         yield opened
 
 
