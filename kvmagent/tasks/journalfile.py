@@ -588,16 +588,18 @@ class JournalFile:
             raise _LostLogError("its WAL was truncated while the agent ran")
 
     def _is_log_cut(self) -> bool:
-        with self._log_lock:
+        with self._log_lock, contextlib.suppress(OSError):  # a disk that does not tell is found out by SQLite
             return self._log_fd is not None and os.fstat(self._log_fd).st_size < self._log_bytes
+        return False
 
     def _measure_log(self) -> None:
         """Note how large the log is after a commit, which began with its header if it wrote anything."""
-        if self._log_fd is None:
-            return
-        self._log_bytes = os.fstat(self._log_fd).st_size
-        if self._log_bytes and os.pread(self._log_fd, 4, 0) not in _LOG_MAGICS:
-            self._has_lost_log = True
+        with self._log_lock, contextlib.suppress(OSError):
+            if self._log_fd is None:
+                return
+            self._log_bytes = os.fstat(self._log_fd).st_size
+            self._has_lost_log = self._log_bytes > 0 and os.pread(self._log_fd, 4, 0) not in _LOG_MAGICS
+        if self._has_lost_log:
             raise _LostLogError("its WAL was truncated during a commit")
 
     def _has_log(self) -> bool:
@@ -642,7 +644,7 @@ class JournalFile:
             with contextlib.suppress(FileNotFoundError):
                 self._log_fd = os.open(self._log_path, os.O_RDONLY)
                 facts = os.fstat(self._log_fd)
-                self._log_inode = facts.st_dev, facts.st_ino
+                self._log_inode, self._log_bytes = (facts.st_dev, facts.st_ino), facts.st_size
 
     def _drop_log(self) -> None:
         with self._log_lock:

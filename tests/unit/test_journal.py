@@ -423,6 +423,21 @@ class TestLog:
         assert [task.task_uuid for task in again.journal.unfinished()] == ["t1", "t2"]
         again.journal.stop()
 
+    def test_one_that_is_truncated_while_a_commit_is_under_way_takes_nothing(self, path: Path) -> None:
+        running = Running(path, fault=lambda point: cut() if point == "journal.accept:written" else None)
+
+        def cut() -> None:
+            if running.accepted:
+                os.truncate(path.with_name("journal.sqlite-wal"), 0)
+
+        running.journal.accept(make_task("t1"))
+        for _ in range(2):
+            with pytest.raises(AgentError, match="truncated") as caught:
+                running.journal.accept(make_task("t2"))
+        assert caught.value.code is Code.JOURNAL_UNAVAILABLE
+        assert running.accepted == ["t1"]
+        running.journal.stop()
+
     def test_a_checkpoint_of_another_process_truncates_it_and_nothing_is_lost(self, path: Path) -> None:
         running = Running(path)
         running.journal.accept(make_task("t1"))
