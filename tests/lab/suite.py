@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab.image import ImageError, cache_directory, call
@@ -89,6 +91,11 @@ def take_checkout(directory: Path) -> None:
     known.write_text("\0".join(sorted(names)))
 
 
+def set_arguments(arguments: Sequence[str]) -> str:
+    """Return the word for make that sets ARGS to arguments: make expands it, and then a shell takes it apart."""
+    return f"ARGS={shlex.join(arguments).replace('$', '$$')}"
+
+
 def run_in(directory: Path, *command: str) -> int:
     """Run a command with the directory as the root of namespaces of its own; its exit status."""
     shutil.copyfile("/etc/resolv.conf", directory / "etc/resolv.conf")
@@ -117,7 +124,7 @@ def main() -> None:
         except ImageError as error:
             sys.exit(f"make test-on: {error}")
         take_checkout(directory)
-        sys.exit(run_in(directory, "make", "-C", f"/{PLACE}", "test", f"ARGS={' '.join(asked.arguments)}"))
+        sys.exit(run_in(directory, "make", "-C", f"/{PLACE}", "test", set_arguments(asked.arguments)))
 
 
 if __name__ == "__main__":
