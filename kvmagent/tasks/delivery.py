@@ -34,7 +34,7 @@ log = Log(__name__)
 
 # A server that keeps a callback in 10 ms on disk is busy for a second with one from each of a hundred hosts: so much is
 # the window wider, in which an agent comes back, for each callback that it owes.
-_BACKOFF = Backoff(0.5, 180.0, each_s=1.0)
+BACKOFF = Backoff(0.5, 180.0, each_s=1.0)
 # Agents that start together, with their region, spread what they owe from before over so long at most.
 _MOST_AT_START_S = 60.0
 # Callbacks under way at once. Of the threads that are free, a client, a host, and all destinations that do not answer
@@ -99,7 +99,7 @@ class Delivery:
         give_up_s: float,
         max_owed: int = 20_000,
         max_owed_per_client: int = 10_000,
-        backoff: Backoff = _BACKOFF,
+        backoff: Backoff = BACKOFF,
         fault: Fault = no_fault,
         recorder: Recorder | None = None,
     ) -> None:

@@ -27,6 +27,7 @@ from kvmagent.model.errors import CODES, LOOKS, Code
 from kvmagent.model.steps import AnyStep
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings, list_settings
+from tests.docs.scale import make_table
 from tests.fakes.agent import FakeAgent, make_guest
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
@@ -257,6 +258,7 @@ BLOCKS: dict[str, Callable[[str | None], str]] = {
     "extensions": extensions,
     "paths": paths,
     "requests": requests,
+    "scale": make_table,
     "settings": settings,
     "steps": steps,
     "model": model,

@@ -35,8 +35,10 @@ ROOT = Path(__file__).parents[2]
 RULES = ("kvmagent.rules.yml", "kvmagent.recording.yml")
 VMS, MAX_VCPUS = 10, 64
 # Agents that are started side by side; clients of the server.
-AT_ONCE, CLIENTS = 4, 8
-START_S = 120.0
+AT_ONCE, CLIENTS = 12, 8
+START_S = 300.0
+# For an answer of the server or Prometheus: the machine is busy with all of them.
+ANSWER_S = 600.0
 
 
 def read_status(pid: int, key: str) -> int:
@@ -72,6 +74,25 @@ class Host:
                 "log": {"level": "warning"},
             },
         )
+
+    def start(self) -> None:
+        """Start the agent; one of many takes longer than one alone."""
+        try:
+            self.agent.start()
+        except TimeoutError:
+            wait_for(self.is_healthy, timeout_s=START_S, what=f"{self.name} to be ready")
+
+    def is_healthy(self) -> bool:
+        """Whether the agent answers, and says that it is ready."""
+        try:
+            return self.agent.get("/healthz").status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def end(self) -> None:
+        """End the agent, with no time to end well: nothing is asked of it any more."""
+        if self.agent.is_running():
+            self.agent.kill()
 
     def renew(self) -> None:
         """Give the agent another certificate of the same CA, in the same file."""
@@ -131,8 +152,18 @@ class Server:
         return told
 
     def request(self, method: str, path: str, body: Any = None) -> bytes:
-        """Ask it."""
-        with closing(http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)) as connection:
+        """Ask until it is answered, as its clients are to: a request that fails in it has no answer."""
+
+        def ask() -> bytes:
+            try:
+                return self._ask(method, path, body)
+            except (OSError, http.client.HTTPException):
+                return b""
+
+        return wait_for(ask, timeout_s=ANSWER_S, what=f"an answer to {method} {path}")
+
+    def _ask(self, method: str, path: str, body: Any = None) -> bytes:
+        with closing(http.client.HTTPConnection(LOOPBACK, self.port, timeout=ANSWER_S)) as connection:
             connection.request(method, path, None if body is None else json.dumps(body))
             answer = connection.getresponse()
             content = answer.read()
@@ -143,14 +174,10 @@ class Server:
         """Hand in commands, each a host, a VM and its total of vCPUs; their ids."""
 
         def hand_in(own: list[tuple[str, Host, str, int]]) -> None:
-            with closing(http.client.HTTPConnection(LOOPBACK, self.port, timeout=120)) as connection:
-                for task, host, vm, count in own:
-                    request = {"vmUuid": vm, "cpuNum": count}
-                    body = {"agent": host.agent.url, "path": "/vm/hotplug/cpu", "request": request}
-                    connection.request("PUT", f"/commands/{task}", json.dumps(body))
-                    answer = connection.getresponse()
-                    assert answer.status == 202, answer.read()
-                    answer.read()
+            for task, host, vm, count in own:
+                request = {"vmUuid": vm, "cpuNum": count}
+                body = {"agent": host.agent.url, "path": "/vm/hotplug/cpu", "request": request}
+                self.request("PUT", f"/commands/{task}", body)
 
         # Those of one VM by one client: they keep their order.
         shares: list[list[tuple[str, Host, str, int]]] = [[] for _ in range(CLIENTS)]
@@ -191,7 +218,7 @@ class Server:
         assert self._child is not None
         assert self._child.poll() is None, (self.directory / "log").read_text()[-2000:]
         try:
-            return bool(self.figures())
+            return bool(self._ask("GET", "/figures"))
         except OSError:
             return False
 
@@ -263,7 +290,7 @@ class Prometheus:
         return next(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
 
     def _get(self, path: str) -> bytes:
-        with closing(http.client.HTTPConnection(LOOPBACK, self.port, timeout=60)) as connection:
+        with closing(http.client.HTTPConnection(LOOPBACK, self.port, timeout=ANSWER_S)) as connection:
             connection.request("GET", path)
             return connection.getresponse().read()
 
@@ -292,12 +319,13 @@ class Fleet:
         stack.callback(self.server.remove)
         self.prometheus = Prometheus(self.directory, self.hosts, authority, self.client, scrape_s)
         stack.callback(self.prometheus.remove)
+        stack.callback(lambda: self.each(lambda host: host.end()))
         #: Of each VM the vCPUs that were asked for last.
         self.asked = {vm: 1 for host in self.hosts for vm in host.vms}
 
     def start(self) -> None:
         """Start all of them."""
-        self.each(lambda host: host.agent.start())
+        self.each(lambda host: host.start())
         self.server.start()
         self.prometheus.start()
 

@@ -1,11 +1,9 @@
 """Pauses: bounded, longer after each failure, and so spread that who failed together does not come back together."""
 
-import random
-from bisect import bisect_right
-
 from hypothesis import given, settings, strategies
 
 from kvmagent.backoff import Backoff
+from tests.fleet.comeback import come_back, make_backoff, most_within
 
 FAILURES = strategies.integers(1, 10_000)
 OWED = strategies.integers(0, 100_000)
@@ -47,34 +45,11 @@ def test_the_first_pause_is_within_its_bounds_and_none_where_nothing_is_owed(
     assert backoff.first_pause_s(0, most_s=most_s) == 0.0
 
 
-def come_back(backoff: Backoff, outage_s: float, owed: int, agents: int) -> list[float]:
-    """When each of the agents that failed together tries first after the outage, seconds after its end."""
-    moments = []
-    for _ in range(agents):
-        now, failures = 0.0, 0
-        while now < outage_s:
-            failures += 1
-            now += backoff.pause_s(failures, owed=owed)
-        moments.append(now - outage_s)
-    return sorted(moments)
-
-
-def most_within(moments: list[float], window_s: float) -> int:
-    return max(bisect_right(moments, first + window_s) - n for n, first in enumerate(moments))
-
-
 @settings(max_examples=40, deadline=None)
 @given(strategies.integers(30, 600), strategies.integers(0, 10_000), strategies.integers())
 def test_agents_that_failed_together_do_not_come_back_together(outage_s: int, owed: int, seed: int) -> None:
     """Of a thousand, few come within a hundredth of the outage's length; the last one within a bounded time."""
-    chance = random.Random(seed)
-    backoff = Backoff(
-        0.5,
-        180.0,
-        1.0,
-        jitter=lambda: chance.uniform(0.75, 1.25),
-        draw=lambda window_s: chance.uniform(0.0, window_s),
-    )
+    backoff = make_backoff(seed)
     moments = come_back(backoff, outage_s, owed, 1000)
     assert most_within(moments, outage_s / 100) <= 150
     assert moments[-1] <= min(2.25 * 180.0, 2.25 * 2 * outage_s)
@@ -83,13 +58,6 @@ def test_agents_that_failed_together_do_not_come_back_together(outage_s: int, ow
 @settings(max_examples=20, deadline=None)
 @given(strategies.integers(60, 600), strategies.integers())
 def test_who_owes_much_spreads_further_than_who_owes_nothing(outage_s: int, seed: int) -> None:
-    chance = random.Random(seed)
-    backoff = Backoff(
-        0.5,
-        180.0,
-        1.0,
-        jitter=lambda: chance.uniform(0.75, 1.25),
-        draw=lambda window_s: chance.uniform(0.0, window_s),
-    )
+    backoff = make_backoff(seed)
     little, much = (most_within(come_back(backoff, outage_s, owed, 1000), outage_s / 50) for owed in (0, 1000))
     assert much < 1.2 * little

@@ -28,7 +28,7 @@ from kvmagent.tasks.journal import SETTLED, Task
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds. A plan takes milliseconds, a guest's kernel seconds, a callback to a server that is away hours.
-_PHASE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+PHASE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
 # A disk that is well has a commit within milliseconds.
 _COMMIT_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 
@@ -58,7 +58,7 @@ class Metrics(Recorder):
         self._attempts_failed = counter("kvmagent_callback_attempts_failed")
         self._guest_calls = cache(counter("kvmagent_guest_agent_calls").labels)
         self._writes = counter("kvmagent_journal_writes")
-        self._phases = cache(histogram("kvmagent_phase_seconds", _PHASE_BUCKETS).labels)
+        self._phases = cache(histogram("kvmagent_phase_seconds", PHASE_BUCKETS).labels)
         self._commits = histogram("kvmagent_journal_commit_seconds", _COMMIT_BUCKETS)
         ProcessCollector(registry=self._registry)
         GCCollector(registry=self._registry)
