@@ -311,15 +311,6 @@ _TRANSPORTS = ("unix", "tls", "tcp", "ssh", "libssh", "libssh2", "ext")
 _QEMU_PATHS = ("system", "session")
 
 
-def parse_settings(text: str, overrides: Iterable[str] = (), *, source: str = "") -> Settings:
-    """Return the settings of an INI text, with `section.key=value` overrides applied.
-
-    Raises:
-        AgentError: BAD_CONFIGURATION, as `parse_sources`.
-    """
-    return parse_sources([(source, text)], overrides)
-
-
 def parse_sources(sources: Iterable[tuple[str, str]], overrides: Iterable[str] = ()) -> Settings:
     """Return the settings of (name, text) sources, a later one over an earlier, with overrides over all.
 

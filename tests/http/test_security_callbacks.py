@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import CallbackSection, parse_callback_rule, parse_settings
+from kvmagent.settings import CallbackSection, parse_callback_rule
 from kvmagent.tasks.callbackclient import CallbackClient
+from tests.fakes.settings import parse_settings
 from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.pki import Authority
 from tests.lab.server import Answer, ManagementServer

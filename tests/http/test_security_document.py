@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmagent.settings import parse_settings
+from tests.fakes.settings import parse_settings
 from tests.lab.agent import AgentProcess
 
 ROOT = Path(__file__).parents[2]

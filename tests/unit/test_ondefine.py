@@ -20,11 +20,11 @@ from kvmagent.model.command import Command
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.model.units import Amount
-from kvmagent.settings import parse_settings
 from kvmagent.tasks.journal import Task
 from kvmagent.tasks.ondefine import OWN_ACCESS, Maxima, Preparations
 from tests.fakes.agent import COMMANDS, MIB, FakeAgent, make_domain
 from tests.fakes.libvirt import FakeDomain, libvirt_error, qemu_error
+from tests.fakes.settings import parse_settings
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_capacity import any_vms, examples
 from tests.unit.test_planners_properties import Vm

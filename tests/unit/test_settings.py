@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.settings import Settings, list_settings, parse_settings, parse_sources, sample_conf, take_reloadable
+from kvmagent.settings import Settings, list_settings, parse_sources, sample_conf, take_reloadable
+from tests.fakes.settings import parse_settings
 
 CONF = Path(__file__).parents[2] / "conf/kvmagent.conf"
 
