@@ -161,6 +161,7 @@ def test_the_backup_is_made_by_the_command_as_it_is_written(in_use: Machine) -> 
     assert found is not None
     in_use.tree.run("sh", "-ec", f"cd /root && {found[1]}")
     (backup,) = (in_use.tree.path / "root").glob("kvmagent-*.tar.gz")
+    assert backup.stat().st_mode & 0o777 == 0o600, "it holds keys"
     with tarfile.open(backup) as archive:
         names = archive.getnames()
     assert "etc/kvmagent/kvmagent.conf" in names
