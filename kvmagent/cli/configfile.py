@@ -1,5 +1,6 @@
 """The configuration: the file, and what stands in conf.d beside it."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from kvmagent.settings import Settings, parse_sources
 
 # What a directory beside the file is called; its *.conf are read after the file, in the order of their names.
 _BESIDE = "conf.d"
+_REMEDY = (
+    "Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name another with --config."
+)
 
 
 def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
@@ -30,8 +34,20 @@ def read_sources(path: Path) -> list[tuple[str, str]]:
 
 
 def find_files(path: Path) -> list[Path]:
-    """Return the files of a configuration, in the order in which they are read: a later one wins."""
-    return [path, *sorted(file for file in (path.parent / _BESIDE).glob("*.conf") if not file.name.startswith("."))]
+    """Return the files of a configuration, in the order in which they are read: a later one wins.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION: the directory beside the file cannot be looked into.
+    """
+    beside = path.parent / _BESIDE
+    try:
+        names = sorted(os.listdir(beside))
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        words = f"the configuration {beside}: {error.strerror}"
+        raise AgentError(Code.BAD_CONFIGURATION, words, remedy=_REMEDY) from error
+    return [path, *(beside / name for name in names if name.endswith(".conf") and not name.startswith("."))]
 
 
 def check_files(path: Path) -> None:
@@ -51,9 +67,4 @@ def _read(path: Path) -> str:
     try:
         return read_file(str(path), "the configuration")
     except AgentError as error:
-        raise AgentError(
-            Code.BAD_CONFIGURATION,
-            error.message,
-            remedy="Write the file (kvmagent --sample prints one) so that the agent's user can read it, or name "
-            "another with --config.",
-        ) from error
+        raise AgentError(Code.BAD_CONFIGURATION, error.message, remedy=_REMEDY) from error

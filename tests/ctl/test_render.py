@@ -1,6 +1,9 @@
 """What people read, word by word; and that nothing which a command declares or answers is left out."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -199,6 +202,26 @@ def test_the_local_agent_is_where_the_configuration_says(
     if conf is not None:
         file.write_text(conf)
     assert tuple(find_local_target(file).values()) == target
+
+
+def test_who_may_not_look_into_the_configuration_asks_the_agent_at_its_usual_place(tmp_path: Path) -> None:
+    """The package's directory is closed to all but the agent's group: whoever else asks is told by the socket."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    code = (
+        "import pathlib, sys; from kvmagent.cli.ctl.local import *; print(find_local_target(pathlib.Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(closed / "kvmagent.conf")]
+    if os.getuid() == 0:
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+    else:
+        closed.chmod(0)
+    for directory in tmp_path.parents:
+        if os.getuid() == 0 and directory.stat().st_mode & 0o001 == 0:
+            directory.chmod(0o755)
+    tmp_path.chmod(0o755)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "{'url': 'unix:///run/kvmagent/kvmagent.sock'}\n", done.stderr
 
 
 def test_the_parser_can_be_read_as_data() -> None:
