@@ -154,7 +154,7 @@ class _Look:
         self.planner = planner
         self.vm = vm
         self.facts = facts
-        self._decided: dict[tuple[str, VmRequest], _Trial] = {}
+        self._decided: dict[tuple[str, bytes], _Trial] = {}
 
     def foresee(self, definition: Definition | None = None) -> "_Look":
         """Return what would be so after a restart, with the persistent definition or with another.
@@ -183,7 +183,7 @@ class _Look:
 
     def decide(self, command: Command, request: VmRequest) -> _Trial:
         """Ask a command what a task with such a request would do; what it would be refused with is an answer too."""
-        asked = command.name, request
+        asked = command.name, msgspec.json.encode(request)
         if asked not in self._decided:
             try:
                 self._decided[asked] = _Trial(command, request, *decide(command, request, self.facts, ""))

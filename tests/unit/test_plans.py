@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from lxml import etree
 from kvmagent.api.wire import decode_request, encode
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.plans import PlanRequest
+from kvmagent.model.plans import PlanRequest, PlanTarget
 from kvmagent.model.steps import AwaitGuestVcpus, SetVcpus
+from kvmagent.tasks.planner import Planner
 from kvmagent.tasks.steptimes import StepTimes
-from tests.fakes.agent import MIB, FakeAgent, make_domain, make_guest, make_node, plan
+from kvmagent_plugins.vm.requests import HotPlugCpuRequest
+from tests.fakes.agent import COMMANDS, MIB, FakeAgent, make_domain, make_guest, make_node, plan
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_capacity import any_vms, sizes
 from tests.unit.test_planners_properties import Vm
@@ -262,6 +265,19 @@ def test_one_look_at_the_vm_is_enough_for_all_targets(tmp_path: Path) -> None:
     assert len(looks) == 2 * one
     plan(node, *({"cpuNum": cpus} for cpus in (5, 5, 5, 5)))
     assert len(looks) <= 3 * one + 1, "what several targets would prepare alike is prepared once"
+
+
+class Tagged(HotPlugCpuRequest, frozen=True, kw_only=True, rename="camel"):
+    """A request of somebody's plugin, with a list in it."""
+
+    tags: list[str] = []
+
+
+def test_a_request_of_any_shape_is_planned(tmp_path: Path) -> None:
+    node = make_node(tmp_path, make_domain(SPEC, make_guest(SPEC), virt_type="kvm"))
+    planner = Planner(node, [replace(COMMANDS["HotPlugCpu"], request=Tagged)], find_took=lambda *_: None)
+    request = PlanRequest(vm_uuid="vm1", targets=(PlanTarget(cpu_num=2), PlanTarget(cpu_num=2)))
+    assert [one.verdict for one in planner.plan(request).plans] == ["live", "live"]
 
 
 @pytest.mark.parametrize(
