@@ -1,13 +1,33 @@
-"""The RPM package: built by its spec, found in order by rpmlint, and its programs started out of it."""
+"""The RPM package: built by its spec, found in order by rpmlint, and rolled out by the role to a machine with dnf.
+
+That machine is Debian with dnf, which says of itself that it is Fedora. What the package needs of Fedora is Debian's; a
+package that provides those names tells rpm so.
+"""
 
 import os
+import re
+import shutil
+import ssl
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.package.conftest import ROOT, run
+from tests.lab.agent import find_free_port
+from tests.lab.booted import Booted
+from tests.lab.pki import Authority
+from tests.lab.tree import FreshDebian
+from tests.package.conftest import (
+    CONTROLLER,
+    ROOT,
+    control,
+    health,
+    play_site,
+    run,
+    write_inventory,
+)
 
 pytestmark = pytest.mark.guest
 
@@ -56,3 +76,80 @@ def test_its_programs_start(rpm: Path, tmp_path: Path) -> None:
         assert done.stdout.split()[-1:] == [
             run(sys.executable, "-m", "kvmagent.cli.daemon", "--version").stdout.split()[-1]
         ]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The CA, whose files are in the controller's directory."""
+    return Authority(tmp_path_factory.mktemp("controller"))
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    """Where the agent shall listen."""
+    return find_free_port()
+
+
+@pytest.fixture(scope="module")
+def machine(
+    debian: FreshDebian, rpm: Path, authority: Authority, port: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Booted]:
+    """The machine, booted; it has no kvmagent yet."""
+    tree = debian.copy("dnf")
+    tree.install("systemd-sysv", "dbus", "python3", "libvirt0", "logrotate", "rpm", "dnf", "python3-dnf")
+    release = 'ID=fedora\nNAME="Fedora Linux"\nVERSION_ID=40\nPRETTY_NAME="Fedora Linux 40"\n'
+    (tree.path / "usr/lib/os-release").write_text(release)
+    (tree.path / "etc/redhat-release").write_text("Fedora release 40 (Forty)\n")
+    host = build_host(rpm, tmp_path_factory.mktemp("host"))
+    control(tree, write_inventory(authority, port, {"kvmagent_rpm": f"{CONTROLLER}/{rpm.name}"}))
+    shutil.copy(rpm, authority.ca_file.parent)
+    tree.run("rpm", "--force-debian", "--install", f"/var/tmp/{tree.take(host).name}")
+    with Booted(tree) as booted:
+        yield booted
+
+
+def build_host(rpm: Path, directory: Path) -> Path:
+    """A package without files that provides what the agent's package needs."""
+    needs = {line for line in run("rpm", "-qp", "--requires", str(rpm)).stdout.splitlines() if "rpmlib(" not in line}
+    lines = ["Name: host", "Version: 1", "Release: 1", "Summary: What a host has", "License: none", "BuildArch: noarch"]
+    lines += [f"Provides: {need}" for need in sorted(needs)]
+    return build_rpm("\n".join([*lines, "%description", "What a host has.", "%files", ""]), directory)
+
+
+def build_rpm(spec: str, directory: Path) -> Path:
+    """Build a package of a spec."""
+    (directory / "host.spec").write_text(spec)
+    done = run("rpmbuild", "-bb", "--nodeps", "--define", f"_topdir {directory}", str(directory / "host.spec"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = directory.glob("RPMS/*/*.rpm")
+    return built
+
+
+@pytest.fixture(scope="module")
+def play(machine: Booted) -> Callable[..., str]:
+    """Runs the playbook on the machine; what it printed."""
+    return lambda **variables: machine.run(*play_site(variables))
+
+
+@pytest.fixture(scope="module")
+def rolled_out(play: Callable[..., str]) -> str:
+    """What the first run printed."""
+    return play()
+
+
+def test_the_role_rolls_it_out_with_dnf_and_changes_nothing_the_second_time(
+    rolled_out: str, machine: Booted, play: Callable[..., str], authority: Authority, port: int
+) -> None:
+    assert re.search(r"node1 .* failed=0 ", rolled_out), rolled_out
+    assert "Install the package with dnf" in rolled_out
+    assert machine.run("systemctl", "is-enabled", "kvmagent").strip() == "enabled"
+    assert machine.run("stat", "--format=%U:%G %a", "/etc/kvmagent", "/var/lib/kvmagent").splitlines() == [
+        "root:kvmagent 750",
+        "kvmagent:kvmagent 700",
+    ]
+    assert health(port, authority.client(authority.ca_file.parent / "server.pem")) == 200
+    with pytest.raises((ssl.SSLError, OSError)):
+        health(port, authority.client())
+    before = machine.show("kvmagent", "MainPID")
+    assert re.search(r"node1 .* changed=0 .* failed=0 ", again := play()), again
+    assert machine.show("kvmagent", "MainPID") == before
