@@ -199,6 +199,8 @@ def _refuse(words: str, value: dict[str, Any]) -> NoReturn:
     message = words.replace(f" - at `$.{field}`", "").replace("`", "")
     if field in value:
         message = f"{field} is {_shown(value[field])}: {message}"
+    elif field:
+        message = f"{field}: {message}"
     raise AgentError(code, message, details={"field": field} if field else {})
 
 

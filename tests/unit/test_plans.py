@@ -300,6 +300,18 @@ def test_bad_input_is_refused(body: dict[str, Any], code: Code) -> None:
     assert refused.value.code is code
 
 
+def test_a_bad_target_is_named(tmp_path: Path) -> None:
+    for third, words in (
+        ({"cpuNum": 0}, "targets[2].cpuNum: Expected int >= 1"),
+        ({"cpuNum": 2, "cpus": 3}, "targets[2]: Object contains unknown field cpus"),
+        ({}, "targets[2]: a target needs cpuNum, memorySize or both"),
+        (None, "targets[2]: Expected object, got null"),
+    ):
+        with pytest.raises(AgentError) as refused:
+            decode_request(encode({"vmUuid": "vm1", "targets": [{"cpuNum": 1}] * 2 + [third]}), PlanRequest)
+        assert refused.value.message == words
+
+
 def test_times_are_those_of_the_journal_and_null_with_fewer_than_three(tmp_path: Path) -> None:
     domain = make_domain(GuestSpec(name="vm1", vcpus=1, max_vcpus=8, memory_mib=512, max_memory_mib=4096, slots=4))
     agent = FakeAgent(tmp_path, domain)
