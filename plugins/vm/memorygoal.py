@@ -123,7 +123,7 @@ def next_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[
     """
     return (
         _balloon_steps(goal, facts, failed)
-        or resize_steps(goal.resizes, facts, failed, goal.timeout_sec)
+        or resize_steps(_fit_resizes(goal, facts), facts, failed, goal.timeout_sec)
         or _virtio_mem_steps(goal, facts, failed)
         or _dimm_steps(goal, facts, failed)
         or _back_online_steps(goal, facts, failed)
@@ -139,7 +139,7 @@ def find_shortfall(goal: MemoryGoal, facts: Facts) -> AgentError | None:
         ):
             if asked and (definition is None or definition.find_device(device.alias) is None):
                 return not_verified(f"{device.alias} was attached, the {name} VM does not show it")
-    return find_stalled(goal.resizes, goal.virtio_mem, facts) or _find_dead_balloon(goal, facts)
+    return find_stalled(_fit_resizes(goal, facts), goal.virtio_mem, facts) or _find_dead_balloon(goal, facts)
 
 
 def find_stalled(
@@ -226,6 +226,20 @@ def resize_steps(
         if steps:
             return tuple(steps)
     return ()
+
+
+def _fit_resizes(goal: MemoryGoal, facts: Facts) -> tuple[PlannedResize, ...]:
+    """Return the resizes as far as they lack to the totals: somebody may have plugged memory meanwhile."""
+    room, fitting = _find_room(goal, facts), []
+    for resize in goal.resizes:
+        definition = facts.find_definition(resize.target)
+        device = None if definition is None else resize.find(definition)
+        if device is not None and resize.requested_bytes > (asked := device.requested_bytes or 0):
+            block = device.block_bytes or 1
+            most = max(asked, device.plugged_bytes + max(0, room[resize.target]) // block * block)
+            resize = msgspec.structs.replace(resize, requested_bytes=min(resize.requested_bytes, most))
+        fitting.append(resize)
+    return tuple(fitting)
 
 
 def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:

@@ -453,6 +453,32 @@ def test_on_another_boot_only_what_lacks_to_the_total_is_plugged(agent: Agent, b
     assert (after["memorySize"], after["configMemorySize"]) == (expected, expected)
 
 
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("more", [{}, {"cpuNum": 1}], ids=["HotPlugMemory", "HotPlugCpuMemory"])
+def test_a_virtio_mem_device_grows_by_what_lacks_where_somebody_plugged_meanwhile(
+    agent: Agent, more: dict[str, int], nth: int
+) -> None:
+    device = (
+        "<memory model='virtio-mem'><target><size unit='KiB'>262144</size><node>0</node><block unit='KiB'>2048</block>"
+        "<requested unit='KiB'>0</requested></target><alias name='ua-room'/></memory>"
+    )
+    agent.domain.attachDeviceFlags(device, 3)
+    task = agent.accept("HotPlugCpuMemory" if more else "HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, **more)
+    agent.point = f"step:begun@{nth}"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    target = "<target><size unit='KiB'>131072</size><node>0</node></target>"
+    dimm = f"<memory model='dimm'>{target}<alias name='ua-x'/></memory>"
+    agent.domain.attachDeviceFlags(dimm, 3)
+    had = numbers_of(agent.domain)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    reply, has = agent.reply(), numbers_of(agent.domain)
+    assert reply["success"], reply
+    assert has["configMemorySize"] == 512 * MIB
+    assert has["memorySize"] == max(512 * MIB, had["memorySize"])
+
+
 @pytest.mark.parametrize("point", ["step:begun", "step:done"])
 def test_another_vm_of_the_same_name_keeps_the_vcpus_of_its_definition(agent: Agent, point: str) -> None:
     task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=3)
