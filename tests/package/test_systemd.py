@@ -1,5 +1,8 @@
 """The package under a real systemd, with real polkit and the distribution's own libvirtd."""
 
+import contextlib
+import http.client
+import itertools
 import json
 import os
 import re
@@ -10,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.agent import find_free_port
+from tests.lab.agent import UnixConnection, find_free_port
 from tests.lab.booted import Booted
 from tests.lab.domainxml import GuestSpec, format_domain
 from tests.lab.image import Image
 from tests.lab.processes import wait_for
+from tests.lab.server import ManagementServer
 from tests.package.conftest import ROOT, Made
 
 pytestmark = pytest.mark.guest
@@ -166,6 +170,56 @@ def test_an_agent_that_dies_or_hangs_is_started_again(machine: Booted) -> None:
     wait_for(lambda: "watchdog" in machine.journal(UNIT).lower(), timeout_s=30, what="the watchdog")
     wait_for(lambda: machine.show(UNIT, "ActiveState") == "active", timeout_s=60, what="the agent")
     assert health(machine)["ready"] is True
+
+
+def test_an_agent_that_is_killed_for_its_memory_is_started_again_with_all_that_it_had_accepted(
+    machine: Booted, image: Image
+) -> None:
+    """By the unit's own limit, made small enough to be met."""
+    xml = format_vm(machine, image, GuestSpec(name="met", max_vcpus=4))
+    (machine.root / "var/tmp/met.xml").write_text(xml)
+    machine.run("virsh", "define", "/var/tmp/met.xml")  # and libvirtd runs
+    restarts = int(machine.show(UNIT, "NRestarts"))
+    with ManagementServer() as server:
+
+        def send(task_uuid: str, body: bytes) -> int:
+            connection = UnixConnection(machine.root / "run/kvmagent/kvmagent.sock")
+            headers = {"Content-Type": "application/json", "taskuuid": task_uuid, "callbackurl": server.url}
+            with contextlib.closing(connection):
+                connection.request("POST", "/vm/hotplug/cpu", body, headers)
+                return connection.getresponse().status
+
+        limits = itertools.count(read_anonymous_bytes(machine) + 8 * 2**20, -(2**19))
+
+        def is_killed() -> bool:
+            # What the kernel cannot take back is more than this; a limit below that is refused, or kills at once.
+            machine.run("systemctl", "set-property", "--runtime", UNIT, f"MemoryMax={max(next(limits), 2**23)}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                send("large", b'{"vmUuid": "' + b"x" * 900_000 + b'"}')
+            return int(machine.show(UNIT, "NRestarts")) > restarts
+
+        machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGSTOP", "libvirtd")
+        try:
+            for cpus in (2, 3):
+                body = json.dumps({"vmUuid": "met", "cpuNum": cpus, "affect": "config"})
+                assert send(f"cpus{cpus}", body.encode()) == 200
+            wait_for(is_killed, timeout_s=120, what="its end, and its start")
+            machine.run("systemctl", "set-property", "--runtime", UNIT, "MemoryMax=1G")
+        finally:
+            machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGCONT", "libvirtd")
+        assert [server.wait(f"cpus{cpus}", 60)["outcome"] for cpus in (2, 3)] == ["configured"] * 2
+        assert [len(server.callbacks(f"cpus{cpus}")) for cpus in (2, 3)] == [1, 1]
+    assert machine.run("virsh", "vcpucount", "met", "--config", "--current").strip() == "3"
+    wait_for(lambda: machine.show(UNIT, "ActiveState") == "active", timeout_s=60, what="the agent")
+    assert findings(machine)["journal"][0] == "good"
+    machine.run("virsh", "undefine", "met")
+
+
+def read_anonymous_bytes(machine: Booted) -> int:
+    """What the agent's memory holds that the kernel cannot take back."""
+    status = machine.run("cat", f"/proc/{machine.show(UNIT, 'MainPID')}/status")
+    (kibibytes,) = re.findall(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(kibibytes) * 1024
 
 
 @contextmanager
