@@ -4,6 +4,7 @@ That machine is Debian with dnf, which says of itself that it is Fedora. What th
 package that provides those names tells rpm so.
 """
 
+import json
 import os
 import re
 import shutil
@@ -21,11 +22,13 @@ from tests.lab.pki import Authority
 from tests.lab.tree import FreshDebian
 from tests.package.conftest import (
     CONTROLLER,
+    NEWER,
     ROOT,
     control,
     health,
     play_site,
     run,
+    set_version,
     write_inventory,
 )
 
@@ -116,10 +119,23 @@ def build_host(rpm: Path, directory: Path) -> Path:
     return build_rpm("\n".join([*lines, "%description", "What a host has.", "%files", ""]), directory)
 
 
-def build_rpm(spec: str, directory: Path) -> Path:
+def build_newer(rpm: Path, directory: Path) -> Path:
+    """The same package as its next version: by the spec's scripts and list of files, of the files that are built."""
+    content = directory / "content"
+    content.mkdir()
+    subprocess.run(["sh", "-c", f"rpm2cpio {rpm} | cpio --quiet -idm"], cwd=content, check=True)
+    set_version(content)
+    spec = (ROOT / "conf/rpm/kvmagent.spec").read_text()
+    spec = re.sub(r"(?ms)^%prep\n.*?(?=^%pre\n)", f"%install\ncp -a {content}/. %{{buildroot}}\n\n", spec)
+    return build_rpm(re.sub(r"(?m)^(%license|%doc|Source0:) .*\n", "", spec), directory, version=NEWER)
+
+
+def build_rpm(spec: str, directory: Path, **macros: str) -> Path:
     """Build a package of a spec."""
-    (directory / "host.spec").write_text(spec)
-    done = run("rpmbuild", "-bb", "--nodeps", "--define", f"_topdir {directory}", str(directory / "host.spec"))
+    (directory / "kvmagent.spec").write_text(spec)
+    macros |= {"_topdir": str(directory), "_unpackaged_files_terminate_build": "0", "python": "/usr/bin/python3"}
+    defined = [word for name, value in macros.items() for word in ("--define", f"{name} {value}")]
+    done = run("rpmbuild", "-bb", "--nodeps", *defined, str(directory / "kvmagent.spec"))
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = directory.glob("RPMS/*/*.rpm")
     return built
@@ -153,3 +169,28 @@ def test_the_role_rolls_it_out_with_dnf_and_changes_nothing_the_second_time(
     before = machine.show("kvmagent", "MainPID")
     assert re.search(r"node1 .* changed=0 .* failed=0 ", again := play()), again
     assert machine.show("kvmagent", "MainPID") == before
+
+
+def test_an_older_rpm_is_a_rollback_that_keeps_tasks_and_configuration(
+    rolled_out: str, machine: Booted, play: Callable[..., str], authority: Authority, rpm: Path, tmp_path: Path
+) -> None:
+    older = machine.run("kvmagent", "--version").strip()
+    newer = build_newer(rpm, tmp_path)
+    shutil.copy(newer, authority.ca_file.parent)
+    assert re.search(r"node1 .* failed=0 ", output := play(kvmagent_rpm=f"{CONTROLLER}/{newer.name}")), output
+    assert json.loads(machine.run("kvmagentctl", "status", "--json"))["version"] == NEWER
+    machine.run("sh", "-c", "kvmagentctl plug-cpu test 77 || true")
+    (task,) = machine.run("kvmagentctl", "tasks", "--limit", "1", "-o", "name").split()
+    assert re.search(r"node1 .* failed=0 ", output := play()), output
+    told = json.loads(machine.run("kvmagentctl", "status", "--json"))
+    assert (told["version"], told["ready"]) == (older, True), "it is the older agent that runs"
+    assert json.loads(machine.run("kvmagentctl", "task", task, "--json"))["request"]["cpuNum"] == 77
+
+
+def test_a_removal_leaves_state_and_what_was_edited_and_nothing_else(rolled_out: str, machine: Booted) -> None:
+    machine.run("kvmagentctl", "status")  # as root, who could write bytecode
+    machine.run("dnf", "--assumeyes", "remove", "kvmagent")
+    assert machine.show("kvmagent", "ActiveState") == "inactive"
+    left = machine.run("find", "/etc", "/usr", "/var/lib", "-xdev", "-path", "*kvmagent*", "-type", "f").split()
+    assert {file for file in left if not file.startswith(("/var/lib/kvmagent/", "/etc/kvmagent/"))} == set()
+    assert "/var/lib/kvmagent/journal.sqlite" in left
