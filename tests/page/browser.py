@@ -93,8 +93,9 @@ class Browser:
         return wait_for(lambda: self.run(f"return {script}", *arguments), timeout_s=timeout_s, what=script)
 
     def text(self, selector: str) -> str:
-        """What is to be read in an element."""
-        return str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
+        """What is to be read in an element; a space that breaks no line is one like others."""
+        text = str(self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector))
+        return text.replace("\N{NO-BREAK SPACE}", " ")
 
     def screenshot(self) -> bytes:
         """The whole page as a PNG."""

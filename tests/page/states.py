@@ -6,13 +6,15 @@ from typing import Any
 
 from tests.lab.axe import find_axe
 from tests.page.browser import Browser
-from tests.page.scene import CHANGES, MEMORY, OVER, VMS, health, task
+from tests.page.scene import CHANGES, MEMORY, OVER, VMS, health, task, vm
 from tests.page.stage import Stage
 
 ROWS = "document.querySelectorAll('#vm-rows tbody').length"
 # What the host's memory is.
 BUDGETS = {"memory": MEMORY, "over-budget": OVER}
-STATES = ("history", "no-answer", "not-ready", "empty", "login", "forty-tasks", *BUDGETS)
+STATES = ("history", "opened", "bars", "no-answer", "not-ready", "empty", "login", "forty-tasks", *BUDGETS)
+# Bars of one vCPU, of as many as have a mark each, and of more.
+MAXIMA = (1, 2, 16, 32, 33, 128)
 REFUSAL = {
     "success": False,
     "error": "the request carries no credentials",
@@ -26,6 +28,10 @@ def bring(browser: Browser, stage: Stage, state: str, **window: Any) -> None:
     stage.changes = CHANGES
     if state == "empty":
         stage.answers |= {"/vms": (200, {"vms": []}), "/tasks": (200, {"tasks": []}), "/healthz": (200, health())}
+    elif state == "bars":
+        bars = [vm(n, f"vm-{n}", cpus=(n, (n + 1) // 2, n)) for n in MAXIMA]
+        bars += [vm(100 + n, f"half-{n}", cpus=((n + 1) // 2, None, n)) for n in MAXIMA]
+        stage.answers["/vms"] = (200, {"vms": bars})
     elif state in BUDGETS:
         stage.answers |= {"/vms": (200, {"vms": VMS[7:8]}), "/healthz": (200, health(memory=BUDGETS[state]))}
     elif state == "not-ready":
@@ -46,6 +52,11 @@ def bring(browser: Browser, stage: Stage, state: str, **window: Any) -> None:
         browser.wait(f"{ROWS} && document.querySelector('#task-list li details')")
     if state in BUDGETS:
         browser.wait("document.querySelector('#figures .memory')")
+    elif state == "opened":
+        # All that a row can show, for whoever looks for the cause.
+        for button in (".problems-of", ".history-of"):
+            browser.run(f"document.querySelector('#vm-rows tbody:has(.problems-of) {button}').click()")
+        browser.wait("document.querySelector('.ladder li') && document.querySelector('.history li')")
     elif state == "history":
         browser.run("[...document.querySelectorAll('.history-of')][1].click()")
         browser.wait("document.querySelectorAll('.history li').length")

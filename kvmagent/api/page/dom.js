@@ -67,15 +67,15 @@ export function size(bytes) {
   return `${amount >= 100 ? Math.round(amount) : Math.round(amount * 10) / 10} ${UNITS[unit]}`;
 }
 
-/** Seconds for people: 20 ms, 0.4 s, 12 s, 3 min, 5 h, 2 d. */
+/** Seconds for people: 20 ms, 0.4 s, 12 s, 3 min, 5 h, 2 d; a number stays on the line of its unit. */
 export function duration(seconds) {
-  if (seconds <= 0) return "0 s";
-  if (seconds < 0.1) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 10) return `${Math.round(seconds * 10) / 10} s`;
-  if (seconds < 120) return `${Math.round(seconds)} s`;
-  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
-  if (seconds < 172800) return `${Math.round(seconds / 3600)} h`;
-  return `${Math.round(seconds / 86400)} d`;
+  if (seconds <= 0) return "0\u00a0s";
+  if (seconds < 0.1) return `${Math.round(seconds * 1000)}\u00a0ms`;
+  if (seconds < 10) return `${Math.round(seconds * 10) / 10}\u00a0s`;
+  if (seconds < 120) return `${Math.round(seconds)}\u00a0s`;
+  if (seconds < 7200) return `${Math.round(seconds / 60)}\u00a0min`;
+  if (seconds < 172800) return `${Math.round(seconds / 3600)}\u00a0h`;
+  return `${Math.round(seconds / 86400)}\u00a0d`;
 }
 
 /** How long ago, without a number that changes every second. */

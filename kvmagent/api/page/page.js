@@ -129,14 +129,14 @@ function ask(error) {
   if (wrong) token.forget();
   $("login-why").textContent = wrong ? `${error.error}: it may have been replaced.` : "This agent answers those who have a token.";
   $("login").hidden = false;
-  $("status").hidden = true;
-  $("forget").hidden = true;
+  for (const id of ["status", "forget", "pause", "jump"]) $(id).hidden = true;
   $("token").focus();
 }
 
 function letIn() {
   locked = false;
   $("login").hidden = true;
+  for (const id of ["pause", "jump"]) $(id).hidden = false;
   $("forget").hidden = token.get() === null;
   runAll();
 }

@@ -96,6 +96,7 @@ export function draw() {
   const text = !found.length ? none : found.length < vms.length ? `${found.length} of ${plural(vms.length, "VM")}` : "";
   if (count.textContent !== text) count.textContent = text;
   document.getElementById("vms-none").hidden = vms.length > 0;
+  document.getElementById("vms").classList.toggle("empty", !vms.length);
   const more = document.getElementById("more");
   more.hidden = found.length <= shown;
   more.textContent = `Show all ${plural(found.length, "VM")}`;
