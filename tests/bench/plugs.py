@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import libvirt
@@ -30,8 +30,8 @@ EACH = 4
 MIB = 1 << 20
 DIMM = 128 * MIB
 BOOT_MIB = 128
-#: Four turns a round, and a few for virsh and a warm-up.
-MOST = (4 * ROUNDS + 2) * EACH
+#: Four turns a round, one that is profiled, and a few for virsh and a warm-up.
+MOST = (4 * ROUNDS + 3) * EACH
 
 
 @dataclass
@@ -86,6 +86,8 @@ class Compared:
     bare_all: Side = field(default_factory=Side)
     agent_one: Side = field(default_factory=Side)
     agent_all: Side = field(default_factory=Side)
+    #: Plugs by the agent that are not timed: the warm-up and the turn that is profiled.
+    agent_beside: int = 0
 
 
 @contextmanager
@@ -111,8 +113,8 @@ def running_vms() -> Iterator[tuple[PrivateLibvirtd, list[str]]]:
         yield lab, names
 
 
-def compare(uri: str, names: list[str], kind: str, runs: Runs) -> Compared:
-    """ROUNDS rounds over the four sides."""
+def compare(uri: str, names: list[str], kind: str, runs: Runs, profile: AbstractContextManager[None]) -> Compared:
+    """ROUNDS rounds over the four sides, then one turn more within `profile`."""
     plugs, found = Plugs(kind, names), Compared()
     runs([plugs.command(*one) for one in plugs.next_round(1)], clients=1, outcome="plugged")
     for _ in range(ROUNDS):
@@ -120,6 +122,9 @@ def compare(uri: str, names: list[str], kind: str, runs: Runs) -> Compared:
         _command(runs, plugs, found.agent_one, clients=1)
         _call(uri, plugs, found.bare_all, threads=len(names))
         _command(runs, plugs, found.agent_all, clients=len(names))
+    with profile:
+        _command(runs, plugs, Side(), clients=1)
+    found.agent_beside = len(names) * (1 + EACH)
     return found
 
 

@@ -66,7 +66,8 @@ def run_real_plugs(report: Report) -> None:
         for kind in ("vCPU", "dimm"):
             report.begin(f"(a) each command one {kind} more, live and persistent, on {plugs.VMS} running QEMUs")
             before = phases(agent)
-            found = plugs.compare(lab.uri, names, kind, runs)
+            profile = profiled(report, f"one {kind} more, one client", agent.pid)
+            found = plugs.compare(lab.uri, names, kind, runs, profile)
             bare, one, all_ = p50(found.bare_one.took_ms), found.agent_one, found.agent_all
             report.add("bare call, one thread, median", bare, "ms")
             report.add("one client: POST to callback, median (bare + 4)", p50(one.took_ms), "ms", at_most=bare + 4)
@@ -75,7 +76,7 @@ def run_real_plugs(report: Report) -> None:
             report.add(f"{plugs.VMS} clients: commands (0.85 of bare)", all_.per_s, "/s", at_least=least)
             report.add(f"{plugs.VMS} clients: POST to callback, p99", p99(all_.took_ms), "ms")
             for phase, seconds in sorted(phases(agent).items()):
-                count = one.count + all_.count + plugs.VMS
+                count = one.count + all_.count + found.agent_beside
                 report.add(f"of a command, {phase}", (seconds - before.get(phase, 0.0)) * 1000 / count, "ms")
         report.begin("(a) commands that change nothing, on the same VMs")
         same = [plug(name, 1 + plugs.MOST - plugs.EACH) for name in names]
