@@ -163,6 +163,34 @@ def test_a_frozen_agent_is_told_with_what_thaws_it(guest: Guest, node: Node) -> 
 
 
 @pytest.mark.guest
+def test_a_frozen_filesystem_is_told_with_what_thaws_it(boot_module: Boot, lab: PrivateLibvirtd, node: Node) -> None:
+    image = lab.guests_directory / "frozen.raw"
+    image.touch()
+    os.truncate(image, 16 * MIB)
+    lab.own(image)
+    disk = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{image}'/>"
+        "<target dev='vda' bus='virtio'/></disk>"
+    )
+    guest = boot_module(GuestSpec(name="frozen", devices_xml=disk))
+    guest.run("mke2fs /dev/vda && mkdir /run/data && mount -t ext4 /dev/vda /run/data")
+    with guest.domain() as domain:
+        assert domain.fsFreeze() == 1
+        guest.run("(echo waits >/run/data/file; touch /run/written) >/dev/null 2>&1 &")
+        reply: dict[str, Any] = carry_out(node, "HotPlugCpu", vmUuid="frozen", cpuNum=2)
+        assert (reply["success"], reply["outcome"], reply["cpuNum"]) == (True, "plugged", 2), reply
+        (told,) = [problem for problem in reply["warnings"] if problem["code"] == "GUEST_AGENT_FROZEN"]
+        assert "virsh domfsthaw" in told["remedy"]
+        reply = carry_out(node, "ReadyForHotplug", "task-2", vmUuid="frozen")
+        assert (reply["ready"], reply["confirmable"], reply["guestFellSilent"]) == (True, False, False), reply
+        assert guest.run("ls /run").split().count("written") == 0, "the filesystem is frozen still"
+        assert domain.fsThaw() == 1, "what virsh domfsthaw does"
+    wait_for(lambda: "written" in guest.run("ls /run").split(), timeout_s=30, what="the guest's write to end")
+    reply = carry_out(node, "ReadyForHotplug", "task-3", vmUuid="frozen")
+    assert (reply["confirmable"], reply["after"]["guestCpuNum"]) == (True, 1), reply
+
+
+@pytest.mark.guest
 def test_a_guest_that_ignores_the_shutdown_is_one_that_runs(guest: Guest, node: Node) -> None:
     guest.run("killall acpid")
     with guest.domain() as domain:

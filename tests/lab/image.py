@@ -24,7 +24,10 @@ from pathlib import Path
 from tests.lab.cpio import Archive
 
 #: Loaded at boot with all that they depend on; a kernel that has one of them built in is as good.
-MODULES = ("virtio_pci", "virtio_console", "virtio_balloon", "virtio_mem", "virtio_net", "button", "evdev")
+MODULES = (
+    *("virtio_pci", "virtio_console", "virtio_balloon", "virtio_mem", "virtio_net", "virtio_blk"),
+    *("ext4", "button", "evdev"),
+)
 KERNELS = ("linux-image-cloud-amd64", "linux-image-virtual", "linux-image-amd64", "linux-image-generic")
 AGENT_PACKAGE = "qemu-guest-agent"
 BUSYBOX_PACKAGE = "busybox-static"
