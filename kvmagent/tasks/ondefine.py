@@ -267,12 +267,12 @@ class Preparations:
         if not steps:
             return None
         log.info("definition is to be prepared", **told)
-        if not self._offer(uuid, config, request):
+        if not self._offer(uuid, config, request, told):
             return _LONG_PAUSE_S
         self._prepared_at[uuid] = [*prepared_at, now]
         return None
 
-    def _offer(self, uuid: str, config: Definition, request: VmRequest) -> bool:
+    def _offer(self, uuid: str, config: Definition, request: VmRequest, told: dict[str, str]) -> bool:
         """Hand a task in; return False where it is to be tried again: under the same id, for it may be stored."""
         known = self._offered.get(uuid)
         mine = known if known is not None and known.config == config else _Mine(f"prepare-{uuid4().hex}", config)
@@ -281,10 +281,11 @@ class Preparations:
             self._hand_in(self._command, mine.task_uuid, msgspec.json.encode(request))
         except Exception as raised:
             error = make_error(raised)
-            log.warning("definition cannot be prepared", uuid=uuid, **error_fields(error))
             if error.code in _PASSING:
+                log.warning("definition cannot be prepared yet", **told, **error_fields(error))
                 return False
             self._failed[uuid] = _Failed(config, touched=False)
+            self._tell_refused(uuid, config, error, told)
         else:
             self._mine[uuid] = mine
         del self._offered[uuid]

@@ -271,6 +271,19 @@ def test_a_task_that_failed_for_a_passing_reason_is_followed_by_another(field: F
     assert field.outcomes()[-1] == "configured"
 
 
+def test_one_that_is_refused_as_it_is_handed_in_is_told_once_in_the_audit_too(
+    field: Field, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    field.refuse = AgentError(Code.UNKNOWN_FIELD, "no")
+    for _ in range(3):
+        field.preparations.note_all()
+        field.settle()
+    lines = [record.getMessage() for record in caplog.records if "UNKNOWN_FIELD" in record.getMessage()]
+    assert [line.startswith("audit") for line in lines] == [False, True]
+    assert field.recorder.endings == [("ReadyForHotplug", "refused", "UNKNOWN_FIELD")]
+
+
 def test_what_cannot_be_stored_now_is_stored_later_under_the_same_id(field: Field) -> None:
     field.refuse = AgentError(Code.JOURNAL_UNAVAILABLE, "the disk is full")
     field.stores_and_fails = True
