@@ -158,6 +158,65 @@ def test_a_reload_keeps_the_process_and_a_restart_is_clean(machine: Booted) -> N
     assert "agent stopped" in machine.journal(UNIT)
 
 
+def test_a_configuration_that_is_wrong_is_an_error_of_the_journal_and_not_tried_for_ever(machine: Booted) -> None:
+    before = machine.show(UNIT, "NRestarts")
+    machine.run(
+        "sh", "-c", "mkdir -p /etc/kvmagent/conf.d && printf '[http]\nprot = 1\n' >/etc/kvmagent/conf.d/bad.conf"
+    )
+    machine.run("sh", "-c", "systemctl restart kvmagent || true")
+    wait_for(lambda: machine.show(UNIT, "ActiveState") == "failed", timeout_s=60, what="the end of the start")
+    assert (machine.show(UNIT, "ExecMainStatus"), machine.show(UNIT, "NRestarts")) == ("78", before)
+    assert "bad.conf, line 2: unknown key" in machine.journal(UNIT, "--priority=err")
+    machine.run("rm", "/etc/kvmagent/conf.d/bad.conf")
+    machine.run("systemctl", "start", "kvmagent")
+    wait_for(lambda: health(machine)["ready"], timeout_s=60, what="the agent to be ready")
+
+
+# What makes a host ill, and the check of the doctor that finds it.
+ILLNESSES = (
+    ("agent", "systemctl stop kvmagent"),
+    ("state_dir", "chmod 0755 /var/lib/kvmagent"),
+    ("state_dir", "chown root: /var/lib/kvmagent"),
+    ("alerts", "printf '[metrics]\nsample_sec = 0\n' >/etc/kvmagent/conf.d/ill.conf"),
+    ("alerts", "printf '[metrics]\nsample_sec = 3600\n' >/etc/kvmagent/conf.d/ill.conf"),
+    ("configuration", "install -m 0666 /dev/null /etc/kvmagent/conf.d/ill.conf"),
+    (
+        "certificates",
+        "install -m 0644 /dev/null /etc/kvmagent/tokens; chown kvmagent: /etc/kvmagent/tokens; "
+        "printf '[security]\ntokens_file = /etc/kvmagent/tokens\n' >/etc/kvmagent/conf.d/ill.conf",
+    ),
+    (
+        "hooks",
+        "install -d -m 0777 /etc/kvmagent/hooks; printf '[hooks]\ndirectory = /etc/kvmagent/hooks\n' "
+        ">/etc/kvmagent/conf.d/ill.conf",
+    ),
+)
+COMMAND = re.compile(
+    r"(?:^|(?<=: )|(?<=; ))(?:systemctl|chmod|chown|install|mkdir|usermod) [^;,]+?(?=\.?$|[;,]|\.? [A-Z])"
+)
+SETTING = re.compile(r"Set (\w+)\.(\w+) = (\w+)")
+
+
+@pytest.mark.parametrize(("check", "illness"), ILLNESSES)
+def test_what_the_doctor_says_to_do_heals(machine: Booted, check: str, illness: str) -> None:
+    machine.run("sh", "-c", f"mkdir -p /etc/kvmagent/conf.d; {illness}")
+    try:
+        told = json.loads(machine.run("sh", "-c", "kvmagentctl doctor --json || true"))["findings"]
+        ill = [one for one in told if one["check"] == check and one["level"] in ("wrong", "warning")]
+        assert ill, told
+        for one in ill:
+            lines = [f"printf '[{section}]\n{key} = {value}\n' >/etc/kvmagent/conf.d/zz.conf"
+                     for section, key, value in SETTING.findall(one["remedy"])]  # fmt: skip
+            lines += COMMAND.findall(one["remedy"])
+            assert lines, one
+            machine.run("sh", "-ec", "\n".join(lines))
+        wait_for(lambda: findings(machine)[check][0] in ("good", "note"), timeout_s=60, what=f"health after {ill}")
+    finally:
+        machine.run("sh", "-c", "rm -rf /etc/kvmagent/conf.d /etc/kvmagent/hooks /etc/kvmagent/tokens")
+        machine.run("chown", "kvmagent:", "/var/lib/kvmagent")
+        machine.run("systemctl", "restart", "kvmagent")
+
+
 def test_an_agent_that_dies_or_hangs_is_started_again(machine: Booted) -> None:
     machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGKILL", "kvmagent")
     wait_for(lambda: machine.show(UNIT, "NRestarts") == "1", timeout_s=30, what="the restart")
