@@ -7,6 +7,9 @@ import pytest
 
 from tests.lab.suite import set_arguments
 
+# make is not where the newest Python is tried.
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "arguments", [["-k", "dimm or virtio"], ["tests/unit", "-m", "not slow"], ["it's", '"$HOME"', "a$(b)", ""], []]
