@@ -20,6 +20,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.roles import Access
 from kvmagent.tasks.journal import Journal, Task
 from kvmagent_plugins.vm_plugin import PLUGIN
+from tests.lab.processes import wait_for
 
 NOBODY: Any = None
 DECLARED = [command for command in PLUGIN.commands if command.name == "ReadyForHotplug"]
@@ -256,8 +257,8 @@ def test_tasks_that_are_as_they_were_have_no_body(journal: Journal) -> None:
     get = make_reads(None, journal)
     tag = get("/tasks").headers["ETag"]
     assert get("/tasks", tag=tag).status == 304
-    journal.start_task("t0")
-    assert get("/tasks", limit=1000, tag=tag).status == 200
+    journal.start_task("t0")  # which does not wait for the disk
+    wait_for(lambda: get("/tasks", limit=1000, tag=tag).status == 200, timeout_s=60, what="the change to be told")
     tag = get("/tasks").headers["ETag"]
     journal.accept(make_task(uuid.uuid4().int, "token:own"))
     assert get("/tasks", tag=tag).status == 200
