@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import libvirt
 import libvirt_qemu
 from lxml import etree
 
@@ -18,6 +19,8 @@ from tests.lab.agent import Reply
 from tests.lab.guest import Guest
 
 MIB = 2**20
+# A libvirtd that comes back ends a VM whose QEMU it cannot take up again; after one more kill it does not know that.
+ENDED_WITH_LIBVIRTD = (libvirt.VIR_DOMAIN_SHUTOFF_DAEMON, libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ def read_devices(guest: Guest) -> Devices:
     )
 
 
+def read_end(guest: Guest) -> int:
+    """Return why a VM is not running, as libvirt has it (virDomainShutoffReason)."""
+    with guest.domain() as domain:
+        return int(domain.state()[1])
+
+
 def _cpus(xml: Any) -> int:
     vcpu = xml.find("vcpu")
     return int(vcpu.get("current") or vcpu.text)
@@ -83,6 +92,7 @@ class Count:
     cpus: int = 0
     dimms: int = 0
     unknown_to_libvirt: int = 0
+    ended_with_libvirtd: int = 0
     most_resident_kib: int = 0
     for_nobody: list[str] = field(default_factory=list)
     still_owed: int = 0
@@ -95,11 +105,17 @@ class Count:
 
     def check_vm(self, guest: Guest, sent: list[Sent], by_task: Mapping[str, list[Any]]) -> None:
         """Hold what was told of one VM's tasks against what the VM has; all of them have been answered."""
-        found = read_devices(guest)
+        found = read_devices(guest) if guest.is_running() else None
+        ended = None if found else read_end(guest)
         with self._lock:
             self.vms += 1
             self._check_results(guest.name, sent, by_task)
-            self._check_devices(guest.name, sent, by_task, found)
+            if found:
+                self._check_devices(guest.name, sent, by_task, found)
+            else:
+                self.ended_with_libvirtd += 1
+                if ended not in ENDED_WITH_LIBVIRTD:
+                    self.fault(f"{guest.name}: has ended: {ended}")
 
     def check_owed(self, read: Callable[[str], Reply]) -> None:
         """Hold what is for receivers that take nothing against the journal, as the agent tells it."""
@@ -171,6 +187,7 @@ class Count:
             "  their vCPUs, running and persistent": self.cpus,
             "  their dimms, running and persistent": self.dimms,
             "  dimms that QEMU has and libvirt does not know": self.unknown_to_libvirt,
+            "  that ended with a killed libvirtd": self.ended_with_libvirtd,
             **{f"done to it: {name}": number for name, number in sorted(self.done_to.items())},
             "most memory that the agent had, MiB": self.most_resident_kib // 1024,
             "faults": len(self.faults),
