@@ -1,4 +1,4 @@
-"""GiveAllCpus: bring a VM up to the most vCPUs that its definition allows, but for those that are to be left out."""
+"""GiveAllCpus: give a VM all the vCPUs that its definition allows, except for those that are to be left out."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -13,13 +13,13 @@ from kvmagent.model.steps import AnyStep, OnlineGuestVcpus, SetVcpus
 
 
 class GiveAllCpusRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """What is sent: one field beside those that every command on a VM takes."""
+    """The request: one field besides those that every command on a VM takes."""
 
-    leave_out: Annotated[int, msgspec.Meta(ge=0, description="vCPUs of the maximum that the VM is not given")] = 0
+    leave_out: Annotated[int, msgspec.Meta(ge=0, description="How many vCPUs below its maximum the VM stays")] = 0
 
 
 class GiveAllCpusGoal(Goal, frozen=True, rename="camel"):
-    """Where the task is going, as a total: on disk before the first step, and what a restarted agent goes on from."""
+    """The goal, as a total: it is on disk before the first step, and a restarted agent continues from it."""
 
     cpu_num: int
     live: bool
@@ -28,13 +28,13 @@ class GiveAllCpusGoal(Goal, frozen=True, rename="camel"):
 
 
 class GiveAllCpusReply(VmReply, kw_only=True, rename="camel"):
-    """What is posted to the callback URL: what every command on a VM says, and what this one adds to it."""
+    """The reply that is posted to the callback URL: the fields of every command on a VM, and one more."""
 
     left_out: int | None = None
 
 
 def decide(request: GiveAllCpusRequest, facts: Facts, task_uuid: str) -> GiveAllCpusGoal:
-    """Return the goal, once: it is recorded, and a task that is taken up again does not decide anew.
+    """Return the goal. It is called once: the goal is recorded, and a task that is resumed does not decide again.
 
     Raises:
         AgentError: VM_NOT_RUNNING, VM_TRANSIENT; CPU_ABOVE_MAXIMUM.
@@ -45,7 +45,7 @@ def decide(request: GiveAllCpusRequest, facts: Facts, task_uuid: str) -> GiveAll
     if wanted < 1:
         raise AgentError(
             Code.CPU_ABOVE_MAXIMUM,
-            f"leaveOut is {request.leave_out}, VM {facts.domain.name} may have {definition.vcpu_maximum} vCPUs in all",
+            f"leaveOut is {request.leave_out}, VM {facts.domain.name} can have {definition.vcpu_maximum} vCPUs in all",
             remedy="Leave out fewer.",
         )
     cpu_num = max(wanted, definition.vcpu_current)
@@ -60,7 +60,7 @@ def decide(request: GiveAllCpusRequest, facts: Facts, task_uuid: str) -> GiveAll
 
 
 def next_steps(goal: GiveAllCpusGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
-    """Return what is left to do, as far as it can be seen now; after these steps it is asked again. None: done."""
+    """Return the steps that are left, as far as is known now. It is called again after them; no step: done."""
     steps: list[AnyStep] = []
     if goal.live and facts.get_live().vcpu_current < goal.cpu_num:
         steps.append(SetVcpus(count=goal.cpu_num, target="live"))
@@ -73,7 +73,7 @@ def next_steps(goal: GiveAllCpusGoal, facts: Facts, failed: frozenset[str]) -> t
 
 
 def reply_fields(ending: Ending) -> Mapping[str, Any]:
-    """Return what the reply says beside what the agent itself says: here how many vCPUs of the maximum are left."""
+    """Return the reply's further field: how many vCPUs the VM is below its maximum."""
     live = ending.after.domain.live if ending.after else None
     return {"left_out": None if live is None else live.vcpu_maximum - live.vcpu_current}
 
@@ -84,7 +84,7 @@ PLUGIN = Plugin(
         Command(
             name="GiveAllCpus",
             path="/example/give-all-cpus",
-            summary="Bring a VM up to the most vCPUs that its definition allows",
+            summary="Give a VM all the vCPUs that its definition allows",
             request=GiveAllCpusRequest,
             reply=GiveAllCpusReply,
             goal=GiveAllCpusGoal,

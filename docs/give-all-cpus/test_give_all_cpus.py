@@ -1,4 +1,4 @@
-"""The three functions are pure: called with facts, no libvirt is needed to test them."""
+"""The three functions are pure: the tests call them with facts and need no libvirt."""
 
 import pytest
 from give_all_cpus import GiveAllCpusGoal, GiveAllCpusRequest, decide, next_steps
@@ -14,7 +14,7 @@ GOAL = GiveAllCpusGoal(cpu_num=4, live=True, config=False, guest_online=True)
 
 
 def facts(cpus: int, *, online: int, policy: Policy = FREE) -> Facts:
-    """A running VM that may have 4 vCPUs, and what its guest says."""
+    """A running VM that can have 4 vCPUs, and what its guest reports."""
     live = Definition(
         vcpu_current=cpus, vcpu_maximum=4, vcpus=(), topology=None, total_bytes=2**30, current_bytes=2**30,
         max_memory_bytes=None, slots=0, cells=(), devices=(), acpi=True, balloon=True, agent_channel=True,
@@ -40,13 +40,13 @@ def test_a_guest_that_would_not_is_not_asked_again() -> None:
 
 
 def test_its_goal_says_what_the_vm_is_to_have_in_all() -> None:
-    """The agent asks the VM's owner, and judges what came of it, by these totals."""
+    """The agent checks the owner's policy and judges the outcome by these totals."""
     goal = decide(GiveAllCpusRequest(vm_uuid="vm1", affect="live"), facts(1, online=1), "task-1")
     assert goal.totals == (Total("cpu", live=4, config=None),)
 
 
 def test_its_owner_may_forbid_it_or_set_a_limit() -> None:
-    """The agent asks, by the goal's totals, before anything is touched: no plugin has to remember it."""
+    """The agent checks the goal's totals before anything is touched: no plugin has to remember it."""
     request = GiveAllCpusRequest(vm_uuid="vm1", affect="live")
     for policy, code in ((Policy(hotplug=False), Code.VM_OPTED_OUT), (Policy(max_cpu_num=2), Code.ABOVE_POLICY)):
         seen = facts(1, online=1, policy=policy)

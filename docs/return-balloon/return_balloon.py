@@ -1,4 +1,4 @@
-"""ReturnBalloon: give a VM back the memory that its balloon holds, but for what the balloon is to keep."""
+"""ReturnBalloon: give a VM back the memory that its balloon holds, except for what the balloon is to keep."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -14,13 +14,13 @@ from kvmagent.model.steps import AnyStep, AwaitBalloon, SetBalloon
 
 
 class ReturnBalloonRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """What is sent: one field beside those that every command on a VM takes."""
+    """The request: one field besides those that every command on a VM takes."""
 
     keep_size: Annotated[int, msgspec.Meta(ge=0, description="Bytes that the balloon is to keep")] = 0
 
 
 class ReturnBalloonGoal(Goal, frozen=True, rename="camel"):
-    """What the balloon is to leave the VM in all, by definition; None for one that is not to change."""
+    """How much memory the VM is to have, in each definition; None for one that stays unchanged."""
 
     live_bytes: int | None
     config_bytes: int | None
@@ -28,16 +28,16 @@ class ReturnBalloonGoal(Goal, frozen=True, rename="camel"):
 
 
 class ReturnBalloonReply(VmReply, kw_only=True, rename="camel"):
-    """What every command on a VM says, and how much the balloon still holds."""
+    """The fields of every command on a VM, and how much memory the balloon still holds."""
 
     held_size: int | None = None
 
 
 def decide(request: ReturnBalloonRequest, facts: Facts, task_uuid: str) -> ReturnBalloonGoal:
-    """Return the goal. The checks are those of the shipped commands: the same codes, words and remedies.
+    """Return the goal. The checks are those of the shipped commands: the same codes, messages and remedies.
 
     Raises:
-        AgentError: the first thing that stands in the way; see `refusals`.
+        AgentError: the first blocker; see `refusals`.
     """
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_balloon(facts, request.affect, 0))
@@ -45,7 +45,7 @@ def decide(request: ReturnBalloonRequest, facts: Facts, task_uuid: str) -> Retur
     if request.affect != "config":
         actual = facts.domain.balloon_bytes
         if actual is None:
-            raise AgentError(Code.BALLOON_NOT_ANSWERING, f"libvirt does not tell the balloon of {facts.domain.name}")
+            raise AgentError(Code.BALLOON_NOT_ANSWERING, f"libvirt does not report the balloon of {facts.domain.name}")
         live_bytes = max(actual, facts.get_live().balloon_total_bytes - request.keep_size)
         refuse_first(check_host(facts, live_bytes - actual))
         wanted["live"] = live_bytes
@@ -61,8 +61,8 @@ def decide(request: ReturnBalloonRequest, facts: Facts, task_uuid: str) -> Retur
 
 
 def next_steps(goal: ReturnBalloonGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
-    """Ask the guest's driver and wait for it; then bring the definition to the same. A guest that did not follow is
-    not asked again: the agent takes the request back."""
+    """Ask the guest's driver and wait for it; then set the same in the definition. A guest that did not follow is not
+    asked again: the agent withdraws the request."""
     actual = facts.domain.balloon_bytes
     if goal.live_bytes is not None and actual is not None and actual < goal.live_bytes:
         if AwaitBalloon.__name__ in failed:
@@ -77,12 +77,12 @@ def next_steps(goal: ReturnBalloonGoal, facts: Facts, failed: frozenset[str]) ->
 
 
 def resumed_goal(goal: ReturnBalloonGoal) -> ReturnBalloonGoal:
-    """A task that was cut off for an hour still waits for the guest, but no longer than a minute."""
+    """A task that is resumed after an interruption still waits for the guest, but for a minute at most."""
     return msgspec.structs.replace(goal, timeout_sec=min(goal.timeout_sec, 60))
 
 
 def reply_fields(ending: Ending) -> Mapping[str, Any]:
-    """Return what the balloon still holds."""
+    """Return how much memory the balloon still holds."""
     domain = ending.after.domain if ending.after else None
     if domain is None or domain.live is None or domain.balloon_bytes is None:
         return {}

@@ -1,4 +1,4 @@
-"""A VM of 2 GiB whose balloon holds one: what is asked for, what is refused, and where it ends."""
+"""A VM of 2 GiB whose balloon holds 1 GiB: what the guest is asked for, and what is refused."""
 
 import msgspec
 import pytest
@@ -18,13 +18,13 @@ LIVE = Definition(
 
 
 def facts(balloon_bytes: int | None = GIB, *, live: Definition = LIVE, host: Host | None = None) -> Facts:
-    """A running VM, off which nothing is saved."""
+    """A running VM without a persistent definition."""
     domain = Domain("vm1", "", "running", live=live, config=None, balloon_bytes=balloon_bytes)
     return Facts(domain=domain, guest=Guest(), host=host or Host())
 
 
 def request(keep_size: int = 0) -> ReturnBalloonRequest:
-    """What the tests send."""
+    """The request that the tests send."""
     return ReturnBalloonRequest(vm_uuid="vm1", affect="live", timeout_sec=90, keep_size=keep_size)
 
 

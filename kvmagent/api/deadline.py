@@ -1,4 +1,4 @@
-"""Questions that may hang, asked so that whoever asks does not."""
+"""Calls that may hang, made on other threads with a deadline. `question` here is such a call, not a host query."""
 
 import threading
 import time
@@ -15,24 +15,24 @@ log = Log(__name__)
 
 AnswerT = TypeVar("AnswerT")
 
-# How long a question waits for a thread when all are taken.
+# How long a call waits for a thread when all are busy.
 _SLOT_WAIT_S = 0.5
-# Threads that many questions share: libvirt answers some while Python makes replies of others.
+# Threads that many calls share: libvirt answers some while Python makes replies of others.
 _SIDE_BY_SIDE = 2
 
 
 class Asker:
-    """Asks on a thread of its own and waits no longer than told. Thread-safe.
+    """Makes a call on another thread and waits for it until a deadline. Thread-safe.
 
-    libvirt has no call that can be broken off: a thread that hangs is left to itself and occupies one of `at_once`
-    places until its call returns.
+    A call of libvirt cannot be interrupted: a thread that hangs is abandoned, and occupies one of `at_once` places
+    until its call returns.
     """
 
     def __init__(self, *, at_once: int) -> None:
         self._places = threading.BoundedSemaphore(at_once)
 
     def ask(self, question: Callable[[], AnswerT], *, timeout_s: float, about: str) -> AnswerT:
-        """Return the answer, or raise what the question raises.
+        """Return the call's answer, or raise what it raises.
 
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE, when there is no answer in time, or too many others wait for one.
@@ -59,11 +59,11 @@ class Asker:
     def ask_all(
         self, questions: Mapping[str, Callable[[], AnswerT]], *, timeout_s: float, about: str
     ) -> dict[str, AnswerT | AgentError]:
-        """Ask on a few threads, each one question after another; return each one's answer, or why there is none.
+        """Make the calls on a few threads; return each one's answer, or why there is none.
 
-        A question that hangs is left to its thread, and another thread goes on with the rest: it holds up no other for
-        longer than `timeout_s`, and most not at all. What else than an AgentError a question raises is logged and told
-        as INTERNAL_ERROR of that question: it spoils no other.
+        If a call hangs, its thread is abandoned and another one goes on with the rest: it delays others by `timeout_s`
+        at most, and most of them not at all. If a call raises anything but an AgentError, that is logged and returned
+        as INTERNAL_ERROR of that call; the others are not affected.
 
         Observed: 1,000 reads of libvirt's test driver take 12 ms of CPU time by themselves, 13 ms this way and 220 ms
         by `ask`, with a thread for each; and VMs that hang would there add up their times.
@@ -87,7 +87,7 @@ class Asker:
 
 
 class _Series(Generic[AnswerT]):
-    """Questions that several threads answer. Thread-safe."""
+    """Calls that several threads share. Thread-safe."""
 
     def __init__(self, questions: Mapping[str, Callable[[], AnswerT]], timeout_s: float, about: str) -> None:
         self._waiting = deque(questions.items())
@@ -104,7 +104,7 @@ class _Series(Generic[AnswerT]):
         return self._threads > 0
 
     def work(self) -> None:
-        """Answer questions until none waits, or until one took so long that it was given up."""
+        """Make calls until none waits, or until one took so long that it was given up."""
         answer: AnswerT | AgentError
         while (taken := self._take()) is not None:
             key, question = taken
@@ -120,7 +120,7 @@ class _Series(Generic[AnswerT]):
                 return
 
     def finish(self, add_thread: Callable[[], bool]) -> dict[str, AnswerT | AgentError]:
-        """Have it worked on until every question has an answer or was given up."""
+        """Keep threads at work until every call has an answer or was given up."""
         with self._changed:
             while self._waiting or self._begun_at:
                 while self._threads < min(_SIDE_BY_SIDE, len(self._waiting)) and add_thread():

@@ -145,7 +145,7 @@ class Intake:
         return Accepted(task_uuid=task_uuid, state=task.state if task.state not in UNFINISHED else "finished")
 
     def answer(self, query: Query, headers: Mapping[str, str], body: bytes, *, client: str, access: Access) -> bytes:
-        """Answer a question at once, in JSON.
+        """Answer a host query at once, in JSON.
 
         Raises:
             AgentError: everything that refuses a request at once.
@@ -212,7 +212,7 @@ def _check_access(declared: Command | Query, request: Any, access: Access) -> Ro
 
 
 def _parse_callback_url(declared: Command | Query, headers: Mapping[str, str]) -> str:
-    """Return where the reply goes; a question to the host may leave it open, for it changes nothing."""
+    """Return where the reply goes; a host query may leave it open, because it changes nothing."""
     default = NO_CALLBACK if isinstance(declared, Query) else None
     return parse_callback_url(headers.get("callbackurl", default))
 
@@ -229,7 +229,7 @@ def check_content_type(value: str) -> None:
 
 
 def _read(declared: Command | Query, body: bytes) -> tuple[msgspec.Struct, str]:
-    """Return the request and its lane: its VM's, or for a question to the host the question's own."""
+    """Return the request and its lane: its VM's, or for a host query the query's own."""
     if isinstance(declared, Query):
         return decode_request(body or b"{}", declared.request), f"host/{declared.name}"
     request = decode_request(body, declared.request)

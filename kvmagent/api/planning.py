@@ -1,4 +1,4 @@
-"""POST /vm/hotplug/plan: a question that changes nothing, answered at once and without a task."""
+"""POST /vm/hotplug/plan: a request that changes nothing, answered at once and without a task."""
 
 from kvmagent.api.deadline import Asker
 from kvmagent.api.intake import check_content_type

@@ -1,4 +1,4 @@
-"""The checks of the shipped commands: what stands in the way of hotplug, every blocker of it.
+"""The checks of the shipped commands: everything that blocks a hotplug.
 
 Planners refuse with the first one; ReadyForHotplug tells them all. So a VM that is called ready is a VM that a
 planner will not refuse.

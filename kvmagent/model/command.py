@@ -1,4 +1,4 @@
-"""What a plugin declares: commands, as pure functions and two shapes each.
+"""What a plugin declares: commands, each with a request, a reply, a goal and pure functions.
 
     decide(request, facts, task_uuid)        -> goal      absolute, recorded before anything is touched; or AgentError
     next_steps(goal, facts, failed)          -> steps     what is left to do towards the goal; none = done
@@ -228,9 +228,9 @@ class Command:
     `observe_guest` names what has to be asked of the guest: "cpus", "memory", "agent", "os"; with "memory" the host's
     memory is looked at too, with "budget" what of it is promised to all VMs, with "balloon target" what was asked of
     the balloon; `observe_first` what is asked besides at the first look, before the decision. `failed` (of next_steps)
-    holds the keys of the soft steps that failed in this run and are not to be tried again, each also followed by its
-    error code. A failed soft step ends its round: what follows it in the plan may count on its success. `seen` (of
-    rollback_goal) is what was so when the steps were planned of which one failed, `facts` what is so since.
+    holds the keys of the soft steps that failed since the task was started or resumed and are not to be tried again,
+    each also followed by its error code. A failed soft step ends its round: what follows it in the plan may count on
+    its success. `seen` (of rollback_goal) are the facts when the failed step was planned, `facts` those of now.
     `find_progress_context` returns what a request carries for the management server to recognise reports of its
     progress by; None: it is told of no step. `subcommand` is what kvmagentctl calls it; empty: kvmagentctl does not
     offer it. `role` is what its caller needs, `needs_also` what it needs beside that for such a request. `reply_fields`

@@ -1,8 +1,8 @@
 """Every error code of the agent, once.
 
 A code is a stable word: clients decide on it, so it is never renamed and never used again for another meaning.
-`CODES` has the HTTP status (for a request refused at once), the meaning and the default remedy of each; the code that
-raises an error may give a better one. `LOOKS` has the commands that show an operator the cause. docs/troubleshoot.md
+`CODES` has the HTTP status (for a request refused at once), the meaning and the default remedy of each; whoever raises
+an error may give a better remedy. `LOOKS` has the commands that show an operator the cause. docs/troubleshoot.md
 is generated from both.
 """
 
@@ -188,9 +188,9 @@ MEMORY_ONLINE_HINT = (
     "or start the guest agent (qemu-ga) and run in the guest: echo online > /sys/devices/system/memory/memoryN/state."
 )
 
-# Memory that is online_movable can leave again, and the kernel cannot use it for itself: beyond some three times the
-# boot memory it ends processes while much is free. Source: Linux admin-guide/mm/memory-hotplug.rst, "Zone Imbalances"
-# and auto-movable (from 5.16 on; 301 % is its default). Observed by users: neondatabase/autoscaling 1204.
+# Memory that is online_movable can be removed again, but the kernel cannot use it for itself: beyond about three times
+# the boot memory it kills processes while much memory is free. Source: Linux admin-guide/mm/memory-hotplug.rst, "Zone
+# Imbalances" and auto-movable (from 5.16 on; 301 % is its default). Observed by users: neondatabase/autoscaling 1204.
 MOVABLE_PARAMETERS = (
     "memhp_default_state=online memory_hotplug.online_policy=auto-movable memory_hotplug.auto_movable_ratio=301"
 )
@@ -243,7 +243,9 @@ CODES: dict[Code, CodeInfo] = {
         404, "The agent serves nothing at this path.", "GET /openapi.json lists the paths that this agent serves."
     ),
     Code.UNKNOWN_TASK: CodeInfo(
-        404, "The agent has no task with this id.", "Check the id; finished tasks are forgotten after a while."
+        404,
+        "The agent has no task with this id.",
+        "Check the id. The agent forgets finished tasks after agent.keep_sec.",
     ),
     Code.METHOD_NOT_ALLOWED: CodeInfo(
         405, "The path does not accept this HTTP method.", "Use the method in the Allow header."
@@ -330,7 +332,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.QUEUE_FULL: CodeInfo(
         503,
-        "Too many tasks are waiting to run, or too many callbacks to be delivered.",
+        "Too many tasks are waiting to run, or too many callbacks are waiting to be delivered.",
         "Send the request again after the time in the Retry-After header.",
     ),
     Code.JOURNAL_UNAVAILABLE: CodeInfo(
@@ -360,14 +362,11 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.REFUSED_BY_HOOK: CodeInfo(
         403,
-        "One of the operator's hooks, in before.d of hooks.directory, rejected the task, could not be run or took too "
-        "long. Nothing was changed.",
-        "Do what the hook says and send the command again with a new taskuuid, or correct the hook that the message "
-        "names.",
+        "A hook in before.d, below hooks.directory, rejected the task, could not be run or took too long. Nothing was "
+        "changed.",
+        "Do what the hook's message says, or correct the hook. Then send the command again with a new taskuuid.",
     ),
-    Code.INTERNAL_ERROR: CodeInfo(
-        500, "The agent has a bug.", "Report it together with the agent's log lines for this task."
-    ),
+    Code.INTERNAL_ERROR: CodeInfo(500, "The agent has a bug.", "Report it, with the agent's log lines for this task."),
     Code.BAD_CONFIGURATION: CodeInfo(
         500, "The configuration cannot be used.", "Correct the key that the message names and start the agent again."
     ),
@@ -436,8 +435,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.VM_REPLACED: CodeInfo(
         404,
-        "The VM that the task started with no longer exists, and another VM has its name. The other VM was not "
-        "changed.",
+        "The VM that the task started with no longer exists, and another VM has its name now. That VM was not changed.",
         "If the command is meant for the VM that has the name now, send it with a new taskuuid.",
     ),
     Code.VM_RESTARTED: CodeInfo(
@@ -509,8 +507,8 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.CPU_NOT_WHOLE_CORE: CodeInfo(
         400,
-        "On this architecture only whole cores come and leave, and the requested number is not a multiple of a "
-        "core's threads.",
+        "On this architecture only whole cores can be added or removed, and the requested number is not a multiple "
+        "of a core's threads.",
         "Request a multiple of the threads per core of the VM.",
     ),
     Code.CPU_ABOVE_HOST_LIMIT: CodeInfo(
@@ -525,7 +523,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.CPU_REMOVAL_UNSAFE: CodeInfo(
         400,
-        "The VM is emulated (domain type qemu). QEMU never confirms the removal of a vCPU there, and crashes later.",
+        "The VM is emulated (domain type qemu). There QEMU never confirms the removal of a vCPU, and crashes later.",
         'Use "affect": "config" and power the VM off and on, or run the VM with KVM.',
     ),
     Code.CPU_SHARES_NOT_SET: CodeInfo(
@@ -545,7 +543,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.CPU_REMOVAL_UNFINISHED: CodeInfo(
         200,
-        "The guest gave up every vCPU that was requested of it, but the time ran out before the rest were requested.",
+        "The guest gave up every vCPU that it was asked to, but time ran out before it was asked for the rest.",
         'Send the command again to continue, with a longer "timeoutSec" if the guest is slow.',
     ),
     Code.REMOVAL_LOST: CodeInfo(
@@ -617,7 +615,7 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.MEMORY_LOCK_LIMIT: CodeInfo(
         400,
-        "The VM's memory is locked (for example for a passed-through device), and QEMU may not lock this much.",
+        "The VM's memory is locked (for example for a passed-through device), and QEMU is not allowed to lock so much.",
         "Raise LimitMEMLOCK of libvirt's service and power the VM off and on, or request less.",
     ),
     Code.MEMORY_ENCRYPTED: CodeInfo(
@@ -727,9 +725,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.GUEST_MEMORY_OFFLINE: CodeInfo(400, "Some of the guest's memory blocks are offline.", MEMORY_ONLINE_HINT),
     Code.GUEST_MEMORY_SHORT: CodeInfo(
         400,
-        "The guest has too little free memory. Its kernel needs 1/64 of added memory for the page map, and must "
-        "move what "
-        "is in use in removed memory elsewhere.",
+        "The guest has too little free memory. Added memory costs its kernel 1/64 for the page map; what is in use in "
+        "removed memory must be moved elsewhere.",
         "Free memory in the guest, or request a smaller change.",
     ),
     Code.GUEST_CPU_IN_USE: CodeInfo(
@@ -764,12 +761,12 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.GUEST_OS_LIMITED: CodeInfo(
         200,
-        "The guest's operating system does not use everything that is plugged by itself.",
-        "Check in the guest whether it uses what was plugged.",
+        "The guest's operating system may not use everything that is plugged.",
+        "Check in the guest whether it uses the new vCPUs or memory.",
     ),
     Code.PLAN_NOT_WHOLE: CodeInfo(
         200,
-        "The plan stops where the next steps depend on the guest, such as what it must bring online.",
+        "The plan stops where the next steps depend on the guest: for example, on what it brings online by itself.",
         "Nothing needs to be done. The reply of the command itself has all steps.",
     ),
     Code.LEFTOVER_TAKEN_BACK: CodeInfo(
@@ -782,7 +779,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.GUEST_STILL_ASKED: CodeInfo(
         200,
         "The task asked the guest for an amount, did not see it reached, and could not take the request back: libvirt "
-        "was away, or refused. The guest may follow it at any later time.",
+        "was away, or refused. The guest may still follow it at any time.",
         "Send HotPlugMemory with the total that the VM has: it sets each request to what the guest has.",
     ),
     Code.DRIFT: CodeInfo(
@@ -898,10 +895,10 @@ LOOKS: dict[Code, str] = {
 
 
 class AgentError(Exception):
-    """A failure that the caller is told of: `code`, `message` (observed against needed), `remedy`, `details`.
+    """A failure that the caller sees: `code`, `message` (what was found, what is needed), `remedy`, `details`.
 
-    `expected` failures are the caller's or the VM's doing and log one line; others log a traceback once. URLs in the
-    message are without their secrets: it goes into answers, the log and the journal.
+    `expected` failures are caused by the caller or the VM and log one line; others log a traceback, once. The message
+    goes into answers, the log and the journal, so its URLs are shown without their secrets.
     """
 
     def __init__(

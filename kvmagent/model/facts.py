@@ -1,4 +1,4 @@
-"""What is known of a VM, its guest and its host at one moment.
+"""What is known about a VM, its guest and its host at one moment.
 
 Facts are read by hypervisor/ and judged by planners. Sizes are bytes. `None` always means unknown, never zero.
 """

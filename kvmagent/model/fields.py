@@ -1,4 +1,4 @@
-"""Fields that requests on VMs have in common, as the wire has them: type, range, meaning. Sizes are bytes."""
+"""Fields that requests on VMs share, as on the wire: type, range, meaning. Sizes are bytes."""
 
 from typing import Annotated, Literal
 

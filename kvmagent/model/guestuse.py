@@ -1,6 +1,6 @@
 """What the hypervisor has, what the guest lists, and what the guest uses: three amounts of each resource.
 
-The last two are the guest's word. A guest that tells of more than its VM has, has told nothing: None.
+The last two come from the guest. If it reports more than its VM has, its report is not believed: None.
 """
 
 from collections.abc import Mapping

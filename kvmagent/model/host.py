@@ -1,4 +1,4 @@
-"""What is known of the compute node, and what a plugin answers about it.
+"""What is known about the compute node, and the queries about it that a plugin answers.
 
 A `Query` asks the host, not a VM: it changes nothing but what the agent remembers of its management server.
 `None` means unknown. Sizes are bytes.

@@ -1,4 +1,4 @@
-"""The host's memory as a budget: what it has, what each running VM may have of it, and what is left. Pure.
+"""The host's memory as a budget: its size, how much each running VM may use, and what is left. Pure.
 
     capacity    normal memory: (physical - hugepages - reserve) x overcommit, and no more than machine.slice may take
                 hugepages of a size: all that the host has of them, but for those that others than VMs use

@@ -1,4 +1,4 @@
-"""What came of a task: for each resource of its goal what is plugged, seen and online, and what follows from that.
+"""The outcome of a task: how much of each resource of its goal is plugged, seen and online, and what follows.
 
     online       the guest itself says so, and its amounts cover the goal
     plugged      the running VM has changed, and the guest's use is not proven: a warning says why

@@ -1,4 +1,4 @@
-"""What machines of each architecture do while they run, and what they ask for it. One table; no other has a list.
+"""What machines of each architecture can change while they run, and what they need for it. The only such table.
 
     x86-64   vCPUs, dimms, virtio-mem; told to the guest by ACPI, where the guest knows its memory from NUMA cells
     POWER    vCPUs by whole cores and dimms, told by firmware calls; neither ACPI nor cells

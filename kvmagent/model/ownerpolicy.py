@@ -1,4 +1,4 @@
-"""What the VM's owner allows, asked of every command's goal: no plugin has to remember it."""
+"""Checks every command's goal against what the VM's owner allows, so that no plugin has to remember it."""
 
 from collections.abc import Iterator
 

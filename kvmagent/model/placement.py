@@ -1,4 +1,4 @@
-"""Where QEMU puts the next dimm, and whether the guest can use it there: only at a multiple of its memory block.
+"""Where QEMU puts the next dimm, and whether the guest can use it there: it can only at a multiple of its memory block.
 
 Source: QEMU hw/mem/memory-device.c, memory_device_get_free_addr: the first gap that is large enough, from the start of
 the region on; hw/i386/pc.c: the region begins at the next multiple of 1 GiB above 4 GiB and the boot memory that lies

@@ -1,4 +1,4 @@
-"""What the owner of a VM allows, held against what is asked: one definition at a time, each has a policy of its own.
+"""Compares a request with what the VM's owner allows, for one definition at a time: each has its own policy.
 
 The running VM's policy rules the running VM, the persistent one the next start.
 """

@@ -1,4 +1,4 @@
-"""What is said of a task: its outcome, the numbers behind it, and the reply that every command on a VM answers."""
+"""What a reply says about a task: its outcome, the numbers behind it, and the fields that every command on a VM has."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -76,7 +76,7 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
 
 
 class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
-    """Set the number of vCPUs, of the running VM, of its persistent definition (there hotpluggable), or of both."""
+    """Set the number of vCPUs of the running VM, of its persistent definition (there as hotpluggable), or of both."""
 
     resource: ClassVar[Resource | None] = "cpu"
     stage: ClassVar[StageName | None] = "plugged"
@@ -106,7 +106,7 @@ class SetVcpus(Step, frozen=True, tag="SetVcpus", rename="camel"):
 
 
 class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
-    """Set what the whole VM weighs against others for CPU time, of the running VM or of its definition."""
+    """Set the CPU shares of the whole VM, in the running VM or in its persistent definition."""
 
     resource: ClassVar[Resource | None] = "cpu"
     soft: ClassVar[bool] = True
@@ -123,7 +123,7 @@ class SetCpuShares(Step, frozen=True, tag="SetCpuShares", rename="camel"):
 
 
 class AwaitGuestVcpus(Step, frozen=True, tag="AwaitGuestVcpus", rename="camel"):
-    """Wait until the guest lists `added` CPUs beside the `known` ones."""
+    """Wait until the guest lists `added` CPUs besides the `known` ones."""
 
     resource: ClassVar[Resource | None] = "cpu"
     stage: ClassVar[StageName | None] = "visible"
@@ -178,7 +178,7 @@ class AwaitGuestMemory(Step, frozen=True, tag="AwaitGuestMemory", rename="camel"
 
 
 class AwaitGuestBlocks(Step, frozen=True, tag="AwaitGuestBlocks", rename="camel"):
-    """Wait until the guest lists so many memory blocks in all: of virtio-mem it alone knows which are new."""
+    """Wait until the guest lists this many memory blocks in all: with virtio-mem only the guest knows which are new."""
 
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "visible"
@@ -197,7 +197,7 @@ class OnlineGuestMemory(Step, frozen=True, tag="OnlineGuestMemory", rename="came
 
 
 class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
-    """Set the balloon's target, of the running VM or of its persistent definition."""
+    """Set the balloon's target in the running VM or in its persistent definition."""
 
     resource: ClassVar[Resource | None] = "balloon"
     stage: ClassVar[StageName | None] = "plugged"
@@ -229,7 +229,7 @@ class SetBalloon(Step, frozen=True, tag="SetBalloon", rename="camel"):
 
 
 class AwaitBalloon(Step, frozen=True, tag="AwaitBalloon", rename="camel"):
-    """Wait until the balloon's actual size reached the target."""
+    """Wait until the balloon's actual size has reached the target."""
 
     resource: ClassVar[Resource | None] = "balloon"
     stage: ClassVar[StageName | None] = "visible"
@@ -255,7 +255,7 @@ class OfflineGuestVcpus(Step, frozen=True, tag="OfflineGuestVcpus", rename="came
 
 
 class UnplugVcpus(Step, frozen=True, tag="UnplugVcpus", rename="camel"):
-    """Bring the running VM down to a number of vCPUs, and wait until the guest has let go of the others."""
+    """Reduce the running VM to a number of vCPUs, and wait until the guest has released the others."""
 
     resource: ClassVar[Resource | None] = "cpu"
     stage: ClassVar[StageName | None] = "plugged"
@@ -279,7 +279,7 @@ class OfflineGuestMemory(Step, frozen=True, tag="OfflineGuestMemory", rename="ca
 
 
 class DetachMemory(Step, frozen=True, tag="DetachMemory", rename="camel"):
-    """Ask the guest to give up a dimm of the running VM, and wait until it has, or has refused."""
+    """Ask the guest to release a dimm of the running VM, and wait until it does or refuses."""
 
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "plugged"
@@ -293,7 +293,7 @@ class DetachMemory(Step, frozen=True, tag="DetachMemory", rename="camel"):
 
 
 class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
-    """Remove a dimm from the persistent definition: by its user alias, else by slot, node and size."""
+    """Remove a dimm from the persistent definition: found by its user alias, else by slot, node and size."""
 
     resource: ClassVar[Resource | None] = "memory"
     alias: str | None
@@ -311,7 +311,7 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
 
 
 class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
-    """Attach a virtio-mem device under a user alias, of which the guest is asked to plug `requested_bytes`."""
+    """Attach a virtio-mem device under a user alias, and ask the guest to plug `requested_bytes` of it."""
 
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "plugged"
@@ -351,7 +351,7 @@ class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):
 
 
 class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
-    """Set what is requested of a virtio-mem device: found by alias, in the definition else by place, node and size."""
+    """Set the requested size of a virtio-mem device: found by alias, or in the definition by place, node and size."""
 
     resource: ClassVar[Resource | None] = "memory"
     stage: ClassVar[StageName | None] = "plugged"
@@ -461,7 +461,7 @@ class Shape(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class DefineShape(Step, frozen=True, tag="DefineShape", rename="camel"):
-    """Edit the persistent definition to a shape, with a balloon and an agent channel; keep the former one."""
+    """Change the persistent definition to a shape, with a balloon and an agent channel; keep the former one."""
 
     shape: Shape
 

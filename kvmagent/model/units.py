@@ -1,4 +1,4 @@
-"""Sizes: every size inside the agent is a count of bytes; libvirt's KiB exist in hypervisor/ alone."""
+"""Sizes: every size inside the agent is in bytes; libvirt's KiB exist only in hypervisor/."""
 
 import re
 from collections.abc import Callable

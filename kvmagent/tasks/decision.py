@@ -1,7 +1,7 @@
-"""What a command's plugin decides and plans, and what it may not: the VM's owner is asked, the host's memory looked at.
+"""What a command's plugin decides and plans, checked against the VM owner's policy and the host's memory.
 
-Whoever asks before a task does, asks this. A plan that changes what its goal has no total of, or what its caller did
-not ask to be changed, is the plugin's mistake: nothing of it is performed.
+Tasks and the planner both use it. A plan that changes what its goal has no total for, or what its caller did not ask
+to be changed, is the plugin's mistake: no step of it is performed.
 """
 
 from collections import Counter
@@ -23,13 +23,13 @@ _CALLED: dict[Target, str] = {"live": "running VM", "config": "persistent defini
 
 
 def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -> tuple[Goal, tuple[AnyStep, ...]]:
-    """Return the goal of a request, for this VM in this run of it, and the first steps towards it.
+    """Return the goal of a request, bound to this VM and its present run (since its power-on), and the first steps.
 
     Raises:
         AgentError: what the command, the owner or the host's memory refuses; INTERNAL_ERROR, of the plugin's plan.
     """
     decided = call(command.decide, request, facts, task_uuid)
-    # No plugin has to remember which VM and which run it was.
+    # No plugin has to remember which VM, and which run of the VM, it was.
     goal = _bind(command, decided, Goal(vm=facts.domain.uuid, run=facts.run))
     steps = _ask(command, goal, facts, frozenset())
     if steps or goal.totals:

@@ -13,20 +13,20 @@
         vm.perform each                  a soft step's failure is a warning, any other ends the task
         vm.observe, next_steps again
       command.rollback_goal  -> goal        after a failure: where to go instead, by the same loop
-      take back                          what was asked of the guest and not reached, however it ended
+      withdraw                           requests that the guest did not reach, however the task ended
       command.resumed_goal   -> goal        after an interruption, instead of the decision: what may still be done
       judge, command.reply_fields-> reply   what was proven; a command adds its own fields
       journal.finish                     the result and the owed callback
       on_finished(owed)                  delivery
       hooks.run_after                    the operator's; what they do changes nothing
 
-A task that answered `pending` comes again later, to be looked at: see tasks.pendingremovals.
+A task that answered `pending` is checked again later: see tasks.pendingremovals.
 
 Whatever is raised on the way, of whatever kind, ends in a reply: a step was performed -> partial, else refused.
 
-A task that was cut off, by the agent's death or by libvirt's, goes on with the goal that it recorded from what it
-finds, on the very VM that it was made for. Until it has ended no other task decides anything of that VM. While libvirt
-is away it waits, up to a limit; when the agent is stopped meanwhile it stays in the journal.
+A task that was interrupted, because the agent or libvirt died, continues to its recorded goal from the present facts,
+on the same VM only. Until it has ended, no other task decides anything about that VM. While libvirt is down it waits,
+up to a limit; if the agent is stopped meanwhile, it stays in the journal.
 """
 
 import threading
@@ -114,9 +114,9 @@ class VmNode(Protocol):
 
 
 class Executor:
-    """Thread-safe: one call of `run` for each task, on its lane's thread; `wake` is for those that are to run again.
+    """Thread-safe: one call of `run` for each task, on its lane's thread; `wake` resumes tasks that waited.
 
-    `libvirt_wait_s` is how long a task waits in all for a libvirt that is away.
+    `libvirt_wait_s` is how long a task waits for libvirt in all.
     """
 
     def __init__(

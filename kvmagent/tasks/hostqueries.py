@@ -1,9 +1,9 @@
-"""Answers questions to the host: remembers what the asker told of itself, looks, and lets the plugin answer.
+"""Answers host queries: remembers what the caller said about itself, reads the host, and lets the plugin answer.
 
 answer(query, ...)   at once, in the HTTP answer
 run(task)            as a task: on its lane's thread, recorded and delivered like any other (tasks.endings)
 
-Whatever a plugin raises, or answers that is no JSON: there is an answer, and it says so.
+If a plugin raises, or answers something that is not JSON, there is still an answer, and it says so.
 """
 
 from collections.abc import Callable, Mapping

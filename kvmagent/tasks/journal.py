@@ -32,7 +32,7 @@ State = Literal["accepted", "running", "finished", "delivered", "gone", "given_u
 UNFINISHED: tuple[State, ...] = ("accepted", "running")
 
 # From each state, the states that may follow. A task that was running when the agent died is started once more; one
-# that nothing can be done about (its plugin is gone) ends without having run; a settled one is owed again when its
+# that nothing can be done about (its plugin was removed) ends without having run; a settled one is owed again when its
 # caller asks for its callback.
 TRANSITIONS: dict[State, frozenset[State]] = {
     "accepted": frozenset({"running", "finished"}),
@@ -448,7 +448,7 @@ class Journal:
     def note_refusal(
         self, vm_uuid: str, alias: str, at: float, *, pending: Code, problem: Problem, then: Callable[[list[str]], None]
     ) -> None:
-        """Put `problem` in place of `pending` where a task still waits for that VM to let go of that device.
+        """Replace `pending` by `problem` if a task still waits for that VM to release that device.
 
         Does not wait; `then` gets the tasks, on the writer's thread. Steps that began after `at`, in the agent's own
         time, are another matter.
@@ -733,7 +733,7 @@ def _given_up_in_time(what: str) -> Iterator[None]:
 def _move(db: Database, task_uuid: str, state: State, **values: Any) -> Undelivered:
     """Change a task's state, as TRANSITIONS allows, and its other columns; return whom it concerns.
 
-    Raises AgentError CANCELLED for a task that is to run and was taken back.
+    Raises AgentError CANCELLED for a task that is to run and was cancelled.
     """
     row = db.execute(_move_sql(state, tuple(values)), (*values.values(), task_uuid)).fetchone()
     if row is None:
@@ -757,7 +757,7 @@ def _move_sql(state: State, columns: tuple[str, ...]) -> str:
 
 
 def _refuse_withdrawn(db: Database, task_uuid: str, reply: bytes | None = None) -> None:
-    """Whoever carries a task out finds it unfinished, unless its caller has taken it back.
+    """Raise CANCELLED if the task was cancelled: otherwise whoever carries it out finds it unfinished.
 
     Or with its own reply: a commit that failed may have come to disk all the same, and is tried again.
     """

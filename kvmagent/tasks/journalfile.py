@@ -14,8 +14,9 @@ results of running ones; when there is space again the writer goes on by itself.
 A commit that failed in fsync may be on disk all the same. After a failure the file is therefore surveyed in the first
 commit that it takes: what it has then is told to whoever has to know, and may be more than was told before.
 
-The log (-wal) is part of the file, and found by its name: it is known by its inode as the file is. Where it was taken
-away, what it holds is brought into the file by those who still have it open, and a new one is begun.
+The WAL (-wal) is part of the file, and found by its name; like the file, it is recognised by its inode. If somebody
+removed it, whoever still has it open brings what it holds into the file, and a new one is begun. "Log" always means
+the agent's own log.
 
 One process at a time has the file: the lock is on the file itself, for as long as the process holds it or lives.
 """
@@ -149,11 +150,11 @@ _BATCH = 256
 LATER_S = 0.02
 # After a commit that failed, the next try without anyone asking for it.
 _BACKOFF = Backoff(0.1, 2.0)
-# Of a log that is put back, at a time.
+# Of a WAL that is put back, at a time.
 _COPY_BYTES = 2**20
 # For each connection; the kernel's own cache has the rest of the file.
 _CACHE_KIB = 256
-# The log is cut back to this when it starts anew: one large commit does not keep its space for good.
+# The WAL is cut back to this when it starts anew: one large commit does not keep its space for good.
 _LOG_BYTES = 16 * 2**20
 # Up to this size a start checks the indexes against the tables too. Observed: 34 MiB take 80 ms, by the quick check 50.
 _WHOLE_CHECK_BYTES = 512 * 2**20
@@ -165,12 +166,12 @@ _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its 
 _CUT = (
     "Restart the agent: the newest tasks are lost. Send again, with their taskuuids, those whose results do not come."
 )
-# The first bytes of a log, of either byte order of its checksums. Source: sqlite.org/fileformat2.html, WAL header.
+# The first bytes of a WAL, of either byte order of its checksums. Source: sqlite.org/fileformat2.html, WAL header.
 _LOG_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")
 
 
 class _LostLogError(sqlite3.DatabaseError):
-    """Raised where the log was cut off and what it held is lost: only a start begins a new one."""
+    """Raised when the WAL was truncated and what it held is lost: only a restart begins a new one."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class JournalFile:
         self._log_path = path.with_name(f"{path.name}-wal")
         self._survey, self._on_surveyed = survey, on_surveyed
         self._lock_fd: int | None = None
-        # The log that was open last, by a descriptor of our own too: while SQLite has it closed after an error, nobody
+        # The WAL that was open last, by a descriptor of our own too: while SQLite has it closed after an error, nobody
         # else would have what is in it. None once SQLite has taken it away in good order.
         self._log_lock = threading.Lock()
         self._log_fd: int | None = None
@@ -391,7 +392,7 @@ class JournalFile:
                         raise sqlite3.OperationalError("its WAL was removed and is being restored")
                     self._reader = self._connect()
                 rows = self._reader.execute(sql, values).fetchall()
-                if self._log_inode is None:  # nobody had the file: this is the log that is open now
+                if self._log_inode is None:  # nobody had the file: this is the WAL that is open now
                     self._watch_log()
                 return rows
             except (sqlite3.Error, OSError) as error:
@@ -399,7 +400,7 @@ class JournalFile:
                 raise self._unavailable(error) from error
 
     def look(self) -> None:
-        """Mend the log at once where it was taken away, and not with the next change. To be called every second or so.
+        """Restore a removed WAL at once, and not only with the next change. To be called every second or so.
 
         Raises:
             AgentError: JOURNAL_UNAVAILABLE, when the journal is closed.
@@ -561,9 +562,9 @@ class JournalFile:
             raise sqlite3.DatabaseError(f"damaged: {found[0]}")
 
     def _tell_of_a_missing_log(self) -> None:
-        """Say it where the log was taken away and its agent was killed before it could mend that: nobody has it now.
+        """Log it if the WAL was removed and the agent was killed before it could restore it: nobody has it open now.
 
-        SQLite removes the log first and then its index (-shm): an index without a log is not its doing.
+        SQLite removes the WAL first and then its index (-shm): an index without a WAL is not its doing.
         """
         if self._log_path.with_name(f"{self._path.name}-shm").exists() and not self._log_path.exists():
             log.error("journal's WAL is missing", lost="the newest tasks", path=self._log_path)
@@ -575,7 +576,7 @@ class JournalFile:
         self._size = size
 
     def _refuse_a_cut_log(self) -> None:
-        """Refuse a log that somebody else made smaller, unless all that it held is in the file: a checkpoint did it.
+        """Refuse a WAL that somebody else truncated, unless all that it held is in the file: then a checkpoint did it.
 
         SQLite would write behind the gap, and find nothing of it after the next start.
         """
@@ -593,7 +594,7 @@ class JournalFile:
         return False
 
     def _measure_log(self) -> None:
-        """Note how large the log is after a commit, which began with its header if it wrote anything."""
+        """Note how large the WAL is after a commit, which began with its header if it wrote anything."""
         with self._log_lock, contextlib.suppress(OSError):
             if self._log_fd is None:
                 return
@@ -603,14 +604,14 @@ class JournalFile:
             raise _LostLogError("its WAL was truncated during a commit")
 
     def _has_log(self) -> bool:
-        """Return whether the log that is open is the one that will be found by its name; also where none is open."""
+        """Return whether the open WAL is the one that is found by its name; true also if none is open."""
         return self._log_inode is None or self._log_inode == _find_inode(self._log_path)
 
     def _mend_log(self) -> None:
-        """Bring what the lost log holds into the file, and begin a new one.
+        """Bring what the lost WAL holds into the file, and begin a new one.
 
         It is still whole for whoever has it open. What lies in its place by now is another's, and goes: SQLite removes
-        the log by its name when the last connection is closed. Where none is open, after an error, it is put back.
+        the WAL by its name when the last connection is closed. Where none is open, after an error, it is put back.
         """
         with self._read_lock:
             if self._db is not None:
@@ -672,9 +673,9 @@ class JournalFile:
             self._close(reader)
 
     def _close(self, db: sqlite3.Connection) -> None:
-        """Close a connection. The last one takes the log away once all that it holds is in the file.
+        """Close a connection. The last one takes the WAL away once all that it holds is in the file.
 
-        A log that stays after that is needed yet, as is one that somebody took away before.
+        A WAL that stays after that is still needed, as is one that somebody removed before.
         """
         was_there = self._has_log()
         with contextlib.suppress(sqlite3.Error):

@@ -2,9 +2,9 @@
 
     tell_...(news)  ->  the plugins' reports  ->  a few threads  ->  POST sendCommandUrl, header commandpath
 
-A report is worth little once it is old: the server asks for all states every minute. So it is tried a few times and
-then dropped with a line in the log. One that the server is slow to take holds up those about the same VM alone. An
-exchange has a deadline; what is under way when it ends holds up no stop.
+An old report is worth little: the server asks for all states every minute. So a report is tried a few times and then
+dropped with a line in the log. (A step's `StepReport` is something else: it goes into the task's reply.) If the server
+accepts one slowly, only reports about the same VM wait. An exchange has a deadline, and never delays a stop.
 """
 
 import threading
@@ -111,7 +111,7 @@ class Notifications:
         connection.close()
 
     def _take(self, connection: "_Connection") -> Report | None:
-        """Return the oldest report about a VM that none is under way about; None when the thread is to end."""
+        """Return the oldest report whose VM has no report under way; None when the thread is to end."""
         with self._changed:
             while not self._changed.wait_for(lambda: self._find() is not None or self._stopping.is_set(), self._idle_s):
                 connection.close()

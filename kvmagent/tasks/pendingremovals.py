@@ -1,10 +1,10 @@
-"""Watches what was pending when its task answered: the guest may still let go of it, minutes or hours later.
+"""Watches removals that were pending when their task answered: the guest may still release the device hours later.
 
     executor: outcome pending -> add -> look_after, every second -> the VM's lane -> executor looks
 
     libvirt's event loop: the guest refused -> note_refusal -> journal, and look_after at once
 
-Every look is a task's turn in its VM's lane, so that nothing else changes the VM meanwhile. After a restart the
+Each check runs in the VM's lane like a task, so that nothing else changes the VM meanwhile. After a restart the
 journal says what is still to be watched.
 """
 

@@ -54,7 +54,7 @@ def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
 
 
 def encode_answer(query: Query, answer: object) -> bytes:
-    """Return the answer to a question as JSON.
+    """Return the answer to a host query as JSON.
 
     Raises:
         Exception: the plugin returned something else than it declares.
@@ -65,7 +65,7 @@ def encode_answer(query: Query, answer: object) -> bytes:
 
 
 def make_failed_answer(query: Query, error: AgentError) -> bytes:
-    """Return the answer as JSON to a question that ended in an error: the query's own, or a bare one."""
+    """Return the answer as JSON to a host query that ended in an error: the query's own, or a bare one."""
     try:
         return encode_answer(query, call(query.fail, f"{error.message}. {error.remedy}"))
     except Exception as raised:

@@ -1,4 +1,7 @@
-"""A task under way: what a reply is made from, and how it is read back from the journal after an interruption."""
+"""A task under way: what a reply is made from, and how it is read back from the journal after an interruption.
+
+A `Run` is a task's. The run of a VM, from its power-on to its power-off, is `Facts.run` and `Goal.run`.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +33,8 @@ def _advance_nowhere(goal: Any, facts: Facts, failed: frozenset[str]) -> tuple[A
     return ()
 
 
-#: In place of a command whose plugin is gone, or reads its tasks no longer: what is recorded is pursued no further.
+#: In place of a command whose plugin was removed, or cannot read its tasks any longer: the recorded goal is dropped.
+#: It has nothing to do with the journal's state `gone`, which is a callback that was answered 404.
 GONE = Command(
     name="",
     path="",
@@ -50,9 +54,9 @@ GONE = Command(
 class Run:
     """One task under way: what a reply is made from, as far as it has come.
 
-    `interrupted`: a step may have taken effect without having been told of, as one that failed may. `recorded` is the
-    number of the step that came to disk with the goal. `hooked`: the operator's hooks have been asked, or were by an
-    earlier agent.
+    `interrupted`: a step may have taken effect without a report, as one that failed may. `recorded` is the number of
+    the step that was written to disk with the goal. `hooked`: the operator's hooks have run for it, now or before a
+    restart of the agent.
     """
 
     command: Command
@@ -72,7 +76,7 @@ class Run:
     hooked: bool = False
 
     def plan(self, failed: frozenset[str] = frozenset()) -> tuple[AnyStep, ...]:
-        """Return what is left to do towards the goal, as last seen."""
+        """Return the steps that are left towards the goal, from the last facts."""
         assert self.goal is not None
         assert self.after is not None
         return plan(self.command, self.request, self.goal, self.after, failed)
@@ -93,13 +97,13 @@ class Run:
 
 
 def failed_by(report: StepReport) -> tuple[str, str]:
-    """Return what a soft step's failure gives up, and that with why."""
+    """Return the key that a failed soft step gives up, and that key with the error code."""
     assert report.problem is not None
     return report.step.key, f"{report.step.key} {report.problem.code}"
 
 
 def read_facts(recorded: bytes | None) -> Facts | None:
-    """Return what was so before; None, which is unknown, where an agent of another version wrote it otherwise."""
+    """Return the facts from before the task; None (unknown) if another version of the agent wrote them differently."""
     try:
         return None if recorded is None else _FACTS.decode(recorded)
     except msgspec.ValidationError as error:
@@ -108,7 +112,7 @@ def read_facts(recorded: bytes | None) -> Facts | None:
 
 
 def read_report(record: StepRecord) -> StepReport:
-    """Return what the journal says of a step as the run that began it would have reported it."""
+    """Return a step's report from the journal, the same as whoever performed the step would have made."""
     return StepReport(
         step=_STEP.decode(record.step),
         elapsed_ms=record.elapsed_ms,

@@ -1,4 +1,4 @@
-"""Takes tasks back: one that has touched nothing yet ends as refused, with a callback like any other.
+"""Cancels tasks: one that has changed nothing yet ends as refused, with a callback like any other.
 
     withdraw -> journal.cancel      one transaction: no goal yet -> finished, with the reply and the callback owed
                    too late          TASK_NOT_CANCELLABLE, and what it is doing: a change is never stopped halfway
@@ -27,7 +27,7 @@ OUTCOME = "refused"
 
 
 class Withdrawal:
-    """Thread-safe. `declared` are the commands and questions by name."""
+    """Thread-safe. `declared` are the commands and host queries by name."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Withdrawal:
         self._endings = Endings(journal, on_finished=on_finished, recorder=recorder or Recorder())
 
     def withdraw(self, task_uuid: str) -> Task:
-        """Take a task back and return it as it was; one that was taken back before stays so, and is not told again.
+        """Cancel a task and return it as it was; one that was cancelled before stays so, and gets no second callback.
 
         Raises:
             AgentError: UNKNOWN_TASK; TASK_NOT_CANCELLABLE; JOURNAL_UNAVAILABLE.

@@ -84,7 +84,7 @@ def test_the_balloon_s_memory_is_given_back_once(agent: AgentProcess) -> None:
 
 def test_it_is_checked_described_and_refused_like_any_other(agent: AgentProcess) -> None:
     document = agent.get("/openapi.json").body
-    assert document["paths"][PATH]["post"]["summary"].startswith("Bring a VM up to the most vCPUs")
+    assert document["paths"][PATH]["post"]["summary"].startswith("Give a VM all the vCPUs")
     assert document["components"]["schemas"]["GiveAllCpusRequest"]["properties"]["leaveOut"]["minimum"] == 0
     refused = agent.post(PATH, {"vmUuid": "vm1", "leaveOut": -1}, task_uuid=new_task_uuid(), callback_url=agent.url)
     assert (refused.status, refused.body["errorCode"]) == (400, "OUT_OF_RANGE")
