@@ -209,7 +209,8 @@ def test_a_certificate_that_ends_lets_in_nobody_who_was_connected_and_no_session
             client = Client(secured)
             assert client.goes_on()
             session = secured.session
-            wait_for(lambda: datetime.now(UTC) >= ends, timeout_s=120, what="the certificate's end")
+            # It asks all the time: one that is idle is let go before.
+            wait_for(lambda: not client.goes_on() and datetime.now(UTC) >= ends, timeout_s=120, what="its end")
             answer = client.ask()
             assert answer is not None
             assert (answer[0], answer[1]["errorCode"]) == (403, "CERTIFICATE_NOT_ALLOWED")

@@ -166,7 +166,7 @@ def test_a_configuration_that_is_wrong_is_an_error_of_the_journal_and_not_tried_
     machine.run("sh", "-c", "systemctl restart kvmagent || true")
     wait_for(lambda: machine.show(UNIT, "ActiveState") == "failed", timeout_s=60, what="the end of the start")
     assert (machine.show(UNIT, "ExecMainStatus"), machine.show(UNIT, "NRestarts")) == ("78", before)
-    assert "bad.conf, line 2: unknown key" in machine.journal(UNIT, "--priority=err")
+    assert "bad.conf, line 2: [http] has no key prot" in machine.journal(UNIT, "--priority=err")
     machine.run("rm", "/etc/kvmagent/conf.d/bad.conf")
     machine.run("systemctl", "start", "kvmagent")
     wait_for(lambda: health(machine)["ready"], timeout_s=60, what="the agent to be ready")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvmagent.model.command import Affect, Command, Goal, Total, no_rollback
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.facts import Facts
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import (
     AnyStep,
@@ -84,8 +85,17 @@ def planning(totals: tuple[Total, ...], *steps: AnyStep) -> Command:
         COMMANDS["HotPlugCpu"],
         goal=Goal,
         decide=lambda request, facts, task_uuid: Goal(totals=totals),
-        next_steps=lambda goal, facts, failed: tuple(step for step in steps if step.key not in failed),
+        next_steps=lambda goal, facts, failed: tuple(
+            step for step in steps if step.key not in failed and not is_attached(step, facts)
+        ),
         rollback_goal=no_rollback,
+    )
+
+
+def is_attached(step: AnyStep, facts: Facts) -> bool:
+    definitions = (facts.domain.live, facts.domain.config)
+    return isinstance(step, AttachMemory | AttachVirtioMem) and any(
+        definition is not None and definition.find_device(step.alias) is not None for definition in definitions
     )
 
 
