@@ -98,9 +98,19 @@ class Stage:
             status, body = self.answers[path]
             if callable(body):
                 body = body(json.loads(call.body))
+            if status == 200 and path == "/vms":
+                body = choose_page(json.loads(encode(body)), call.query)
             told = Answer(encode(body), status=status)
             if status == 200 and path in ("/vms", "/tasks"):
                 told = answer_list(call, Page(None, None, None), told.body)
             return replace(told, headers={**told.headers, "Date": formatdate(NOW, usegmt=True)})
 
         return answer
+
+
+def choose_page(body: Any, query: Mapping[str, str]) -> Any:
+    """A page of the VMs, as the agent has it; its cursor is the last one's UUID."""
+    after = query.get("cursor", "")
+    vms = sorted((vm for vm in body["vms"] if vm["vmUuid"] > after), key=lambda vm: vm["vmUuid"])
+    told = vms[: int(query.get("limit", len(vms)))]
+    return {"vms": told, **({"next": told[-1]["vmUuid"]} if len(told) < len(vms) else {})}

@@ -22,7 +22,7 @@ const hold = () => paused || locked || document.hidden;
 const polls = {
   health: new Poll("healthz", { every: 2000, timeout: 8000, also: [503], hold, show: showHealth, fail: failed() }),
   tasks: new Poll("tasks?limit=40", { every: 2500, timeout: 15000, hold, show: showTasks, fail: failed("tasks") }),
-  vms: new Poll(`vms?fields=${vms.FIELDS}`, { every: 10000, timeout: 120000, hold, show: showVms, fail: failed("vms") }),
+  vms: new Poll(`vms?fields=${vms.FIELDS}`, { every: 10000, timeout: 120000, list: "vms", hold, show: showVms, fail: failed("vms") }),
 };
 
 function showHealth(body) {

@@ -3,6 +3,8 @@
 //     due -> request -> answer, refusal or silence -> `every` ms later (longer after a slow answer): due
 
 const TOKEN = "kvmagent.token";
+// Entries of a list that are read at once.
+const PAGE = 100;
 
 export const token = {
   get: () => sessionStorage.getItem(TOKEN),
@@ -49,10 +51,35 @@ export async function read(path, { timeout = 10000, also = [], question = null, 
   return body;
 }
 
+/**
+ * Read a list whole, page by page: no answer makes the agent hold all of it, and a page that is as it was is not sent
+ * again. `pages` has of each page what `known` is of an answer.
+ */
+async function readPages(path, list, { pages, ...options }) {
+  const entries = [];
+  const seen = new Map();
+  let cursor;
+  do {
+    const page = `${path}&limit=${PAGE}${cursor ? `&cursor=${encodeURIComponent(cursor)}` : ""}`;
+    const known = pages.get(page) ?? {};
+    const body = await read(page, { ...options, known });
+    seen.set(page, known);
+    entries.push(...body[list]);
+    cursor = body.next;
+  } while (cursor);
+  for (const page of pages.keys()) if (!seen.has(page)) pages.delete(page);
+  for (const [page, known] of seen) pages.set(page, known);
+  return { [list]: entries };
+}
+
 export class Poll {
-  /** `show(body)` takes each answer, `fail(error)` each failure, `hold()` says whether to wait. Times are in ms. */
-  constructor(path, { every, timeout, also, show, fail, hold }) {
-    Object.assign(this, { path, every, timeout, also, show, fail, hold });
+  /**
+   * `show(body)` takes each answer, `fail(error)` each failure, `hold()` says whether to wait; `list` names what is read
+   * by pages. Times are in ms.
+   */
+  constructor(path, { every, timeout, also, show, fail, hold, list = null }) {
+    Object.assign(this, { path, every, timeout, also, show, fail, hold, list });
+    this.pages = new Map();
     this.busySince = null;
     this.answeredAt = null;
     this.timer = null;
@@ -66,7 +93,7 @@ export class Poll {
     if (this.busySince !== null || this.hold()) return;
     this.busySince = Date.now();
     try {
-      const body = await read(this.path, this);
+      const body = this.list ? await readPages(this.path, this.list, this) : await read(this.path, this);
       this.answeredAt = Date.now();
       this.show(body);
     } catch (error) {
