@@ -242,8 +242,8 @@ class _Connection(cheroot.server.HTTPConnection):
         sock.setblocking(False)
         super().__init__(server, sock, lambda *_: io.BytesIO())
         self._framing = Framing(server.http.max_body_bytes)
+        self._generation = server.security.generation  # before the context, which may be one load newer then
         self._context = server.context
-        self._generation = server.security.generation
         self._has_shaken_hands = self._context is None
         self._is_counted = False
         self._held_bytes = 0
@@ -269,8 +269,9 @@ class _Connection(cheroot.server.HTTPConnection):
 
     @property
     def is_outdated(self) -> bool:
-        """Whether who may do what has been read anew since: what this connection has proved counts no longer."""
-        return self._generation != self.server.security.generation
+        """Whether what this connection has proved counts no longer: another CA, other rules, a user's other groups."""
+        security = self.server.security
+        return self._generation < (security.generation if self.server.path else security.changed_at)
 
     def communicate(self) -> bool:
         """Go on with what has come in; return whether the connection stays open, if only to be written to."""
@@ -408,7 +409,7 @@ class _Connection(cheroot.server.HTTPConnection):
         if not self._has_shaken_hands and not self._shake_hands():
             return None
         if self.is_outdated and self._framing.is_empty:
-            return None  # who may do what has been read anew: the client connects anew
+            return None  # the client connects anew
         while (request := self._framing.take()) is None:
             if self._framing.take_expectation():
                 self._waiting += b"HTTP/1.1 100 Continue\r\n\r\n"

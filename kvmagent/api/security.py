@@ -1,8 +1,9 @@
 """Who a client is, and what it may do: its address, its certificate's names, its token, its user on this host.
 
 Certificates, tokens and roles are the operator's; `load` reads them all or changes nothing, so that a reload with a
-broken file leaves in force what was there. Each load begins a new `generation`: connections of an earlier one end with
-the request that is under way. No name of the network is ever looked up.
+broken file leaves in force what was there. Each load begins a new `generation`: where what lets a client in has
+changed, connections of an earlier one end with the request that is under way. A renewed certificate of the agent ends
+none. No name of the network is ever looked up.
 
 A token is 256 bits of chance, which nobody can guess from its hash: a slow hash, made for passwords that people
 think up, would only make each request slow. Source: NIST SP 800-63B 5.1.2.2 (look-up secrets of 112 bits or more).
@@ -18,6 +19,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvmagent.api.localpeer import LocalUser
@@ -34,7 +36,8 @@ _ADDRESS = re.compile(r"[0-9.]+|\[[0-9A-Fa-f:.]+\]")
 # The kinds of subject alternative names that name a client, as Python's ssl calls them.
 _NAME_KINDS = frozenset({"DNS", "URI", "IP Address", "email"})
 # The settings that name a file by which somebody is let in, or the agent known.
-_FILES = ("tls_cert", "tls_key", "client_ca", "client_crl", "tokens_file")
+_AUTHORITIES = ("client_ca", "client_crl")
+_FILES = ("tls_cert", "tls_key", *_AUTHORITIES, "tokens_file")
 
 
 class Peer(NamedTuple):
@@ -67,8 +70,10 @@ class Security:
         self.context: ssl.SSLContext | None = None
         #: Until when the certificate in force is good; None without one.
         self.certificate_end: float | None = None
-        #: Counts the loads.
-        self.generation = 0
+        #: Counts the loads; and the one that changed last what lets a client in by TCP.
+        self.generation = self.changed_at = 0
+        #: What decides that: settings, tokens, the CA's certificate and revocation list.
+        self._deciding: object = None
         self._use(section)
 
     def load(self, section: SecuritySection | None = None) -> None:
@@ -82,11 +87,15 @@ class Security:
             if path := getattr(section, name):
                 check_file(path, f"security.{name}", user_id=self._user_id)
         tokens = parse_tokens(read_private(section.tokens_file, "security.tokens_file")) if section.tokens_file else ()
+        # Read before the context reads them: what is written in between is a change for the load that follows.
+        deciding = (section, tokens, [_read_bytes(getattr(section, name), name) for name in _AUTHORITIES])
         context = make_server_context(section) if section.tls_cert else None
         self._use(section)
         self._tokens, self.context = tokens, context
         self.certificate_end = find_end(section.tls_cert) if section.tls_cert else None
         self.generation += 1
+        if deciding != self._deciding:
+            self._deciding, self.changed_at = deciding, self.generation
 
     def _use(self, section: SecuritySection) -> None:
         self._section = section
@@ -212,6 +221,13 @@ def make_server_context(section: SecuritySection) -> ssl.SSLContext:
         message = f"security.tls_cert, tls_key, client_ca, client_crl ({files}): {error}"
         raise AgentError(Code.BAD_CONFIGURATION, message) from error
     return context
+
+
+def _read_bytes(path: str, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes() if path else b""
+    except OSError as error:
+        raise AgentError(Code.BAD_CONFIGURATION, f"security.{name} {path}: {error}") from error
 
 
 def certificate_names(certificate: Mapping[str, Any] | None) -> tuple[str, ...]:

@@ -84,10 +84,15 @@ class Host:
 
     def is_healthy(self) -> bool:
         """Whether the agent answers, and says that it is ready."""
+        return not self.find_trouble()
+
+    def find_trouble(self) -> str:
+        """What an agent that is not ready says, or how it does not answer; empty where it is ready."""
         try:
-            return self.agent.get("/healthz").status == 200
-        except (OSError, http.client.HTTPException):
-            return False
+            reply = self.agent.get("/healthz")
+        except (OSError, http.client.HTTPException) as error:
+            return f"{self.name}: {error!r}"
+        return "" if reply.status == 200 else f"{self.name}: {reply.status} {reply.body['down']}"
 
     def end(self) -> None:
         """End the agent, with no time to end well: nothing is asked of it any more."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,7 @@ def slow_the_server(fleet: Fleet, table: Table, seconds: float) -> None:
         _wait_told(fleet)
     table.add("commands", len(ids))
     table.add("until the last outcome", time.monotonic() - began, "s")
-    table.add("slowest answer of an agent to /healthz meanwhile", asked.slowest_s, "s")
-    table.add("requests without a good answer", asked.unanswered)
+    asked.tell(table)
     table.add("threads of an agent, most", max(read_status(host.agent.pid, "Threads") for host in fleet.hosts))
     fleet.server.request("PUT", "/slow/0", {})
 
@@ -185,8 +184,7 @@ def renew_certificates(fleet: Fleet, table: Table) -> None:
         for host, serial in zip(fleet.hosts, former, strict=True):
             wait_for(lambda h=host, s=serial: h.serial() != s, timeout_s=60, what=f"a new certificate of {host.name}")
     table.add("until the last one shows its new certificate", time.monotonic() - began, "s")
-    table.add("slowest answer of an agent to /healthz meanwhile", asked.slowest_s, "s")
-    table.add("requests without a good answer", asked.unanswered)
+    asked.tell(table)
     table.add("agents restarted for it", sum(a != b.agent.pid for a, b in zip(pids, fleet.hosts, strict=True)))
 
 
@@ -273,10 +271,16 @@ def _rest() -> None:
 
 @dataclass
 class _Asked:
-    """What came of the requests: the slowest good answer, and how many had none."""
+    """What came of the requests: the slowest good answer, and what came in place of one."""
 
     slowest_s: float = 0.0
-    unanswered: int = 0
+    troubles: list[str] = field(default_factory=list)
+
+    def tell(self, table: Table) -> None:
+        """Its rows, and what was not as it is to be: an agent answers whatever its server or its files do."""
+        table.add("slowest answer of an agent to /healthz meanwhile", self.slowest_s, "s")
+        table.add("requests without a good answer", len(self.troubles))
+        table.faults += self.troubles
 
 
 @contextmanager
@@ -288,10 +292,11 @@ def _asking(fleet: Fleet) -> Iterator[_Asked]:
         number = 0
         while not ended.wait(0.05):
             began = time.monotonic()
-            if fleet.hosts[number % len(fleet.hosts)].is_healthy():
-                asked.slowest_s = max(asked.slowest_s, time.monotonic() - began)
+            trouble = fleet.hosts[number % len(fleet.hosts)].find_trouble()
+            if trouble:
+                asked.troubles.append(trouble)
             else:
-                asked.unanswered += 1
+                asked.slowest_s = max(asked.slowest_s, time.monotonic() - began)
             number += 1
 
     thread = threading.Thread(target=ask)

@@ -147,6 +147,29 @@ def test_a_reload_ends_what_was_connected_before(
         assert client.ask() is None
 
 
+def test_a_renewed_certificate_of_the_agent_ends_nothing_that_is_connected(node_uri: str, tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    admin = site.authority.client(site.certificate)
+    with (
+        AgentProcess(uri=node_uri, settings={"security": site.security()}, tls=admin) as agent,
+        connected(agent, admin) as client,
+        # One that has asked nothing yet: its first request may be on its way when the agent reads its files.
+        connected(agent, admin) as silent,
+    ):
+        assert client.goes_on()
+        former = ssl.get_server_certificate((LOOPBACK, agent.port))
+        site.authority.issue(LOOPBACK, file_name="agent")
+        hang_up(agent)
+        assert ssl.get_server_certificate((LOOPBACK, agent.port)) != former
+        assert all(one.goes_on() for one in (client, silent, client, silent))
+        # What counts then ends them as ever, a change back too.
+        for content in (site.authority.revoke(site.certificate), site.authority.revoke()):
+            site.crl.write_bytes(content)
+            hang_up(agent)
+        answers = [silent.ask(), client.ask()]
+        assert answers == [None, None] or [silent.ask(), client.ask()] == [None, None]
+
+
 def test_a_role_that_was_taken_counts_for_no_request_after_the_reload(node_uri: str, tmp_path: Path) -> None:
     site = Site(tmp_path)
     settings = {"security": site.security()}
