@@ -1,12 +1,12 @@
-"""A management server on one page: what it was told to do is not lost, and no outcome counts twice.
+"""A management server on one page: it loses no command, and counts no outcome twice.
 
-    client -- PUT /commands/ID -->  on disk, then 202           again until it has the 202
+    client -- PUT /commands/ID -->  on disk, then 202           the client retries until it gets the 202
     server -- POST to the agent ->  until it answers 200        always the same taskuuid, body and callbackurl
     agent  -- POST /outcomes ---->  on disk, then 200           a copy changes nothing
-    client -- GET /commands/ID -->  its outcome, once there is one
+    client -- GET /commands/ID -->  the outcome, once there is one
 
-What has no outcome yet is sent again after a start and every --ask-again seconds. An agent that has the task does not
-do it twice: it answers with the task's state, and posts the outcome again where there is one.
+The server sends a command without an outcome again after each start and every --ask-again seconds. An agent that
+already has the task does not run it twice: it answers with the task's state, and posts the outcome again if it has one.
 
     server.py --database FILE [--port 8080] [--token-file FILE] [--ask-again 60]
 """
@@ -32,11 +32,11 @@ CREATE TABLE IF NOT EXISTS commands (
     send_at REAL NOT NULL, trouble TEXT, outcome TEXT, late TEXT);
 CREATE TABLE IF NOT EXISTS vms (vm TEXT PRIMARY KEY, cpuNum INTEGER, memorySize INTEGER, outcomes INTEGER NOT NULL);
 """
-# Refusals that depend on nothing but the request: it was never accepted, and never will be. Any other status (a wrong
-# token, a full queue, an agent that stops) may be another answer than the task had before: it is sent again.
+# Refusals that depend only on the request: the agent never accepted it, and never will. After any other status (a wrong
+# token, a full queue, an agent that is stopping) the task may still have been accepted before: the server retries.
 FINAL = (400, 409, 413)
 RETRY_S, TIMEOUT_S = 1.0, 10.0
-# The agents are near: no proxy of the environment has a part in it.
+# Agents are on the local network: ignore the proxy settings of the environment.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -51,7 +51,7 @@ class Store:
             connection.commit()
 
     def run(self, *statements: tuple[str, tuple]) -> tuple[list, int]:
-        """The last statement's rows, and how many the first one changed; if it changed none, the rest is left out."""
+        """Return the last statement's rows, and how many the first one changed; if none, the rest does not run."""
         with closing(sqlite3.connect(self._file, timeout=30)) as connection, connection:
             connection.execute("PRAGMA synchronous = FULL")
             rows, changed = [], None
@@ -64,7 +64,7 @@ class Store:
 
 
 class Sender(threading.Thread):
-    """Sends the commands of one agent, in the order in which they came; an agent that hangs holds up no other."""
+    """Sends the commands of one agent, in the order in which they arrived. An agent that hangs delays no other."""
 
     def __init__(self, agent: str, store: Store, callback_url: str, token: str, ask_again_s: float) -> None:
         super().__init__(daemon=True)
@@ -86,7 +86,7 @@ class Sender(threading.Thread):
             self.wake.wait(RETRY_S)
 
     def _send(self, task: str, path: str, request: str) -> bool:
-        """Send one command; false where the agent cannot take the next one either."""
+        """Send one command; return false if the agent cannot take the next one either."""
         asked = urllib.request.Request(self._agent + path, request.encode(), {**self._headers, "taskuuid": task})
         try:
             OPENER.open(asked, timeout=TIMEOUT_S).read()
@@ -111,7 +111,7 @@ class Sender(threading.Thread):
 
 
 class Server(ThreadingHTTPServer):
-    """Takes commands and outcomes; has a sender for each agent."""
+    """Accepts commands and outcomes; runs one sender per agent."""
 
     def __init__(self, port: int, store: Store, token: str, ask_again_s: float) -> None:
         super().__init__(("127.0.0.1", port), Handler)
@@ -122,7 +122,7 @@ class Server(ThreadingHTTPServer):
             self.wake(agent)
 
     def wake(self, agent: str) -> None:
-        """Send what is new for an agent."""
+        """Send an agent its new commands."""
         with self._lock:
             if agent not in self._senders:
                 url = f"http://127.0.0.1:{self.server_port}/outcomes"
@@ -132,7 +132,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request. An exception closes the connection without an answer: the peer sends again."""
+    """One request. An exception closes the connection without an answer, and the peer retries."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -151,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(202 if known == command else 409, {"id": task})
 
     def do_GET(self) -> None:
-        """What became of a command."""
+        """The state of a command: its last error, and its outcome if there is one."""
         asked = "SELECT trouble, outcome, late FROM commands WHERE id = ?"
         rows, _ = self.server.store.run((asked, (self.path.removeprefix("/commands/"),)))
         for trouble, outcome, late in rows:
@@ -160,12 +160,12 @@ class Handler(BaseHTTPRequestHandler):
         return self._answer(404, {})
 
     def do_POST(self) -> None:
-        """An outcome. What follows from it is in the same transaction: it happens once, however often it is told."""
+        """An outcome. Its effect is in the same transaction, so it happens once, however often the outcome arrives."""
         task, body = self.headers.get("taskuuid", ""), self._body()
         reply = json.loads(body)
         column = "late" if reply.get("late") else "outcome"
         take = (f"UPDATE commands SET {column} = ? WHERE id = ? AND {column} IS NULL", (body, task))
-        # Here an inventory; a real one bills, or goes on with the next step of a job.
+        # This server updates an inventory; a real one bills, or starts the next step of a job.
         count = (
             "INSERT INTO vms VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET outcomes = outcomes + 1, cpuNum = "
             "coalesce(excluded.cpuNum, cpuNum), memorySize = coalesce(excluded.memorySize, memorySize)",
@@ -173,15 +173,15 @@ class Handler(BaseHTTPRequestHandler):
         )
         _, taken = self.server.store.run(take, count)
         known = taken or self.server.store.run(("SELECT 1 FROM commands WHERE id = ?", (task,)))[0]
-        print(f"{task}: {'taken' if taken else 'a copy' if known else 'unknown'}", file=sys.stderr, flush=True)
-        # 404 makes the agent give up: it is right only because a command is on disk before it is sent.
+        print(f"{task}: {'accepted' if taken else 'a copy' if known else 'unknown task'}", file=sys.stderr, flush=True)
+        # 404 makes the agent give up. This is safe only because a command is on disk before it is sent.
         return self._answer(200 if known else 404, {})
 
     def _body(self) -> str:
         length = int(self.headers["Content-Length"])
         body = self.rfile.read(length)
         if len(body) < length:
-            raise ConnectionError("the sender went away")
+            raise ConnectionError("the sender closed the connection early")
         return body.decode()
 
     def _answer(self, status: int, told: dict) -> None:
@@ -193,11 +193,11 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: what matters is said above."""
+        """Log nothing here: do_POST and Sender log what matters."""
 
 
 def main() -> None:
-    """Serve until killed: there is no other end, and it needs none."""
+    """Serve until killed: no shutdown is needed, because everything is on disk."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--database", type=Path, required=True)
     parser.add_argument("--port", type=int, default=8080)

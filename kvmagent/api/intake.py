@@ -118,7 +118,7 @@ class Intake:
             return Accepted(task_uuid=task_uuid, state=task.state)
 
     def cancel(self, task_uuid: str, *, client: str, access: Access) -> Accepted:
-        """Take a task back that has not touched anything yet; again changes nothing.
+        """Cancel a task that has not changed anything yet; a second call changes nothing.
 
         Raises:
             AgentError: UNKNOWN_TASK; TASK_NOT_YOURS; TASK_NOT_CANCELLABLE, with what the task is doing.

@@ -57,7 +57,7 @@ OWN_PATHS = (
     OwnPath(
         "listVms",
         "/vms",
-        "All VMs of this host with their numbers and what stands in the way of hotplug",
+        "All VMs of this host, with their numbers and what prevents hotplug",
         "read",
         "vms",
         query=LIST_QUERY,
@@ -66,7 +66,7 @@ OWN_PATHS = (
     OwnPath(
         "listHistory",
         "/vms/{vmUuid}/history",
-        "What changed a VM: who, when, from what to what, with what outcome; newest first, kept longer than tasks",
+        "Changes of a VM: who, when, from what to what, with what outcome; newest first, kept longer than tasks",
         "read",
         History,
         query=_NEWEST_QUERY,
@@ -74,11 +74,11 @@ OWN_PATHS = (
     OwnPath(
         "listTasks",
         "/tasks",
-        "Tasks, newest first: the caller's own, and with the role read for all VMs those of all",
+        "Tasks, newest first: the caller's own; with the role read for all VMs, everybody's",
         "caller",
         TaskList,
         query={
-            "vm": {"type": "string", "description": "Name or UUID, whichever the task was sent with"},
+            "vm": {"type": "string", "description": "The VM's name or UUID, whichever the task was sent with"},
             "state": {"enum": list(get_args(State))},
             "outcome": {"type": "string"},
             "caller": {"type": "string"},
@@ -92,8 +92,8 @@ OWN_PATHS = (
     OwnPath(
         "cancelTask",
         "/tasks/{taskUuid}/cancel",
-        "Take a task back that has not touched its VM yet: it ends as refused, code CANCELLED, and its callback is "
-        "sent; 409 with what it is doing where it is too late",
+        "Cancel a task that has not changed its VM yet: it ends as refused with code CANCELLED, and its callback "
+        "is sent; if it is too late: 409 and what the task is doing",
         "caller",
         Accepted,
         method="post",
@@ -101,8 +101,8 @@ OWN_PATHS = (
     OwnPath(
         "planHotplug",
         PLAN_PATH,
-        "What resizes of a VM would mean: now or after a restart, why, how exactly, how long. Answered at once; "
-        "nothing is changed or reserved",
+        "Whether and how a VM could reach given totals: now or after a restart, why, by which steps, how long. "
+        "Answered at once; nothing is changed or reserved",
         "read",
         PlanReply,
         method="post",
@@ -111,7 +111,7 @@ OWN_PATHS = (
     OwnPath(
         "getReclaimable",
         "/host/reclaimable",
-        "What the guests of running VMs do not use, and by which means it could leave; nothing is taken",
+        "Memory that the guests of running VMs do not use, and how it could be removed; nothing is changed",
         "read",
         ReclaimableMemory,
         host=True,
@@ -119,7 +119,7 @@ OWN_PATHS = (
     OwnPath(
         "getHealth",
         "/healthz",
-        "200 when the agent is ready, 503 and what is down when it is not",
+        "200 if the agent is ready; otherwise 503 and what is down",
         "read",
         Health,
         host=True,
@@ -133,7 +133,11 @@ OWN_PATHS = (
         host=True,
     ),
     OwnPath(
-        "whoAmI", "/whoami", "Who the caller is to the agent, and which roles that has, for which VMs", "caller", WhoAmI
+        "whoAmI",
+        "/whoami",
+        "How the agent identifies the caller, and which roles it has for which VMs",
+        "caller",
+        WhoAmI,
     ),
     OwnPath("getOpenapi", "/openapi.json", "This document", "caller", "application/json"),
 )

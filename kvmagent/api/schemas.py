@@ -33,16 +33,16 @@ EXTENSIONS = (
     ),
     Extension(
         "task_search",
-        "/tasks is searched by outcome, caller, time and the beginning of the id.",
+        "/tasks can be searched by outcome, caller, time and the beginning of the id.",
         ("GET /tasks ?outcome", "GET /tasks ?caller", "GET /tasks ?since", "GET /tasks ?until", "GET /tasks ?id"),
     ),
-    Extension("vm_history", "What changed a VM, for longer than tasks are kept.", ("GET /vms/{vmUuid}/history",)),
+    Extension("vm_history", "The changes of a VM, kept longer than its tasks.", ("GET /vms/{vmUuid}/history",)),
     Extension(
         "list_pages",
-        "Lists are read by pages and fields, and have an ETag.",
+        "Lists can be read by pages and fields, and have an ETag.",
         ("GET /vms ?limit", "GET /vms ?cursor", "GET /vms ?fields", "GET /tasks ?cursor", "GET /tasks ?fields"),
     ),
-    Extension("guest_fell_silent", "guestFellSilent of a VM: its guest agent answered before, and does not now.", ()),
+    Extension("guest_fell_silent", "guestFellSilent of a VM: its guest agent answered before, but no longer does.", ()),
 )
 
 

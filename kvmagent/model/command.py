@@ -64,14 +64,14 @@ class VmRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
 
     vm_uuid: VmName
     affect: Annotated[
-        Affect, msgspec.Meta(description="Which definition to change; a VM that is off has config only")
+        Affect, msgspec.Meta(description="Which definition to change; a VM that is off has only config")
     ] = "both"
-    guest_online: Annotated[bool, msgspec.Meta(description="Bring what was plugged online through the guest agent")] = (
-        True
-    )
+    guest_online: Annotated[
+        bool, msgspec.Meta(description="Bring plugged vCPUs and memory online through the guest agent")
+    ] = True
     timeout_sec: Annotated[int, msgspec.Meta(ge=1, le=3600, description="Seconds to wait for the guest, per wait")] = 60
     dry_run: Annotated[
-        bool, msgspec.Meta(description="Reply with the plan, as far as it is known before, and change nothing")
+        bool, msgspec.Meta(description="Reply with the plan, as far as it can be known, and change nothing")
     ] = False
 
 

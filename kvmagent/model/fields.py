@@ -14,13 +14,13 @@ MemorySize = Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES, description="Total
 MemoryMethod = Annotated[
     Method,
     msgspec.Meta(
-        description="auto gives back the balloon first, then grows a virtio-mem device that is there, then attaches "
-        "dimms; virtio-mem attaches a device where there is none with room"
+        description="auto first deflates the balloon, then grows an existing virtio-mem device, then attaches dimms; "
+        "virtio-mem attaches a device if none has room"
     ),
 ]
-GuestNode = Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that is to have it")]
+GuestNode = Annotated[int, msgspec.Meta(ge=0, le=1023, description="Guest NUMA node that gets the memory")]
 DimmSize = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1, description="Size of each dimm, bytes")]
-Strict = Annotated[bool, msgspec.Meta(description="Refuse an amount that had to be rounded")]
+Strict = Annotated[bool, msgspec.Meta(description="Refuse an amount that would have to be rounded")]
 ScaleShares = Annotated[
-    bool, msgspec.Meta(description="Scale the VM's CPU shares, where it has its own, with the number of vCPUs")
+    bool, msgspec.Meta(description="Scale the VM's CPU shares, if it has its own, with the number of vCPUs")
 ]

@@ -279,11 +279,11 @@ def _query(
 
 
 QUERIES = (
-    _query("HostEcho", "/host/echo", "Is the agent there?", EchoRequest, EchoReply, echo, sync=True),
+    _query("HostEcho", "/host/echo", "Check that the agent answers", EchoRequest, EchoReply, echo, sync=True),
     _query(
         "HostConnect",
         "/host/connect",
-        "The management server takes the host into its care",
+        "Connect the host to a management server",
         ConnectRequest,
         ConnectReply,
         connect,
@@ -292,11 +292,11 @@ QUERIES = (
         remember=remember_connect,
         notice=notice_ignored,
     ),
-    _query("HostPing", "/host/ping", "Who connected last?", HostRequest, PingReply, ping),
+    _query("HostPing", "/host/ping", "Which management server connected last", HostRequest, PingReply, ping),
     _query(
         "HostUpdateConfiguration",
         "/host/update/configuration",
-        "The management server has moved",
+        "Record the new address of the management server",
         UpdateConfigurationRequest,
         HostReply,
         update_configuration,
@@ -306,7 +306,7 @@ QUERIES = (
     _query(
         "HostCapacity",
         "/host/capacity",
-        "How much the host has and how much of it is taken",
+        "How much CPU and memory the host has, and how much is in use",
         HostRequest,
         CapacityReply,
         capacity,
@@ -315,7 +315,7 @@ QUERIES = (
     _query(
         "VmGetVirtualizerInfo",
         "/vm/getvirtualizerinfo",
-        "The hypervisor of the host and of VMs",
+        "The hypervisor of the host and of its VMs",
         VmListRequest,
         VirtualizerReply,
         virtualizer_info,
@@ -333,7 +333,7 @@ QUERIES = (
     _query(
         "VmCheckState",
         "/vm/checkstate",
-        "The states of the VMs asked for",
+        "The states of the requested VMs",
         VmListRequest,
         VmStatesReply,
         check_states,

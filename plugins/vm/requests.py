@@ -19,20 +19,21 @@ from kvmagent.model.fields import (
 )
 from kvmagent.model.reply import Blocker, VmReply
 
-LateCallback = Annotated[
-    bool, msgspec.Meta(description="Send a second callback when a removal that was pending completes later")
-]
+LateCallback = Annotated[bool, msgspec.Meta(description="Send a second callback if a pending removal completes later")]
 
 ExpectedCpuNum = (
     Annotated[
         int,
-        msgspec.Meta(ge=1, le=8192, description="Refuse unless the VM has this number now, as cpuNum of replies"),
+        msgspec.Meta(ge=1, le=8192, description="Refuse unless this is the VM's current cpuNum, as in replies"),
     ]
     | None
 )
 ExpectedMemorySize = (
     Annotated[
-        int, msgspec.Meta(ge=1, le=2**53 - 1, description="Refuse unless the VM has this now, as memorySize of replies")
+        int,
+        msgspec.Meta(
+            ge=1, le=2**53 - 1, description="Refuse unless this is the VM's current memorySize, as in replies"
+        ),
     ]
     | None
 )
@@ -91,19 +92,19 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
     memory_size: MemorySize | None = None
     expected_cpu_num: ExpectedCpuNum = None
     expected_memory_size: ExpectedMemorySize = None
-    prepare: Annotated[bool, msgspec.Meta(description="Edit the persistent definition; never the running VM")] = False
+    prepare: Annotated[bool, msgspec.Meta(description="Change the persistent definition, never the running VM")] = False
     max_cpu_num: Annotated[int, msgspec.Meta(ge=1, le=MOST_CPUS, description="vCPUs to prepare for")] | None = None
     max_memory_size: (
         Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES, description="Memory to prepare for, bytes")] | None
     ) = None
     slots: Annotated[int, msgspec.Meta(ge=1, le=256, description="Memory slots to prepare")] | None = None
     free_page_reporting: Annotated[
-        bool, msgspec.Meta(description="Prepare the balloon to give back to the host what the guest frees")
+        bool, msgspec.Meta(description="Prepare the balloon to return to the host what the guest frees")
     ] = False
     memory_device: Annotated[
         Literal["dimm", "virtio-mem"],
         msgspec.Meta(
-            description="Leave the room to dimms, or give each guest NUMA node an empty virtio-mem device that has it"
+            description="Prepare for dimms, or give each guest NUMA node an empty virtio-mem device of that size"
         ),
     ] = "dimm"
 

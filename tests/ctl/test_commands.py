@@ -264,7 +264,7 @@ def test_bash_completes_subcommands_options_and_vms(ctl: Ctl) -> None:
 def test_the_help_lists_exit_statuses(ctl: Ctl) -> None:
     shown = ctl("--help")
     assert shown.status == 0
-    assert "  130  interrupted (Ctrl-C): a task that was sent goes on" in shown.out
+    assert "  130  interrupted (Ctrl-C): a task that was sent continues" in shown.out
     assert ctl() == shown
 
 

@@ -211,7 +211,7 @@ def test_a_second_ctrl_c_waits_for_no_agent_that_hangs(ctl: Ctl, agent: AgentPro
     assert child.returncode == 130
     assert "Traceback" not in err
     assert "0 of 2 VMs were asked, and no more are; not waited for: " in err
-    assert err.endswith("a task that was sent goes on\n")
+    assert err.endswith("a task that was sent continues\n")
 
 
 def test_the_exit_status_is_that_of_the_worst(ctl: Ctl, hosts: Path, agent: AgentProcess, tmp_path: Path) -> None:

@@ -20,16 +20,16 @@ class Exit(IntEnum):
 
 
 MEANINGS = {
-    Exit.REACHED: "done, and the guest confirms it; or nothing had to be done; or only a plan was asked for",
-    Exit.FAILED: "refused or failed: the VM is as it was",
+    Exit.REACHED: "done and confirmed by the guest; or nothing to do; or only a plan was requested",
+    Exit.FAILED: "refused or failed: the VM is unchanged",
     Exit.USAGE: "the command line is wrong: nothing was sent",
-    Exit.PLUGGED: "plugged: the hypervisor has it, the guest does not confirm that it uses it",
-    Exit.UNREACHABLE: "no agent answers, or none that can be trusted",
-    Exit.PARTIAL: "partial: failed on the way, the numbers say how far it came",
-    Exit.PENDING: "pending: a removal that the guest has neither done nor refused",
-    Exit.NOT_READY: "ready: the VM is not; status: the agent is not; doctor: something is wrong",
-    Exit.UNFINISHED: "the time of --wait is over: the task goes on",
-    Exit.INTERRUPTED: "interrupted (Ctrl-C): a task that was sent goes on",
+    Exit.PLUGGED: "plugged: the hypervisor provides it, but the guest does not confirm that it uses it",
+    Exit.UNREACHABLE: "no agent answers, or its identity cannot be verified",
+    Exit.PARTIAL: "partial: failed after some of the change was made; the numbers say how much",
+    Exit.PENDING: "pending: the guest has neither completed nor refused a removal",
+    Exit.NOT_READY: "ready: the VM is not ready; status: the agent is not ready; doctor: found a problem",
+    Exit.UNFINISHED: "--wait timed out: the task continues",
+    Exit.INTERRUPTED: "interrupted (Ctrl-C): a task that was sent continues",
 }
 
 _BY_OUTCOME = {

@@ -162,7 +162,7 @@ def _ask_side_by_side(
             wait(future for future in asked if not future.cancelled())
         words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs were asked, and no more are"
         if left := progress.under_way():
-            words += f"; not waited for: {', '.join(left)}; a task that was sent goes on"
+            words += f"; not waited for: {', '.join(left)}; a task that was sent continues"
         session.terminal.tell(printable(f"kvmagentctl: {words}"))
     finally:
         session.terminal.clear()

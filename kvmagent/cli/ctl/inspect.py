@@ -178,7 +178,7 @@ def task(context: click.Context, task_id: str) -> None:
 @click.argument("task_id", metavar="ID", shell_complete=complete_task)
 @click.pass_context
 def cancel(context: click.Context, task_id: str) -> None:
-    """Take a task back that has not touched its VM yet.
+    """Cancel a task that has not changed its VM yet.
 
     It ends as refused, code CANCELLED. A change that has begun is never stopped halfway: the answer says how far it is.
     """

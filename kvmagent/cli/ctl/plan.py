@@ -25,7 +25,7 @@ _VMS_S = 120.0
 @click.option("--cpus", metavar="N,N...", help="Totals of vCPUs; x2 is twice what the VM has.")
 @click.option("--memory", metavar="SIZE,SIZE...", help="Totals of memory; x2 is twice what the VM has.")
 @click.option("--method", type=click.Choice(["auto", "dimm", "virtio-mem", "balloon"]), help="How memory is added.")
-@click.option("--node", type=click.IntRange(0), metavar="NUMBER", help="Guest NUMA node that is to have it.")
+@click.option("--node", type=click.IntRange(0), metavar="NUMBER", help="Guest NUMA node that gets the memory.")
 @click.option("--affect", type=click.Choice(["both", "live", "config"]), help="Which definition would change.")
 @click.option("--all", "every", is_flag=True, help="All VMs.")
 @hosts_option
