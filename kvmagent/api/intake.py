@@ -174,7 +174,7 @@ class Intake:
     def _store(self, task: Task, tell_accepted: Callable[[], None], *, for_all: bool) -> tuple[Task, bool]:
         """Store a task for which there is room; one that is known already needs none.
 
-        It is told before it can begin: by whom it is stored, in whose log context.
+        It is logged before it can begin: by whom it is stored, in whose log context.
         """
         try:
             if task.callback_url != NO_CALLBACK:
@@ -189,7 +189,7 @@ class Intake:
 
 
 def check_owner(task: Task, access: Access) -> None:
-    """Refuse another caller's task, and tell nothing of it.
+    """Refuse another caller's task, and reveal nothing of it.
 
     Raises:
         AgentError: TASK_NOT_YOURS.

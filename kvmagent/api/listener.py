@@ -235,7 +235,7 @@ class _Connection(cheroot.server.HTTPConnection):
     """
 
     server: Listener
-    #: The other end, as far as the connection tells.
+    #: The other end, as far as the connection shows.
     peer: Peer
 
     def __init__(self, server: Listener, sock: socket.socket) -> None:
@@ -252,7 +252,7 @@ class _Connection(cheroot.server.HTTPConnection):
         # By when an answer must be taken, if one waits; and whether it is the last one.
         self._answer_deadline: float | None = None
         self._is_last = False
-        #: Whether bytes came behind the last request that were not looked at yet.
+        #: Whether bytes came behind the last request that were not parsed yet.
         self._has_unread = False
         #: What of an answer its client has not taken yet.
         self._waiting = bytearray()

@@ -1,4 +1,4 @@
-"""Who is at the other end of a UNIX socket, as the kernel tells: nothing that the other end says is asked.
+"""Who is at the other end of a UNIX socket, from the kernel: nothing that the other end says counts.
 
 Source: unix(7), SO_PEERCRED; socket(7), SO_PEERGROUPS (Linux 4.13). Both are of the moment of connect(2).
 """
@@ -29,7 +29,7 @@ def find_local_user(sock: socket.socket) -> LocalUser:
     """Return whose process connected to a UNIX socket.
 
     Raises:
-        OSError: the kernel does not tell.
+        OSError: the kernel does not say.
     """
     _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     try:

@@ -19,7 +19,7 @@ from kvmagent.model.roles import Open, Role
 _SCHEMES = {"token": {"type": "http", "scheme": "bearer"}, "certificate": {"type": "mutualTLS"}}
 _TAGS = {
     "commands": "Changes of VMs: accepted at once, the outcome is posted to the callback URL",
-    "host": "What a management server asks and tells of a host",
+    "host": "Requests of a management server about its host",
     "reads": "VMs, tasks and the agent as they are now",
 }
 _REF = "#/components/schemas/{name}"
@@ -96,7 +96,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
 
 
 def find_vm_shape(declared: Iterable[Command | Query]) -> type[msgspec.Struct]:
-    """Return the shape of what is told of one VM."""
+    """Return the shape of one VM's entry."""
     return next((one.reply for one in declared if one.name == "ReadyForHotplug"), VmReply)
 
 
@@ -215,7 +215,7 @@ def _own(own: OwnPath, vm: type[msgspec.Struct], schemas: dict[str, Any]) -> dic
 
 
 def _tell_chosen(listed: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a list of whose entries only some fields are told; the schema of such an entry is added."""
+    """Return the schema of a list whose entries have only some fields; the schema of such an entry is added."""
     while "$ref" in listed:
         listed = schemas[listed["$ref"].rpartition("/")[2]]
     (name,) = listed["required"]
@@ -237,7 +237,7 @@ _ETAG = {"ETag": {"description": "Of this answer, for If-None-Match", "schema": 
 
 
 def _answer(answer: type[msgspec.Struct] | str, vm: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the content of an answer; `vm` is what tells of one VM."""
+    """Return the content of an answer; `vm` is the shape of one VM's entry."""
     if not isinstance(answer, str):
         return _json(answer)
     if answer == "vm":

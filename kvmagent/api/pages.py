@@ -40,7 +40,7 @@ LIST_QUERY: Mapping[str, Any] = MappingProxyType(
         "fields": {
             "type": "string",
             "pattern": f"^{_FIELDS.pattern}$",
-            "description": "The fields that each entry is told with, beside its id: names with a comma between them",
+            "description": "The fields of each entry, beside its id: names with a comma between them",
         },
     }
 )

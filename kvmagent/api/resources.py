@@ -1,4 +1,4 @@
-"""The GET paths: VMs, tasks, health and the OpenAPI document, which tells of all paths."""
+"""The GET paths: VMs, tasks, health and the OpenAPI document, which describes all paths."""
 
 import math
 import re
@@ -44,10 +44,10 @@ from kvmagent.tasks.delivery import Delivery
 from kvmagent.tasks.journal import ChangeRecord, Journal, State, TaskSummary
 from kvmagent.tasks.lanes import Lanes
 
-# Of tasks and changes, which are told newest first.
+# Of tasks and changes, which are listed newest first.
 _NEWEST = 100
 _NEWEST_QUERY = {**LIST_QUERY, "limit": {**LIST_QUERY["limit"], "default": _NEWEST}}
-# So many VMs at least are looked at together, where a page lacks few because roles hide others.
+# At least so many VMs are read together, where a page lacks few because roles hide others.
 _VMS_AT_ONCE = 16
 # Of a page of VMs the last one's UUID, of others the last one's number.
 _VM_CURSOR, _NUMBER_CURSOR = re.compile(r"[0-9a-f-]{36}"), re.compile(r"[0-9]{1,18}")
@@ -220,7 +220,7 @@ class Resources:
         # Made JSON one by one: what cannot be said of one VM is said of no other.
         questions = {uuid: partial(self._encode_vm, uuid, fields, access) for uuid in uuids}
         answers = self._asker.ask_all(questions, timeout_s=_VM_WAIT_S, about="reading the VM")
-        # One VM that hangs is told as such, and hides no other; one that is gone since it was listed is left out.
+        # One VM that hangs is shown as such, and hides no other; one that was deleted since the listing is left out.
         return {
             uuid: {"vmUuid": uuid} | msgspec.json.decode(encode_error(answer))
             if isinstance(answer, AgentError)
@@ -354,7 +354,7 @@ class Resources:
 
 
 class _Told(msgspec.Struct, rename="camel"):
-    """What went wrong, as far as a reply tells it; a plugin of another's may have it in any shape."""
+    """What went wrong, as far as a reply says it; a plugin of another's may have it in any shape."""
 
     error: Any = None
     error_code: Any = None

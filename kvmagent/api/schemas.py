@@ -66,7 +66,7 @@ class DeliveryState(msgspec.Struct, rename="camel"):
 
 
 class TaskEntry(msgspec.Struct, kw_only=True, rename="camel"):
-    """What a list tells of a task."""
+    """A task as a list shows it."""
 
     task_uuid: str
     command: str

@@ -41,7 +41,7 @@ _FILES = ("tls_cert", "tls_key", *_AUTHORITIES, "tokens_file")
 
 
 class Peer(NamedTuple):
-    """The other end of a connection, as far as the connection itself tells.
+    """The other end of a connection, as far as the connection itself shows.
 
     `names` and `not_after` (seconds since the epoch) are those of the certificate that the TLS handshake verified;
     `user` is the local user at the other end of a UNIX socket.
@@ -54,7 +54,7 @@ class Peer(NamedTuple):
 
 
 class Security:
-    """Thread-safe: what `load` read is replaced whole. `clock` tells seconds since the epoch.
+    """Thread-safe: what `load` read is replaced whole. `clock` returns seconds since the epoch.
 
     `user_id` is the agent's user, this process's where none is given: who beside root may own its files.
     """

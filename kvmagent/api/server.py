@@ -4,7 +4,7 @@
                   nobody 401, not allowed 403, unknown path 404, other method 405, AgentError its own status, all JSON
                   a public path: an allowed address is enough
 
-Here alone a caller's role is asked for, before anything of the body is looked at; which VM a command is for, its body
+Only this module checks a caller's role, before it reads anything of the body; which VM a command is for, its body
 says, and the same `Access` is asked again when that is known. Routes come from the declared commands; a handler is a
 function from `Call` to `Answer` and knows no CherryPy.
 """

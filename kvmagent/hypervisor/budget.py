@@ -3,7 +3,7 @@
     look(connection, ...)     the pools that a VM's memory comes from: facts, for the planners
     reserve(connection, ...)  before a task's first step; refused where the host cannot keep it
     release(task)             with the task's end
-    note(facts)               what was seen of a VM that the look does not tell: what its guest does not use
+    note(facts)               what was observed of a VM that `look` does not return: what its guest does not use
     view(connection)          for /healthz, metrics and the operator
 
 What is asked here of libvirt waits for no QEMU, so that one that hangs holds up no other VM's plug; how much is

@@ -1,11 +1,11 @@
-"""What libvirt tells of devices: removed, removal refused, size changed, balloon changed; of vCPUs: removed.
+"""What libvirt reports on devices: removed, removal refused, size changed, balloon changed; of vCPUs: removed.
 
     libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event
     refused later than its performer waited       on_refused, which tasks.pendingremovals notes down
 
 Callbacks run on the event loop's thread: they put into queues and never call libvirt. Events are lost with their
-connection, so whoever waits also looks at the VM itself now and then.
+connection, so whoever waits also reads the VM itself now and then.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import Literal
 import libvirt
 
 EventKind = Literal["removed", "removal-failed", "size-changed", "balloon-changed", "vcpu-removed"]
-# A libvirt-python that was built before libvirt 12.4 cannot be told of removed vCPUs: whoever waits for one looks.
+# A libvirt-python that was built before libvirt 12.4 cannot report removed vCPUs: whoever waits for one reads the VM.
 _VCPU_REMOVED: int | None = getattr(libvirt, "VIR_DOMAIN_EVENT_ID_VCPU_REMOVED", None)
 _VCPU_REMOVALS_SINCE = 12_004_000
 
 
 def has_vcpu_removals(connection: libvirt.virConnect) -> bool:
-    """Return whether this libvirt asks for vCPUs back without waiting, and tells of each that is removed."""
+    """Return whether this libvirt asks for vCPUs back without waiting, and reports each that is removed."""
     return bool(connection.getLibVersion() >= _VCPU_REMOVALS_SINCE)
 
 

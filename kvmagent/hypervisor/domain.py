@@ -385,7 +385,7 @@ class VmHandle:
             raise AgentError(Code.DEFINITION_REFUSED, failure.message, details=failure.details) from error
 
     def find_job(self) -> str | None:
-        """Return the name of the libvirt job that excludes changes of the VM; None where none is told."""
+        """Return the name of the libvirt job that excludes changes of the VM; None if none is reported."""
         try:
             stats = self._domain.jobStats(0)
         except libvirt.libvirtError:
@@ -401,7 +401,7 @@ class VmHandle:
             self._domain.setMemoryFlags(size_bytes // KIB, _AFFECT[target])
 
     def balloon_bytes(self) -> int | None:
-        """Return what the balloon leaves of the memory now; None where there is no balloon or it is not told."""
+        """Return what the balloon leaves of the memory now; None if there is no balloon or it is not known."""
         return self.read_balloon()[0]
 
     def read_balloon(self) -> tuple[int | None, tuple[int, int] | None]:

@@ -4,8 +4,8 @@ and bringing them online and offline.
 What a guest says is a claim of its owner's: it is read into typed, bounded structs, and what does not fit is silence
 (GUEST_AGENT_INVALID). No number of the guest's sizes an allocation.
 
-A guest without an agent, or with one that hangs, is normal: it is told as `GuestSilent`, never waited for longer
-than `TIMEOUT_S` a call. A command that the agent refuses is told as `CommandRefused`.
+A guest without an agent, or with one that hangs, is normal: it is raised as `GuestSilent`, never waited for longer
+than `TIMEOUT_S` a call. A command that the agent refuses is raised as `CommandRefused`.
 
 Source: QEMU docs/interop/qemu-ga-ref; Observed: qemu-ga 7.2.
 """
@@ -54,7 +54,7 @@ _MEMINFO = re.compile(r"^(Mem\w+): {1,30}(\d{1,12}) kB$", re.MULTILINE | re.ASCI
 
 
 class _Answer(msgspec.Struct, frozen=True, rename="kebab"):
-    """A part of an answer: what is not declared is not looked at."""
+    """A part of an answer: what is not declared is ignored."""
 
 
 _CpuId = Annotated[int, msgspec.Meta(ge=0, lt=65536)]
@@ -268,7 +268,7 @@ class GuestAgent:
             return False
 
     def os(self) -> GuestOs | None:
-        """Return the guest's operating system; None where the agent does not tell.
+        """Return the guest's operating system; None if the agent does not report it.
 
         Source: QEMU docs/interop/qemu-ga-ref, GuestOSInfo: the id of os-release, "mswindows" for Windows; the kernel's
         release and version are those of uname, and Linux's version alone begins with a number sign.

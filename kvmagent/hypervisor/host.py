@@ -70,7 +70,7 @@ def _measure_hugepages(directory: Path) -> dict[int, int]:
 
 
 def _measure_taken(directory: Path) -> dict[int, int]:
-    """Return the bytes in hugepages that are used or reserved, by size; nothing where that is not told.
+    """Return the bytes in hugepages that are used or reserved, by size; empty if that is not known.
 
     Source: Linux hugetlbpage.rst: reserved ones are promised to a mapping and still count as free.
     """
@@ -123,7 +123,7 @@ def _count_hugepages(directory: Path, file: str) -> dict[int, int]:
 
 @functools.cache
 def read_boot_id(root: Path) -> str | None:
-    """Return what tells this start of the host from others. Source: random(4)."""
+    """Return what identifies this start of the host. Source: random(4)."""
     return read_text(root / "proc/sys/kernel/random/boot_id")
 
 

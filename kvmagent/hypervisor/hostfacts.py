@@ -1,4 +1,4 @@
-"""Reads the compute node: libvirt's capabilities, and what the kernel and the firmware tell under /proc and /sys.
+"""Reads the compute node: libvirt's capabilities, and what the kernel and the firmware provide under /proc and /sys.
 
 What cannot be read is None; nothing here is guessed.
 Source: proc(5); sysfs class dmi; os-release(5); libvirt formatcaps.
@@ -112,7 +112,7 @@ def list_vms(
 
 
 def _read_summary(domain: libvirt.virDomain) -> VmSummary | None:
-    """Return what is so of one VM; None where it is gone."""
+    """Return the state of one VM; None if it was deleted."""
     try:
         state, maximum_kib, _, vcpus, _ = domain.info()
     except libvirt.libvirtError as error:
@@ -132,7 +132,7 @@ def _read_summary(domain: libvirt.virDomain) -> VmSummary | None:
 
 
 def read_stats(connection: libvirt.virConnect) -> tuple[VmStats, ...]:
-    """Return what libvirt tells of all running VMs in one call.
+    """Return what libvirt reports on all running VMs in one call.
 
     NOWAIT: of a VM whose QEMU does not answer another call, only what libvirt itself knows is told, which is enough.
     Source: libvirt virConnectGetAllDomainStats; Observed: libvirt 9.0.

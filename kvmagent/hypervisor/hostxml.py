@@ -1,4 +1,4 @@
-"""What libvirt's XML tells of the compute node: the model of its processor, and what its firmware says of it.
+"""What libvirt's XML says of the compute node: the model of its processor, and what its firmware says of it.
 
 Source: libvirt formatcaps.html and formatdomain.html#smbios-system-information, virConnectGetSysinfo.
 """

@@ -1,4 +1,4 @@
-"""Files in which the kernel tells of itself and of processes: /proc and /sys. What cannot be read is None.
+"""Files in which the kernel describes itself and processes: /proc and /sys. What cannot be read is None.
 
 Source: proc(5).
 """

@@ -2,7 +2,7 @@
 
     find   libvirt connected     each running VM's reason to run is read: what came while nobody listened
     hear   an event of libvirt   a VM starts or runs on by migration, or stops
-    note   a look at a VM        libvirt's own word; once for each run its QEMU's command line, where it is seen
+    note   an observation        libvirt's own word; once for each run its QEMU's command line, where it is seen
     save   once a second         what is new goes into a small file, so that it outlives the agent
 
 libvirt forgets it at the first pause. A confined agent (ProtectProc=invisible) sees no QEMU: what it has not heard
@@ -82,7 +82,7 @@ class Migrations:
             self._forget(domain.UUIDString())
 
     def note(self, facts: Facts) -> bool:
-        """Take a look at a VM into account, and return whether it came here by live migration in this run."""
+        """Take an observation of a VM into account, and return whether it came here by live migration in this run."""
         uuid, run, told = facts.domain.uuid, facts.run, facts.domain.migrated
         if run is None:
             if facts.domain.live is None:

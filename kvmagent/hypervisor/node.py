@@ -125,7 +125,7 @@ class Node:
             return
 
     def read_stats(self) -> tuple[VmStats, ...]:
-        """Return what libvirt tells of all running VMs in one call, and what each may have of the host's memory."""
+        """Return what libvirt reports on all running VMs in one call, and what each may have of the host's memory."""
         with self._connection.lease() as connection:
             promises = self._budget.view(connection).promises
             stats = read_stats(connection)
@@ -275,7 +275,7 @@ class Node:
         return msgspec.structs.replace(domain, memlock_bytes=limit)
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
-        """Return the most vCPUs of a machine type, asked once; None where it is not told."""
+        """Return the most vCPUs of a machine type, read once; None if it is not known."""
         if definition is None:
             return None
         key = (definition.arch, definition.machine, definition.hypervisor)
@@ -317,7 +317,7 @@ class OpenVm:
     def observe(self, parts: frozenset[str]) -> Facts:
         """Return what is so now; `parts` ("cpus", "memory", "agent", "os") is what to ask the guest itself.
 
-        The host's memory is looked at where the guest's is, "budget" and "balloon target" as they are asked for.
+        The host's memory is observed if the guest's is, "budget" and "balloon target" as they are asked for.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
@@ -337,7 +337,7 @@ class OpenVm:
             self._reserve(task_uuid, reservation)
 
     def perform(self, step: AnyStep) -> str:
-        """Perform one step; return what it has to tell, mostly nothing.
+        """Perform one step; return its output, mostly empty.
 
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
@@ -352,7 +352,7 @@ class OpenVm:
                 raise
 
     def preview(self, step: AnyStep) -> str:
-        """Return what the step would tell, without performing it.
+        """Return the output that the step would have, without performing it.
 
         Raises:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.

@@ -1,8 +1,8 @@
 """One function for each step type: the effect that the step names, on one VM.
 
-A performer ends by returning when the effect is there (a text, where it has something to tell), or by raising
-AgentError. Waiting performers look until their deadline, or are woken by an event: libvirt has none for what the guest
-lists or brings online, older ones none for a vCPU that is gone.
+A performer ends by returning when the effect is there (with its output, if it has any), or by raising
+AgentError. Waiting performers poll until their deadline, or are woken by an event: libvirt has none for what the guest
+lists or brings online, older ones none for a removed vCPU.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ from kvmagent.recorder import phase
 
 # The guest's kernel lists a new device within tens of milliseconds when it is idle, within seconds when it is busy.
 _FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 0.5
-# Events are lost with a connection: so a waiter looks for itself as well.
+# Events are lost with a connection: so a waiter polls as well.
 _LOOK_WITHOUT_EVENT_S = 1.0
 
 
 def perform(vm: VmHandle, step: AnyStep) -> str:
-    """Perform one step; return what it has to tell, mostly nothing.
+    """Perform one step; return its output, mostly empty.
 
     Raises:
         AgentError: what went wrong; after it nothing is known of the effect: observe again.
@@ -60,7 +60,7 @@ def perform(vm: VmHandle, step: AnyStep) -> str:
 
 
 def preview(vm: VmHandle, step: AnyStep) -> str:
-    """Return what a step would tell, without performing it: the diff of a definition; nothing of other steps.
+    """Return the output of a step without performing it: the diff of a definition; nothing of other steps.
 
     Raises:
         AgentError: when the VM cannot be read; DEFINITION_REFUSED, where libvirt's schema would not let it pass.
@@ -69,7 +69,7 @@ def preview(vm: VmHandle, step: AnyStep) -> str:
 
 
 def foresee(vm: VmHandle, step: DefineShape) -> tuple[str, Definition]:
-    """Return the diff that a definition would tell, and what it would be, without making it.
+    """Return the diff of a definition, and what it would be, without making it.
 
     Raises:
         AgentError: as `preview`.

@@ -73,7 +73,7 @@ def probe(uri: str) -> Probe:
 
 
 def _check_access(connection: libvirt.virConnect) -> None:
-    """Raise where libvirt's access control lets nobody do more than look, which the other calls here do not tell."""
+    """Raise where libvirt's access control allows no more than reading, which the other calls here do not show."""
     try:
         connection.getDomainCapabilities()
     except libvirt.libvirtError as error:
@@ -108,7 +108,7 @@ def _probe_vms(domains: list[libvirt.virDomain]) -> Iterator[ProbedVm]:
             xml, name = domain.XMLDesc(0), domain.name()
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-                continue  # gone since it was listed
+                continue  # deleted since it was listed
             raise
         live = parse_definition(xml)
         connected = is_agent_connected(xml)

@@ -72,7 +72,7 @@ _TEXT = msgspec.json.Decoder(_Text)
 
 
 def ask_balloon_pages(domain: libvirt.virDomain, ask: AskQemu) -> BalloonPages | None:
-    """Return what a VM's balloon was asked for and has; None where it is no PCI device, or QEMU does not tell.
+    """Return what a VM's balloon was asked for and has; None where it is no PCI device, or QEMU does not report it.
 
     Raises:
         AgentError: LIBVIRT_UNAVAILABLE.

@@ -1,7 +1,7 @@
 """Since when each VM waits for a restart, kept over the agent's own in a small file.
 
-It is noted whenever a VM is looked at. The moment is that of the first look that showed it: the own preparation,
-or the next look after somebody else's change. What is lost with the file is only since when.
+It is noted whenever a VM is observed. The time is that of the first observation that showed it: the own preparation,
+or the next one after somebody else's change. What is lost with the file is only since when.
 """
 
 import threading
@@ -23,7 +23,7 @@ class _Waiting(msgspec.Struct, frozen=True):
 
 
 class RestartMemory:
-    """Thread-safe. `clock` tells seconds since the epoch."""
+    """Thread-safe. `clock` returns seconds since the epoch."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
         self._file = VmFile(path, _Waiting, "since when VMs wait for a restart")

@@ -23,7 +23,7 @@ class SilentGuests:
         self._spoke: dict[str, str] = {}
 
     def note(self, facts: Facts) -> bool:
-        """Take a look at a VM into account, and return whether its guest fell silent."""
+        """Take an observation of a VM into account, and return whether its guest fell silent."""
         uuid, run = facts.domain.uuid, facts.run
         with self._lock:
             if self._spoke.get(uuid) != run:

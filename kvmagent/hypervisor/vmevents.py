@@ -1,4 +1,4 @@
-"""What libvirt tells of VMs: started, shut down and by whom, stopped, crashed, paused, resumed, rebooted; and defined.
+"""libvirt's events of VMs: started, shut down and by whom, stopped, crashed, paused, resumed, rebooted; and defined.
 
 Source: libvirt virDomainEventType and its details. Callbacks run on the event loop's thread: they hand over at once
 and never call libvirt.
@@ -13,7 +13,7 @@ import libvirt
 from kvmagent.model.host import VmEvent, VmEventKind
 
 # What is not here is nothing that happens to a running VM. A QEMU that was killed is STOPPED, with the detail FAILED
-# or CRASHED: only a guest that told of its own panic is CRASHED.
+# or CRASHED: only a guest that reported its own panic is CRASHED.
 _KINDS: dict[int, VmEventKind] = {
     libvirt.VIR_DOMAIN_EVENT_STARTED: "started",
     libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "shutdown",

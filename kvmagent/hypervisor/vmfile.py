@@ -23,7 +23,7 @@ class VmFile(Generic[Entry]):
         self._has_failed = False
 
     def load(self) -> dict[str, Entry]:
-        """Return what was kept; a file that cannot be read is told, and begun anew."""
+        """Return what was kept; a file that cannot be read is logged, and begun anew."""
         try:
             entries: dict[str, Entry] = self._decoder.decode(self._path.read_bytes())
         except FileNotFoundError:
@@ -34,7 +34,7 @@ class VmFile(Generic[Entry]):
         return entries
 
     def save(self, entries: dict[str, Entry]) -> bool:
-        """Keep these, and no others; return whether they are on disk. The first of several failures is told."""
+        """Keep these, and no others; return whether they are on disk. The first of several failures is logged."""
         try:
             write_file(self._path, msgspec.json.encode(entries))
         except OSError as error:

@@ -1,15 +1,15 @@
-"""Which name and which UUID are one VM's, as libvirt told it last. It asks nobody."""
+"""Which name and which UUID are one VM's, as libvirt reported it last. It sends no request."""
 
 import threading
 
 from kvmagent.model.vmname import VmId, dashed_uuid
 
-# So many VMs no host has; what is over is of VMs that are gone.
+# So many VMs no host has; the surplus is of VMs that were deleted.
 _MOST = 20000
 
 
 class VmNames:
-    """Thread-safe. A VM that was renamed has its new name from the next look on."""
+    """Thread-safe. A VM that was renamed has its new name from the next observation on."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

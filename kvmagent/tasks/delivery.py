@@ -50,7 +50,7 @@ _Payers = tuple[str, ...]
 
 @dataclass(eq=False)
 class _Destination:
-    """One callback server and what is owed to it: by VM the ids, oldest first, since when in the agent's own time.
+    """A callback server and what is undelivered there: by VM the ids, oldest first, since when in the agent's own time.
 
     A lane's first callback is under way (`busy`), may go now (`ready`), or waits until a moment of `waits`. There the
     key None is the whole destination's: none of its callbacks goes before. Guarded by Delivery's lock, but for
@@ -131,13 +131,13 @@ class Delivery:
         self._stop_at: float | None = None
 
     def set_limits(self, *, timeout_s: float, give_up_s: float, max_owed: int, max_owed_per_client: int) -> None:
-        """Have other limits from now on; what is owed stays so."""
+        """Use other limits from now on; undelivered callbacks stay."""
         with self._changed:
             self._timeout_s, self._give_up_s = timeout_s, give_up_s
             self._max_owed, self._max_owed_per_client = max_owed, max_owed_per_client
 
     def put(self, owed: Undelivered, *, pause_s: float = 0.0) -> None:
-        """Send a task's reply to its callback URL, soon; one that is owed already is tried again now.
+        """Send a task's reply to its callback URL, soon; one that is already undelivered is tried again now.
 
         A destination that was not known waits for `pause_s` first.
         Where no callback was wanted there is nothing to send: it counts as delivered, after no attempt.
@@ -170,7 +170,7 @@ class Delivery:
                 self._wake_thread()
 
     def put_missing(self, owed: Iterable[Undelivered]) -> None:
-        """Send replies that are owed and that nobody told of; what waits already keeps its turn.
+        """Send undelivered replies that were never put here; what waits already keeps its turn.
 
         A destination of which nothing was known has its first one after a pause: the agent may have started together
         with all others.
@@ -206,7 +206,7 @@ class Delivery:
             raise AgentError(Code.QUEUE_FULL, f"{found}; {limits}")
 
     def backlog(self) -> list[Backlog]:
-        """Return what is owed to each destination that is owed anything."""
+        """Return the backlog of each destination with undelivered callbacks."""
         with self._changed:
             now, own = time.monotonic(), self._journal.own_time()
             return [
@@ -239,7 +239,7 @@ class Delivery:
             self._wake_thread()
 
     def stop(self, timeout_s: float) -> None:
-        """Send what is due now, as far as the time goes; what is still owed then stays in the journal."""
+        """Send what is due, as long as there is time; what is undelivered then stays in the journal."""
         with self._changed:
             self._stop_at = time.monotonic() + timeout_s
             self._changed.notify_all()
@@ -398,7 +398,7 @@ class Delivery:
             destination.waits.pop(lane, None)
 
     def _forget_old(self, destination: _Destination) -> list[str]:
-        """Forget what this destination has been owed for too long, and return it: it has just been tried once more."""
+        """Give up what has been undelivered here for too long, and return it: it has just been tried once more."""
         oldest, old = self._journal.own_time() - self._give_up_s, []
         for lane, owed in list(destination.lanes.items()):
             for task_uuid in [task_uuid for task_uuid, own_at in owed.items() if own_at <= oldest]:
@@ -415,7 +415,7 @@ class Delivery:
             with log_context(**task.log_fields):
                 log.error("callback given up", url=destination.url, attempts=task.attempts, error=error)
             self._settle(task, "given_up", error, None)
-        except AgentError as failure:  # the next start finds it owed, tries it, and gives it up
+        except AgentError as failure:  # the next start finds it undelivered, tries it, and gives it up
             log.warning("callback waits for the journal", task=task_uuid, **error_fields(failure))
 
     def _close_idle(self, now: float) -> None:
@@ -466,7 +466,7 @@ class Delivery:
 def _destination_of(owed: Undelivered) -> str:
     """Return where a callback goes, and for whom.
 
-    Where callbacks may go depends on who asked: a connection that is kept serves one client's tasks alone.
+    Where callbacks may go depends on the caller: a connection that is kept serves one client's tasks alone.
     """
     parts = urlsplit(owed.callback_url)
     return f"{parts.scheme}://{parts.netloc} of {owed.client}"

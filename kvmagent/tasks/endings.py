@@ -3,7 +3,7 @@
     end(task, carry_out)
       journal.start_task
       carry_out(task)       -> Ended
-      journal.finish        the reply and the owed callback; where anything was raised before, a reply that says so
+      journal.finish        the reply and the undelivered callback; if anything was raised before, a reply that says so
       free                  what the task had reserved
       tell                  delivery, metrics, log, audit trail
 
@@ -29,10 +29,10 @@ log = Log(__name__)
 
 
 class Ended(NamedTuple):
-    """What came of a task: its reply as JSON, and the error that it tells.
+    """The result of a task: its reply as JSON, and the error in it.
 
-    `hooked`: the operator's hooks have been asked. `totals` are the VM's, before and after;
-    `made` is what goes to its history. `facts` are what was seen of the VM last, where it was.
+    `hooked`: the operator's hooks have run. `totals` are the VM's, before and after;
+    `made` is what goes to its history. `facts` are the last observation of the VM, if there was one.
     """
 
     reply: bytes
@@ -45,7 +45,7 @@ class Ended(NamedTuple):
 
 
 class Endings:
-    """Thread-safe. `on_finished` takes the callback that is owed, `free` lets go of what a task has reserved."""
+    """Thread-safe. `on_finished` takes the undelivered callback, `free` releases what a task has reserved."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Endings:
         _write(task, ended, seconds=seconds)
 
     def tell_late(self, task: Task, ended: Ended, owed: Undelivered | None) -> None:
-        """Tell everybody what became of what was pending when the task ended; with a callback where one is owed."""
+        """Report the result of what was pending when the task ended; with a callback if the client wants one."""
         self._recorder.ended_late(task.command, ended.error.code if ended.error else None)
         _write(task, ended, late=True)
         if owed is not None:
@@ -115,7 +115,7 @@ class Endings:
 
 
 def named(task: Task, facts: Facts | None) -> Task:
-    """Return the task with its VM's name and UUID, where that was seen."""
+    """Return the task with its VM's name and UUID, if the VM was observed."""
     if facts is None:
         return task
     return msgspec.structs.replace(task, vm_uuid=facts.domain.uuid, vm_name=facts.domain.name)

@@ -16,7 +16,7 @@
       withdraw                           requests that the guest did not reach, however the task ended
       command.resumed_goal   -> goal        after an interruption, instead of the decision: what may still be done
       judge, command.reply_fields-> reply   what was proven; a command adds its own fields
-      journal.finish                     the result and the owed callback
+      journal.finish                     the result and the undelivered callback
       on_finished(owed)                  delivery
       hooks.run_after                    the operator's; what they do changes nothing
 
@@ -66,7 +66,7 @@ _MAX_ROUNDS = 512
 PENDING = "pending"
 # Outcomes that leave no mark in a VM's history.
 _NO_CHANGE = ("unchanged", "planned")
-# What of a request its history tells.
+# The fields of a request that its history shows.
 _ASKED = ("cpuNum", "memorySize", "maxCpuNum", "maxMemorySize")
 # After these nothing can be undone now: the task goes on from its goal when it can.
 _NO_WAY_BACK = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE)
@@ -85,10 +85,10 @@ class OpenVm(Protocol):
         """Return what is so now."""
 
     def perform(self, step: AnyStep) -> str:
-        """Perform one step; return what it has to tell, mostly nothing."""
+        """Perform one step; return its output, mostly empty."""
 
     def preview(self, step: AnyStep) -> str:
-        """Return what the step would tell, without performing it."""
+        """Return the output that the step would have, without performing it."""
 
     def reserve(self, task_uuid: str, reservation: Reservation) -> None:
         """Reserve what of the host's memory a task may bring the VM to."""
@@ -203,7 +203,7 @@ class Executor:
     def _look_late(self, task: Task) -> None:
         """See whether what was pending has come to an end; if so the definition follows, and that is the result.
 
-        Nothing is asked of the guest again, and the running VM is not changed: other tasks may have come since.
+        The guest gets no request again, and the running VM is not changed: other tasks may have come since.
         """
         try:
             run = self._take_up(task)
@@ -283,7 +283,7 @@ class Executor:
         """Return a task as it was left: a fresh one, or with its goal and the steps that it had come to.
 
         Raises:
-            AgentError: TASK_UNREADABLE, when its plugin is gone or understands it no longer.
+            AgentError: TASK_UNREADABLE, when its plugin was removed or no longer understands it.
         """
         command = self._commands.get(task.command)
         if command is None:
@@ -418,7 +418,7 @@ class Executor:
             assert run.goal is not None
             run.hooked = True
             if self._hooks.run_before(named(task, run.after), run.goal):
-                # They take time and may change the host: what was seen before them is no ground to stand on.
+                # They take time and may change the host: what was observed before them may be outdated.
                 run.goal = None
                 steps = self._plan(task, run, vm)
         if steps and fresh:
@@ -464,7 +464,7 @@ class Executor:
         return run.plan()
 
     def _reach_goal(self, task: Task, run: Run, vm: OpenVm) -> None:
-        """Plan, perform and look again until nothing is left to do; what has no effect is not tried again.
+        """Plan, perform and observe again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
             AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there;
@@ -539,7 +539,7 @@ class Executor:
                 log.failure("changes cannot be undone", failure, error_code=failure.code)
 
     def _cancel_requests(self, task: Task, run: Run, vm: OpenVm) -> None:
-        """Take back what was asked of the guest and not reached: whatever the command, and however it ended.
+        """Withdraw requests that the guest did not fulfil: whatever the command, and however it ended.
 
         Raises:
             AgentError: LIBVIRT_UNAVAILABLE, JOURNAL_UNAVAILABLE: the task goes on later.
@@ -628,7 +628,7 @@ class Executor:
         return problem
 
     def _look_again(self, run: Run) -> None:
-        """After a failure only a fresh look tells how far it came; unknown is better than stale, or than another VM."""
+        """After a failure only a new observation shows how far it came; unknown is better than stale or another VM."""
         if not run.reports:
             return
         try:

@@ -4,7 +4,7 @@ The agent calls `fault(name)` at each; as shipped that does nothing. A test hand
 there, so that "killed between these two writes" is a test and not a hope.
 
     journal.NAME:written     the change NAME is made, not committed
-    journal.NAME:committed   it is on disk, nobody has been told
+    journal.NAME:committed   it is on disk, nobody has been notified
     step:begun, step:done    on either side of each step's effect
     callback:taken           the receiver has answered, nothing about it is written
 """

@@ -47,7 +47,7 @@ _KILLED_S = 1.0
 
 
 class _Result(NamedTuple):
-    """How a hook ended: `failure` is what it is told as, None where the hook says yes."""
+    """How a hook ended: `failure` is its description, None if the hook agreed."""
 
     failure: str | None
     seconds: float
@@ -167,7 +167,7 @@ class Hooks:
         return _Result(failure, round(time.monotonic() - started, 3), text)
 
     def _judge(self, status: int | None, output: bytes) -> str | None:
-        """Return what a hook's end is told as; None: it went well."""
+        """Return how a hook failed, in words; None: it succeeded."""
         if status == 0:
             return None
         if status is None:

@@ -33,7 +33,7 @@ class HostNode(Protocol):
 
 
 class HostQueries:
-    """Thread-safe. `on_finished` takes what is owed for a task that was answered."""
+    """Thread-safe. `on_finished` takes the undelivered callback of a task that was answered."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class HostQueries:
             self._endings.end(task, self._answer_task)
 
     def answer(self, query: Query, request: Any, client: str) -> Ended:
-        """Return the answer, and the error that it tells: where libvirt cannot be asked nothing is made up.
+        """Return the answer, and the error in it: if libvirt cannot be reached, nothing is made up.
 
-        `client` is the address that asks; a server is told of events only where its callbacks may go.
+        `client` is the caller's address; a server gets reports of events only where its callbacks may go.
         """
         ended = self._answer(query, request, client)
         self._recorder.ended(query.name, ended.outcome, ended.error.code if ended.error else None)

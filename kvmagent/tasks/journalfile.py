@@ -84,7 +84,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         # A step's problem was its code alone; a task that goes on after a restart needs the words too.
         "UPDATE steps SET problem = json_object('code', problem, 'message', '', 'remedy', '') WHERE problem NOT NULL",
-        # Since when a callback is owed by the clock. Nothing reads it since own_at says it; an older agent does.
+        # Since when a callback is undelivered, by the clock. Only an older agent reads it; own_at has replaced it.
         "ALTER TABLE tasks ADD COLUMN owed_at REAL",
         "UPDATE tasks SET owed_at = finished_at",
         # Pruning finds the oldest settled tasks without reading the others.
@@ -115,7 +115,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE tasks ADD COLUMN traceparent TEXT NOT NULL DEFAULT ''",
     ),
     (
-        # Which VM a task is about, however it was named: empty until the VM was seen.
+        # Which VM a task is about, however it was named: empty until the VM was observed.
         "ALTER TABLE tasks ADD COLUMN vm_uuid TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE tasks ADD COLUMN vm_name TEXT NOT NULL DEFAULT ''",
         "UPDATE tasks SET vm_uuid = coalesce(json_extract(CAST(before AS TEXT), '$.domain.uuid'), ''),"
@@ -158,7 +158,7 @@ _CACHE_KIB = 256
 _LOG_BYTES = 16 * 2**20
 # Up to this size a start checks the indexes against the tables too. Observed: 34 MiB take 80 ms, by the quick check 50.
 _WHOLE_CHECK_BYTES = 512 * 2**20
-# So many faults of a damaged file are told; the first says most.
+# At most so many faults of a damaged file are reported; the first ones say most.
 _MOST_FAULTS = 20
 # Errors that lie in one change, and not in the file.
 _OWN_ERRORS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
@@ -484,7 +484,7 @@ class JournalFile:
             self._close_db()
             return error
         except Exception as error:
-            # Nobody foresaw it, and trying again would end alike: none of these changes is made, and who waits is told.
+            # Nobody foresaw it, and trying again would end alike: none of these changes is made; waiters get the error.
             log.failure("journal changes are not made", error, waiting=len(batch))
             self._close_db()
             for write in batch:
@@ -524,7 +524,7 @@ class JournalFile:
         if self._log_inode is None:
             self._watch_log()
         self._db.execute("COMMIT")
-        # Nothing is told of what went to a file that nobody will find again.
+        # What went to a file that nobody will find again is not reported as stored.
         self._refuse_another_file()
         if not self._has_log():
             self._mend_log()
@@ -541,7 +541,7 @@ class JournalFile:
     # -- the file
 
     def _connect(self) -> sqlite3.Connection:
-        # Opened by URI: a file that is gone must not come back empty.
+        # Opened by URI: a file that was removed must not come back empty.
         db = sqlite3.connect(
             f"{self._path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, check_same_thread=False
         )
@@ -658,7 +658,7 @@ class JournalFile:
         self._log_fd = self._log_inode = None
 
     def _identify(self) -> tuple[tuple[int, int], int]:
-        """Return what tells this file from another, and its size, which never shrinks."""
+        """Return what identifies this file, and its size, which never shrinks."""
         facts = self._path.stat()
         return (facts.st_dev, facts.st_ino), facts.st_size
 

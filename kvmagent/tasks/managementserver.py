@@ -1,4 +1,4 @@
-"""What the management server told of itself, kept over a restart in a small file of its own.
+"""What the management server said of itself, kept over a restart in a small file of its own.
 
 It is no task: nothing is owed for it, and the last word counts. So it is replaced as a whole, on disk before it is
 believed.
@@ -26,7 +26,7 @@ class ManagementServerFile:
         self._server: ManagementServer | None = None
 
     def load(self) -> None:
-        """Read what was remembered. A file that cannot be read is told and forgotten: the server connects again."""
+        """Read what was remembered. A file that cannot be read is logged and ignored: the server connects again."""
         try:
             self._server = msgspec.json.decode(self._path.read_bytes(), type=ManagementServer)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Tells the management server what it did not ask for: the events of VMs, those of one VM in order.
+"""Reports to the management server without a request: the events of VMs, those of one VM in order.
 
     tell_...(news)  ->  the plugins' reports  ->  a few threads  ->  POST sendCommandUrl, header commandpath
 
@@ -35,7 +35,7 @@ News = TypeVar("News")
 
 
 class Notifications:
-    """Thread-safe. `get_server` returns who is to be told, None while nobody has connected."""
+    """Thread-safe. `get_server` returns who gets the reports, None while nobody has connected."""
 
     def __init__(
         self,

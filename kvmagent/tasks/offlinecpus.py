@@ -2,7 +2,7 @@
 use since. Whoever sends the same again wants them online; others that are offline are so by their owner's will.
 
     before a step that plugs them      keep     on disk with the step's beginning, whatever becomes of the agent
-    at each look at the VM             add      told to planners; what the guest uses, or has no more, is forgotten
+    at each observation of the VM      add      given to planners; what the guest uses, or has no more, is forgotten
 
 Kept for each run of a VM, apart from its tasks: those are forgotten sooner.
 """
@@ -28,7 +28,7 @@ class OfflineCpus:
             self._journal.keep_left(facts.domain.uuid, facts.run, cpus)
 
     def add(self, facts: Facts) -> Facts:
-        """Return a look at a VM with what was left offline there, and forget what is so no more."""
+        """Return the facts of a VM with what was left offline there, and forget what no longer is."""
         if facts.domain.live is None:
             return facts
         try:

@@ -1,8 +1,8 @@
-"""Prepares VMs without being asked, where the operator wants it (prepare.on_define).
+"""Prepares VMs without a request, if the operator wants it (prepare.on_define).
 
     libvirt: defined, started     -> note      -+
-    start; libvirt is there again -> note_all  -+-> thread: one look at the VM, and the command's own decision
-                                                    refused: told once, in log and audit trail; no task
+    start; libvirt is there again -> note_all  -+-> thread: observe the VM once, and the command's own decision
+                                                    refused: reported once, in log and audit trail; no task
                                                     nothing to change: nothing
                                                     else a task is handed in, as any caller would
 
@@ -40,10 +40,10 @@ log = Log(__name__)
 #: Whose tasks these are.
 OWN_ACCESS = Access("agent:on_define", frozenset({"read", "prepare"}))
 _SUCCESS = ("configured", "unchanged")
-# What may be otherwise in a moment: the VM is looked at again.
+# What may be otherwise in a moment: the VM is observed again.
 _PASSING = (Code.LIBVIRT_UNAVAILABLE, Code.JOURNAL_UNAVAILABLE, Code.QUEUE_FULL, Code.STOPPING)
 _PAUSE_S = 0.5
-# Where a look failed for such a reason.
+# The pause after an observation failed for such a reason.
 _LONG_PAUSE_S = 10.0
 # So many of its tasks are unfinished at once: those of callers have the other workers.
 _AT_ONCE = 4
@@ -141,7 +141,7 @@ class Preparations:
         self._prepared_at: dict[str, list[float]] = {}
 
     def start(self, unfinished: Iterable[Task]) -> None:
-        """Begin with a look at all VMs; `unfinished` are the tasks that an earlier agent left."""
+        """Begin by observing all VMs; `unfinished` are the tasks that an earlier agent left."""
         self.recall(unfinished)
         self.note_all()
         self._thread.start()
@@ -186,7 +186,7 @@ class Preparations:
                 pause_s = _LONG_PAUSE_S
 
     def look(self) -> float | None:
-        """Look at the VMs whose time has come; return in how many seconds to look again, None: when one is noted."""
+        """Observe the VMs that are due; return in how many seconds to do it again, None: when one is noted."""
         now = self._clock()
         try:
             self._forget_finished()
@@ -237,7 +237,7 @@ class Preparations:
                 self._failed[uuid] = _Failed(mine.config, touched=touched)
 
     def _look_at(self, uuid: str, *, is_new: bool) -> float | None:
-        """Look at one VM, and hand in what it needs; return in how many seconds to look again, if it is to be."""
+        """Observe one VM, and hand in what it needs; return in how many seconds to do it again, if at all."""
         now = self._clock()
         prepared_at = [at for at in self._prepared_at.get(uuid, ()) if now - at < _ROW_S]
         if len(prepared_at) >= _MOST_IN_A_ROW:

@@ -1,6 +1,6 @@
 """Watches removals that were pending when their task answered: the guest may still release the device hours later.
 
-    executor: outcome pending -> add -> look_after, every second -> the VM's lane -> executor looks
+    executor: outcome pending -> add -> look_after, every second -> the VM's lane -> executor reads the VM
 
     libvirt's event loop: the guest refused -> note_refusal -> journal, and look_after at once
 
@@ -19,7 +19,7 @@ from kvmagent.tasks.journal import Journal, Task
 
 log = Log(__name__)
 
-# A look comes after a quarter of the time that the removal has been pending, within these.
+# The VM is read again after a quarter of the time that the removal has been pending, within these limits.
 _SHORTEST_S, _LONGEST_S = 1.0, 60.0
 _GIVE_UP_S = 86400.0
 # A refusal may come between the end of a step's wait and its task's answer: so many are remembered, for so long.

@@ -5,7 +5,7 @@ from typing import ParamSpec, TypeVar
 
 from kvmagent.model.errors import AgentError, Code
 
-# By these the agent tells itself that a task is left, or goes on later.
+# The agent itself raises these: a task is left, or continues later.
 _AGENTS_OWN = (Code.CANCELLED, Code.JOURNAL_UNAVAILABLE, Code.LIBVIRT_UNAVAILABLE, Code.STOPPING)
 
 P = ParamSpec("P")

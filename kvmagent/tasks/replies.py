@@ -26,7 +26,7 @@ _NEVER_TOLD = ("guest_cpu_num", "guest_memory_size", "free_slots")
 
 
 def make_error(error: BaseException) -> AgentError:
-    """Return what is told of an exception; one that nobody foresaw is the agent's own fault."""
+    """Return the error that a reply has for an exception; an unforeseen one is the agent's own fault."""
     if isinstance(error, AgentError):
         return error
     failure = AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False)
@@ -37,7 +37,7 @@ def make_error(error: BaseException) -> AgentError:
 def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
     """Return the reply as JSON, and what it was judged to be.
 
-    A command whose reply_fields fails keeps nothing from being told: its own fields are missing then, and where a step
+    A command whose reply_fields fails still gets a reply: its own fields are missing then, and where a step
     was performed the task is partial.
     """
     judgement = judge(ending)
@@ -91,7 +91,7 @@ def _bare_fields(error: AgentError, outcome: Outcome) -> dict[str, Any]:
 
 
 def tell_totals(judgement: Judgement) -> dict[str, int]:
-    """Return what a log line tells of a VM's numbers: its vCPUs and memory, and what else is not as it was before."""
+    """Return what a log line shows of a VM's numbers: its vCPUs and memory, and what else has changed."""
     told = dict[str, int]()
     for field in msgspec.structs.fields(Numbers):
         before, after = getattr(judgement.before, field.name), getattr(judgement.after, field.name)

@@ -2,7 +2,7 @@
 
 dump totals     threads, journal
 dump lane       each VM with a task: the running one and since when, how many wait; the longest first
-dump callbacks  each destination that is owed something: how much, since when, when it is tried next
+dump callbacks  each destination with undelivered callbacks: how many, since when, when the next try is
 dump thread     the name of each thread, by the id that the stacks have
 """
 

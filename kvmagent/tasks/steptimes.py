@@ -1,4 +1,4 @@
-"""How long steps took on this host lately, from the journal: what a plan tells of the time that it would take.
+"""How long steps took on this host lately, from the journal: what a plan says of the time that it would take.
 
 A plan knows its first steps alone. It is compared with tasks of the same command that began with steps of the same
 kinds and reached their goal, and these are counted whole.
@@ -18,7 +18,7 @@ from kvmagent.tasks.journal import Journal
 
 log = Log(__name__)
 
-# The newest tasks that are looked at, and the fewest that say anything.
+# How many of the newest tasks are read, and how few are too few to say anything.
 _LATELY, _FEWEST = 500, 3
 
 

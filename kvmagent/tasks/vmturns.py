@@ -42,7 +42,7 @@ class VmTurns:
                 raise NotYet
 
     def wait_for(self, other_uuid: str, task: Task) -> None:
-        """Have a task woken once another has ended. That it has not yet is to be looked at after this."""
+        """Have a task woken once another has ended. Check only after this call that it has not ended yet."""
         with self._lock:
             self._waiting_for_end.setdefault(other_uuid, []).append(task)
 

@@ -1,6 +1,6 @@
 """Cancels tasks: one that has changed nothing yet ends as refused, with a callback like any other.
 
-    withdraw -> journal.cancel      one transaction: no goal yet -> finished, with the reply and the callback owed
+    withdraw -> journal.cancel      one transaction: no goal yet -> finished, with the reply, callback undelivered
                    too late          TASK_NOT_CANCELLABLE, and what it is doing: a change is never stopped halfway
              -> lanes.withdraw       its place in the queue is free
              -> on_finished(owed)    delivery
@@ -76,7 +76,7 @@ class Withdrawal:
                 ending = Ending(request, goal=None, before=None, after=None, reports=(), error=error)
                 return make_reply(declared, ending)[0]
         except msgspec.MsgspecError:
-            pass  # of another version: the bare reply tells it as well
+            pass  # of another version: the bare reply says it as well
         return bare_reply(task, error)[0]
 
 

@@ -1,4 +1,4 @@
-"""Answers to the questions of a ZStack management server, and what it is told unasked."""
+"""Answers to the queries of a ZStack management server, and the reports sent to it."""
 
 import functools
 import re
@@ -121,7 +121,7 @@ def virtualizer_info(request: VmListRequest, view: HostView) -> VirtualizerReply
 
 
 def fact(_request: HostRequest, view: HostView) -> FactReply:
-    """Describe the host as ZStack's own agent does: what differs is told to the user as changed hardware."""
+    """Describe the host as ZStack's own agent does: the server shows any difference to the user as changed hardware."""
     host = _get_host(view)
     firmware: dict[str, Any] = {field: host.firmware.get(name, "unknown") for field, name in _FIRMWARE.items()}
     return FactReply(
@@ -205,7 +205,7 @@ def check_states(request: VmListRequest, view: HostView) -> VmStatesReply:
 
 
 def report_event(event: VmEvent, server: ManagementServer) -> tuple[Report, ...]:
-    """Return what the server is told of something that happened to a VM.
+    """Return the reports to the server on something that happened to a VM.
 
     Never its state: the server would believe "Shutdown" of a VM that has migrated away, and start it a second time.
     For the same reason nothing is told of a QEMU that ended, whatever ended it: the server asks every minute.
@@ -232,12 +232,12 @@ _REPORTS: dict[VmEventKind, str] = {
 
 
 def report_gap(reason: str, server: ManagementServer) -> tuple[Report, ...]:
-    """Return what the server is told when events may have been missed: to connect again, and so to look itself."""
+    """Return the reports to the server when events may have been missed: it connects again, and so reads the states."""
     return (Report("/kvm/reconnectme", {"hostUuid": server.host_uuid, "reason": reason}),)
 
 
 def report_progress(progress: Progress, server: ManagementServer) -> tuple[Report, ...]:
-    """Return what the server is told of a task's progress, which it finds by the context of its own request."""
+    """Return the reports to the server on a task's progress, which it finds by the context of its own request."""
     body = {
         "progress": str(progress.percent),
         "processType": progress.command,

@@ -86,7 +86,7 @@ class VirtualizerReply(HostReply, kw_only=True, rename="camel"):
 
 
 class FactReply(HostReply, kw_only=True, rename="camel"):
-    """The host; "unknown" where it cannot be told.
+    """The host; "unknown" if it is not known.
 
     `hvmCpuFlag` and `eptFlag` are left out where the processor has none: the server then refuses the host by itself.
     """

@@ -1,4 +1,4 @@
-"""Memory as the guest has it: its blocks behind the VM's devices, bringing them online, and what to tell of it."""
+"""Memory as the guest has it: its blocks behind the VM's devices, bringing them online, and what to report."""
 
 from kvmagent.model.command import Ending
 from kvmagent.model.errors import AgentError, Code
@@ -86,17 +86,17 @@ def spans_of(blocks: frozenset[int]) -> tuple[range, ...]:
 
 
 def listed_blocks(guest: Guest) -> frozenset[int]:
-    """Return the blocks that the guest lists; none where it does not tell."""
+    """Return the blocks that the guest lists; none if it does not report them."""
     return frozenset(block.index for block in guest.blocks or ())
 
 
 def online_blocks(guest: Guest) -> frozenset[int]:
-    """Return the blocks that the guest uses; none where it does not tell."""
+    """Return the blocks that the guest uses; none if it does not report them."""
     return frozenset(block.index for block in guest.blocks or () if block.online)
 
 
 def find_online_bytes(facts: Facts, device: MemoryDevice) -> int | None:
-    """Return how much of a device the guest uses; None where it does not tell, or the device's place is not known."""
+    """Return how much of a device the guest uses; None if it does not report it, or the device's place is not known."""
     guest = facts.guest
     if facts.domain.live is None or guest.blocks is None or guest.block_bytes is None or device.base is None:
         return None
@@ -105,7 +105,7 @@ def find_online_bytes(facts: Facts, device: MemoryDevice) -> int | None:
 
 
 def offline_bytes(facts: Facts) -> int:
-    """Return how much plugged memory the guest does not use; all of it where it does not tell."""
+    """Return how much plugged memory the guest does not use; all of it if the guest does not report it."""
     live = facts.get_live()
     quantum = facts.guest.block_bytes
     if facts.guest.blocks is None or quantum is None:
@@ -171,7 +171,7 @@ def check_guest_can_spare(facts: Facts, taken_bytes: int) -> None:
 
 
 def explain_free(ending: Ending) -> list[Problem]:
-    """Say why `free` in the guest shows less than the VM has: told on success too, never hidden."""
+    """Say why `free` in the guest shows less than the VM has: reported on success too, never hidden."""
     facts = ending.after
     if facts is None or ending.goal is None or ending.request.affect == "config":
         return []
@@ -195,7 +195,7 @@ def explain_free(ending: Ending) -> list[Problem]:
 
 
 def find_growth(ending: Ending) -> int | None:
-    """Return how much MemTotal grew in the guest, which says more than the total; None where it was not told."""
+    """Return how much MemTotal grew in the guest, which says more than the total; None if it was not reported."""
     before = find_mem_total(ending.before) if ending.before else None
     after = find_mem_total(ending.after) if ending.after else None
     return None if before is None or after is None else after - before

@@ -180,7 +180,7 @@ def _balloon_wanted(goal: MemoryGoal, facts: Facts) -> int:
 
 
 def _balloon_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
-    """The guest moves the balloon: its actual size, not the call, tells what was reached; the definition follows."""
+    """The guest moves the balloon: its actual size, not the call, shows what was reached; the definition follows."""
     if goal.balloon_bytes is None:
         return ()
     actual, wanted = facts.domain.balloon_bytes, _balloon_wanted(goal, facts)
@@ -361,7 +361,7 @@ def _dimm_online_steps(
 
 
 def _dimm_blocks(dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[range, ...]:
-    """Return the guest's blocks behind these dimms; nothing where the guest did not tell its block size."""
+    """Return the guest's blocks behind these dimms; none if the guest did not report its block size."""
     if facts.guest.block_bytes is None or facts.domain.live is None:
         return ()
     devices = [facts.domain.live.find_device(dimm.alias) for dimm in dimms if dimm.live]

@@ -28,7 +28,7 @@ _MAXIMA = frozenset({"maxCpuNum", "maxMemorySize", "slots"})
 
 
 def decide(request: ReadyForHotplugRequest, facts: Facts, task_uuid: str) -> PrepareGoal:
-    """Return the shape to prepare; a mere question has none, and all is told in its reply.
+    """Return the shape to prepare; a request without `prepare` has none, and its reply says everything.
 
     Raises:
         AgentError: what `plan_preparation` refuses.
@@ -97,7 +97,7 @@ def _find_offline(facts: Facts) -> PluggedOffline | None:
 
 
 def _offline_warnings(facts: Facts) -> list[Problem]:
-    """Return the same in words, with remedies; that a guest does not tell is another warning."""
+    """Return the same in words, with remedies; a guest that does not report it is another warning."""
     live, guest, found = facts.domain.live, facts.guest, list[Problem]()
     if live is not None and guest.vcpus is not None:
         found += idle_warnings(guest.vcpus, live.vcpu_current)

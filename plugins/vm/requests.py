@@ -110,7 +110,7 @@ class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel
 
 
 class MemoryReply(VmReply, kw_only=True, rename="camel"):
-    """A VM reply that tells of rounding: totals in bytes. `guestGrowth` is how much MemTotal grew in the guest."""
+    """A VM reply that reports rounding: totals in bytes. `guestGrowth` is how much MemTotal grew in the guest."""
 
     requested: int | None = None
     aligned: int | None = None
@@ -153,7 +153,7 @@ class Clamp(msgspec.Struct, frozen=True):
 
 
 class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
-    """What the running VM has and its guest does not use: vCPUs, bytes; null where the guest does not tell.
+    """What the running VM has and its guest does not use: vCPUs, bytes; null if the guest does not report it.
 
     `ballooned` is no trouble: it is what the balloon holds back of the memory, which was asked of it.
     """

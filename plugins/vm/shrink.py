@@ -22,7 +22,7 @@ USER_ALIAS = "ua-"
 
 
 class PlannedRemoval(msgspec.Struct, frozen=True, rename="camel"):
-    """A dimm that a task removes. `base` tells it from a later one: libvirt gives its own aliases out again.
+    """A dimm that a task removes. `base` distinguishes it from a later one: libvirt gives its own aliases out again.
 
     `online_blocks` is what the guest used of it before: it is brought back where the guest does not let go.
     """
@@ -136,7 +136,7 @@ def _removal_steps(
 
 
 def _balloon_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
-    """Only once every dimm is gone: the balloon counts them, and would take their size out of what is online."""
+    """Only once every dimm is removed: the balloon counts them, and would take their size out of what is online."""
     if goal.balloon_bytes is None or any(_is_left(removal, goal, facts) for removal in goal.removals):
         return ()
     actual = facts.domain.balloon_bytes

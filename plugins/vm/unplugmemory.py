@@ -273,7 +273,7 @@ def _dimms(definition: Definition) -> list[MemoryDevice]:
 
 
 def _kept_blocks(dimm: MemoryDevice, facts: Facts) -> frozenset[int]:
-    """Return the blocks of a dimm that the guest says it cannot take offline; none where it does not tell."""
+    """Return the blocks of a dimm that the guest says it cannot take offline; none if it does not report them."""
     if facts.guest.blocks is None or facts.guest.block_bytes is None:
         return frozenset()
     fixed = frozenset(block.index for block in facts.guest.blocks if block.online and not block.can_offline)

@@ -82,11 +82,11 @@ class Metrics(Recorder):
             self._guest_calls(result)
 
     def add(self, collector: Collector) -> None:
-        """Have what a collector tells in every scrape."""
+        """Include what a collector returns in every scrape."""
         self._registry.register(collector)
 
     def add_vms(self, vms: VmMetrics) -> None:
-        """Have what is known of VMs in every scrape, and tell them what is seen of VMs."""
+        """Include what is known of VMs in every scrape, and pass on what is observed of VMs."""
         self._vms = vms
         self.add(vms)
 
@@ -98,7 +98,7 @@ class Metrics(Recorder):
     def timed(self, task: Task, waited_s: float) -> Iterator[None]:
         """Measure the phases of a task that is carried out inside the block, so long after it was accepted.
 
-        A later look at one is none.
+        A later observation of one is none.
         """
         if task.outcome is not None:
             yield

@@ -16,9 +16,9 @@ from kvmagent.tasks.lanes import Lanes
 
 
 class StateMetrics(Collector):
-    """What works on tasks, and what is owed, at the moment of a scrape.
+    """What works on tasks, and what is undelivered, at the moment of a scrape.
 
-    `stalled_s` tells of each part for how long it has made no progress, `is_connected` whether libvirt is not known
+    `stalled_s` returns for each part how long it has made no progress, `is_connected` whether libvirt is not known
     to be away, `certificate_ends` until when the certificate of each section is good, `memory` the host's memory budget
     as it was seen last.
     """

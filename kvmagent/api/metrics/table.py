@@ -100,7 +100,7 @@ METRICS = {
         ),
         Metric("kvmagent_host_memory_reserved_bytes", "gauge", "The part of it that running tasks are about to plug."),
         Metric("kvmagent_host_memory_reserve_bytes", "gauge", "Memory that is kept for the host itself."),
-        # VMs: what libvirt tells of all at once.
+        # VMs: what libvirt reports on all at once.
         Metric("kvmagent_vms_running", "gauge", "Running VMs."),
         Metric("kvmagent_vm_stats_age_seconds", "gauge", "Age of libvirt's last answer about all VMs."),
         # All of them in sums, whichever have series of their own.
@@ -120,13 +120,13 @@ METRICS = {
             "gauge",
             "Memory that was plugged but offline in their guests, or not listed there.",
         ),
-        # Each VM: what libvirt tells.
+        # Each VM: what libvirt reports.
         Metric("kvmagent_vm_vcpus", "gauge", "vCPUs that the VM has.", _VM),
         Metric("kvmagent_vm_vcpus_max", "gauge", "vCPUs that the VM can have without a restart.", _VM),
         Metric("kvmagent_vm_promised_bytes", "gauge", "Host memory that the VM may use, QEMU included.", _VM),
         Metric("kvmagent_vm_resident_bytes", "gauge", "Host memory that its QEMU process uses now.", _VM),
         Metric("kvmagent_vm_balloon_bytes", "gauge", "Memory that the balloon leaves to the VM.", _VM),
-        # VMs: what was seen of each, its guest among it, when it was last looked at.
+        # VMs: the last observation of each, with its guest.
         Metric(
             "kvmagent_vm_memory_bytes",
             "gauge",

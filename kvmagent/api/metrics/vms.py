@@ -3,7 +3,7 @@
     scrape  -> one libvirt call for all VMs, waited for _WAIT_S at most -> else the last answer, and its age
     observe -> what a command, a read or the sampler saw of VM and guest at the same moment
 
-Sums over all VMs are always told. Which VMs have series of their own, metrics.per_vm says, and how many at most,
+Sums over all VMs are always exported. Which VMs have series of their own, metrics.per_vm says, and how many at most,
 metrics.max_vms: those in trouble come first.
 
 A number of one moment is never compared with a number of another: what is plugged and offline is told only while the
@@ -55,7 +55,7 @@ _SUMS = ("vcpus", "promised_bytes", "resident_bytes", "offline_vcpus", "offline_
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was last learnt of a VM; `run` is its libvirt id, None until the next look at all VMs.
+    """What was last learnt of a VM; `run` is its libvirt id, None until all VMs are read the next time.
 
     `..._at` are of the monotonic clock. Of a guest that does not answer, what it last said stays.
     """
@@ -75,7 +75,7 @@ class _Seen:
 
 
 class VmMetrics(Collector):
-    """Thread-safe. `read_stats` returns what libvirt tells of all running VMs, and may hang."""
+    """Thread-safe. `read_stats` returns what libvirt reports on all running VMs, and may hang."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class VmMetrics(Collector):
         return [make_gauge(name, known) for name, known in values.items()]
 
     def running(self) -> tuple[VmStats, ...]:
-        """Return the running VMs as libvirt told last, or tells now."""
+        """Return the running VMs as libvirt reported last, or reports now."""
         self._refresh()
         return self._stats
 
@@ -178,7 +178,7 @@ class VmMetrics(Collector):
             self._stats, self._stats_at = stats, asked_at
             self._forget({vm.uuid: vm.run for vm in stats})
         except AgentError:
-            pass  # the age of the last answer tells it
+            pass  # the age of the last answer shows it
         finally:
             self._asking.release()
 
