@@ -28,7 +28,7 @@ from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSile
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.hypervisor.migrations import MIGRATED
 from kvmagent.hypervisor.qemuballoon import ask_balloon_pages
-from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices
+from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices, remove_backend
 from kvmagent.hypervisor.schema import check_definition
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Guest, MemoryDevice, VmState
@@ -230,12 +230,10 @@ class VmHandle:
 
         Where QEMU has a device that libvirt does not know, it gets a slot that is free in QEMU.
         """
-        flags = (_AFFECT["live"] if live else 0) | (_AFFECT["config"] if config else 0)
 
         def attach(slot: int | None) -> None:
             xml = format_dimm(alias=alias, size_bytes=size_bytes, node=node, slot=slot)
-            with libvirt_errors(f"attaching {alias}"):
-                self._domain.attachDeviceFlags(xml, flags)
+            self._attach(xml, alias, live=live, config=config)
 
         try:
             attach(self._find_free_slot(alias) if live and self.uuid in self._means.suspects else None)
@@ -287,9 +285,21 @@ class VmHandle:
         xml = format_virtio_mem(
             alias=alias, size_bytes=size_bytes, block_bytes=block_bytes, requested_bytes=requested_bytes, node=node
         )
+        self._attach(xml, alias, live=live, config=config)
+
+    def _attach(self, xml: str, alias: str, *, live: bool, config: bool) -> None:
+        """Attach a device. Memory of it that a killed libvirtd left in QEMU is removed, and the attach is repeated."""
         flags = (_AFFECT["live"] if live else 0) | (_AFFECT["config"] if config else 0)
-        with libvirt_errors(f"attaching {alias}"):
-            self._domain.attachDeviceFlags(xml, flags)
+        try:
+            with libvirt_errors(f"attaching {alias}"):
+                self._domain.attachDeviceFlags(xml, flags)
+        except AgentError as error:
+            if not live or error.code is not Code.LIBVIRT_REFUSED:
+                raise
+            if not remove_backend(self._domain, alias, self._means.ask_qemu):
+                raise
+            with libvirt_errors(f"attaching {alias} again"):
+                self._domain.attachDeviceFlags(xml, flags)
 
     def resize_virtio_mem(
         self,

@@ -1,7 +1,9 @@
 """What memory devices QEMU has, past libvirt: one that libvirt does not know is left where libvirtd was killed in an
-attach. From then on libvirt takes that device's slot for free, and QEMU refuses it.
+attach. From then on libvirt takes that device's slot for free, and QEMU refuses it. A little earlier in an attach, QEMU
+has only the device's memory, under a name that the next attach of this device needs.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -42,8 +44,13 @@ class _Answer(msgspec.Struct):
     returned: list[_Device] = msgspec.field(name="return", default_factory=list)
 
 
+class _Done(msgspec.Struct):
+    error: msgspec.Raw | None = None
+
+
 # Made here and once, for the reason that model.decoders gives.
 _ANSWER = msgspec.json.Decoder(_Answer)
+_DONE = msgspec.json.Decoder(_Done)
 
 
 def ask_devices(domain: libvirt.virDomain, ask: AskQemu) -> tuple[MemoryDevice, ...] | None:
@@ -56,6 +63,19 @@ def ask_devices(domain: libvirt.virDomain, ask: AskQemu) -> tuple[MemoryDevice, 
         lambda: tuple(map(_read, _ANSWER.decode(ask(domain, _REQUEST, 0)).returned)),
         "asking QEMU for its memory devices",
     )
+
+
+def remove_backend(domain: libvirt.virDomain, alias: str, ask: AskQemu) -> bool:
+    """Remove a device's memory from QEMU; return whether it was there and no device used it, else QEMU refuses.
+
+    Source: libvirt names it `mem` and the alias (qemuDomainAttachMemory); QEMU qapi/qom.json, object-del.
+
+    Raises:
+        AgentError: LIBVIRT_UNAVAILABLE.
+    """
+    request = json.dumps({"execute": "object-del", "arguments": {"id": f"mem{alias}"}})
+    answer = ask_qemu(lambda: _DONE.decode(ask(domain, request, 0)), "removing memory that no device uses from QEMU")
+    return answer is not None and answer.error is None
 
 
 def ask_qemu(question: Callable[[], Answered | None], doing: str) -> Answered | None:

@@ -41,3 +41,20 @@ def test_later_plugs_work_and_count_it(lab: Any, define: Any, make_agent: StartA
     live, config = find_dimms(guest)
     assert live == [f"ua-kvmagent-{TASK}-0"]
     assert sorted(config) == [f"ua-kvmagent-{TASK}-{n}" for n in range(2)]
+
+
+def test_memory_that_no_device_uses_yet_is_no_hindrance(
+    lab: Any, define: Any, make_agent: StartAgent, server: ManagementServer
+) -> None:
+    guest: Guest = define(GuestSpec(name="half"))
+    task = new_task_uuid()
+    alias = f"ua-kvmagent-{task}-0"
+    # Killed a little earlier than above.
+    ask_qemu(guest, "object-add", **{"qom-type": "memory-backend-ram", "id": f"mem{alias}", "size": 128 * MIB})
+    lab.restart()
+    agent = make_agent(lab.uri)
+    body = {"vmUuid": "half", "memorySize": 384 * MIB}
+    assert agent.post("/vm/hotplug/memory", body, task_uuid=task, callback_url=server.url).status == 200
+    reply = server.wait(task, 60)
+    assert (reply["outcome"], reply["memorySize"]) == ("plugged", 384 * MIB)
+    assert find_dimms(guest) == ([alias], [alias])

@@ -702,6 +702,8 @@ def ask_qemu(domain: FakeDomain, request: str, flags: int) -> str:
         assert asked["arguments"] == {"command-line": "xp /8bx 0xfe802000"}
         held = b"".join(pages.to_bytes(4, "little") for pages in domain.balloon_pages())
         return json.dumps({"return": f"fe802000: {' '.join(f'0x{one:02x}' for one in held)}\r\n"})
+    if asked["execute"] == "object-del":
+        return json.dumps({"error": {"class": "GenericError", "desc": "object not found"}})
     assert asked == {"execute": "query-memory-devices"}
     devices = [
         {
