@@ -179,7 +179,6 @@ ILLNESSES = (
     ("state_dir", "chown root: /var/lib/kvmagent"),
     ("alerts", "printf '[metrics]\nsample_sec = 0\n' >/etc/kvmagent/conf.d/ill.conf"),
     ("alerts", "printf '[metrics]\nsample_sec = 3600\n' >/etc/kvmagent/conf.d/ill.conf"),
-    ("configuration", "install -m 0666 /dev/null /etc/kvmagent/conf.d/ill.conf"),
     (
         "certificates",
         "install -m 0644 /dev/null /etc/kvmagent/tokens; chown kvmagent: /etc/kvmagent/tokens; "
