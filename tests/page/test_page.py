@@ -105,7 +105,7 @@ def test_the_host_s_memory_is_a_bar_of_what_is_used_promised_left_and_kept(
     stage.answers["/healthz"] = (200, health(memory=OVER))
     words, parts = look_at_memory(opened())
     assert "600 GiB of a budget of 480 GiB 200 GiB used 280 GiB promised, not used 120 GiB over the budget" in words
-    assert words.endswith("Over the budget since 2026-09-21 11:26 UTC: no VM gets more until memory is freed")
+    assert words.endswith("Over the budget since 2026-09-21 11:26 UTC: no VM gets more until some comes back")
     shares = {"used": 200 / 632, "promised": 280 / 632, "over": 120 / 632, "reserve": 32 / 632}
     assert parts == pytest.approx(shares, abs=0.02)
     # VMs that use all of it and more.
@@ -194,7 +194,7 @@ def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened
     assert REMEDIES[Code.CPU_ABOVE_MAXIMUM] in tasks
     assert "for 14 s" in tasks
     assert "waiting for its turn" in tasks
-    assert "Callback not accepted after 3 attempts: connection refused" in tasks
+    assert "Callback not taken after 3 attempts: connection refused" in tasks
 
 
 def test_a_step_that_was_cut_off_is_told_as_such(stage: Stage, opened: Callable[..., Browser]) -> None:
@@ -275,7 +275,7 @@ def test_says_so_when_the_agent_is_down_and_goes_on_when_it_is_back(browser: Bro
     stage.stop()
     browser.wait("!document.querySelector('#stale').hidden")
     told = browser.text("#stale")
-    assert "The agent does not answer. This data is from" in told
+    assert "The agent does not answer. What stands here is from" in told
     assert "systemctl status kvmagent" in told
     assert browser.run("return document.body.classList.contains('stale')")
     assert browser.text("#health") == "No answer"

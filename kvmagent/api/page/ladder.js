@@ -31,13 +31,13 @@ function rungs({ cpu, memory }, vm) {
 export async function showLadder(element, vm, measures) {
   const asked = String(Number(element.dataset.asked ?? 0) + 1);
   element.dataset.asked = asked;
-  if (!element.childElementCount) fill(element, h("p", { class: "muted" }, "Asking the agent what this VM can have"));
+  if (!element.childElementCount) fill(element, h("p", { class: "muted" }, "Asking what it can have"));
   let content;
   try {
     const question = { vmUuid: vm.vmUuid, targets: rungs(measures, vm) };
     content = draw((await read("vm/hotplug/plan", { timeout: TIMEOUT_MS, question })).plans);
   } catch (error) {
-    const told = error.errorCode ? error.message : "The agent did not say what this VM can have";
+    const told = error.errorCode ? error.message : "What it can have was not answered";
     content = [h("p", { class: "problem" }, icon("bad"), told), remedy(error.remedy)];
   }
   if (element.dataset.asked === asked) fill(element, content);

@@ -15,7 +15,7 @@ const WORDS = {
   configured: "configured for the next start",
   unchanged: "nothing to do",
   planned: "dry run",
-  partial: "failed partway",
+  partial: "failed on the way",
   pending: "the guest has not answered yet",
   refused: "refused",
 };
@@ -96,7 +96,7 @@ function told(task) {
 function undelivered(task) {
   const { attempts, error } = task.delivery;
   const words = {
-    finished: attempts ? `Callback not accepted after ${plural(attempts, "attempt")}: ${error}` : null,
+    finished: attempts ? `Callback not taken after ${plural(attempts, "attempt")}: ${error}` : null,
     gone: "The callback’s receiver does not know this task.",
     given_up: `Callback given up after ${plural(attempts, "attempt")}: ${error}`,
   }[task.state];
