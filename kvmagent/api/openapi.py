@@ -105,12 +105,15 @@ def _finish_schemas(schemas: Mapping[str, Any], *, requests: Iterable[type[msgsp
 
     An array says what its items are, be it anything. A word that only answers have, such as a code, may come to have
     more values: `x-extensible-enum`, since what a generator makes of `enum` fails on a value that it does not know.
+    A pattern ends as ECMA-262 has it, where Python's end of a text is the letter Z.
     """
     taken = [name for shape in requests for name in _find_reached(schemas, shape.__name__)]
     for name, schema in schemas.items():
         for part in _walk(schema):
             if part.get("type") == "array":
                 part.setdefault("items", {})
+            if isinstance(part.get("pattern"), str):
+                part["pattern"] = part["pattern"].replace(r"\Z", "$")
             if name not in taken and isinstance(part.get("enum"), list):
                 part |= {"type": "string", "x-extensible-enum": part.pop("enum")}
 
@@ -270,7 +273,14 @@ def _add_examples(operation: dict[str, Any], schemas: Mapping[str, Any]) -> None
 
 # What a field of that name may hold, where its schema alone would make a poor example.
 _SAMPLES: Mapping[str, Any] = MappingProxyType(
-    {"vmUuid": "db-7", "taskUuid": "9f1c", "cpuNum": 4, "memorySize": 8 * 2**30, "state": "accepted"}
+    {
+        "vmUuid": "db-7",
+        "taskUuid": "9f1c",
+        "cpuNum": 4,
+        "memorySize": 8 * 2**30,
+        "state": "accepted",
+        "targets": [{"cpuNum": 4}],
+    }
 )
 
 

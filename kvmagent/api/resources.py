@@ -287,9 +287,8 @@ class Resources:
         return _answer_newest(call, page, "changes", changes, _entry, may_see=may_see)
 
     def _find_id(self, vm: str) -> VmId:
-        """Return a VM's names as far as they are known; what is not is empty."""
-        uuid = dashed_uuid(vm)
-        return self._node.names.find(vm) or VmId(uuid or "", "" if uuid else vm)
+        """Return a VM's UUID and name. Of one that was not seen what it is called may be either."""
+        return self._node.names.find(vm) or VmId(dashed_uuid(vm) or "", vm)
 
     def _task(self, call: Call) -> Answer:
         task = self._journal.find(call.parts[0])

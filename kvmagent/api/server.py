@@ -267,7 +267,8 @@ class _Dispatcher:
     def _find(self, path: str) -> tuple[dict[str, Route], tuple[str, ...]]:
         """Return the routes of a path by method, none where nothing is there, and the path's variable segments."""
         segments = tuple(path.strip("/").split("/"))
-        if segments in self._routes:
+        # A path may have a `*` too, which is text like any other.
+        if "*" not in segments and segments in self._routes:
             return self._routes[segments], ()
         for pattern, methods in self._routes.items():
             if len(pattern) == len(segments) and all(p in ("*", s) for p, s in zip(pattern, segments, strict=True)):

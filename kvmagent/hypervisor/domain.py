@@ -473,6 +473,8 @@ def find_vm(connection: libvirt.virConnect, vm: str, means: Means) -> VmHandle:
     if bare := parse_uuid(vm):
         attempts += [(connection.lookupByUUIDString, bare), (connection.lookupByName, bare)]
     for lookup, key in attempts:
+        if "\0" in key:  # no name has it, and libvirt's binding raises a ValueError for it
+            continue
         try:
             return VmHandle(lookup(key), is_test_driver=is_test_driver, means=means)
         except libvirt.libvirtError as error:

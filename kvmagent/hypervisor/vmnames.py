@@ -2,7 +2,7 @@
 
 import threading
 
-from kvmagent.model.vmname import VmId, dashed_uuid
+from kvmagent.model.vmname import VmId, dashed_uuid, parse_uuid
 
 # So many VMs no host has; the surplus is of VMs that were deleted.
 _MOST = 20000
@@ -30,8 +30,10 @@ class VmNames:
             self._names[vm_uuid], self._uuids[name] = name, vm_uuid
 
     def find(self, vm: str) -> VmId | None:
-        """Return the VM of that name or UUID; None where none was seen."""
+        """Return the VM of that name or UUID, whichever libvirt would find first; None where none was seen."""
+        bare, dashed = parse_uuid(vm), dashed_uuid(vm)
         with self._lock:
-            vm_uuid = dashed_uuid(vm) or self._uuids.get(vm)
-            name = None if vm_uuid is None else self._names.get(vm_uuid)
-        return None if vm_uuid is None or name is None else VmId(vm_uuid, name)
+            for vm_uuid in (self._uuids.get(vm), dashed, self._uuids.get(bare or "")):
+                if vm_uuid is not None and vm_uuid in self._names:
+                    return VmId(vm_uuid, self._names[vm_uuid])
+        return None

@@ -52,11 +52,10 @@ class Withdrawal:
         task = self._journal.find(task_uuid)
         if task is None:
             raise AgentError(Code.UNKNOWN_TASK, f"there is no task with the id {task_uuid!r}")
-        if _was_withdrawn(task):
-            return task
-
         error = AgentError(Code.CANCELLED, "the task was cancelled before it changed anything")
         ended = Ended(self._make_reply(task, error), OUTCOME, error)
+        if _was_withdrawn(task, ended.reply):
+            return task
 
         def tell(owed: Undelivered) -> None:
             self._lanes.withdraw(task)
@@ -80,7 +79,8 @@ class Withdrawal:
         return bare_reply(task, error)[0]
 
 
-def _was_withdrawn(task: Task) -> bool:
+def _was_withdrawn(task: Task, reply: bytes) -> bool:
+    """Whether a task ended with `reply`, or with its code; the answer to a host query may have no code."""
     if task.state in UNFINISHED or task.reply is None:
         return False
-    return bool(msgspec.json.decode(task.reply).get("errorCode") == Code.CANCELLED)
+    return task.reply == reply or msgspec.json.decode(task.reply).get("errorCode") == Code.CANCELLED

@@ -44,6 +44,8 @@ def find_breaks(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
                 pair = [one["requestBody"]["content"]["application/json"]["schema"] for one in (before, after)]
                 yield from find_request_breaks(*pair, old, new, where)
             yield from find_parameter_breaks(before, after, where)
+            if after["x-role"] not in (before["x-role"], "caller", "public"):
+                yield f"{where} needs the role {after['x-role']}, it was {before['x-role']}"
             for status, answer in before["responses"].items():
                 if status not in after["responses"]:
                     yield f"{where}: status {status} is gone"
@@ -70,11 +72,14 @@ def find_breaks(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def find_parameter_breaks(before: dict[str, Any], after: dict[str, Any], where: str) -> Iterator[str]:
-    known = {(one["name"], one["in"]) for one in before.get("parameters", ())}
-    for one in after.get("parameters", ()):
-        if one.get("required") and (one["name"], one["in"]) not in known:
-            yield f"{where}: parameter {one['name']} is needed now"
-    for name, place in known - {(one["name"], one["in"]) for one in after.get("parameters", ())}:
+    was, has = ({(one["name"], one["in"]): one for one in each.get("parameters", ())} for each in (before, after))
+    for (name, place), one in has.items():
+        if one.get("required") and not was.get((name, place), {}).get("required"):
+            yield f"{where}: parameter {name} is needed now"
+        if (name, place) in was:
+            for narrowed in find_narrowing(was[name, place]["schema"], one["schema"], {}, {}):
+                yield f"{where}: {place} parameter {name} is narrower: {narrowed}"
+    for name, place in was.keys() - has.keys():
         yield f"{where}: {place} parameter {name} is gone"
 
 
@@ -203,6 +208,21 @@ def change_a_code(document: Any) -> None:
     document["x-error-codes"]["QUEUE_FULL"]["status"] = 429
 
 
+def narrow_a_parameter(document: Any) -> None:
+    parameters = {one["name"]: one for one in document["paths"]["/tasks"]["get"]["parameters"]}
+    parameters["limit"]["schema"]["maximum"] = 100
+    parameters["state"]["schema"]["enum"].remove("gone")
+
+
+def need_a_parameter(document: Any) -> None:
+    parameters = {one["name"]: one for one in document["paths"]["/tasks"]["get"]["parameters"]}
+    parameters["vm"]["required"] = True
+
+
+def need_another_role(document: Any) -> None:
+    document["paths"]["/vm/hotplug/plan"]["post"]["x-role"] = "plug"
+
+
 def remove_a_read(document: Any) -> None:
     del document["paths"]["/whoami"]
 
@@ -216,6 +236,9 @@ BREAKS = {
     make_a_reply_field_null: "acceptedAt: it is null, it was number",
     change_a_code: "code QUEUE_FULL has status 429",
     remove_a_read: "get /whoami is gone",
+    narrow_a_parameter: "query parameter limit is narrower: maximum 100",
+    need_a_parameter: "parameter vm is needed now",
+    need_another_role: "post /vm/hotplug/plan needs the role plug, it was read",
 }
 
 

@@ -1,5 +1,10 @@
 """The GET paths."""
 
+import json
+import re
+
+import pytest
+
 from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
@@ -79,3 +84,32 @@ def test_every_path_is_typed_named_tagged_shown_by_example_and_tells_its_codes(a
     assert "prefixItems" not in str(document)
     assert document["info"]["license"]["identifier"] == "Apache-2.0"
     assert agent.get("/healthz").body["apiVersion"] == document["info"]["x-api-version"]
+
+
+@pytest.mark.parametrize("path", ["/vms/{}", "/vms/{}/history", "/tasks/{}"])
+@pytest.mark.parametrize("name", ["*", "%2A", "%00", "vm1%00", "%0A", "%ff", "%2F", "%20"])
+def test_what_names_nothing_is_not_found(agent: AgentProcess, path: str, name: str) -> None:
+    reply = agent.get(path.format(name))
+    assert (reply.status, reply.body["errorCode"]) == (404, "UNKNOWN_TASK" if "task" in path else "VM_NOT_FOUND")
+
+
+def test_the_document_s_patterns_are_those_that_every_language_reads(agent: AgentProcess) -> None:
+    # JSON Schema's are ECMA-262's, which has no \A and \Z, and of groups that begin with a question mark three kinds.
+    text = json.dumps(agent.get("/openapi.json").body)
+    patterns = {json.loads(found) for found in re.findall(r'"pattern": ("(?:[^"\\]|\\.)*")', text)}
+    assert patterns
+    for pattern in patterns:
+        assert not re.search(r"\\[AZzG]|\(\?(?![:=!])", pattern), pattern
+
+
+def test_the_examples_of_the_document_are_requests_that_the_agent_understands(agent: AgentProcess) -> None:
+    document = agent.get("/openapi.json").body
+    for path, item in document["paths"].items():
+        if "requestBody" not in item.get("post", {}):
+            continue
+        example = item["post"]["requestBody"]["content"]["application/json"]["example"]
+        is_task = any(one["name"] == "taskuuid" for one in item["post"].get("parameters", ()))
+        sent = {"task_uuid": new_task_uuid(), "callback_url": "none"} if is_task else {}
+        reply = agent.post(path, example, **sent)
+        # Its VM is not there.
+        assert reply.status in (200, 404), (path, example, reply)

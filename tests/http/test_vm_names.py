@@ -53,6 +53,24 @@ def test_a_task_sent_before_its_vm_was_seen_has_its_names_too(tmp_path: Path) ->
         assert agent.get(f"/tasks/{gone}").body["vmUuid"] is None
 
 
+def test_a_vm_whose_name_looks_like_another_s_uuid_is_found_by_that_name(tmp_path: Path) -> None:
+    # libvirt's own rule as well: what is a VM's name is its name, whatever it looks like.
+    name = "0123456789abcdef0123456789abcdef"
+    dashed = "01234567-89ab-cdef-0123-456789abcdef"
+    with AgentProcess(uri=write_node(tmp_path, GuestSpec(name=name))) as agent:
+        (uuid,) = (vm["vmUuid"] for vm in agent.get("/vms?fields=vmUuid").body["vms"])
+        task = run_cpu(agent, name, 2)
+        for restarted in (False, True):
+            for one in (name, dashed, uuid) if not restarted else (name, uuid):
+                changes = agent.get(f"/vms/{one}/history").body["changes"]
+                assert [change["taskUuid"] for change in changes] == [task], (one, restarted)
+                listed = agent.get(f"/tasks?vm={one}").body["tasks"]
+                assert [entry["taskUuid"] for entry in listed] == [task], (one, restarted)
+            if not restarted:
+                agent.stop()
+                agent.start()
+
+
 def test_a_history_tells_who_changed_a_vm_from_what_to_what_and_outlives_its_tasks(tmp_path: Path) -> None:
     settings = {"agent": {"keep_tasks": "1"}}
     with AgentProcess(uri=write_node(tmp_path, GuestSpec(name="vm1")), settings=settings) as agent:
