@@ -6,6 +6,7 @@ Each section is a Struct, each key a field: its type, range and meaning are its 
 import difflib
 import ipaddress
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -25,172 +26,285 @@ _HOST_NAME = re.compile(
     r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?\.)*(?!\d+$)[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 )
 
+_COMMENT_WIDTH = 100
 
 # Source: unix(7), sun_path without its closing zero.
 _MAX_SOCKET_PATH = 107
-
 
 # Marks a key that a running agent does not take: a reload says so where it has changed.
 _RESTART = {"restart": True}
 
 
 class AgentSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The agent itself."""
+    """The agent itself: its state, its plugins, and how many tasks it runs and keeps."""
 
     state_dir: Annotated[
-        str, Meta(extra=_RESTART, min_length=1, description="Directory of the task journal; the agent's alone")
+        str,
+        Meta(
+            extra=_RESTART,
+            min_length=1,
+            description="Directory of the task journal. Only the agent may use it",
+        ),
     ] = "/var/lib/kvmagent"
-    workers: Annotated[int, Meta(ge=1, le=1024, description="VMs that are changed at the same time, at most")] = 32
+    workers: Annotated[
+        int, Meta(ge=1, le=1024, description="Number of VMs that the agent changes at the same time. Other tasks wait")
+    ] = 32
     plugins: Annotated[
         tuple[str, ...],
-        Meta(extra=_RESTART, description="Plugins to load, in this order, by their entry point in kvmagent.plugins"),
+        Meta(
+            extra=_RESTART,
+            description="Plugins to load, in this order, by the names of their entry points in the group "
+            "kvmagent.plugins",
+        ),
     ] = ("vm", "host")
     stop_timeout_sec: Annotated[
-        int, Meta(ge=1, le=3600, description="Seconds that a stopping agent waits for running tasks")
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description="Seconds that the agent waits for running tasks when it stops. Tasks that take longer continue "
+            "at the next start",
+        ),
     ] = 90
-    max_queued: Annotated[int, Meta(ge=1, description="Unfinished tasks in all before new ones are refused")] = 10000
+    max_queued: Annotated[
+        int,
+        Meta(ge=1, description="Maximum number of unfinished tasks. Above it, new tasks are refused (QUEUE_FULL)"),
+    ] = 10000
     max_queued_per_vm: Annotated[
-        int, Meta(ge=1, description="Unfinished tasks of one VM before new ones are refused")
+        int,
+        Meta(
+            ge=1,
+            description="Maximum number of unfinished tasks of one VM. Above it, new tasks for that VM are refused "
+            "(QUEUE_FULL)",
+        ),
     ] = 100
-    keep_tasks: Annotated[int, Meta(ge=0, description="Finished and delivered tasks that are kept to be looked up")] = (
-        20000
-    )
+    keep_tasks: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Number of finished and delivered tasks to keep for look-up. Above it, the oldest are removed",
+        ),
+    ] = 20000
     keep_sec: Annotated[
-        int, Meta(ge=0, description="Seconds after which a finished and delivered task is forgotten")
+        int, Meta(ge=0, description="Seconds to keep a finished and delivered task. The default is 7 days")
     ] = 604800
     keep_history_sec: Annotated[
-        int, Meta(ge=0, description="Seconds after which an entry of a VM's history is forgotten")
+        int, Meta(ge=0, description="Seconds to keep an entry in a VM's history. The default is 400 days")
     ] = 34560000
     keep_bytes: Annotated[
         int,
         Meta(
             ge=2**24,
-            description="Bytes of the journal above which the oldest finished and delivered tasks are forgotten; where "
-            "there are none of those, new tasks are refused",
+            description="Maximum size of the journal in bytes. Above it, the oldest finished and delivered tasks are "
+            "removed, then the oldest history. If that does not free enough, new tasks are refused (QUEUE_FULL). The "
+            "default is 256 MiB",
         ),
     ] = 2**28
     max_queued_per_client: Annotated[
-        int, Meta(ge=1, description="Unfinished tasks of one client before its new ones are refused")
+        int,
+        Meta(
+            ge=1,
+            description="Maximum number of unfinished tasks of one client. Above it, its new tasks are refused "
+            "(QUEUE_FULL)",
+        ),
     ] = 5000
 
 
 class HttpSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the agent listens. Who may connect and what they may do, [security] says."""
+    """Where the agent listens. [security] controls who may connect and what they may do."""
 
     socket: Annotated[
         str,
         Meta(
-            extra=_RESTART, description="UNIX socket for callers on this host, who are known by their user; empty: none"
+            extra=_RESTART,
+            description="UNIX socket for clients on this host. The agent knows each by its user. Empty: no socket",
         ),
     ] = "/run/kvmagent/kvmagent.sock"
     socket_group: Annotated[
         str,
         Meta(
-            extra=_RESTART, description="Group that may connect to it; without such a group: root and the agent's user"
+            extra=_RESTART,
+            description="Group whose members may connect to the socket. If the group does not exist, only root and the "
+            "agent's user may",
         ),
     ] = "kvmagent-admin"
     host: Annotated[
         str,
         Meta(
             extra=_RESTART,
-            description="Address to listen on by TCP; nothing listens there before [security] says who may connect",
+            description="Address to listen on for TCP connections. The agent does not listen there until [security] "
+            "says who may connect",
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Meta(extra=_RESTART, ge=1, le=65535, description="TCP port to listen on")] = 7070
-    max_body_bytes: Annotated[int, Meta(ge=256, le=64 * 2**20, description="Largest request body, bytes")] = 1048576
+    max_body_bytes: Annotated[
+        int,
+        Meta(
+            ge=256,
+            le=64 * 2**20,
+            description="Maximum size of a request body in bytes. A larger one is refused (BODY_TOO_LARGE). The "
+            "default is 1 MiB",
+        ),
+    ] = 1048576
     request_timeout_sec: Annotated[
-        int, Meta(ge=1, le=3600, description="Seconds from a request's first byte (or a connect) to its last")
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description="Seconds that a client has to send a complete request, from its first byte; for the first "
+            "request, from when it connects. Then the agent closes the connection (REQUEST_TOO_SLOW)",
+        ),
     ] = 15
-    max_connections: Annotated[int, Meta(ge=16, description="Open connections in all before new ones are refused")] = (
-        2000
-    )
+    max_connections: Annotated[
+        int,
+        Meta(
+            ge=16,
+            description="Maximum number of open connections. Above it, new ones are refused (TOO_MANY_CONNECTIONS). "
+            "One client can hold at most half of them",
+        ),
+    ] = 2000
     max_connections_per_client: Annotated[
-        int, Meta(ge=1, description="Open connections of one address before its new ones are refused")
+        int,
+        Meta(
+            ge=1,
+            description="Maximum number of open connections from one address (IPv6: from one /64 network). Above it, "
+            "new ones are refused (TOO_MANY_CONNECTIONS)",
+        ),
     ] = 1000
 
 
 class LibvirtSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The hypervisor."""
+    """The connection to libvirt."""
 
     uri: Annotated[str, Meta(extra=_RESTART, min_length=1, description="libvirt connection URI")] = "qemu:///system"
     wait_sec: Annotated[
-        int, Meta(ge=0, le=86400, description="Seconds that a task waits for a libvirt that is away before it fails")
+        int,
+        Meta(
+            ge=0,
+            le=86400,
+            description="Seconds that a task waits for libvirt to come back before it fails (LIBVIRT_UNAVAILABLE)",
+        ),
     ] = 120
     allow_emulated_removal: Annotated[
         bool,
         Meta(
             extra=_RESTART,
-            description="Remove vCPUs of emulated VMs (domain type qemu) too, after which many QEMUs crash; for tests",
+            description="Allow the removal of vCPUs from emulated VMs (domain type qemu). Many QEMU versions crash "
+            "afterwards; use it only for tests",
         ),
     ] = False
 
 
 class CallbackSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How outcomes are delivered."""
+    """How the agent delivers results by callback."""
 
-    give_up_sec: Annotated[int, Meta(ge=1, le=31 * 86400, description="Seconds after which a callback is given up")] = (
-        86400
-    )
+    give_up_sec: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=31 * 86400,
+            description="Seconds that the agent retries a callback before it gives up. GET /tasks/ID still returns the "
+            "result. The default is 24 hours",
+        ),
+    ] = 86400
     timeout_sec: Annotated[
-        int, Meta(ge=1, le=300, description="Seconds that a callback may take in all, answer included")
+        int, Meta(ge=1, le=300, description="Seconds for one attempt, from resolving the host name to the answer")
     ] = 10
     max_undelivered: Annotated[
-        int, Meta(ge=1, description="Callbacks that nobody has taken yet, in all, before new tasks are refused")
+        int,
+        Meta(ge=1, description="Maximum number of undelivered callbacks. Above it, new tasks are refused (QUEUE_FULL)"),
     ] = 20000
     max_undelivered_per_client: Annotated[
         int,
-        Meta(ge=1, description="Callbacks to one client that it has not taken yet before its new tasks are refused"),
+        Meta(
+            ge=1,
+            description="Maximum number of undelivered callbacks to one client. Above it, its new tasks are refused "
+            "(QUEUE_FULL)",
+        ),
     ] = 10000
     server_ca: Annotated[
-        str, Meta(description="PEM file of the CAs that callback servers are verified by; empty: the system's")
+        str,
+        Meta(description="PEM file with the CA certificates for verifying callback servers. Empty: the system's CAs"),
     ] = ""
-    tls_cert: Annotated[str, Meta(description="PEM certificate that callbacks are sent with; empty: none")] = ""
-    tls_key: Annotated[str, Meta(description="PEM key of that certificate, mode 0600; empty: in tls_cert")] = ""
+    tls_cert: Annotated[
+        str,
+        Meta(description="PEM file with the agent's client certificate for callbacks. Empty: no client certificate"),
+    ] = ""
+    tls_key: Annotated[
+        str, Meta(description="PEM file with the key of tls_cert, mode 0600. Empty: the key is in tls_cert")
+    ] = ""
 
 
 class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who may use the agent, and where callbacks may go. A reload reads the files anew."""
+    """Who may use the agent, and where it may send callbacks. A reload also reads the files named here again."""
 
-    tls_cert: Annotated[str, Meta(description="PEM certificate chain of the agent; empty: plain HTTP")] = ""
-    tls_key: Annotated[str, Meta(description="PEM key of tls_cert, mode 0600; empty: in tls_cert")] = ""
-    client_ca: Annotated[str, Meta(description="PEM file of the CA that client certificates must come from")] = ""
+    tls_cert: Annotated[
+        str, Meta(description="PEM file with the agent's server certificate and its chain. Empty: plain HTTP")
+    ] = ""
+    tls_key: Annotated[
+        str, Meta(description="PEM file with the key of tls_cert, mode 0600. Empty: the key is in tls_cert")
+    ] = ""
+    client_ca: Annotated[
+        str,
+        Meta(
+            description="PEM file with the CA that signs client certificates. Empty: clients are not asked for a "
+            "certificate"
+        ),
+    ] = ""
     client_crl: Annotated[
-        str, Meta(description="PEM file of that CA's revocation list; empty: no certificate is taken back")
+        str,
+        Meta(description="PEM file with the revocation list of client_ca. Empty: the agent checks no revocation list"),
     ] = ""
     allowed_names: Annotated[
         tuple[str, ...],
-        Meta(description="Subject alternative names that are let in; empty: any name that client_ca has signed"),
+        Meta(
+            description="Subject alternative names of the client certificates to accept. Empty: every certificate that "
+            "client_ca has signed"
+        ),
     ] = ()
     tokens_file: Annotated[
-        str, Meta(description="File of bearer tokens, mode 0600, one NAME:SHA256 a line (kvmagent --new-token NAME)")
+        str,
+        Meta(
+            description="File of bearer tokens, mode 0600, one NAME:SHA256 per line. kvmagent --new-token NAME makes "
+            "a token. Empty: tokens are not accepted"
+        ),
     ] = ""
     allow_unauthenticated: Annotated[
-        bool, Meta(description="Let in by TCP whoever has one of the addresses in allowed_clients, loopback too")
+        bool,
+        Meta(
+            description="Accept TCP clients without credentials from the addresses in allowed_clients. Loopback must "
+            "be listed too"
+        ),
     ] = False
     allowed_clients: Annotated[
         tuple[str, ...],
-        Meta(description="Addresses and networks that may connect by TCP; empty: any, where clients are authenticated"),
+        Meta(
+            description="Addresses and networks that may connect by TCP. Empty: any address, if clients must "
+            "authenticate"
+        ),
     ] = ()
     allowed_callbacks: Annotated[
         tuple[str, ...],
         Meta(
-            description="Where callbacks may go: addresses, networks, host names, each with :PORT or for all ports; "
-            "caller: the address that sent the command"
+            description="Where callbacks may go: addresses, networks and host names, with :PORT for one port or "
+            "without it for all ports. caller is the address that sent the command"
         ),
     ] = ("caller",)
     roles: Annotated[
         tuple[str, ...],
         Meta(
-            description="Who may do what: token:NAME, certificate:NAME, group:NAME or unix:NAME (of the UNIX socket's "
-            "caller), or anonymous; then roles (read, plug, unplug, prepare, host, admin) and, for some VMs only, "
-            "vm=PATTERN. * stands for any text; the first entry that fits counts. Root may do everything"
+            description="Who may do what. An entry is a caller and its roles, separated by spaces; vm=PATTERN limits "
+            "them to some VMs. Callers: token:NAME, certificate:NAME, anonymous, and on the UNIX socket unix:USER and "
+            "group:GROUP. Roles: read, plug, unplug, prepare, host, admin. * matches any text. Only the first entry "
+            "that matches the caller applies. Root may do everything"
         ),
     ] = ("group:kvmagent-admin admin", "certificate:* admin", "token:* admin", "anonymous admin")
     host_names: Annotated[
         tuple[str, ...],
         Meta(
-            description="Host names by which clients without credentials may address the agent, beside addresses, "
-            "names without a dot and this host's own: a web page cannot have one of these"
+            description="Extra host names by which clients without credentials may address the agent. Addresses, names "
+            "without a dot and this host's own name always work. Others are refused, so that no web page can reach "
+            "the agent through a browser (DNS rebinding)"
         ),
     ] = ()
 
@@ -206,51 +320,63 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HostSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The host's memory as a budget: what VMs and tasks are promised of it never exceeds it by a plug of the agent."""
+    """The host's memory budget: (memory - hugepages - memory_reserve) x memory_overcommit. No plug may exceed it."""
 
-    memory_reserve: Annotated[int, Meta(ge=0, description="Bytes of memory that are left to the host itself")] = 2**30
+    memory_reserve: Annotated[
+        int, Meta(ge=0, description="Memory to keep for the host itself, in bytes. The default is 1 GiB")
+    ] = 2**30
     memory_overcommit: Annotated[
         float,
-        Meta(ge=0.1, le=100, description="How many times the rest may be promised; above 1 the host may run out of it"),
+        Meta(
+            ge=0.1,
+            le=100,
+            description="Factor by which the remaining memory may be promised to VMs. Above 1, the host can run "
+            "out of it",
+        ),
     ] = 1.0
 
 
 class PrepareSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """VMs that are prepared for hotplug without being asked to: what prepare does, docs/prepare.md says."""
+    """Automatic preparation of VMs for hotplug. docs/prepare.md says what it changes."""
 
     on_define: Annotated[
         bool,
         Meta(
             extra=_RESTART,
-            description="Prepare the persistent definition of each VM that is defined or started, and of all VMs when "
-            "the agent starts; one whose owner's policy excludes it is left alone",
+            description="Prepare a VM's persistent definition whenever the VM is defined or started, and those of all "
+            "VMs when the agent starts. VMs whose owner's policy has hotplug off stay as they are",
         ),
     ] = False
     max_cpus: Annotated[
         str,
         Meta(
             extra=_RESTART,
-            description="vCPUs that these can grow to; xN: N times what it has, where it has no room to grow",
+            description="Maximum number of vCPUs to prepare for. xN means N times the current number, for VMs that "
+            "have no room to grow",
         ),
     ] = "x4"
     max_memory: Annotated[
         str,
-        Meta(extra=_RESTART, description="Memory that these can grow to, as in 64GiB; xN: N times, as above"),
+        Meta(
+            extra=_RESTART,
+            description="Maximum memory to prepare for, such as 64GiB. xN means N times the current memory, for VMs "
+            "that have no room to grow",
+        ),
     ] = "x4"
 
 
 class LogSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the agent logs."""
+    """What the agent logs, and where."""
 
-    file: Annotated[str, Meta(description="Log file; empty logs to standard error, for journald")] = ""
-    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Lowest level that is logged")] = (
-        "info"
-    )
-    format: Annotated[Literal["text", "json"], Meta(description="text is key=value")] = "text"
+    file: Annotated[str, Meta(description="Log file. Empty: standard error, which systemd sends to the journal")] = ""
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Lowest level to log")] = "info"
+    format: Annotated[
+        Literal["text", "json"], Meta(description="Format of a line: text is key=value, json is one JSON object")
+    ] = "text"
 
 
 class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What /metrics tells."""
+    """What /metrics exports."""
 
     sample_sec: Annotated[
         int,
@@ -258,34 +384,41 @@ class MetricsSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             extra=_RESTART,
             ge=0,
             le=86400,
-            description="Seconds in which each running VM's guest is asked once what it uses; 0: never",
+            description="Interval in seconds at which the agent asks each running VM's guest what it uses. 0: never",
         ),
     ] = 300
     per_vm: Annotated[
         Literal["all", "trouble", "off"],
         Meta(
-            description="VMs with series of their own: all, those in trouble, or none (then no alert on a VM fires). "
-            "Sums over all VMs are always told"
+            description="VMs with their own series: all of them, only those in trouble, or none (off). With off, no "
+            "alert on a single VM fires. Sums over all VMs are always exported"
         ),
     ] = "all"
     max_vms: Annotated[
-        int, Meta(ge=0, le=100000, description="VMs with series of their own at most; those in trouble come first")
+        int,
+        Meta(ge=0, le=100000, description="Maximum number of VMs with their own series. Those in trouble come first"),
     ] = 1000
 
 
 class HooksSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The operator's own executables around each change of a VM."""
+    """Your own executables that the agent runs before and after each change of a VM."""
 
     directory: Annotated[
         str,
         Meta(
             extra=_RESTART,
-            description="Absolute path of a directory whose before.d/ and after.d/ hold them, writable by root and the "
-            "agent's user alone; empty: none",
+            description="Absolute path of the directory with before.d and after.d. Only root and the agent's user may "
+            "be able to write there. Empty: no hooks",
         ),
     ] = ""
     timeout_sec: Annotated[
-        int, Meta(ge=1, le=300, description="Seconds that those of before.d, or of after.d, may take in all for a task")
+        int,
+        Meta(
+            ge=1,
+            le=300,
+            description="Seconds for all hooks in before.d together, and again for those in after.d, for each task. "
+            "Then they are killed; in before.d the task is refused (REFUSED_BY_HOOK)",
+        ),
     ] = 10
 
 
@@ -347,13 +480,13 @@ def parse_sources(sources: Iterable[tuple[str, str]], overrides: Iterable[str] =
 def sample_conf() -> str:
     """Return conf/kvmagent.conf: every key with its meaning and its default."""
     lines = [
-        "# kvmagent's configuration. Every key is shown with its default; unknown keys stop the start.",
-        "# A reload (systemctl reload kvmagent) takes a change, unless the key says that it needs a restart.",
+        "# Configuration of kvmagent: every key with its default. An unknown key keeps the agent from starting.",
+        "# To apply a change, run: systemctl reload kvmagent. Some keys need a restart instead, and say so.",
     ]
     for section in msgspec.structs.fields(Settings):
-        lines += ["", f"# {section.type.__doc__.strip()}", f"[{section.name}]"]
+        lines += ["", *_comment(section.type.__doc__), f"[{section.name}]"]
         for field in msgspec.structs.fields(section.type):
-            lines += [f"# {_description(field.type)}", f"{field.name} = {_format(field.default)}".rstrip()]
+            lines += [*_comment(describe(field.type)), f"{field.name} = {_format(field.default)}".rstrip()]
     return "\n".join(lines) + "\n"
 
 
@@ -607,9 +740,22 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _description(annotation: Any) -> str:
+def describe(annotation: Any) -> str:
+    """Return what a key means, in sentences, by its field's type; and that it needs a restart, where it does."""
     words = next(meta.description for meta in annotation.__metadata__ if isinstance(meta, Meta) and meta.description)
-    return f"{words}. A change needs a restart" if _needs_restart(annotation) else words
+    return f"{words}. A change needs a restart." if _needs_restart(annotation) else f"{words}."
+
+
+def _comment(words: str) -> list[str]:
+    indent = "# "
+    return textwrap.wrap(
+        words,
+        _COMMENT_WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _needs_restart(annotation: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 from mdoc import DATE, text
 
-from kvmagent.settings import DEFAULT_PATH, Settings
+from kvmagent.settings import DEFAULT_PATH, Settings, describe
 
 HEAD = f"""\
 .Dd {DATE}
@@ -20,11 +20,14 @@ HEAD = f"""\
 .Sh DESCRIPTION
 An INI file: sections in brackets, one
 .Ql key = value
-a line, comments after
+per line, comments after
 .Ql # .
-Every key has a default, so that the file may be empty; an unknown section or
-key stops the start.
-A list is written with commas.
+Every key has a default, so the file may be empty.
+An unknown section or key keeps the agent from starting.
+Items of a list are separated by commas.
+.Pp
+.Ic systemctl reload kvmagent
+applies changes, except to keys that need a restart.
 .Pp
 .Ic kvmagent --sample
 prints the file with every key at its default.
@@ -56,8 +59,7 @@ def make_page() -> str:
 def _item(name: str, annotation: Any, default: Any) -> str:
     kind, *metas = get_args(annotation)
     facts = [_kind(kind), *(_range(meta) for meta in metas), f"default: {_value(default)}"]
-    description = next(meta.description for meta in metas if meta.description)
-    return f".It Ic {name}\n{text(f'{description}.')}\n.br\n{text('(' + '; '.join(filter(None, facts)) + ')')}"
+    return f".It Ic {name}\n{text(describe(annotation))}\n.br\n{text('(' + '; '.join(filter(None, facts)) + ')')}"
 
 
 def _kind(kind: Any) -> str:
