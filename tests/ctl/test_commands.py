@@ -76,7 +76,7 @@ def test_vms_are_a_table_with_the_first_blocker(ctl: Ctl, agent: AgentProcess) -
     assert rows[1].endswith(f"  {first}")
     assert len({row.index("running") for row in rows} | {header.index("STATE")}) == 1, "aligned"
     assert {vm["name"] for vm in ctl("vms", "--json").json["vms"]} == {"db-7", "old"}
-    assert ctl("vms", "--pending-restart").out == "no VMs\n"
+    assert ctl("vms", "--pending-restart").out == "none of 2 VMs needs a restart\n"
 
 
 def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> None:

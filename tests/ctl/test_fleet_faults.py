@@ -12,6 +12,7 @@ import pytest
 
 from tests.ctl.ctl import Ctl, Done
 from tests.ctl.front import Answer, Front, Request
+from tests.lab.agent import LOOPBACK, find_free_port
 
 PLAN: dict[str, Any] = {"target": {"cpuNum": 2}, "verdict": "live", "reasons": [], "prepare": [], "took": None}
 
@@ -83,6 +84,32 @@ def test_no_vms_are_no_failure(bare: Ctl) -> None:
         for arguments in (("vms",), ("plan", "--all", "--cpus", "x2"), ("ready", "--all", "--apply")):
             done = bare("--url", front.url, *arguments)
             assert (done.status, done.out) == (0, "no VMs\n")
+
+
+def test_a_filter_that_no_vm_passes_says_what_the_vms_are(bare: Ctl, tmp_path: Path) -> None:
+    """Not "no VMs": there are some, or nobody knows."""
+
+    def list_chosen(*filters: str, names: str = "", dead: int = 0) -> str:
+        vms = [{"vmUuid": name, "name": name, "ready": name != "full", "atMaximum": True} for name in names.split()]
+        with Front(lambda _request: Answer(200, {"vms": vms})) as front:
+            lines = [f"node1 {front.url}"] if names or not dead else []
+            lines += [f"dead{n} http://{LOOPBACK}:{find_free_port()}" for n in range(dead)]
+            (file := tmp_path / "hosts").write_text("\n".join(lines))
+            several = ("--hosts", str(file)) if dead else ()
+            done = bare("--url", front.url, "vms", *filters, *several)
+        assert done.status == (4 if dead else 0)
+        return done.out.strip()
+
+    assert list_chosen("--not-ready", names="a full") == "all 2 VMs are ready or at their maximum"
+    assert list_chosen("--not-ready", names="a") == "the only VM is ready or at its maximum"
+    assert list_chosen("--pending-restart", names="a full") == "none of 2 VMs needs a restart"
+    assert list_chosen("--pending-restart", names="a") == "the only VM needs no restart"
+    assert list_chosen("--pending-restart", "--not-ready", names="a full") == "no VM matches both options"
+    assert list_chosen("--pending-restart", "--not-ready") == "no VMs"
+    few = list_chosen("--not-ready", names="a full", dead=1)
+    assert few == "all 2 VMs are ready or at their maximum on the hosts that answered"
+    assert list_chosen("--not-ready", dead=2) == "no host answered"
+    assert list_chosen(dead=1) == "no host answered"
 
 
 def test_a_plan_says_what_to_prepare_so_that_it_does_for_every_target(bare: Ctl) -> None:

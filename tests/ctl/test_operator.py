@@ -100,7 +100,7 @@ def test_tasks_are_chosen_and_tell_when_and_by_whom(ctl: Ctl, agent: AgentProces
     uuid = agent.get(f"/tasks/{refused}").body["vmUuid"]
     assert refused in ctl("tasks", "--outcome", "refused", "--vm", uuid, "-o", "name").out.splitlines()
     assert refused in ctl("tasks", "--caller", caller, "--since", "1h", "-o", "name").out.splitlines()
-    assert ctl("tasks", "--until", "2020-01-01").out == "no tasks\n"
+    assert ctl("tasks", "--until", "2020-01-01").out == "no task matches these options\n"
     assert ctl("tasks", "--since", "yesterday").status == 2
     header, newest, *_ = ctl("tasks", "--vm", "db-7", "--limit", "1", "-o", "wide").out.splitlines()
     assert header.split() == [
@@ -134,7 +134,7 @@ def test_a_history_of_refusals_and_of_nothing_is_told() -> None:
     assert lines[1].split("  ")[2:4] == ["vCPUs 2 to 1", "removed"] or "vCPUs 2 to 1" in lines[1]
     assert "removed" in lines[1]
     assert "none; asked for vCPUs 1  refused CPU_NOT_REMOVABLE" in lines[2]
-    assert render_history([], 0.0) == ["nothing has changed this VM"]
+    assert render_history([], 0.0) == ["no changes to this VM"]
 
 
 def test_what_is_removed_is_not_told_as_online() -> None:

@@ -86,11 +86,16 @@ class Progress:
 
 
 class Answers(NamedTuple):
-    """What the hosts answered: of each VM an entry, with its host where there are several."""
+    """What the hosts answered: of each VM an entry, with its host where there are several.
+
+    `answered`: the hosts that did; `none`: what to say where there is no entry.
+    """
 
     vms: list[Json]
     failures: list[Json]
     statuses: list[Exit]
+    answered: list[str]
+    none: str = "no VMs"
 
     @property
     def status(self) -> Exit:
@@ -99,6 +104,7 @@ class Answers(NamedTuple):
 
 
 Question = Callable[[Agent, Progress], list[tuple[Json, Exit]]]
+View = Callable[[list[Json]], list[str]]
 _Future = Future[list[tuple[Json, Exit]]]
 
 
@@ -116,13 +122,13 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
     """Return what the agents answer: this session's alone, or those of a file of hosts, side by side."""
     if hosts_file is None:
         progress = Progress()
-        answers = Answers([], [], [])
+        answers = Answers([], [], [], [])
         _ask_side_by_side(session, {Host("", ""): session.agent}, question, progress, answers)
         if answers.failures and isinstance(error := answers.failures[0]["raised"], CtlError):
             raise error
         return answers
     agents: dict[Host, Agent] = {}
-    answers = Answers([], [], [])
+    answers = Answers([], [], [], [])
     for host in read_hosts(Path(hosts_file), session.conf):
         agents[host] = session.connect(session.target_of(host.name, host.url))
     _ask_side_by_side(session, agents, question, Progress(), answers)
@@ -175,6 +181,7 @@ def _ask_side_by_side(
             answers.failures.append({"host": host.name, **error.body(), "raised": error})
             answers.statuses.append(error.status)
             continue
+        answers.answered.append(host.name)
         for vm, status in found:
             answers.vms.append({"host": host.name, **vm} if host.name else vm)
             answers.statuses.append(status)
@@ -224,7 +231,7 @@ def _show(terminal: Terminal, done: int, hosts: int, progress: Progress) -> None
     terminal.show(f"{words}, {done} of {hosts} hosts" if hosts > 1 else words)
 
 
-def print_answers(session: Session, answers: Answers, view: Callable[[list[Json]], list[str]]) -> Exit:
+def print_answers(session: Session, answers: Answers, view: View) -> Exit:
     """Print what the hosts answered, whole, and return the worst of their statuses."""
     if session.output == "name":
         names = [str(vm.get("name") or vm["vmUuid"]) for vm in answers.vms]
@@ -238,8 +245,19 @@ def print_answers(session: Session, answers: Answers, view: Callable[[list[Json]
             body["interrupted"] = True
         session.terminal.print_json(body)
     else:
-        session.terminal.print(*view(printable(answers.vms)))
+        session.terminal.print(*_lines(answers, view))
     return answers.status
+
+
+def _lines(answers: Answers, view: View) -> list[str]:
+    """Return the VMs as a view shows them, or in words why there are none: a host that failed may have some."""
+    if answers.vms:
+        return view(printable(answers.vms))
+    if Exit.INTERRUPTED in answers.statuses:
+        return []
+    if answers.failures:
+        return [f"{answers.none} on the hosts that answered" if answers.answered else "no host answered"]
+    return [answers.none]
 
 
 # -- subcommands
@@ -264,20 +282,38 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: b
     def question(agent: Agent, progress: Progress) -> list[tuple[Json, Exit]]:
         found = agent.list_vms(timeout_s=_VMS_S)
         progress.expect(len(found))
-        return [
-            (vm, Exit.REACHED)
-            for vm in progress.each(found)
-            if (vm.get("restartRequired") or not pending_restart)
-            and (not not_ready or not (vm.get("ready") or vm.get("atMaximum")))
-        ]
+        return [(vm, Exit.REACHED) for vm in progress.each(found)]
+
+    def ask() -> Answers:
+        answers = ask_hosts(session, hosts, question)
+        return _choose(answers, pending_restart=pending_restart, not_ready=not_ready) if answers.vms else answers
 
     view = partial(render_vms, wide=session.is_wide)
     if watch:
-        _watch(session, partial(ask_hosts, session, hosts, question), view)
-    return print_answers(session, ask_hosts(session, hosts, question), view)
+        _watch(session, ask, view)
+    return print_answers(session, ask(), view)
 
 
-def _watch(session: Session, ask: Callable[[], Answers], view: Callable[[list[Json]], list[str]]) -> NoReturn:
+def _choose(answers: Answers, *, pending_restart: bool, not_ready: bool) -> Answers:
+    """Return the answers with the VMs that pass the filters, and what is true of all where none does."""
+    chosen = [
+        vm
+        for vm in answers.vms
+        if (vm.get("restartRequired") or not pending_restart)
+        and (not not_ready or not (vm.get("ready") or vm.get("atMaximum")))
+    ]
+    count = len(answers.vms)
+    if pending_restart and not_ready:
+        none = "no VM matches both options"
+    elif pending_restart:
+        none = "the only VM needs no restart" if count == 1 else f"none of {count} VMs needs a restart"
+    else:
+        ready = "the only VM is ready or at its maximum"
+        none = ready if count == 1 else f"all {count} VMs are ready or at their maximum"
+    return answers._replace(vms=chosen, none=none)
+
+
+def _watch(session: Session, ask: Callable[[], Answers], view: View) -> NoReturn:
     """Show the VMs again and again; an agent that is away is waited for. Where nobody looks only changes are shown.
 
     Raises:
@@ -297,7 +333,7 @@ def _watch(session: Session, ask: Callable[[], Answers], view: Callable[[list[Js
             if session.as_json:
                 if answers.vms != shown:
                     session.terminal.print_json({"vms": answers.vms}, indent=None)
-            elif (lines := view(printable(answers.vms))) != shown or session.terminal.is_watched:
+            elif (lines := _lines(answers, view)) != shown or session.terminal.is_watched:
                 session.terminal.redraw(*lines)
             shown = answers.vms if session.as_json else lines
         time.sleep(_WATCH_S)

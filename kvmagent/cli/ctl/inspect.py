@@ -124,7 +124,7 @@ def tasks(context: click.Context, /, state: str | None, limit: int, follow: bool
     _print(
         session,
         {"tasks": read(limit)},
-        lambda body: render_tasks(body["tasks"], time.time(), wide=session.is_wide),
+        lambda body: render_tasks(body["tasks"], time.time(), wide=session.is_wide, chosen=bool(query)),
         names=lambda body: [task["taskUuid"] for task in body["tasks"]],
     )
 

@@ -70,7 +70,7 @@ def render_reclaimable(answer: Json) -> list[str]:
         for vm in answer["vms"]
     ]
     if not rows:
-        return ["no VM runs"]
+        return ["no VM is running"]
     return format_table(("VM", ">PROMISED", ">RESIDENT", ">UNUSED", "COULD LEAVE BY"), rows)
 
 
@@ -101,8 +101,6 @@ def _vm_table(
 ) -> list[str]:
     """Return a table of VMs by name, with a column for their host where there are several."""
     vms = sorted(vms, key=lambda vm: (str(vm.get("host") or ""), str(vm.get("name") or vm["vmUuid"])))
-    if not vms:
-        return ["no VMs"]
     if not any("host" in vm for vm in vms):
         return format_table(headers, map(make_row, vms))
     return format_table((Column("HOST"), *headers), [[str(vm.get("host", "")), *make_row(vm)] for vm in vms])
@@ -410,8 +408,11 @@ def render_diff(diff: str) -> list[str]:
     return [paint(line, colours[line[0]]) if line[:1] in colours else line for line in diff.splitlines()]
 
 
-def render_tasks(tasks: Iterable[Json], now: float, *, wide: bool = False) -> list[str]:
-    """Return a table of tasks; `now` is seconds since the epoch. `wide`: ids whole, not as far as they differ."""
+def render_tasks(tasks: Iterable[Json], now: float, *, wide: bool = False, chosen: bool = False) -> list[str]:
+    """Return a table of tasks; `now` is seconds since the epoch. `wide`: ids whole, not as far as they differ.
+
+    `chosen`: they were filtered, so that where there are none there may be others.
+    """
     tasks = list(tasks)
     ids = [task["taskUuid"] for task in tasks]
     shown = ids if wide else _shorten(ids)
@@ -431,7 +432,7 @@ def render_tasks(tasks: Iterable[Json], now: float, *, wide: bool = False) -> li
         for short, task in zip(shown, tasks, strict=True)
     ]
     headers = (*_TASK_COLUMNS, *((Column("CLIENT", 9, "from"), Column("UUID", 9, "UUID")) if wide else ()))
-    return format_table(headers, rows) if rows else ["no tasks"]
+    return format_table(headers, rows) if rows else ["no task matches these options" if chosen else "no tasks"]
 
 
 _TASK_COLUMNS: tuple[str | Column, ...] = (
@@ -477,7 +478,7 @@ def render_history(changes: Iterable[Json], now: float, *, wide: bool = False) -
         *_HISTORY_COLUMNS,
         *((Column("COMMAND", 7), Column("CLIENT", 8, "from"), Column("VM", 9)) if wide else ()),
     )
-    return format_table(headers, rows) if rows else ["nothing has changed this VM"]
+    return format_table(headers, rows) if rows else ["no changes to this VM"]
 
 
 _HISTORY_COLUMNS: tuple[str | Column, ...] = (
