@@ -105,7 +105,7 @@ def test_the_host_s_memory_is_a_bar_of_what_is_used_promised_left_and_kept(
     stage.answers["/healthz"] = (200, health(memory=OVER))
     words, parts = look_at_memory(opened())
     assert "600 GiB of a budget of 480 GiB 200 GiB used 280 GiB promised, not used 120 GiB over the budget" in words
-    assert words.endswith("Over the budget since 2026-09-21 11:26 UTC: no VM gets more until some comes back")
+    assert words.endswith("Over the budget since 2026-09-21 11:26 UTC: no VM gets more memory until some is freed")
     shares = {"used": 200 / 632, "promised": 280 / 632, "over": 120 / 632, "reserve": 32 / 632}
     assert parts == pytest.approx(shares, abs=0.02)
     # VMs that use all of it and more.
@@ -146,7 +146,7 @@ def test_an_opened_row_shows_what_the_vm_can_have_now_after_a_restart_and_never(
     browser.run(f"document.querySelector('{row} button').click()")
     browser.wait(f"document.querySelectorAll('{row} .ladder li').length === 8")
     told = [" ".join(words.split()) for words in browser.text(f"{row} .ladder").splitlines() if words]
-    assert told[:6] == ["vCPUs: what it can have", "1 vCPU now", "3 vCPUs now", "4 vCPUs now", "8 vCPUs now", told[5]]
+    assert told[:6] == ["vCPUs it can have", "1 vCPU now", "3 vCPUs now", "4 vCPUs now", "8 vCPUs now", told[5]]
     assert "2 GiB now" in told
     assert "16 GiB now" in told
     # legacy-erp was started without room.
@@ -155,7 +155,7 @@ def test_an_opened_row_shows_what_the_vm_can_have_now_after_a_restart_and_never(
     browser.wait(f"document.querySelectorAll('{none} .ladder li').length > 4")
     told = [" ".join(words.split()) for words in browser.text(f"{none} .ladder").splitlines() if words]
     assert "4 vCPUs after a prepare and a restart" in told
-    assert "4 GiB no" in told
+    assert "4 GiB not possible" in told
     assert "The running definition has no <maxMemory>" in told
     assert "4 vCPUs requested, the running definition allows at most 2" in told
     assert stage.asked[PLAN] == 2
@@ -194,7 +194,7 @@ def test_a_refused_task_is_told_with_its_remedy_and_one_under_way_as_such(opened
     assert REMEDIES[Code.CPU_ABOVE_MAXIMUM] in tasks
     assert "for 14 s" in tasks
     assert "waiting for its turn" in tasks
-    assert "Callback not taken after 3 attempts: connection refused" in tasks
+    assert "Callback not accepted after 3 attempts: connection refused" in tasks
 
 
 def test_a_step_that_was_cut_off_is_told_as_such(stage: Stage, opened: Callable[..., Browser]) -> None:
@@ -212,7 +212,7 @@ def test_a_step_that_was_cut_off_is_told_as_such(stage: Stage, opened: Callable[
     browser.run("document.querySelector('#task-list summary').click()")
     browser.wait("document.querySelector('.steps li')")
     told = [words.split(" · ")[1] for words in browser.text(".steps ol").splitlines() if " · " in words]
-    assert told == ["cut off", "under way", "40 ms"]
+    assert told == ["interrupted", "running", "40 ms"]
 
 
 def test_refreshes_itself_and_reads_the_vms_when_a_task_has_ended(stage: Stage, opened: Callable[..., Browser]) -> None:
@@ -275,7 +275,7 @@ def test_says_so_when_the_agent_is_down_and_goes_on_when_it_is_back(browser: Bro
     stage.stop()
     browser.wait("!document.querySelector('#stale').hidden")
     told = browser.text("#stale")
-    assert "The agent does not answer. What stands here is from" in told
+    assert "The agent does not answer. This data is from" in told
     assert "systemctl status kvmagent" in told
     assert browser.run("return document.body.classList.contains('stale')")
     assert browser.text("#health") == "No answer"
@@ -423,7 +423,7 @@ def test_the_running_agent_shows_its_vms_and_asks_for_a_token(browser: Browser, 
         browser.run("document.querySelector('#vm-rows .problems-of').click()")
         browser.wait("document.querySelectorAll('#vm-rows .ladder li').length > 4")
         browser.run("document.querySelector('#task-list summary').click()")
-        browser.wait("document.querySelector('.steps').innerText.includes('No step was taken')")
+        browser.wait("document.querySelector('.steps').innerText.includes('The task took no steps')")
         assert browser.run("return [sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
         assert token not in agent.log()
 
@@ -483,7 +483,7 @@ def test_forty_tasks_do_not_make_the_page_long(browser: Browser, stage: Stage) -
 
 def test_a_host_without_vms_says_what_to_do_next(browser: Browser, stage: Stage) -> None:
     bring(browser, stage, "empty")
-    assert "Define one (virsh define FILE" in browser.text("#vms")
+    assert "Define one with virsh define FILE" in browser.text("#vms")
     assert "kvmagentctl doctor" in browser.text("#vms-none")
 
 
@@ -493,5 +493,5 @@ def test_bars_of_many_vcpus_have_marks_that_can_be_told_apart(stage: Stage, open
         "return [...document.querySelectorAll('.ticks')].map((bar) => [bar.title, "
         "bar.getBoundingClientRect().width / getComputedStyle(bar).getPropertyValue('--ticks')])"
     )
-    assert [title for title, _ in marks] == ["", "", "a mark is 2 vCPUs", "a mark is 8 vCPUs"]
+    assert [title for title, _ in marks] == ["", "", "each mark is 2 vCPUs", "each mark is 8 vCPUs"]
     assert min(width for _, width in marks) >= 10, "pixels, two of which are the gap"

@@ -7,11 +7,11 @@ const TIMEOUT_MS = 30000;
 const MIB = 2 ** 20;
 const WORDS = {
   live: ["good", "now"],
-  "live-unconfirmed": ["good", "now, unconfirmed by the guest"],
+  "live-unconfirmed": ["good", "now, not confirmed by the guest"],
   "live-rounded": ["good", "now, rounded up"],
   "live-partial": ["warn", "now, in part"],
   restart: ["warn", "after a restart"],
-  never: ["bad", "no"],
+  never: ["bad", "not possible"],
 };
 
 /** The totals that are asked about: half, a little more, all that it was started for, and multiples of what it has. */
@@ -31,13 +31,13 @@ function rungs({ cpu, memory }, vm) {
 export async function showLadder(element, vm, measures) {
   const asked = String(Number(element.dataset.asked ?? 0) + 1);
   element.dataset.asked = asked;
-  if (!element.childElementCount) fill(element, h("p", { class: "muted" }, "Asking what it can have"));
+  if (!element.childElementCount) fill(element, h("p", { class: "muted" }, "Asking the agent what this VM can have…"));
   let content;
   try {
     const question = { vmUuid: vm.vmUuid, targets: rungs(measures, vm) };
     content = draw((await read("vm/hotplug/plan", { timeout: TIMEOUT_MS, question })).plans);
   } catch (error) {
-    const told = error.errorCode ? error.message : "What it can have was not answered";
+    const told = error.errorCode ? error.message : "The agent did not say what this VM can have";
     content = [h("p", { class: "problem" }, icon("bad"), told), remedy(error.remedy)];
   }
   if (element.dataset.asked === asked) fill(element, content);
@@ -46,7 +46,7 @@ export async function showLadder(element, vm, measures) {
 function draw(plans) {
   const kinds = [["vCPUs", ({ target }) => target.cpuNum], ["Memory", ({ target }) => target.memorySize]];
   return kinds.map(([title, pick]) => h("div", {},
-    h("h3", {}, `${title}: what it can have`),
+    h("h3", {}, `${title} it can have`),
     h("ul", {}, plans.filter(pick).map(rung))));
 }
 

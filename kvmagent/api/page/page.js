@@ -1,12 +1,12 @@
 // The status page: reads /healthz, /tasks and /vms of the agent that served it, and changes nothing.
 
-import { ago, duration, fill, h, icon, makeBar, plural, size, tell } from "./dom.js";
+import { ago, duration, fill, h, icon, makeBar, plural, sentence, size, tell } from "./dom.js";
 import { Poll, Refused, token } from "./poll.js";
 import * as tasks from "./tasks.js";
 import * as vms from "./vms.js";
 
 const $ = (id) => document.getElementById(id);
-// A second of silence is no news; so many are.
+// Seconds without an answer after which the page says so.
 const STALE_S = 5;
 
 let paused = false;
@@ -86,7 +86,7 @@ function budget({ reserve, budget: most, promised, resident, overSince }) {
     h("dd", {}, h("b", {}, size(promised)), h("span", {}, `of a budget of ${size(most)}`)),
     h("dd", {}, makeBar(parts, Math.max(promised, most) + reserve),
       h("ul", { class: "legend" }, parts.map(([kind, , words]) => h("li", {}, h("i", { class: kind }), words)))),
-    since ? h("dd", { class: "trouble" }, icon("warn"), `Over the budget since ${since}: no VM gets more until some comes back`) : null);
+    since ? h("dd", { class: "trouble" }, icon("warn"), `Over the budget since ${since}: no VM gets more memory until some is freed`) : null);
 }
 
 function drawFigures() {
@@ -100,7 +100,7 @@ function drawFigures() {
     counted && figure("Need attention", counted.trouble.toLocaleString("en"), "VMs", counted.trouble > 0),
     counted && figure("Plugged but offline", offline.join(", ") || "none", null, offline.length > 0),
     health && figure("Tasks", running.size, `running, ${queued} waiting`),
-    health && figure("Callbacks owed", owedCallbacks, null),
+    health && figure("Undelivered callbacks", owedCallbacks, null),
     host && figure("Host memory", size(host.memoryAvailable), `of ${size(host.memoryTotal)} available`),
     host && figure("Host load", host.load === null ? "unknown" : host.load.toFixed(1), `on ${plural(host.cpus, "CPU")}`),
     memory && budget(memory),
@@ -117,7 +117,7 @@ function failed(section) {
     if (error instanceof Refused && error.status === 401) ask(error);
     else if (error instanceof Refused && section) tell($(`${section}-error`), error);
     else if (error instanceof Refused) refused = error;
-    else if (error.name === "TimeoutError" && section) tell($(`${section}-error`), { error: "No answer in time; it is asked again." });
+    else if (error.name === "TimeoutError" && section) tell($(`${section}-error`), { error: "No answer in time. The page will try again." });
     else silentSince ??= Date.now();
     tick();
   };
@@ -127,7 +127,7 @@ function ask(error) {
   locked = true;
   const wrong = error.errorCode !== "CREDENTIALS_MISSING";
   if (wrong) token.forget();
-  $("login-why").textContent = wrong ? `${error.error}: it may have been replaced.` : "This agent answers those who have a token.";
+  $("login-why").textContent = wrong ? `${sentence(error.error)}. It may have been replaced.` : "This agent requires a token.";
   $("login").hidden = false;
   for (const id of ["status", "forget", "pause", "jump"]) $(id).hidden = true;
   $("token").focus();
@@ -160,7 +160,7 @@ function tick() {
   const stale = silentSince !== null && (silence > STALE_S || seen === null);
   document.body.classList.toggle("stale", stale || paused);
   if (stale) {
-    const since = seen === null ? "" : ` What stands here is from ${new Date(seen).toLocaleTimeString("en-GB")}.`;
+    const since = seen === null ? "" : ` This data is from ${new Date(seen).toLocaleTimeString("en-GB")}.`;
     document.title = `✕ No answer – ${health?.host.name ?? "kvmagent"}`;
     drawVerdict("bad", "No answer", {});
     tell($("stale"), { error: `The agent does not answer.${since}`, remedy: "On the host: systemctl status kvmagent; journalctl -u kvmagent -n 50" });
@@ -186,7 +186,7 @@ $("forget").addEventListener("click", () => {
 $("pause").addEventListener("click", () => {
   paused = !paused;
   $("pause").setAttribute("aria-pressed", String(paused));
-  $("pause").textContent = paused ? "Go on" : "Pause";
+  $("pause").textContent = paused ? "Resume" : "Pause";
   if (!paused) runAll();
   tick();
 });

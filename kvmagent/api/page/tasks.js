@@ -11,16 +11,16 @@ export const SYMBOLS = {
 };
 const WORDS = {
   online: "online in the guest",
-  plugged: "plugged, use by the guest unconfirmed",
+  plugged: "plugged, not confirmed by the guest",
   configured: "configured for the next start",
   unchanged: "nothing to do",
   planned: "dry run",
-  partial: "failed on the way",
+  partial: "failed partway",
   pending: "the guest has not answered yet",
   refused: "refused",
 };
 const UNFINISHED = ["accepted", "running"];
-// So many are drawn until somebody asks for all: what came before is for whoever looks for it.
+// Drawn until somebody asks for all.
 const AT_ONCE = 10;
 
 let shown = AT_ONCE;
@@ -41,7 +41,7 @@ export function take(body, running) {
 
 function draw() {
   const list = document.getElementById("task-list");
-  fill(list, tasks.length ? tasks.slice(0, shown).map(item) : h("li", { class: "muted" }, "No task yet."));
+  fill(list, tasks.length ? tasks.slice(0, shown).map(item) : h("li", { class: "muted" }, "No tasks yet."));
   const more = document.getElementById("more-tasks");
   more.hidden = tasks.length <= shown;
   more.textContent = `Show the ${plural(tasks.length, "newest task", "newest tasks")}`;
@@ -89,16 +89,16 @@ function outcome(task) {
 
 function told(task) {
   if (task.state === "running") return `for ${duration(Math.round(task.seconds ?? now() - task.startedAt))}`;
-  if (task.state === "accepted") return `since ${duration(Math.round(now() - task.acceptedAt))}`;
+  if (task.state === "accepted") return `for ${duration(Math.round(now() - task.acceptedAt))}`;
   return ago(now() - task.finishedAt);
 }
 
 function undelivered(task) {
   const { attempts, error } = task.delivery;
   const words = {
-    finished: attempts ? `Callback not taken after ${plural(attempts, "attempt")}: ${error}` : null,
-    gone: "The callback’s receiver does not know this task.",
-    given_up: `Callback given up after ${plural(attempts, "attempt")}: ${error}`,
+    finished: attempts ? `Callback not accepted after ${plural(attempts, "attempt")}: ${error}` : null,
+    gone: "The callback receiver does not know this task.",
+    given_up: `Gave up on the callback after ${plural(attempts, "attempt")}: ${error}`,
   }[task.state];
   return words ? h("p", { class: "callback" }, icon("warn"), words) : null;
 }
@@ -120,7 +120,7 @@ function makeDetails(task) {
 
 function describe(task) {
   return [
-    task.steps.length ? h("ol", {}, task.steps.map((step) => h("li", {}, stepWords(step)))) : h("p", {}, "No step was taken."),
+    task.steps.length ? h("ol", {}, task.steps.map((step) => h("li", {}, stepWords(step)))) : h("p", {}, "The task took no steps."),
     h("p", { class: "code" }, [`task ${task.taskUuid}`, task.caller ? `by ${task.caller}` : null, `from ${task.client}`].filter(Boolean).join(" · ")),
   ];
 }
@@ -129,6 +129,6 @@ function stepWords({ step, elapsedMs, cutOff, problem, ...fields }) {
   const told = Object.entries(fields)
     .filter(([, value]) => typeof value !== "object")
     .map(([name, value]) => `${name} ${name.endsWith("Bytes") ? size(value) : value}`);
-  const took = cutOff ? "cut off" : elapsedMs === null ? "under way" : duration(elapsedMs / 1000);
+  const took = cutOff ? "interrupted" : elapsedMs === null ? "running" : duration(elapsedMs / 1000);
   return [h("b", {}, step), ` ${told.join(", ")} · ${took}`, problem ? h("p", { class: "error" }, problem.message ?? problem.code) : null];
 }

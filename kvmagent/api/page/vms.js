@@ -16,11 +16,11 @@ let shown = AT_ONCE;
 let vms = [];
 const rows = new Map();
 
-/** What the table needs of a VM; one that cannot be read is told whole. */
+/** The fields of a VM that the table needs; one that cannot be read always has all its fields. */
 export const FIELDS =
   "name,state,after,pluggedOffline,atMaximum,readyAfterRestart,guestFellSilent,headroom,blockers,warnings";
 
-/** Whether a warning is of what nobody asked for: the guest fell silent, or the next start would have something else. */
+/** Whether a warning has no request as its cause: the guest fell silent, or the next start would differ. */
 const isUnasked = (vm) => ({ code }) => code === "DRIFT" || (vm.guestFellSilent && code.startsWith("GUEST_AGENT_"));
 
 /** What a row says of a VM: [how bad, symbol, words]; from 2 up somebody has to do something. */
@@ -92,7 +92,7 @@ export function draw() {
   });
   while (table.children.length > wanted.length + 1) table.lastElementChild.remove();
   const count = document.getElementById("vms-count");
-  const none = vms.length ? "No VM has these words." : "This host has no VMs.";
+  const none = vms.length ? "No VM matches the filter." : "This host has no VMs.";
   const text = !found.length ? none : found.length < vms.length ? `${found.length} of ${plural(vms.length, "VM")}` : "";
   if (count.textContent !== text) count.textContent = text;
   document.getElementById("vms-none").hidden = vms.length > 0;
@@ -180,7 +180,7 @@ async function tellHistory(vm, place) {
   const uuid = h("p", { class: "code whole" }, `UUID ${vm.vmUuid}`);
   try {
     const { changes } = await read(`vms/${encodeURIComponent(vm.vmUuid)}/history?limit=${CHANGES}`);
-    fill(place, uuid, changes.length ? h("ol", {}, changes.map(change)) : h("p", { class: "muted" }, "Nothing has changed it so far."));
+    fill(place, uuid, changes.length ? h("ol", {}, changes.map(change)) : h("p", { class: "muted" }, "No changes so far."));
   } catch (error) {
     fill(place, uuid, h("p", { class: "error" }, error.message));
   }
@@ -214,7 +214,7 @@ function cpuCell({ live, cpu }, vm) {
     h("p", { class: "figures" }, h("b", {}, plural(cpu.has, "vCPU")), h("span", {}, `max ${cpu.most}`)),
     bar(cpu, live),
     live && cpu.offline ? trouble(`${cpu.offline} plugged but offline`) : null,
-    live && guest === null ? h("p", { class: "muted" }, "guest does not tell") : null);
+    live && guest === null ? h("p", { class: "muted" }, "guest does not report") : null);
 }
 
 function memoryCell({ live, memory }, vm) {
@@ -222,15 +222,15 @@ function memoryCell({ live, memory }, vm) {
   const notes = [
     live && guestMemorySize !== null ? `guest sees ${size(guestMemorySize)}` : null,
     live && memory.ballooned ? `${size(memory.ballooned)} in the balloon` : null,
-    live && memory.offline === null && guestMemorySize === null ? "guest does not tell" : null,
+    live && memory.offline === null && guestMemorySize === null ? "guest does not report" : null,
     freeSlots === null ? null : plural(freeSlots, "free slot"),
   ].filter(Boolean);
   return h("td", { role: "cell", class: live ? "amount" : "amount off" },
     h("p", { class: "figures" }, h("b", {}, size(memory.has)),
-      h("span", {}, maxMemorySize === null ? "no maximum" : `max ${size(memory.most)}`)),
+      h("span", {}, maxMemorySize === null ? "no maxMemory" : `max ${size(memory.most)}`)),
     bar(memory, live),
     live && memory.offline ? trouble(`${size(memory.offline)} plugged but offline`) : null,
-    notes.length ? h("p", { class: "muted" }, notes.join(" · ")) : null);
+    notes.length ? h("p", { class: "muted" }, notes.map((note) => note.replaceAll(" ", "\u00a0")).join(" · ")) : null);
 }
 
 const trouble = (words) => h("p", { class: "trouble" }, icon("warn"), words);
@@ -250,7 +250,7 @@ function bar({ has, most, offline, ballooned }, live) {
     while (most / each > MOST_TICKS) each *= 2;
     element.classList.add("ticks");
     element.style.setProperty("--ticks", String(most / each));
-    if (each > 1) element.title = `a mark is ${each} vCPUs`;
+    if (each > 1) element.title = `each mark is ${each} vCPUs`;
   }
   return element;
 }
@@ -270,9 +270,9 @@ function why(vm, name, problems, open) {
   const [first, ...others] = problems;
   const opener = (words) => h("button", { type: "button", class: "link problems-of", "aria-expanded": String(open) },
     words, h("span", { class: "hidden" }, `: ${name}`));
-  if (first) return [h("p", {}, sentence(first.message)), opener(others.length ? `and ${plural(others.length, "other")}: what to do` : "What to do")];
+  if (first) return [h("p", {}, sentence(first.message)), opener(others.length ? `and ${others.length} more: what to do` : "What to do")];
   if (vm.state === "shutoff") {
-    const after = vm.readyAfterRestart ? "ready once it is started" : "not ready once it is started";
+    const after = vm.readyAfterRestart ? "ready once started" : "not ready once started";
     return [h("p", { class: "muted" }, `off; ${after}`), opener("What it can have")];
   }
   const words = vm.atMaximum ? "at its maximum; more needs a prepare and a restart" : "ready";
