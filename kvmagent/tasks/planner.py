@@ -375,9 +375,9 @@ def _tell(trial: _Trial, facts: Facts) -> _Trial:
         )
         judgement = judge(ending)
         own = call(trial.command.reply_fields, replace(ending, judgement=judgement))
+        told = [*judgement.warnings, *call(list, own.get("warnings", ()))]
     except Exception as error:
         return _refused(trial.command, trial.request, error)
-    told = [*judgement.warnings, *own.get("warnings", ())]
     return trial._replace(told=told, size_bytes=own.get("aligned"))
 
 

@@ -1,7 +1,7 @@
 """Calls what a plugin declares: what it raises is a refusal or a fault of the plugin's, and never steers the agent."""
 
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar, cast
 
 from kvmagent.model.errors import AgentError, Code
 
@@ -13,14 +13,15 @@ T = TypeVar("T")
 
 
 def call(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Call a function of a plugin's.
+    """Call a function of a plugin's. Of a generator the items are returned: it is the plugin's code that makes them.
 
     Raises:
         AgentError: its refusal; INTERNAL_ERROR where it says what only the agent can know, or would end the thread.
         Exception: its fault.
     """
     try:
-        return function(*arguments, **named)
+        made = function(*arguments, **named)
+        return cast("T", tuple(made)) if isinstance(made, Iterator) else made
     except AgentError as error:
         if error.code not in _AGENTS_OWN:
             raise

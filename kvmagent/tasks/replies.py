@@ -104,7 +104,7 @@ def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool
     fields = reply_fields(ending, judgement)
     if own:
         added = dict(call(command.reply_fields, replace(ending, error=judgement.error, judgement=judgement)))
-        fields["warnings"] += added.pop("warnings", [])
+        fields["warnings"] += call(list, added.pop("warnings", []))
         if taken := sorted(_JUDGED & added.keys()):
             raise TypeError(f"reply_fields of {command.name} sets {', '.join(taken)}, which the judge alone does")
         fields |= added

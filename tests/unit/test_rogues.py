@@ -169,10 +169,24 @@ def test_what_a_later_round_plans_is_held_to_the_goal_as_well(tmp_path: Path) ->
     assert (reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == (1, 3)
 
 
+def later(error: BaseException) -> Callable[..., Any]:
+    """A generator, which begins only where its items are asked for."""
+
+    def function(*arguments: Any) -> Any:
+        yield from ()
+        raise error
+
+    return function
+
+
 #: What a function of a plugin's does instead of its work.
 MISDEEDS: dict[str, Callable[..., Any]] = {
     "has a bug": raising(Unforeseen("a bug")),
     "ends its thread": raising(SystemExit("bye")),
+    "ends its thread later": later(SystemExit("bye")),
+    "loses libvirt later": later(AgentError(Code.LIBVIRT_UNAVAILABLE, "made up")),
+    "says in the end that it was cancelled": later(AgentError(Code.CANCELLED, "made up")),
+    "tells warnings that end its thread": lambda *arguments: {"warnings": later(SystemExit("bye"))()},
     **{f"raises {code}": raising(AgentError(code, "made up")) for code in Code if code.startswith((
         "CANCELLED", "JOURNAL_UN", "LIBVIRT_UN", "STOPPING", "CPU_REMOVAL_P", "MEMORY_REMOVAL_P", "VM_NOT_F", "VM_REPL"
     ))},
@@ -201,6 +215,18 @@ def test_whatever_a_plugin_s_functions_do_its_task_is_answered_once_and_truly(
 ) -> None:
     way = WAYS[name]
     check_way(tmp_path_factory.mktemp("rogue"), way, wrong)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("function", "misdeed"),
+    [("next_steps", one) for one in MISDEEDS if one.endswith(("later", "cancelled"))]
+    + [("reply_fields", "tells warnings that end its thread")],
+)
+def test_what_a_plugin_raises_while_its_items_are_taken_ends_in_a_reply(
+    tmp_path: Path, function: str, misdeed: str, nth: int
+) -> None:
+    check_way(tmp_path, WAYS["HotPlugCpu"], {function: (nth, misdeed)})
 
 
 def check_way(directory: Path, way: Way, wrong: dict[str, tuple[int, str]]) -> None:
