@@ -282,12 +282,13 @@ def _plan_virtio_mems(
     refuse_first(check_virtio_mem(facts.guest.os, config.arch))
     nodes = _find_nodes_without_virtio_mem(config)
     room = max(0, (max_memory_bytes or 0) - config.total_bytes)
-    size = align_down(room // len(nodes), find_machine(config).block_bytes) if nodes else 0
-    return tuple(
-        VirtioMemShape(node=node, size_bytes=size, block_bytes=virtio_mem_block_bytes(facts, node))
-        for node in nodes
-        if size
-    )
+    share, devices = room // max(1, len(nodes)), list[VirtioMemShape]()
+    for node in nodes:
+        # QEMU starts with whole blocks alone, which are no smaller than the page behind them.
+        block = virtio_mem_block_bytes(facts, node)
+        size = align_down(share, max(block, find_machine(config).block_bytes))
+        devices += [VirtioMemShape(node=node, size_bytes=size, block_bytes=block)] if size else []
+    return tuple(devices)
 
 
 def _find_nodes_without_virtio_mem(config: Definition) -> list[int]:

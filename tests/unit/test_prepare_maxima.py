@@ -7,7 +7,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, MemoryDevice, NumaCell, Policy
+from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, Hugepages, MemoryDevice, NumaCell, Policy
 from kvmagent_plugins.vm.prepare import PrepareGoal, explain_preparation, plan_preparation
 from kvmagent_plugins.vm.requests import ReadyForHotplugRequest
 from tests.fakes.agent import carry_out, make_domain, make_node
@@ -173,6 +173,33 @@ def test_the_slots_that_virtio_mem_devices_take_are_counted_wherever_slots_are(
     again = plan(anew, **(request | {"slots": None})).shape
     assert again is not None
     assert again.slots == shape.slots, "the same again changes nothing"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    pages=st.lists(st.sampled_from([None, 2 * 1024**2, GIB]), min_size=1, max_size=3),
+    boot_mib=st.integers(8, 40).map(lambda n: n * 128),
+    asked=st.none() | st.integers(2**34, 2**37),
+)
+def test_a_virtio_mem_device_is_whole_blocks_of_its_own(
+    pages: list[int | None], boot_mib: int, asked: int | None
+) -> None:
+    """QEMU starts with no other: its block is no smaller than the page behind it."""
+    each = boot_mib * 1024**2
+    cells = tuple(NumaCell(id=n, cpus=frozenset({n}), memory_bytes=each) for n in range(len(pages)))
+    backed = tuple(Hugepages(size, frozenset({n})) for n, size in enumerate(pages) if size is not None)
+    total = each * len(pages)
+    definition = a_definition(
+        cells=cells, hugepages=backed, total_bytes=total, current_bytes=total, vcpu_current=3, vcpu_maximum=3
+    )
+    shape = plan(definition, max_memory_size=asked, memory_device="virtio-mem").shape
+    assert shape is not None
+    assert shape.max_memory_bytes is not None
+    assert total + sum(one.size_bytes for one in shape.virtio_mems) <= shape.max_memory_bytes
+    for one in shape.virtio_mems:
+        assert one.block_bytes >= (pages[one.node] or 0)
+        assert one.size_bytes > 0
+        assert one.size_bytes % one.block_bytes == 0
 
 
 def test_the_hole_the_limit_and_the_host_bound_the_addresses() -> None:
