@@ -483,6 +483,7 @@ class Facts(msgspec.Struct, frozen=True):
             or (config.max_memory_bytes or 0) > (live.max_memory_bytes or 0)
             or config.slots > live.slots
             or len(config.cells) > len(live.cells)
+            or len(config.virtio_mems) > len(live.virtio_mems)
             or (config.acpi and not live.acpi)
             or (config.balloon and not live.balloon)
             or (config.agent_channel and not live.agent_channel)

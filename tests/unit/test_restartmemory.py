@@ -1,12 +1,16 @@
 """Since when a VM waits for a restart: from the first look that shows it, over the agent's own restarts."""
 
+import copy
 from pathlib import Path
 
+import libvirt
 import msgspec
 
+from kvmagent.hypervisor.domainxml import format_virtio_mem
 from kvmagent.hypervisor.restartmemory import RestartMemory
 from kvmagent.model.facts import Facts
-from tests.fakes.agent import make_domain, make_node
+from kvmagent.model.units import GIB
+from tests.fakes.agent import MIB, carry_out, make_domain, make_node
 from tests.lab.domainxml import GuestSpec
 
 SPEC = GuestSpec(name="vm1", vcpus=1, max_vcpus=4)
@@ -43,6 +47,23 @@ def test_it_counts_from_the_first_look_over_a_restart_of_the_agent_and_ends_with
     last = RestartMemory(file, clock=lambda: 300.0)
     last.load()
     assert last.note(waiting) == 300.0, "the VM was gone meanwhile"
+
+
+def test_a_virtio_mem_device_that_the_next_start_has_waits_for_it_as_well(tmp_path: Path) -> None:
+    """Newer libvirt counts no slot for it, and then it is all that the preparation changes."""
+    domain = make_domain(GuestSpec(name="vm1", numa_cells=2, vcpus=2))
+    node = make_node(tmp_path, domain)
+    assert node.observe("vm1", frozenset()).restart_required is False
+    told = carry_out(node, "ReadyForHotplug", vmUuid="vm1", prepare=True, memoryDevice="virtio-mem", dryRun=True)
+    assert [change["field"] for change in told["changes"]] == ["slots", "virtioMem"]
+    for cell in (0, 1):
+        device = format_virtio_mem(alias=f"ua-{cell}", size_bytes=GIB, block_bytes=2 * MIB, requested_bytes=0, node=cell)
+        domain.attachDeviceFlags(device, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    told = carry_out(node, "ReadyForHotplug", vmUuid="vm1")
+    assert told["restartRequired"] is True
+    assert [warning["code"] for warning in told["warnings"]] == ["RESTART_REQUIRED"]
+    domain.live = copy.deepcopy(domain.config)
+    assert node.observe("vm1", frozenset()).restart_required is False
 
 
 def test_a_file_that_cannot_be_read_or_written_costs_the_moment_alone(tmp_path: Path) -> None:
