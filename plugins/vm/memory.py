@@ -278,12 +278,13 @@ def _decide_resizes(
     """
     resizes: list[PlannedResize] = []
     for target in [name for name in TARGETS if name in missing]:
-        devices = _virtio_mems(facts, target)
+        devices, takers = _virtio_mems(facts, target), _find_takers(current_definition(facts, target))
         sizes = [device.plugged_bytes for device in devices]
         for limits in (find_halves(devices, target, facts, resizes), [device.size_bytes for device in devices]):
             for n, (device, most) in enumerate(zip(devices, limits, strict=True)):
                 block = device.block_bytes or VIRTIO_MEM_BLOCK_BYTES
-                if target not in missing or (request.node is not None and device.node != request.node):
+                is_meant = device.node == request.node if request.node is not None else device.node in takers
+                if target not in missing or not is_meant:
                     continue
                 wanted = round_up_addition(request, missing[target], block)
                 added = min(wanted, align_down(min(most, device.size_bytes) - sizes[n], block))
@@ -434,7 +435,9 @@ def _decide_dimms(
         (missing.get("config", 0) - both, False, True),
     ):
         if amount:
-            sizes = _split(round_up_addition(request, amount, quantum), request.dimm_size, quantum)
+            machine = find_machine(current_definition(facts, request.affect))
+            added = round_up_addition(request, amount, quantum)
+            sizes = _split(added, request.dimm_size, quantum, machine.most_slots)
             if live:
                 sizes, one_by_one = split_for_guest(facts, sizes, quantum, online=request.guest_online)
             parts += [(size, live, config) for size in sizes]
@@ -454,8 +457,12 @@ def _decide_dimms(
     return dimms, one_by_one
 
 
-def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
-    """Return the sizes of the dimms that make up an aligned amount, none larger than `dimm_bytes`."""
+def _split(added_bytes: int, dimm_bytes: int | None, quantum: int, most: int) -> list[int]:
+    """Return the sizes of the dimms that make up an aligned amount, none larger than `dimm_bytes`.
+
+    Raises:
+        AgentError: MEMORY_NOT_ALIGNED; SLOTS_EXHAUSTED, before a list is made of more than any VM can have.
+    """
     if dimm_bytes is None:
         return [added_bytes]
     if dimm_bytes % quantum:
@@ -463,6 +470,12 @@ def _split(added_bytes: int, dimm_bytes: int | None, quantum: int) -> list[int]:
             Code.MEMORY_NOT_ALIGNED,
             f'"dimmSize" is {format_size(dimm_bytes)}, the guest takes multiples of {format_size(quantum)}',
             remedy=f"Request dimms of {align_up(dimm_bytes, quantum)} bytes.",
+        )
+    if (count := -(-added_bytes // dimm_bytes)) > most:
+        raise AgentError(
+            Code.SLOTS_EXHAUSTED,
+            f"{count} dimms of {format_size(dimm_bytes)} are requested, a VM has at most {most} memory slots",
+            remedy="Request larger dimms, or none of a certain size.",
         )
     whole, rest = divmod(added_bytes, dimm_bytes)
     return [dimm_bytes] * whole + ([rest] if rest else [])
@@ -472,13 +485,11 @@ def _place(definition: Definition, sizes_bytes: list[int], node: int | None) -> 
     """Return a guest NUMA node for each device: the asked one, else each time the one that has least by then.
 
     None where the guest has no cells, and its machine asks for none.
-
-    A node without vCPUs gets memory only where it is asked for: it is there for another kind of memory.
     """
     if node is not None:
         return [node for _ in sizes_bytes]
-    takers = [cell for cell in definition.cells if cell.cpus] or definition.cells
-    has = {cell.id: cell.memory_bytes for cell in takers}
+    takers = _find_takers(definition)
+    has = {cell.id: cell.memory_bytes for cell in definition.cells if cell.id in takers}
     for device in definition.devices:
         if device.node in has:
             has[device.node] += device.plugged_bytes
@@ -488,6 +499,15 @@ def _place(definition: Definition, sizes_bytes: list[int], node: int | None) -> 
         has[chosen] += size
         nodes.append(chosen)
     return nodes or [None] * len(sizes_bytes)
+
+
+def _find_takers(definition: Definition) -> frozenset[int | None]:
+    """Return the guest NUMA nodes that get memory where none is asked for; None stands for the one without cells.
+
+    A node without vCPUs gets memory only where it is asked for: it is there for another kind of memory.
+    """
+    with_cpus = frozenset(cell.id for cell in definition.cells if cell.cpus)
+    return with_cpus or frozenset(cell.id for cell in definition.cells) or frozenset({None, 0})
 
 
 def _applied(affect: Affect, ending: Ending) -> int | None:

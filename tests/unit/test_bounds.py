@@ -3,6 +3,8 @@
 import itertools
 import json
 import time
+import tracemalloc
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,6 +19,8 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.plugins import load_plugins
 from kvmagent.recorder import Recorder
 from kvmagent.settings import HttpSection, SecuritySection
+from tests.fakes.agent import MIB, carry_out, make_domain, make_node
+from tests.lab.domainxml import GuestSpec
 
 LONG = "x" * 1_000_000
 
@@ -106,3 +110,19 @@ def test_one_client_does_not_take_all_memory_for_requests_and_answers() -> None:
     for _ in range(33):
         listener.count_partial_bytes("192.0.2.1", http.max_body_bytes, 0)
     assert hold_all("192.0.2.5") >= 16
+
+
+def test_no_list_is_made_of_more_dimms_than_any_vm_can_have(tmp_path: Path) -> None:
+    """16 TiB in dimms of one block each: the largest total in such took minutes, and gigabytes of the agent's."""
+    node = make_node(tmp_path, make_domain(GuestSpec(name="vm1")))
+    plug = {"vmUuid": "vm1", "dimmSize": 128 * MIB}
+    carry_out(node, "HotPlugMemory", "t0", memorySize=2**40, **plug)
+    tracemalloc.start()
+    try:
+        reply = carry_out(node, "HotPlugMemory", memorySize=2**44, **plug)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "SLOTS_EXHAUSTED")
+    assert "131070 dimms of 128 MiB" in reply["error"]
+    assert peak < 2 * MIB

@@ -7,10 +7,11 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
+from kvmagent.hypervisor.domainxml import format_virtio_mem, parse_definition
 from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host, MemoryDevice, NumaCell
 from kvmagent.model.placement import check_placement
 from tests.fakes.agent import carry_out, make_domain, make_guest, make_node
@@ -137,3 +138,37 @@ def test_the_plug_is_refused_before_the_attach_and_ready_says_so(tmp_path: Path)
     told = carry_out(node, "ReadyForHotplug", "t2", vmUuid="vm1")
     assert "MEMORY_DEVICE_MISALIGNED" in [blocker["code"] for blocker in told["blockers"]]
     assert "dimm" not in told["headroom"]["memoryMethods"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bare=st.sampled_from([0, 1]),
+    size_mib=st.integers(257, 3000),
+    method=st.sampled_from(["auto", "virtio-mem", "dimm"]),
+    asked=st.sampled_from([None, None, 0, 1]),
+)
+def test_a_cell_without_vcpus_gets_memory_only_where_it_is_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, bare: int, size_mib: int, method: str, asked: int | None
+) -> None:
+    """A cell for another kind of memory, with an empty virtio-mem device of its own, as prepare gives it one."""
+    domain = make_domain(GuestSpec(name="vm1", vcpus=2, numa_cells=2, memory_mib=256, max_memory_mib=8192))
+    for root in (domain.live, domain.config):
+        cells = root.findall("cpu/numa/cell")
+        cells[1 - bare].set("cpus", "0-3")
+        del cells[bare].attrib["cpus"]
+    for cell in (0, 1):
+        room = {"size_bytes": GIB, "block_bytes": 2 * MIB, "requested_bytes": 0}
+        domain.attachDeviceFlags(format_virtio_mem(alias=f"ua-{cell}", node=cell, **room), 3)
+    chosen = {} if asked is None else {"node": asked}
+    reply = carry_out(
+        make_node(tmp_path_factory.mktemp("cells"), domain),
+        "HotPlugMemory",
+        vmUuid="vm1",
+        memorySize=size_mib * MIB,
+        method=method,
+        **chosen,
+    )
+    assert reply["success"], reply
+    for xml in (domain.XMLDesc(0), domain.XMLDesc(2)):
+        for device in parse_definition(xml).devices:
+            assert device.plugged_bytes == 0 or device.node == (1 - bare if asked is None else asked)
