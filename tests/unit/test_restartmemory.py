@@ -57,7 +57,8 @@ def test_a_virtio_mem_device_that_the_next_start_has_waits_for_it_as_well(tmp_pa
     told = carry_out(node, "ReadyForHotplug", vmUuid="vm1", prepare=True, memoryDevice="virtio-mem", dryRun=True)
     assert [change["field"] for change in told["changes"]] == ["slots", "virtioMem"]
     for cell in (0, 1):
-        device = format_virtio_mem(alias=f"ua-{cell}", size_bytes=GIB, block_bytes=2 * MIB, requested_bytes=0, node=cell)
+        sizes = {"size_bytes": GIB, "block_bytes": 2 * MIB, "requested_bytes": 0}
+        device = format_virtio_mem(alias=f"ua-{cell}", node=cell, **sizes)
         domain.attachDeviceFlags(device, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
     told = carry_out(node, "ReadyForHotplug", vmUuid="vm1")
     assert told["restartRequired"] is True
