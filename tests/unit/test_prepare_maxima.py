@@ -7,7 +7,18 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, GuestOs, Host, Hugepages, MemoryDevice, NumaCell, Policy
+from kvmagent.model.facts import (
+    Definition,
+    Domain,
+    Facts,
+    Guest,
+    GuestOs,
+    Host,
+    Hugepages,
+    MemoryDevice,
+    NumaCell,
+    Policy,
+)
 from kvmagent_plugins.vm.prepare import PrepareGoal, explain_preparation, plan_preparation
 from kvmagent_plugins.vm.requests import ReadyForHotplugRequest
 from tests.fakes.agent import carry_out, make_domain, make_node
