@@ -12,7 +12,7 @@ import pytest
 
 from tests.ctl.ctl import Ctl, Done
 from tests.ctl.front import Answer, Front, Request
-from tests.lab.agent import LOOPBACK, find_free_port
+from tests.lab.agent import LOOPBACK, AgentProcess, find_free_port
 
 PLAN: dict[str, Any] = {"target": {"cpuNum": 2}, "verdict": "live", "reasons": [], "prepare": [], "took": None}
 
@@ -148,3 +148,30 @@ def test_an_inventory_in_yaml_is_none_of_names(bare: Ctl, tmp_path: Path) -> Non
         path = f"{Path(sys.executable).parent}:{bare.environment['PATH']}"
         done = bare("vms", "--hosts", str(file), "--json", environment={"PATH": path})
     assert [vm["host"] for vm in done.json["vms"]] == ["alpha", "beta"], done.err
+
+
+def test_a_host_whose_token_cannot_be_read_is_told_and_fails_no_other(agent: AgentProcess, tmp_path: Path) -> None:
+    conf = tmp_path / "kvmagent" / "ctl.conf"
+    conf.parent.mkdir()
+    conf.write_text(f"[agent good]\nurl = {agent.url}\n[agent bad]\nurl = {agent.url}\ntoken_file = /nowhere/token\n")
+    ctl = Ctl({"XDG_CONFIG_HOME": str(tmp_path)})
+    (hosts := tmp_path / "hosts").write_text("bad\ngood\n")
+    done = ctl("vms", "--hosts", str(hosts), "--json")
+    assert done.status == 4
+    assert {vm["host"] for vm in done.json["vms"]} == {"good"}
+    (failure,) = done.json["failures"]
+    assert (failure["host"], failure["errorCode"]) == ("bad", "BAD_CREDENTIALS")
+    assert "start the agent" not in failure["remedy"]
+    assert "bad: BAD_CREDENTIALS: " in done.err
+    # Where no host can be asked nothing was sent: the command line is wrong.
+    hosts.write_text("bad\n")
+    assert ctl("vms", "--hosts", str(hosts)).status == 2
+
+
+def test_an_agent_with_two_names_is_asked_once_and_told_by_both(bare: Ctl, tmp_path: Path) -> None:
+    with agent_of("db", plan=planned) as front:
+        lines = f"one {front.url}\ntwo {front.url}/\ntwo {front.url}/\none {front.url}\n"
+        (hosts := tmp_path / "hosts").write_text(lines)
+        done = bare("vms", "--hosts", str(hosts), "--json")
+        assert [vm["host"] for vm in done.json["vms"]] == ["one", "two"]
+        assert len(front.requests) == 1

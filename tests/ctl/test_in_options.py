@@ -13,6 +13,7 @@ from kvmagent.cli.ctl.declared import find_options, load_commands
 from kvmagent.cli.ctl.inoptions import in_options
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.units import parse_size
+from tests.ctl.ctl import Ctl
 
 PLANS = Path(__file__).parents[1] / "golden" / "plans"
 COMMANDS = load_commands()
@@ -91,6 +92,17 @@ def test_the_api_names_fields_in_one_way_alone() -> None:
         named = single & set(re.findall(r"\w+", bare))
         assert not named - (OF_POLICY if "policy" in text else {"vmUuid"}), text
         assert not re.search(r"\b(affect|method|strict|prepare|node)\b(?= (is |both|live|config|dimm|out))", bare), text
+
+
+def test_a_total_that_is_too_much_is_told_by_its_option(ctl: Ctl) -> None:
+    for words, arguments in (
+        ("CPUS must be at most 8192, got 8193", ("plug-cpu", "db-7", "+8192")),
+        ("MEMORY must be at most 9007199254740991B, got 10239999999232MiB", ("plug-memory", "db-7", "+9999999999G")),
+        ("--max-cpus must be at most 8192, got 9000", ("ready", "--all", "--prepare", "--max-cpus", "x9000")),
+    ):
+        done = ctl(*arguments)
+        assert words in done.out + done.err, arguments
+        assert done.status in (1, 2)
 
 
 def test_whatever_is_said_by_others_stays() -> None:

@@ -1,11 +1,15 @@
 """What is lost on the way, and who goes away while a task is under way: never two tasks, never an outcome made up."""
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.ctl.ctl import Ctl, interrupt
+import pytest
+
+from tests.ctl.ctl import TIMEOUT_S, Ctl, interrupt
 from tests.ctl.front import Answer, Front, Request, pass_on
 from tests.lab.agent import AgentProcess
 from tests.lab.processes import wait_for
@@ -145,3 +149,56 @@ def test_what_an_agent_says_moves_no_cursor(ctl: Ctl) -> None:
         shown = ctl.on_terminal("--url", front.url, "task", "x", environment={"NO_COLOR": "1"}).out
     assert "\033" not in shown
     assert "X: \N{REPLACEMENT CHARACTER}[2Jgone\N{REPLACEMENT CHARACTER}" in shown
+
+
+def lose_output(ctl: Ctl, redirections: str, *arguments: str) -> tuple[int, str]:
+    """Run it with such redirections of a shell; its status, and what it wrote to standard error if that was left."""
+    ours, theirs = os.pipe()
+    os.close(ours)  # whoever was to read it
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirections}', "sh", ctl.script, *arguments],
+        env=ctl.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    os.close(theirs)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert "INTERNAL_ERROR" not in done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "errors", "form"),
+    [
+        ("", "", ""),
+        ("", "", "--json"),
+        (">/dev/full", "", ""),
+        (">/dev/full", "", "-oyaml"),
+        (">/dev/full", "2>&-", "--json"),
+        (">&-", "2>&-", ""),
+        (">&-", "2>/dev/full", "--json"),
+    ],
+)
+def test_a_change_ends_in_its_own_status_also_where_nobody_can_read_what_is_printed(
+    ctl: Ctl, output: str, errors: str, form: str
+) -> None:
+    reply = {**REPLY, "outcome": "plugged", "warnings": [{"code": "X", "message": "m" * 9000, "remedy": "r"}]}
+    with unhurried(state="delivered", finishedAt=2.0, reply=reply) as front:
+        given = ("--url", front.url, "plug-cpu", "db-7", "2", *filter(None, [form]))
+        status, told = lose_output(ctl, f"{output} {errors}", *given)
+        assert len(front.posts()) == 1
+    assert status == 3
+    if not errors:
+        assert ("No space left on device" in told) == (output == ">/dev/full"), told
+
+
+@pytest.mark.parametrize("command", [("vms",), ("vms", "--json"), ("--version",)])
+def test_a_result_that_cannot_be_written_is_told_as_such(ctl: Ctl, command: tuple[str, ...]) -> None:
+    status, told = lose_output(ctl, ">/dev/full", *command)
+    assert status == 1
+    assert "OUTPUT_LOST: standard output cannot be written: No space left on device" in told
+    assert lose_output(ctl, ">&-", *command) == (0, "")

@@ -251,7 +251,8 @@ def test_prose_is_folded_between_words(parts: list[str], columns: int) -> None:
 
 def test_a_terminal_of_80_columns_holds_every_list(ctl: Ctl, agent: AgentProcess) -> None:
     post_cpu(agent, 99)
-    for call in (("vms",), ("tasks",), ("log", "db-7"), ("reclaim", "--dry-run"), ("status",)):
+    plan = ("plan", "db-7", "--cpus", "2,64", "--memory", "512M,16G")
+    for call in (("vms",), ("tasks",), ("log", "db-7"), ("reclaim", "--dry-run"), ("status",), ("ready", "db-7"), plan):
         shown = ctl.on_terminal(*call, environment=NARROW).out.splitlines()
         assert [line for line in shown if text_width(line) > 80] == [], call
 

@@ -137,7 +137,7 @@ def _send(session: Session, command: Command, values: dict[str, Any]) -> dict[st
 
 def _answer(session: Session, reply: dict[str, Any], lines: list[str]) -> int:
     """Print a reply; one that says what went wrong ends in that."""
-    status = exit_of(reply)
+    status = session.outcome = exit_of(reply)
     if session.as_json:
         session.terminal.print_json(reply)
         return status

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 from kvmagent.backoff import Backoff
 from kvmagent.cli.ctl.exits import CtlError, Exit
-from kvmagent.model.errors import AgentError
+from kvmagent.model.errors import CODES, AgentError
 from kvmagent.model.urls import shown_url
 from kvmagent.secretfiles import read_private
 
@@ -361,7 +361,9 @@ def _read_token(path: str) -> str:
     try:
         lines = read_private(path, "--token-file").split()
     except AgentError as error:
-        raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", error.message, error.remedy) from error
+        is_plain = error.remedy == CODES[error.code].remedy  # the one for the agent's own configuration
+        remedy = "Name a file that holds the token and can be read here." if is_plain else error.remedy
+        raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", error.message, remedy) from error
     if len(lines) != 1:
         remedy = "Write the token alone into it, the second line that kvmagent --new-token printed."
         raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", f"--token-file {path} holds {len(lines)} words", remedy)

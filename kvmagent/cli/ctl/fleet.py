@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import click
 
-from kvmagent.cli.ctl.client import Agent
+from kvmagent.cli.ctl.client import Agent, Target
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
 from kvmagent.cli.ctl.hosts import HOSTS_HELP, Host, read_hosts
 from kvmagent.cli.ctl.render import render_preparations, render_vms
@@ -127,17 +128,49 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
         if answers.failures and isinstance(error := answers.failures[0]["raised"], CtlError):
             raise error
         return answers
-    agents: dict[Host, Agent] = {}
     answers = Answers([], [], [], [])
-    for host in read_hosts(Path(hosts_file), session.conf):
-        agents[host] = session.connect(session.target_of(host.name, host.url))
+    hosts = read_hosts(Path(hosts_file), session.conf)
+    agents, names = _connect(session, hosts, answers)
     _ask_side_by_side(session, agents, question, Progress(), answers)
+    for told in (answers.vms, answers.failures):
+        told += [{**one, "host": name} for name, first in names for one in told if one["host"] == first]
     for failure in answers.failures:
         failure.pop("raised")
         words = printable(f"{failure['host']}: {failure['errorCode']}: {failure['error']}; remedy: {failure['remedy']}")
         session.terminal.tell(f"{paint('kvmagentctl', BAD)}: {words}")
     answers.vms.sort(key=lambda vm: (vm["host"], str(vm.get("name") or vm.get("vmUuid"))))
     return answers
+
+
+def _connect(
+    session: Session, hosts: Iterable[Host], answers: Answers
+) -> tuple[dict[Host, Agent], dict[tuple[str, str], None]]:
+    """Return the agents of hosts; and of those that are one agent, asked by one caller, each other name and the first.
+
+    Credentials that cannot be used fail their own host alone.
+
+    Raises:
+        CtlError: no host can be asked; a URL is none, which is a mistake in the file.
+    """
+    agents: dict[Host, Agent] = {}
+    names: dict[tuple[str, str], None] = {}
+    known: dict[Target, str] = {}
+    for host in hosts:
+        target = Target(**session.target_of(host.name, host.url))
+        first = known.setdefault(replace(target, url=target.url.rstrip("/")), host.name)
+        if first != host.name:
+            names[host.name, first] = None
+        else:
+            try:
+                agents[host] = session.connect(target)
+            except CtlError as error:
+                if error.code != "BAD_CREDENTIALS":
+                    raise
+                answers.failures.append({"host": host.name, **error.body(), "raised": error})
+                answers.statuses.append(Exit.UNREACHABLE)
+    if answers.failures and not agents:
+        raise answers.failures[0]["raised"]
+    return agents, names
 
 
 def _ask_side_by_side(
@@ -426,6 +459,8 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
         ]
 
     answers = ask_hosts(session, hosts, question)
+    if apply:
+        session.outcome = answers.status
     return print_answers(
         session, answers, (lambda vms: render_preparations(vms, with_diff=diff)) if prepares else render_vms
     )

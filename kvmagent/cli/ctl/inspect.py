@@ -187,7 +187,9 @@ def cancel(context: click.Context, task_id: str) -> None:
     def take_back(task_uuid: str) -> Any:
         return session.agent.ask(f"/tasks/{quote(task_uuid, safe='')}/cancel", {})
 
-    _print(session, _ask_by_beginning(session, task_id, take_back), view_cancelled)
+    cancelled = _ask_by_beginning(session, task_id, take_back)
+    session.outcome = Exit.REACHED
+    _print(session, cancelled, view_cancelled)
 
 
 @click.command()

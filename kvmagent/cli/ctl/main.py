@@ -5,6 +5,7 @@ gives every subcommand with its arguments, options, defaults and help as plain d
 `exits.MEANINGS` are the exit statuses.
 """
 
+import errno
 import os
 import re
 import sys
@@ -15,14 +16,16 @@ import click
 
 from kvmagent import __version__
 from kvmagent.cli.ctl.exits import MEANINGS, CtlError, Exit
-from kvmagent.cli.ctl.session import session_of, shared_options
-from kvmagent.cli.ctl.terminal import BAD, paint, printable
+from kvmagent.cli.ctl.session import Session, shared_options
+from kvmagent.cli.ctl.terminal import BAD, OutputLost, Terminal, paint, printable
 from kvmagent.model.errors import AgentError
 
 NAME = "kvmagentctl"
 _PKI, _VMS, _PLAN, _READY, _BUNDLE = "pki", "vms", "plan", "ready", "support-bundle"
 # How the command line asks for a result that programs read; it may be wrong otherwise, and not parsed.
 _STRUCTURED = re.compile(r"--json|-o ?(json|yaml)|--output[= ](json|yaml)")
+# What only a write fails with.
+_OF_WRITING = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Cli(click.Group):
@@ -87,8 +90,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says and return the exit status. What goes wrong is told in one line, never a trace."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     wanted = _STRUCTURED.search(" ".join(arguments))
+    _open_closed_streams()
+    session = Session()
     try:
-        status = make_cli().main(arguments, prog_name=NAME, standalone_mode=False)
+        status = make_cli().main(arguments, prog_name=NAME, standalone_mode=False, obj=session)
         sys.stdout.flush()
         return int(status or 0)
     except click.exceptions.Exit as ended:
@@ -98,15 +103,15 @@ def main(arguments: list[str] | None = None) -> int:
         failure = CtlError(Exit.USAGE, "USAGE", error.format_message().rstrip("."), f"See {path} --help.")
     except (KeyboardInterrupt, click.Abort):
         failure = CtlError(Exit.INTERRUPTED, "INTERRUPTED", "interrupted", "")
-    except BrokenPipeError:
-        # Whoever read our output has enough of it: head(1), say. Nothing more is written, at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.FAILED
+    except OutputLost as lost:
+        return _tell_lost(session.outcome, lost.error)
     except CtlError as error:
         failure = error
     except AgentError as error:
         failure = CtlError(Exit.FAILED, error.code, error.message, error.remedy)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_WRITING:  # what click has written, or a last flush
+            return _tell_lost(session.outcome, error)
         if os.environ.get("KVMAGENTCTL_DEBUG"):
             traceback.print_exc()
         remedy = "Report it with what KVMAGENTCTL_DEBUG=1 shows."
@@ -114,14 +119,32 @@ def main(arguments: list[str] | None = None) -> int:
     return _tell(failure, "" if wanted is None else "yaml" if "yaml" in wanted[0] else "json")
 
 
+def _open_closed_streams() -> None:
+    """Write into nothing where the caller has closed standard output or error: what is to be done is done."""
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _tell_lost(status: int, error: OSError) -> int:
+    """Say that the result could not be written, unless whoever read it has enough of it: head(1), say."""
+    # Nothing more is written, at exit either.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return status
+    words = f"standard output cannot be written: {error.strerror}"
+    return _tell(CtlError(Exit(status), "OUTPUT_LOST", words, "Make room there, or write it elsewhere."), "")
+
+
 def _tell(failure: CtlError, wanted: str) -> int:
     from kvmagent.cli.ctl.inoptions import in_options
 
-    context = click.Context(click.Command(NAME))
-    terminal = session_of(context).terminal
+    terminal = Terminal()
     terminal.as_yaml = wanted == "yaml"
     if wanted:
-        terminal.print_json(failure.body())
+        try:
+            terminal.print_json(failure.body())
+        except OutputLost as lost:
+            return _tell_lost(failure.status, lost.error)
     else:
         words: dict[str, Any] = printable(failure.body())
         line = " ".join(f"{words['errorCode']}: {in_options(words['error'])}".split())

@@ -144,7 +144,9 @@ def _prepare_hints(vm: str, prepares: list[Json]) -> list[str]:
         most_memory = max((one.get("memorySize") or 0 for one in requests), default=0)
         cpus = f" --max-cpus {most_cpus}" if most_cpus else ""
         memory = f" --max-memory {_size_option(most_memory)}" if most_memory else ""
-        hints.append(f"  before the restart: kvmagentctl ready {vm} --prepare{cpus}{memory} --diff; then with --apply")
+        hints.append("  before the restart, with --diff to see the change and with --apply to make it:")
+        # On a line of its own, to be copied.
+        hints.append(f"    kvmagentctl ready {vm} --prepare{cpus}{memory} --diff")
     if len(requests) < len(prepares):
         hints.append('  before a restart that is to take away: the request under "prepare" in the plan\'s --json')
     return hints
@@ -369,8 +371,11 @@ def render_readiness(reply: Json, *, with_diff: bool) -> list[str]:
     if room := reply.get("headroom"):
         methods = ", ".join(room["memoryMethods"]) or "no way to add any"
         lines += [
-            f"  room for  {_count(room['cpuNum'], 'vCPU')}; {format_size(room['memorySize'])} in "
-            f"{_count(room['slots'], 'slot')}, multiples of {format_size(room['memoryGranularity'])} ({methods})",
+            prose(
+                "  room for  ",
+                f"{_count(room['cpuNum'], 'vCPU')}; {format_size(room['memorySize'])} in "
+                f"{_count(room['slots'], 'slot')}, multiples of {format_size(room['memoryGranularity'])} ({methods})",
+            ),
             f"  can give  {_count(room['removableCpuNum'], 'vCPU')}; {format_size(room['removableMemorySize'])}",
         ]
     lines += [line for blocker in reply.get("blockers") or [] for line in _problem("blocker", BAD, blocker)]

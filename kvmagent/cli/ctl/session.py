@@ -1,6 +1,6 @@
 """The options that every subcommand takes, before or after its name, and what a subcommand works with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from kvmagent.cli.ctl.client import Agent, Target
 from kvmagent.cli.ctl.ctlconf import CtlConf, load_conf
-from kvmagent.cli.ctl.exits import CtlError
+from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.local import find_local_target
 from kvmagent.cli.ctl.terminal import WARN, Terminal, paint
 from kvmagent.settings import DEFAULT_PATH
@@ -45,6 +45,8 @@ class Session:
         #: How lists and answers are printed: "" for people, or wide, name, json, yaml.
         self.output = ""
         self.terminal = Terminal()
+        #: What the call ends with where its output cannot be written: of a change what became of it.
+        self.outcome = Exit.FAILED
         self._agent: Agent | None = None
 
     @property
@@ -117,16 +119,16 @@ class Session:
         if self._agent is None:
             target = self.target
             local = {} if "url" in target else find_local_target()
-            self._agent = self.connect(local | target)
+            self._agent = self.connect(Target(**(local | target)))
         return self._agent
 
-    def connect(self, target: Mapping[str, str]) -> Agent:
+    def connect(self, target: Target) -> Agent:
         """Return an agent, after a warning where a token would cross a network in clear text.
 
         Raises:
             CtlError: the URL, a certificate or the token cannot be used.
         """
-        agent = Agent(Target(**target))
+        agent = Agent(target)
         if agent.warning:
             self.terminal.tell(paint(f"kvmagentctl: {agent.warning}; use https://", WARN))
         return agent

@@ -11,6 +11,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, TextIO
 
 import click
@@ -21,6 +22,14 @@ GOOD, WARN, BAD, DIM, BOLD = "green", "yellow", "red", "dim", "bold"
 # A colour of ours, which stays; or any other character.
 _COLOUR_OR_CHAR = re.compile(r"\x1b\[[0-9;]*m|.", re.DOTALL)
 _NOT_ASCII = re.compile(r"[^\n -~]")
+
+
+class OutputLost(Exception):
+    """Standard output cannot be written; `error` is why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def paint(text: str, colour: str) -> str:
@@ -206,34 +215,37 @@ class Terminal:
         return self._out.isatty()
 
     def print(self, *lines: str) -> None:
-        """Print lines of a result."""
+        """Print lines of a result.
+
+        Raises:
+            OutputLost: they cannot be written; as with `print_json` and `redraw`.
+        """
         for line in lines:
             if self._out.isatty():
                 columns = shutil.get_terminal_size().columns
                 line = fold(line, columns) if isinstance(line, Prose) else line
                 line = line.folded(columns) if isinstance(line, Row) else line
-            click.echo(shown(line), self._out, color=_has_colour(self._out))
+            self._write(shown(line), color=_has_colour(self._out))
 
     def print_json(self, value: Any, *, indent: int | None = 2) -> None:
         """Print a result as JSON, or as YAML where that was asked for; several are documents of one stream then."""
         if self.as_yaml:
             self._documents += 1
-            click.echo(("---\n" if self._documents > 1 or indent is None else "") + write_yaml(value), self._out)
-            self._out.flush()
+            self._write(("---\n" if self._documents > 1 or indent is None else "") + write_yaml(value))
             return
-        click.echo(quoted_json(value, indent=indent), self._out)
+        self._write(quoted_json(value, indent=indent))
 
     def redraw(self, *lines: str) -> None:
         """Print lines in place of what stands there; where nobody looks they follow it."""
         if self._out.isatty():
             self._out.write("\033[H\033[J")
         self.print(*lines)
-        self._out.flush()
 
     def tell(self, line: str) -> None:
-        """Tell something beside the result."""
+        """Tell something beside the result. Where that cannot be written the result still can."""
         self.clear()
-        click.echo(shown(line), self._err, color=_has_colour(self._err))
+        with suppress(OSError):
+            click.echo(shown(line), self._err, color=_has_colour(self._err))
 
     def show(self, line: str) -> None:
         """Show a line that the next one takes the place of; on a terminal only."""
@@ -243,16 +255,24 @@ class Terminal:
             line = shown(line)
             while text_width(line) > width:
                 line = line[:-1]
-            self._err.write(line)
-            self._err.flush()
+            with suppress(OSError):
+                self._err.write(line)
+                self._err.flush()
             self._transient = True
 
     def clear(self) -> None:
         """Take back what `show` has shown."""
         if self._transient:
-            self._err.write("\r\033[K")
-            self._err.flush()
+            with suppress(OSError):
+                self._err.write("\r\033[K")
+                self._err.flush()
             self._transient = False
+
+    def _write(self, text: str, *, color: bool | None = None) -> None:
+        try:
+            click.echo(text, self._out, color=color)  # which flushes
+        except OSError as error:
+            raise OutputLost(error) from error
 
 
 def fold(line: Prose, columns: int) -> str:
