@@ -1,7 +1,7 @@
 """Which VMs came to this host by live migration, in their present run: known for the rest of it.
 
     find   libvirt connected     each running VM's reason to run is read: what came while nobody listened
-    hear   an event of libvirt   a VM starts or runs on by migration, or stops
+    hear   an event of libvirt   a VM starts or runs on by migration, is restored, or stops
     note   an observation        libvirt's own word; once for each run its QEMU's command line, where it is seen
     save   once a second         what is new goes into a small file, so that it outlives the agent
 
@@ -25,6 +25,14 @@ from kvmagent.model.facts import Facts, format_run
 log = Log(__name__)
 
 MIGRATED = frozenset({libvirt.VIR_DOMAIN_RUNNING_MIGRATED, libvirt.VIR_DOMAIN_RUNNING_POSTCOPY})
+# QEMU is started for these as for a migration: its command line is no proof.
+_RESTORED = frozenset({libvirt.VIR_DOMAIN_RUNNING_RESTORED, libvirt.VIR_DOMAIN_RUNNING_FROM_SNAPSHOT})
+_RESTORATIONS = frozenset(
+    {
+        (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_RESTORED),
+        (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT),
+    }
+)
 _RUNNING = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING
 _ARRIVALS = frozenset(
     {
@@ -68,16 +76,17 @@ class Migrations:
         """Look at what runs on a new connection; it gets no callback of ours, and so there are no ids to return."""
         try:
             for domain, stats in connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, _RUNNING):
-                if stats.get("state.state") == libvirt.VIR_DOMAIN_RUNNING and stats.get("state.reason") in MIGRATED:
-                    self._put(domain)
+                reason = stats.get("state.reason")
+                if stats.get("state.state") == libvirt.VIR_DOMAIN_RUNNING and reason in MIGRATED | _RESTORED:
+                    self._put(domain, migrated=reason in MIGRATED)
         except libvirt.libvirtError as error:
             log.info("VMs that came by live migration are found at the next look", error=str(error))
         return []
 
     def hear(self, domain: libvirt.virDomain, event: int, detail: int) -> None:
         """Take a lifecycle event into account. For the event loop's thread: what is new is written later."""
-        if (event, detail) in _ARRIVALS:
-            self._put(domain)
+        if (event, detail) in _ARRIVALS | _RESTORATIONS:
+            self._put(domain, migrated=(event, detail) in _ARRIVALS)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             self._forget(domain.UUIDString())
 
@@ -121,11 +130,14 @@ class Migrations:
         if self._file is not None and not self._file.save(came):
             self._is_saved = False
 
-    def _put(self, domain: libvirt.virDomain) -> None:
-        run = format_run(domain.ID(), self._boot_id)
+    def _put(self, domain: libvirt.virDomain, *, migrated: bool) -> None:
+        """Remember how a VM came; one that came by migration and is set back to a snapshot came so all the same."""
+        run, uuid = format_run(domain.ID(), self._boot_id), domain.UUIDString()
         if run is not None:
             with self._lock:
-                self._remember(domain.UUIDString(), _Came(run, migrated=True))
+                known = self._known.get(uuid)
+                if migrated or known is None or known.run != run:
+                    self._remember(uuid, _Came(run, migrated))
 
     def _remember(self, uuid: str, came: _Came) -> None:
         former = self._known.get(uuid)

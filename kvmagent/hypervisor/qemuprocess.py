@@ -33,10 +33,10 @@ def find_pid(root: Path, uuid: str) -> int | None:
 
 
 def was_migrated(root: Path, uuid: str) -> bool:
-    """Return whether the QEMU of this VM was started to take a VM that ran elsewhere; False where it is not seen.
+    """Return whether the QEMU of this VM was started to take a VM that ran before; False where it is not seen.
 
     libvirt forgets it at the first pause, the process never. Source: libvirt qemuMigrationDstPrepare, "-incoming
-    defer"; a VM that is restored from a file has another address there.
+    defer". Observed: libvirt 9.0 starts it so for a VM that is restored from a file, too.
     """
     pid = find_pid(root, uuid)
     if pid is None:

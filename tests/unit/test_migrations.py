@@ -18,6 +18,8 @@ from tests.lab.domainxml import GuestSpec
 
 SPEC = GuestSpec(name="vm1", vcpus=1, max_vcpus=4)
 ARRIVES = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED)
+RESTORED = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_RESTORED)
+REVERTED = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT)
 STOPS = (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
 STARTS = (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED)
 
@@ -88,6 +90,27 @@ def test_it_outlives_the_agent_and_ends_with_the_run(tmp_path: Path, seen: Facts
     assert not second.note(with_run(seen, 8)), "another run"
     second.save()
     assert not make(tmp_path, daemon).note(now), "and that is kept too"
+
+
+@pytest.mark.parametrize("how", [RESTORED, REVERTED, libvirt.VIR_DOMAIN_RUNNING_RESTORED])
+def test_a_vm_that_was_restored_on_this_host_did_not_come_by_migration(tmp_path: Path, seen: Facts, how: Any) -> None:
+    """Its QEMU is started as for a migration, which is what libvirt-guests has done with every VM after a boot."""
+    daemon, now = Daemon(seen.domain.uuid), with_run(seen, 7)
+    process = tmp_path / "host/proc/4711"
+    process.mkdir(parents=True)
+    arguments = ("/usr/bin/qemu-system-x86_64", "-uuid", seen.domain.uuid, "-incoming", "defer")
+    (process / "cmdline").write_text("".join(f"{one}\0" for one in arguments))
+    assert make(tmp_path, daemon).note(now), "nobody heard how it came"
+    (tmp_path / "migrations.json").unlink(missing_ok=True)
+    if isinstance(how, int):
+        daemon.reason = how
+    migrations = make(tmp_path, daemon)
+    if not isinstance(how, int):
+        daemon.fire(how)
+    assert not migrations.note(now)
+    daemon.fire(ARRIVES)
+    daemon.fire(REVERTED)
+    assert migrations.note(now), "it came, and was set back to a snapshot"
 
 
 @pytest.mark.parametrize("end", ["stops", "is seen off", "is gone", "the host is booted anew"])
