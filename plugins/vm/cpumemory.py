@@ -77,7 +77,7 @@ def rollback_goal(goal: CpuMemoryGoal, seen: Facts, facts: Facts, error: AgentEr
         goal,
         cpu=cpu.rollback_goal(goal.cpu, seen, facts, error) or goal.cpu,
         failure=Problem.of(error),
-        undo_memory=_undo_memory(goal.memory, facts),
+        undo_memory=_undo_memory(goal.memory, facts, same_run=goal.run == facts.run),
     )
 
 
@@ -102,8 +102,11 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
     }
 
 
-def _undo_memory(goal: MemoryGoal, facts: Facts) -> ShrinkGoal:
-    """Return the way back from a memory goal: what there is of its dimms leaves, sizes become the former ones."""
+def _undo_memory(goal: MemoryGoal, facts: Facts, *, same_run: bool) -> ShrinkGoal:
+    """Return the way back from a memory goal: what there is of its dimms leaves, sizes become the former ones.
+
+    The balloon goes back in the run alone in which it was there: a start deflates it.
+    """
     live, config = facts.domain.live, facts.domain.config
     removals = []
     for dimm in goal.dimms:
@@ -118,7 +121,7 @@ def _undo_memory(goal: MemoryGoal, facts: Facts) -> ShrinkGoal:
             for resize in goal.resizes
         ),
         balloon_bytes=goal.former_balloon_bytes if goal.balloon_bytes is not None else None,
-        balloon_live=goal.balloon_live,
+        balloon_live=goal.balloon_live and same_run,
         balloon_config=goal.balloon_config,
         total_bytes=goal.total_bytes,
         guest_online=True,

@@ -27,6 +27,7 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import format_size
 
 from .guestmemory import listed_blocks, online_blocks, online_steps, spans_of
+from .leftovers import find_other_half
 from .reply import not_verified
 
 
@@ -185,13 +186,16 @@ def _balloon_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tu
         return ()
     actual, wanted = facts.domain.balloon_bytes, _balloon_wanted(goal, facts)
     asked = facts.domain.balloon_target_bytes
-    if goal.balloon_live and actual is not None and (actual < wanted or asked not in (None, wanted)):
-        if AwaitBalloon.__name__ in failed:
-            return ()
-        return (
-            SetBalloon(size_bytes=wanted, target="live"),
-            AwaitBalloon(size_bytes=wanted, timeout_sec=goal.timeout_sec),
-        )
+    if goal.balloon_live and actual is not None:
+        # The VM was restarted meanwhile, or somebody else gave it more: it keeps that.
+        wanted = max(wanted, actual)
+        if actual < wanted or asked not in (None, wanted):
+            if AwaitBalloon.__name__ in failed:
+                return ()
+            return (
+                SetBalloon(size_bytes=wanted, target="live"),
+                AwaitBalloon(size_bytes=wanted, timeout_sec=goal.timeout_sec),
+            )
     attached = sum(dimm.size_bytes for dimm in goal.dimms if dimm.config and _in_config(dimm, facts))
     if goal.balloon_config and facts.get_config().current_bytes < goal.balloon_bytes + attached:
         return (SetBalloon(size_bytes=goal.balloon_bytes + attached, target="config"),)
@@ -229,7 +233,11 @@ def resize_steps(
 
 
 def _fit_resizes(goal: MemoryGoal, facts: Facts) -> tuple[PlannedResize, ...]:
-    """Return the resizes as far as they lack to the totals: somebody may have plugged memory meanwhile."""
+    """Return the resizes as far as they lack to the totals: somebody may have plugged memory meanwhile.
+
+    What a device has by now it keeps. A request that was not reached is taken back in both definitions, but where the
+    running VM has reached it meanwhile.
+    """
     room, fitting = _find_room(goal, facts), []
     for resize in goal.resizes:
         definition = facts.find_definition(resize.target)
@@ -238,8 +246,20 @@ def _fit_resizes(goal: MemoryGoal, facts: Facts) -> tuple[PlannedResize, ...]:
             block = device.block_bytes or 1
             most = max(asked, device.plugged_bytes + max(0, room[resize.target]) // block * block)
             resize = msgspec.structs.replace(resize, requested_bytes=min(resize.requested_bytes, most))
+        elif device is not None:
+            resize = msgspec.structs.replace(resize, requested_bytes=_find_kept(resize, device, facts))
         fitting.append(resize)
     return tuple(fitting)
+
+
+def _find_kept(resize: PlannedResize, device: MemoryDevice, facts: Facts) -> int:
+    """Return what a device comes to that was to have no more than is requested of it now: never below what it has."""
+    live = facts.domain.live
+    takes_back = resize.requested_bytes == resize.former_bytes
+    if resize.target == "live" or not takes_back or live is None:
+        return max(resize.requested_bytes, device.plugged_bytes)
+    half = find_other_half(device, live)
+    return resize.requested_bytes if half is None else max(resize.requested_bytes, half.plugged_bytes)
 
 
 def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:

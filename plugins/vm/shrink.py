@@ -93,10 +93,17 @@ def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool
 
 def next_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: virtio-mem, then each dimm, then the balloon, which takes what is online."""
-    if steps := resize_steps(goal.resizes, facts, failed, goal.timeout_sec):
+    resizes = tuple(resize for resize in goal.resizes if _has_more(resize, facts))
+    if steps := resize_steps(resizes, facts, failed, goal.timeout_sec):
         return steps
     removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, failed)]
     return tuple(removals) or _balloon_steps(goal, facts, failed)
+
+
+def _has_more(resize: PlannedResize, facts: Facts) -> bool:
+    """Return whether a device has more than it is to come to, or may get it: somebody may have taken more meanwhile."""
+    device = resize.find(facts.get_live() if resize.target == "live" else facts.get_config())
+    return device is not None and device.promised_bytes > resize.requested_bytes
 
 
 def _is_left(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> bool:

@@ -299,6 +299,10 @@ class FakeDomain:
         for device in self.live.iterfind("./devices/memory[@model='dimm']") if start else ():
             device.find("address").set("base", hex(base))
             base += _size(device.find("./target/size"))
+        for device in self.live.iterfind("./devices/memory[@model='virtio-mem']") if start else ():
+            if device.find("./target/current") is None:
+                etree.SubElement(device.find("target"), "current", unit="KiB").text = "0"
+            self._follow_request(device)
 
     # changes
 

@@ -6,10 +6,12 @@ from tempfile import TemporaryDirectory
 from threading import Event
 from typing import Any, NamedTuple
 
+import libvirt
 import msgspec
 import pytest
 from lxml import etree
 
+from kvmagent.hypervisor.domainxml import edit_requested, find_memory_xml, format_virtio_mem
 from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault
@@ -513,3 +515,117 @@ def test_another_vm_of_the_same_name_is_not_touched(agent: Agent) -> None:
     reply = agent.reply()
     assert (reply["outcome"], reply["errorCode"], reply["success"]) == ("partial", "VM_REPLACED", False)
     assert agent.domain.calls == calls
+
+
+def set_virtio_mem(domain: FakeDomain, size_mib: int) -> None:
+    """Ask for another size in both definitions, as `virsh update-memory-device` does."""
+    for target in (libvirt.VIR_DOMAIN_AFFECT_LIVE, libvirt.VIR_DOMAIN_AFFECT_CONFIG):
+        device = {"model": "virtio-mem", "alias": "ua-vm", "node": 0, "size_bytes": 2048 * MIB}
+        flags = libvirt.VIR_DOMAIN_XML_INACTIVE if target == libvirt.VIR_DOMAIN_AFFECT_CONFIG else 0
+        xml = find_memory_xml(domain.XMLDesc(flags), **device)
+        assert xml is not None
+        domain.updateDeviceFlags(edit_requested(xml, size_mib * MIB), target)
+
+
+def set_full_balloon(domain: FakeDomain) -> None:
+    domain.setMemoryFlags(int(domain.live.findtext("memory")), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+
+def has_memory(agent: Agent) -> list[int]:
+    """What the guest may use, and what each definition gives."""
+    domain = agent.node.observe("vm1", frozenset({"memory"})).domain
+    assert domain.live is not None
+    assert domain.config is not None
+    assert domain.balloon_bytes is not None
+    return [domain.balloon_bytes, domain.live.memory_bytes, domain.config.memory_bytes]
+
+
+def make_ballooned(*, asked_mib: int | None = None) -> FakeDomain:
+    """A VM of 1024 MiB of which the balloon holds the half; it was asked for more than its guest gave."""
+    domain = make_domain(GuestSpec(name="vm1", memory_mib=1024), virt_type="kvm")
+    domain.setMemoryFlags(512 * 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    if asked_mib is not None:
+        domain.guest.balloon_driver = False
+        domain.setMemoryFlags(asked_mib * 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+        domain.guest.balloon_driver = True
+    return domain
+
+
+def make_virtio_mem(*, size_mib: int = 512) -> FakeDomain:
+    domain = make_domain(GuestSpec(name="vm1", memory_mib=256), virt_type="kvm")
+    sizes = {"size_bytes": 2048 * MIB, "block_bytes": 2 * MIB, "requested_bytes": size_mib * MIB}
+    domain.attachDeviceFlags(format_virtio_mem(alias="ua-vm", node=0, **sizes), 3)
+    return domain
+
+
+PLUGS: dict[str, tuple[Callable[[], FakeDomain], dict[str, Any], Callable[[FakeDomain], None]]] = {
+    "balloon": (make_ballooned, {"memorySize": 800 * MIB}, set_full_balloon),
+    "a balloon that is to stay": (
+        lambda: make_ballooned(asked_mib=400),
+        {"memorySize": 1280 * MIB, "method": "dimm"},
+        set_full_balloon,
+    ),
+    "virtio-mem": (make_virtio_mem, {"memorySize": 1024 * MIB}, lambda domain: set_virtio_mem(domain, 1500)),
+}
+
+
+@pytest.mark.parametrize("starts_anew", [False, True])
+@pytest.mark.parametrize("point", ["step:begun", "step:done"])
+@pytest.mark.parametrize("name", PLUGS)
+def test_a_plug_that_goes_on_lowers_nothing_that_the_vm_has_by_then(
+    tmp_path: Path, name: str, point: str, starts_anew: bool
+) -> None:
+    """Somebody gave it more meanwhile, or it was started anew, with a balloon that holds nothing."""
+    make, fields, give_more = PLUGS[name]
+    agent = Agent(tmp_path, make())
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", **fields)
+    agent.point = point
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    give_more(agent.domain)
+    if starts_anew:
+        agent.domain.power_cycle()
+    before = has_memory(agent)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    agent.journal.stop()
+    reply = agent.reply()
+    assert reply["success"], reply
+    assert all(now >= then for now, then in zip(has_memory(agent), before, strict=True)), reply["steps"]
+
+
+@pytest.mark.parametrize("starts_anew", [False, True])
+@pytest.mark.parametrize("point", ["step:begun", "step:done"])
+def test_a_removal_that_goes_on_gives_back_nothing_that_has_left_by_then(
+    tmp_path: Path, point: str, starts_anew: bool
+) -> None:
+    agent = Agent(tmp_path, make_virtio_mem())
+    task = agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=700 * MIB)
+    agent.point = point
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    set_virtio_mem(agent.domain, 100)
+    if starts_anew:
+        agent.domain.power_cycle()
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    agent.journal.stop()
+    assert agent.reply()["success"]
+    assert has_memory(agent) == [256 * MIB, 356 * MIB, 356 * MIB]
+
+
+@pytest.mark.parametrize("starts_anew", [False, True])
+def test_the_way_back_of_both_takes_no_more_than_the_way_had_given(tmp_path: Path, starts_anew: bool) -> None:
+    agent = Agent(tmp_path, make_ballooned())
+    task = agent.accept("HotPlugCpuMemory", vmUuid="vm1", cpuNum=3, memorySize=800 * MIB)
+    agent.point = "step:done"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    if starts_anew:
+        agent.domain.power_cycle()
+    agent.domain.fail_next["setVcpusFlags"] = qemu_error(1, "no")
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    agent.journal.stop()
+    assert not agent.reply()["success"]
+    assert has_memory(agent)[0] == (1024 if starts_anew else 512) * MIB
