@@ -133,14 +133,14 @@ def check_file(path: str, key: str, *, user_id: int | None = None) -> None:
         raise _refusal(key, path, error) from error
 
 
-def check_directory(path: str, key: str) -> None:
-    """Refuse a directory where others could put what decides what the agent does.
+def check_directory(path: str, key: str, *, user_id: int | None = None) -> None:
+    """Refuse a directory where others could put what decides what the agent does; `user_id` is as for `check_file`.
 
     Raises:
         AgentError: BAD_CONFIGURATION, naming the `key` of the setting.
     """
     try:
-        check_trusted(Path(path), owners_of())
+        check_trusted(Path(path), owners_of(user_id))
     except OSError as error:
         raise _refusal(key, path, error) from error
 

@@ -50,17 +50,19 @@ def find_files(path: Path) -> list[Path]:
     return [path, *(beside / name for name in names if name.endswith(".conf") and not name.startswith("."))]
 
 
-def check_files(path: Path) -> None:
+def check_files(path: Path, *, user_id: int | None = None) -> None:
     """Refuse a configuration that others than root and the agent's user can change, or add to.
+
+    `user_id` is the agent's user, this process's where none is given.
 
     Raises:
         AgentError: BAD_CONFIGURATION.
     """
     for file in find_files(path):
-        check_file(str(file), "the configuration")
+        check_file(str(file), "the configuration", user_id=user_id)
     # An empty one too: what is put there counts from the next start on.
     if (beside := path.parent / _BESIDE).exists():
-        check_directory(str(beside), "the configuration")
+        check_directory(str(beside), "the configuration", user_id=user_id)
 
 
 def _read(path: Path) -> str:

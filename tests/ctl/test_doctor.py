@@ -170,6 +170,28 @@ def test_what_config_check_finds_stops_the_start_for_good(ctl: Ctl, tmp_path: Pa
     assert started.stderr.startswith("kvmagent: BAD_CONFIGURATION: ")
 
 
+@pytest.mark.parametrize("place", ["kvmagent.conf", "conf.d", "conf.d/10-site.conf"])
+def test_a_configuration_that_others_can_change_is_found_by_all_that_look_at_it(
+    ctl: Ctl, tmp_path: Path, capfd: pytest.CaptureFixture[str], place: str
+) -> None:
+    config = write_config(tmp_path, "[http]\nport = 7071")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d/10-site.conf").touch()
+    (tmp_path / place).chmod(0o777)
+    given = ["--config", str(config), "--set", f"agent.state_dir={tmp_path}/state"]
+    done = ctl("config", "--check", *given)
+    words, remedy = f"{tmp_path / place} is writable by others (0777)", f"chmod go-w {tmp_path / place}"
+    assert (done.status, done.out) == (1, "")
+    assert words in done.err
+    assert done.err.rstrip().endswith(f"remedy: {remedy}")
+    # In its place it is looked at as the agent's user, and a doctor does the same.
+    for what in ("configuration", "host"):
+        assert look.main([what, str(config), f"agent.state_dir={tmp_path}/state"]) == 0
+        told = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        (ill,) = (one for one in told if one.get("check") == "configuration")
+        assert (ill["level"], words in ill["message"], ill["remedy"]) == ("wrong", True, remedy)
+
+
 def write_config(directory: Path, lines: str) -> Path:
     config = directory / "kvmagent.conf"
     config.write_text(lines.replace("{tmp}", str(directory)) + "\n")

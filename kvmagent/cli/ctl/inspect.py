@@ -1,6 +1,7 @@
 """The subcommands that change nothing: they read the agent, the host or the configuration."""
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from kvmagent.cli.ctl.render import (
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.terminal import GOOD, WARN, paint, printable
 from kvmagent.cli.ctl.vmnames import complete_task, complete_vm
-from kvmagent.model.errors import Code
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.reply import Outcome
 from kvmagent.settings import DEFAULT_PATH, Settings, sample_conf
 
@@ -274,9 +275,10 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
 
     It is that of this host's file; no agent is asked.
     """
-    from kvmagent.cli.configfile import read_settings, read_sources
+    from kvmagent.cli.configfile import check_files, read_settings, read_sources
     from kvmagent.cli.ctl.agentuser import find_identity, look_as
     from kvmagent.cli.ctl.configuration import render_settings
+    from kvmagent.cli.ctl.findings import Finding
 
     session = session_of(context)
     if sample:
@@ -289,6 +291,12 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
         place = config if sources is None else "-"
         found = look_as(identity, "configuration", [place, *overrides], timeout_s=_CHECK_S, sources=sources)
         faults = [one for one in found if one.level == "wrong"]
+        if sources is not None:
+            try:
+                # Until it is in its place it may be his who writes it there.
+                check_files(Path(config).absolute(), user_id=os.stat(config).st_uid)
+            except AgentError as error:
+                faults.append(Finding("configuration", "wrong", error.message, error.remedy))
         if faults:
             raise CtlError(
                 Exit.FAILED,

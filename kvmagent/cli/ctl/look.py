@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvmagent.cli.configfile import read_sources
+from kvmagent.cli.configfile import check_files, read_sources
 from kvmagent.cli.ctl.agentuser import Begun
 from kvmagent.cli.ctl.configuration import CHECKS
 from kvmagent.cli.ctl.findings import Finding
@@ -26,12 +26,18 @@ def main(arguments: list[str]) -> int:
         # From standard input what is to become the configuration: its place may be closed to the agent's user.
         sources = json.load(sys.stdin) if path == "-" else read_sources(Path(path))
         settings = parse_sources(sources, overrides)
-        _tell(Finding("configuration", "good", ", ".join(name for name, _ in sources)))
     except AgentError as error:
         _tell(Finding("configuration", "wrong", error.message, error.remedy))
         if what == "configuration":
             return 0
         settings = Settings()
+    else:
+        try:
+            if path != "-":
+                check_files(Path(path))
+            _tell(Finding("configuration", "good", ", ".join(name for name, _ in sources)))
+        except AgentError as error:
+            _tell(Finding("configuration", "wrong", error.message, error.remedy))
     checks = _start_checks(settings) if what == "configuration" else _host_checks(settings)
     for name, check in checks.items():
         _tell(Begun(name))
