@@ -473,7 +473,7 @@ def parse_sources(sources: Iterable[tuple[str, str]], overrides: Iterable[str] =
     raise AgentError(
         Code.BAD_CONFIGURATION,
         "; ".join(faults),
-        remedy="Correct it, then: kvmagentctl config --check. kvmagent --sample lists every key with its default.",
+        remedy="Correct it, then run: kvmagentctl config --check. kvmagent --sample lists every key with its default.",
     )
 
 
@@ -504,7 +504,7 @@ def take_reloadable(in_force: Settings, read: Settings) -> tuple[Settings, list[
         waiting += [f"{section.name}.{key}" for key, value in kept.items() if value != getattr(new, key)]
         values[section.name] = msgspec.structs.replace(new, **kept)
     if in_force.security.opens_tcp != read.security.opens_tcp:
-        waiting.append("security: whether anybody is let in by TCP")
+        waiting.append("[security]: whether TCP clients may connect at all")
     return Settings(**values), waiting
 
 
@@ -595,11 +595,11 @@ def _check_uri(uri: str) -> None:
     scheme, colon, rest = uri.partition("://")
     driver, plus, transport = scheme.partition("+")
     if not colon:
-        raise _bad(f"libvirt.uri must be as in qemu:///system, got {uri!r}")
+        raise _bad(f"libvirt.uri must be a URI such as qemu:///system, got {uri!r}")
     if driver not in _DRIVERS:
-        raise _bad(f"libvirt.uri: {driver!r} is no driver that the agent works with (qemu){_nearest(driver, _DRIVERS)}")
+        raise _bad(f"libvirt.uri: driver {driver!r} is not supported, only qemu{_nearest(driver, _DRIVERS)}")
     if plus and transport not in _TRANSPORTS:
-        raise _bad(f"libvirt.uri: {transport!r} is no transport of libvirt ({', '.join(_TRANSPORTS)})")
+        raise _bad(f"libvirt.uri: the transport must be one of {', '.join(_TRANSPORTS)}, got {transport!r}")
     path = rest.partition("?")[0].partition("/")[2]
     if driver == "qemu" and path not in _QEMU_PATHS:
         raise _bad(
@@ -640,33 +640,33 @@ def _check_security(settings: Settings) -> None:
     for entry in security.allowed_callbacks:
         parse_callback_rule(entry)
     if security.tls_key and not security.tls_cert:
-        raise _bad("security.tls_key is set and security.tls_cert is not")
+        raise _bad("security.tls_key is set but security.tls_cert is not")
     if callback.tls_key and not callback.tls_cert:
-        raise _bad("callback.tls_key is set and callback.tls_cert is not")
+        raise _bad("callback.tls_key is set but callback.tls_cert is not")
     if security.client_ca and not security.tls_cert:
-        raise _bad("security.client_ca is set and security.tls_cert is not: client certificates need TLS")
+        raise _bad("security.client_ca is set but security.tls_cert is not: client certificates need TLS")
     if security.allowed_names and not security.client_ca:
-        raise _bad("security.allowed_names is set and security.client_ca is not")
+        raise _bad("security.allowed_names is set but security.client_ca is not")
     for entry in security.roles:
         try:
             parse_rule(entry)
         except ValueError as error:
             raise _bad(f"security.roles: {entry!r}: {error}") from error
     if security.client_crl and not security.client_ca:
-        raise _bad("security.client_crl is set and security.client_ca is not")
+        raise _bad("security.client_crl is set but security.client_ca is not")
     if security.allow_unauthenticated and security.authenticates:
         raise _bad("security.allow_unauthenticated contradicts security.client_ca and security.tokens_file")
     if security.allow_unauthenticated and not security.allowed_clients:
         raise AgentError(
             Code.BAD_CONFIGURATION,
-            "security.allow_unauthenticated would allow any address",
+            "security.allow_unauthenticated is true, but security.allowed_clients is empty",
             remedy="List the addresses or networks that may connect in security.allowed_clients.",
         )
     if security.tls_cert and not security.opens_tcp:
-        raise _bad("security.tls_cert is set and neither security.client_ca nor security.tokens_file is")
+        raise _bad("security.tls_cert is set, but neither security.client_ca nor security.tokens_file is")
     _check_socket(settings.http.socket)
     if not (settings.http.socket or security.opens_tcp):
-        raise _bad("http.socket is empty and [security] lets nobody in by TCP: the agent could not be reached")
+        raise _bad("http.socket is empty and [security] allows no TCP client: nothing could reach the agent")
     if not _is_loopback(settings.http.host):
         _check_beyond_loopback(settings.http.host, security)
 
@@ -721,7 +721,9 @@ def parse_callback_rule(text: str) -> CallbackRule:
         (host, colon, digits), is_address = text.partition(":"), False
     known_port = re.fullmatch(r"[0-9]{1,5}", digits) and 0 < int(digits) <= 65535
     if not host or colon not in ("", ":") or bool(colon) != bool(known_port):
-        raise _bad(f"security.allowed_callbacks: {text!r} is no address, network or host name, with or without :PORT")
+        raise _bad(
+            f"security.allowed_callbacks: {text!r} is not an address, network or host name, with or without :PORT"
+        )
     port = int(digits) if digits else None
     if host == "caller":
         return CallbackRule(port)

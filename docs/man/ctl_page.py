@@ -14,7 +14,7 @@ HEAD = f"""\
 .Os
 .Sh NAME
 .Nm {NAME}
-.Nd hotplug of CPUs and memory of running VMs, by the kvmagent of their host
+.Nd add CPUs and memory to running VMs, and remove them
 .Sh SYNOPSIS
 .Nm
 .Op Ar options

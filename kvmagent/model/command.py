@@ -69,9 +69,11 @@ class VmRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbi
     guest_online: Annotated[
         bool, msgspec.Meta(description="Bring plugged vCPUs and memory online through the guest agent")
     ] = True
-    timeout_sec: Annotated[int, msgspec.Meta(ge=1, le=3600, description="Seconds to wait for the guest, per wait")] = 60
+    timeout_sec: Annotated[
+        int, msgspec.Meta(ge=1, le=3600, description="Seconds that each step waits for the guest")
+    ] = 60
     dry_run: Annotated[
-        bool, msgspec.Meta(description="Reply with the plan, as far as it can be known, and change nothing")
+        bool, msgspec.Meta(description="Change nothing and reply with the plan, as far as it can be known")
     ] = False
 
 

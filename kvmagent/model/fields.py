@@ -9,8 +9,8 @@ Method = Literal["auto", "dimm", "virtio-mem", "balloon"]
 #: No request asks for more.
 MOST_CPUS, MOST_BYTES = 8192, 2**53 - 1
 
-CpuNum = Annotated[int, msgspec.Meta(ge=1, le=MOST_CPUS, description="Total vCPUs wanted")]
-MemorySize = Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES, description="Total memory wanted, bytes")]
+CpuNum = Annotated[int, msgspec.Meta(ge=1, le=MOST_CPUS, description="Total number of vCPUs")]
+MemorySize = Annotated[int, msgspec.Meta(ge=1, le=MOST_BYTES, description="Total memory, bytes")]
 MemoryMethod = Annotated[
     Method,
     msgspec.Meta(

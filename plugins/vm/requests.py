@@ -24,23 +24,21 @@ LateCallback = Annotated[bool, msgspec.Meta(description="Send a second callback 
 ExpectedCpuNum = (
     Annotated[
         int,
-        msgspec.Meta(ge=1, le=8192, description="Refuse unless this is the VM's current cpuNum, as in replies"),
+        msgspec.Meta(ge=1, le=8192, description="Refuse unless the VM's current cpuNum is this"),
     ]
     | None
 )
 ExpectedMemorySize = (
     Annotated[
         int,
-        msgspec.Meta(
-            ge=1, le=2**53 - 1, description="Refuse unless this is the VM's current memorySize, as in replies"
-        ),
+        msgspec.Meta(ge=1, le=2**53 - 1, description="Refuse unless the VM's current memorySize is this"),
     ]
     | None
 )
 
 
 class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Bring a VM up to a number of vCPUs."""
+    """Raise a VM's vCPUs to a total."""
 
     cpu_num: CpuNum
     expected_cpu_num: ExpectedCpuNum = None
@@ -48,7 +46,7 @@ class HotPlugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", fo
 
 
 class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Bring a VM up to an amount of memory."""
+    """Raise a VM's memory to a total."""
 
     memory_size: MemorySize
     expected_memory_size: ExpectedMemorySize = None
@@ -59,7 +57,7 @@ class HotPlugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel",
 
 
 class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Bring a VM up to a number of vCPUs and an amount of memory: both or neither."""
+    """Raise a VM's vCPUs and memory to totals: both or neither."""
 
     cpu_num: CpuNum
     memory_size: MemorySize
@@ -69,7 +67,7 @@ class HotPlugCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="came
 
 
 class HotUnplugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Bring a VM down to a number of vCPUs."""
+    """Lower a VM's vCPUs to a total."""
 
     cpu_num: CpuNum
     expected_cpu_num: ExpectedCpuNum = None
@@ -78,7 +76,7 @@ class HotUnplugCpuRequest(VmRequest, frozen=True, kw_only=True, rename="camel", 
 
 
 class HotUnplugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Bring a VM down to an amount of memory, never below it."""
+    """Lower a VM's memory to a total, never below it."""
 
     memory_size: MemorySize
     expected_memory_size: ExpectedMemorySize = None

@@ -30,7 +30,7 @@ ThreadContextStack = list[Any] | None
 
 
 class IncreaseCpuRequest(HotPlugCpuRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False):
-    """Bring a VM up to a number of vCPUs."""
+    """Raise a VM's vCPUs to a total."""
 
     thread_context: ThreadContext = None
     thread_context_stack: ThreadContextStack = None
@@ -39,7 +39,7 @@ class IncreaseCpuRequest(HotPlugCpuRequest, frozen=True, kw_only=True, rename="c
 class IncreaseMemoryRequest(
     HotPlugMemoryRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False
 ):
-    """Bring a VM up to an amount of memory: boot memory and dimms, whatever its balloon holds back."""
+    """Raise a VM's memory to a total: boot memory and dimms, whatever its balloon holds back."""
 
     method: Method = "dimm"
     thread_context: ThreadContext = None
@@ -47,15 +47,13 @@ class IncreaseMemoryRequest(
 
 
 class ChangeCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False):
-    """Bring a VM up to a number of vCPUs and an amount of memory, as older servers ask for both at once.
+    """Raise a VM's vCPUs and memory to totals, as older servers ask for both at once.
 
     A server that has no number sends none, or 0, and waits for the callback.
     """
 
-    cpu_num: Annotated[int, msgspec.Meta(ge=0, le=8192, description="Total vCPUs wanted")] | None = None
-    memory_size: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1, description="Total memory wanted, bytes")] | None = (
-        None
-    )
+    cpu_num: Annotated[int, msgspec.Meta(ge=0, le=8192, description="Total number of vCPUs")] | None = None
+    memory_size: Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1, description="Total memory, bytes")] | None = None
     expected_cpu_num: ExpectedCpuNum = None
     expected_memory_size: ExpectedMemorySize = None
     scale_shares: ScaleShares = False

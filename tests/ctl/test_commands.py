@@ -90,7 +90,7 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
     assert preview.status == 0
     assert re.search(r"^  max memory +none +8GiB$", preview.out, re.MULTILINE)
     assert '+  <maxMemory slots="4" unit="KiB">8388608</maxMemory>' in preview.out.splitlines()
-    assert preview.out.endswith("\nNothing was changed: --apply does it, --diff shows the XML.\n")
+    assert preview.out.endswith("\nNothing was changed. Add --apply to change it.\n")
     assert ctl("ready", "old", "--json").json["after"]["maxMemorySize"] is None
 
     applied = ctl("ready", "old", "--apply", "--max-memory", "8G", "--json")
@@ -211,7 +211,7 @@ def test_status_says_what_the_agent_is_at(ctl: Ctl, agent: AgentProcess) -> None
     assert (done.status, done.err) == (0, "")
     first, tasks, memory = done.out.splitlines()
     assert re.fullmatch(rf"{agent.url}: ready, version [0-9.]+", first)
-    assert tasks == "  0 tasks queued, 0 callbacks owed"
+    assert tasks == "  0 tasks queued, 0 callbacks undelivered"
     sizes = r"[0-9.]+ [KMGT]?i?B"
     assert re.fullmatch(rf"  memory: {sizes} of {sizes} promised to VMs, {sizes} in use by them; 1 GiB kept .*", memory)
 

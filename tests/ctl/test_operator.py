@@ -66,7 +66,7 @@ def test_a_task_that_waits_is_taken_back_and_never_begins(held: tuple[AgentProce
     agent.post("/vm/hotplug/cpu", {"vmUuid": "db-7", "cpuNum": 3}, task_uuid="waiting-1", callback_url="none")
     assert "waiting-1" in ctl("tasks", "--state", "accepted", "-o", "name").out
     done = ctl("cancel", "wait")
-    assert (done.status, done.out) == (0, "waiting-1: taken back, its VM was not touched\n")
+    assert (done.status, done.out) == (0, "waiting-1: cancelled, its VM was not touched\n")
     reply = settled(agent, "waiting-1")["reply"]
     assert (reply["outcome"], reply["errorCode"], reply["steps"]) == ("refused", "CANCELLED", [])
     # One that a hook still holds has touched nothing either.
@@ -133,7 +133,7 @@ def test_a_history_of_refusals_and_of_nothing_is_told() -> None:
     lines = [click.unstyle(line) for line in render_history([removed, change], 4600.0)]
     assert lines[1].split("  ")[2:4] == ["vCPUs 2 to 1", "removed"] or "vCPUs 2 to 1" in lines[1]
     assert "removed" in lines[1]
-    assert "none; asked for vCPUs 1  refused CPU_NOT_REMOVABLE" in lines[2]
+    assert "none; requested: vCPUs 1  refused CPU_NOT_REMOVABLE" in lines[2]
     assert render_history([], 0.0) == ["no changes to this VM"]
 
 

@@ -95,22 +95,24 @@ def test_readiness_tells_room_blockers_and_limits() -> None:
         "clamped": [{"field": "maxMemorySize", "asked": 2**50, "prepared": 2**40, "why": "40 address bits"}],
     }  # fmt: skip
     assert plain(render_readiness(reply, with_diff=True)) == [
-        "db-7: not ready, not after a restart either",
+        "db-7: not ready, nor after a restart",
         "  room for  1 vCPU; 0 B in 1 slot, multiples of 128 MiB (no way to add any)",
-        "  can give  0 vCPUs; 128 MiB",
+        "  can free  0 vCPUs; 128 MiB",
         "  blocker  NO_ACPI: no ACPI (needs a restart)",
         "           remedy: Add it.",
         "  warning  GUEST_CPU_OFFLINE: 2 vCPUs",
         "           remedy: Online them.",
         "",
-        "prepare would change, from the next start on:",
+        "prepare would change, for the next start:",
         "  WHAT        WAS   IS",
         "  NUMA cells  none  0:0-7",
         "  ACPI        no    yes",
         "  limited  max memory: 1TiB instead of 1024TiB: 40 address bits",
         "",
-        "Nothing was changed: --apply does it, --diff shows the XML.",
+        "Nothing was changed. Add --apply to change it.",
     ]
+    last = plain(render_readiness(reply, with_diff=False))[-1]
+    assert last == "Nothing was changed. Add --apply to change it, or --diff to see the XML."
 
 
 def test_tasks_tell_how_long_ago_and_how_long() -> None:
@@ -229,6 +231,9 @@ def test_the_parser_can_be_read_as_data() -> None:
     told = cli.to_info_dict(click.Context(cli))
     assert {"status", "vms", "tasks", "task", "doctor", "config", "openapi", *names()} <= set(told["commands"])
     assert all(re.search(r"\w", command["help"]) for command in told["commands"].values())
+    listed = cli.get_help(click.Context(cli, terminal_width=80)).partition("Commands:")[2].partition("Exit status:")[0]
+    assert "support-bundle" in listed
+    assert "..." not in listed, "a summary that is too long is cut off"
 
 
 def test_a_step_that_was_cut_off_is_told_apart_from_one_under_way_and_from_one_that_ended() -> None:
@@ -242,7 +247,7 @@ def test_a_step_that_was_cut_off_is_told_apart_from_one_under_way_and_from_one_t
         )
     }
     assert shown == {
-        "cut off": "SetVcpus count=3 target=both cut off",
+        "cut off": "SetVcpus count=3 target=both interrupted",
         "under way": "SetVcpus count=3 target=both",
         "ended": "SetVcpus count=3 target=both 8 ms",
     }

@@ -49,13 +49,14 @@ _SECRET_XML = re.compile(
 
 
 @click.command(name="support-bundle")
-@click.option("--file", metavar="FILE", help="Where it goes. [default: kvmagent-support-HOST-TIME.tar.gz]")
+@click.option("--file", metavar="FILE", help="File to write. [default: kvmagent-support-HOST-TIME.tar.gz]")
 @click.option("--config", metavar="FILE", default=DEFAULT_PATH, show_default=True, help="The agent's configuration.")
 @click.pass_context
 def support_bundle(context: click.Context, file: str | None, config: str) -> None:
-    """One file for support: log, state, versions, definitions, metrics; no secrets.
+    """Collect what support needs in one file, without secrets.
 
-    Run it on the host itself, as root. Names of VMs, hosts and callers are in it: read it before you pass it on.
+    The file has the log, the agent's state, versions, VM definitions and metrics. Run this as root on the host itself.
+    The names of VMs, hosts and callers are in the file: read it before you pass it on.
     """
     session = session_of(context)
     host = socket.gethostname().partition(".")[0]

@@ -19,7 +19,7 @@ _ASKED = {"cpuNum", "memorySize"}
 # Where each total stands among a VM's numbers: of the running VM, and of its next start.
 _NUMBERS = {"cpu_num": ("cpuNum", "configCpuNum"), "memory_size": ("memorySize", "configMemorySize")}
 _TOTALS = (
-    "\n\nCPUS and MEMORY are totals; +1 and +2G are added to what the VM has now, and refused where that changes "
+    "\n\nGive totals. +1 or +2G means that much more than the VM has now; the command is refused if that changes "
     "meanwhile."
 )
 # What says how to prepare.
@@ -108,11 +108,12 @@ def _make_ready(command: Command) -> click.Command:
         callback=run,
         params=make_params(command.request, complete_vm=complete_vm),
         help=f"{command.summary}.\n\n--prepare shows how the persistent definition would be made ready; "
-        "--apply changes it. The running VM is never touched. The exit status is 0 then, ready or not.",
+        "--apply changes it. The running VM is never touched. With either, the exit status is 0 even if the VM is not "
+        "ready.",
     )
     made.params += [
-        click.Option(["--diff"], is_flag=True, help="Show the change of the XML. Means --prepare."),
-        click.Option(["--apply"], is_flag=True, help="Change the persistent definition. Means --prepare."),
+        click.Option(["--diff"], is_flag=True, help="Show how the XML changes. Implies --prepare."),
+        click.Option(["--apply"], is_flag=True, help="Change the persistent definition. Implies --prepare."),
     ]
     return shared_options(_waiting_options(made))
 
@@ -123,7 +124,7 @@ def _waiting_options(command: click.Command) -> click.Command:
             ["--wait"],
             type=click.FloatRange(0),
             metavar="SECONDS",
-            help="Wait at most so long for the outcome; the task goes on all the same. [default: as long as it takes]",
+            help="Wait at most this long for the outcome; the task continues in any case. [default: no limit]",
         ),
     ]
     return command

@@ -19,7 +19,7 @@ import click
 
 from kvmagent.cli.ctl.client import Agent, Target
 from kvmagent.cli.ctl.exits import CtlError, Exit, exit_of
-from kvmagent.cli.ctl.hosts import HOSTS_HELP, Host, read_hosts
+from kvmagent.cli.ctl.hosts import HOSTS_FILE, Host, read_hosts
 from kvmagent.cli.ctl.render import render_preparations, render_vms
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.cli.ctl.submit import Submission
@@ -115,7 +115,7 @@ def hosts_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--hosts",
         metavar="FILE",
         type=click.Path(exists=True, dir_okay=False),
-        help=HOSTS_HELP,
+        help=f"Ask the agents of several hosts. {HOSTS_FILE}",
     )(command)
 
 
@@ -300,15 +300,15 @@ def _lines(answers: Answers, view: View) -> list[str]:
 @click.option(
     "--pending-restart", is_flag=True, help="Only VMs that must be powered off and on for a change to take effect."
 )
-@click.option("--not-ready", is_flag=True, help="Only VMs below their maximum to which nothing can be added.")
-@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+@click.option("--not-ready", is_flag=True, help="Only VMs that cannot grow, although they are below their maximum.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
 @hosts_option
 @click.pass_context
 def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: bool, hosts: str | None) -> int:
-    """All VMs: vCPUs, memory, slots; ready, or the first blocker.
+    """List all VMs, and whether they are ready for hotplug.
 
-    GUEST is what the guest itself says that it uses, MAX what the VM can grow to without a restart. HOTPLUG names
-    the first blocker; `kvmagentctl ready VM` tells all of them.
+    GUEST is what the guest says it uses; MAX is what the VM can grow to without a restart. HOTPLUG names
+    the first blocker; `kvmagentctl ready VM` lists all of them.
     """
     session = session_of(context)
 
@@ -415,12 +415,16 @@ def make_ready(ready: click.Command) -> click.Command:
             param.type = click.STRING
     ready.callback = run
     ready.params += [
-        click.Option(["--all"], is_flag=True, help="All VMs. --max-cpus and --max-memory may be x4: four times."),
+        click.Option(
+            ["--all"],
+            is_flag=True,
+            help="All VMs. --max-cpus x4 means four times what each has; --max-memory likewise.",
+        ),
         click.Option(
             ["--hosts"],
             metavar="FILE",
             type=click.Path(exists=True, dir_okay=False),
-            help="All VMs of several hosts: a file with a URL, or NAME URL, a line; or an Ansible inventory.",
+            help=f"All VMs of several hosts. {HOSTS_FILE}",
         ),
     ]
     return ready

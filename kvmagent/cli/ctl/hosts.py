@@ -15,10 +15,7 @@ from typing import Any, NamedTuple
 from kvmagent.cli.ctl.ctlconf import CtlConf
 from kvmagent.cli.ctl.exits import CtlError, Exit
 
-HOSTS_HELP = (
-    "Ask the agents of several hosts: a file with a URL, NAME URL, or a NAME of ctl.conf, a line; "
-    "or an Ansible inventory."
-)
+HOSTS_FILE = "FILE lists one agent per line, as URL, NAME URL, or a NAME from ctl.conf; or it is an Ansible inventory."
 _INVENTORY_S = 60.0
 _PORT = 7070
 # Of whatever scheme: one that is no agent's is told as such.

@@ -69,7 +69,7 @@ _CONFIG_OPTION = click.option(
 @click.command()
 @click.pass_context
 def status(context: click.Context) -> int:
-    """Whether the agent is ready, what is down, and what it is doing."""
+    """Show whether the agent is ready, and what it is doing."""
     session = session_of(context)
     health = session.agent.get("healthz")
     _print(session, health, lambda body: render_status(session.agent.url, body))
@@ -77,13 +77,13 @@ def status(context: click.Context) -> int:
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, required=True, help="Needed: nothing is ever taken, only shown.")
+@click.option("--dry-run", is_flag=True, required=True, help="Required: the command only shows, and takes nothing.")
 @click.pass_context
 def reclaim(context: click.Context, dry_run: bool) -> None:
-    """What VMs could give back to the host: memory that their guests do not use.
+    """Show how much memory VMs could give back to the host.
 
-    UNUSED is what the guest says is available in it. Each way is what could leave by it alone; take it with
-    `kvmagentctl unplug-memory VM TOTAL`.
+    It is memory that their guests do not use. UNUSED is what the guest reports as available. COULD LEAVE BY lists each
+    way, with what it could give back on its own. To take memory back, use `kvmagentctl unplug-memory VM TOTAL`.
     """
     session = session_of(context)
     answer = session.agent.get("host", "reclaimable", timeout_s=_VMS_S)
@@ -91,24 +91,26 @@ def reclaim(context: click.Context, dry_run: bool) -> None:
 
 
 @click.command()
-@click.option("--vm", help="Tasks of one VM, by its name or UUID.", shell_complete=complete_vm)
-@click.option("--state", type=click.Choice(_TASK_STATES), help="Tasks in one state.")
+@click.option("--vm", help="Only tasks of one VM, by its name or UUID.", shell_complete=complete_vm)
+@click.option("--state", type=click.Choice(_TASK_STATES), help="Only tasks in this state.")
 @click.option(
     "--outcome",
     type=click.Choice(get_args(Outcome)),
     metavar="OUTCOME",
-    help=f"Tasks with one outcome: {', '.join(get_args(Outcome))}.",
+    help=f"Only tasks with this outcome: {', '.join(get_args(Outcome))}.",
 )
-@click.option("--caller", help="Tasks of one caller, as whoami tells it.")
-@click.option("--since", type=MOMENT, help="Tasks that were accepted since then: 2h, 3d, 2026-11-27, 2026-11-27T03:00.")
-@click.option("--until", type=MOMENT, help="Tasks that were accepted before then. Times are UTC.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many at most.")
-@click.option("--follow", "-f", is_flag=True, help="Go on with a line for each change of state, until Ctrl-C.")
+@click.option("--caller", help="Only tasks of this caller, as GET /whoami names it.")
+@click.option(
+    "--since", type=MOMENT, help="Only tasks accepted since then: 2h, 3d, 2026-11-27, 2026-11-27T03:00 (UTC)."
+)
+@click.option("--until", type=MOMENT, help="Only tasks accepted before then.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Maximum number of tasks.")
+@click.option("--follow", "-f", is_flag=True, help="Print a line for each change of state, until Ctrl-C.")
 @click.pass_context
 def tasks(context: click.Context, /, state: str | None, limit: int, follow: bool, **chosen: Any) -> None:
-    """The newest tasks, and with --follow what becomes of them.
+    """List the newest tasks, or follow them with --follow.
 
-    With --json, --follow prints one task a line.
+    With --json, --follow prints one task per line.
     """
     session = session_of(context)
     query = {name: value for name, value in {**chosen, "state": state}.items() if value is not None}
@@ -169,7 +171,10 @@ def _version(task: dict[str, Any]) -> tuple[Any, ...]:
 @click.argument("task_id", metavar="ID", shell_complete=complete_task)
 @click.pass_context
 def task(context: click.Context, task_id: str) -> None:
-    """One task: request, steps, reply, callback. The beginning of its id is enough where no other has it."""
+    """Show a task: request, steps, reply, callback.
+
+    The beginning of its id is enough if no other id begins with it.
+    """
     session = session_of(context)
     found = _ask_by_beginning(session, task_id, lambda task_uuid: session.agent.get("tasks", task_uuid))
     _print(session, found, lambda body: render_task(body, time.time()))
@@ -181,7 +186,8 @@ def task(context: click.Context, task_id: str) -> None:
 def cancel(context: click.Context, task_id: str) -> None:
     """Cancel a task that has not changed its VM yet.
 
-    It ends as refused, code CANCELLED. A change that has begun is never stopped halfway: the answer says how far it is.
+    The task ends as refused, with the code CANCELLED. A change that has begun is never stopped halfway: the answer
+    says how far it is.
     """
     session = session_of(context)
 
@@ -195,12 +201,13 @@ def cancel(context: click.Context, task_id: str) -> None:
 
 @click.command()
 @click.argument("vm", shell_complete=complete_vm)
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Maximum number of entries.")
 @click.pass_context
 def log(context: click.Context, vm: str, limit: int) -> None:
-    """Who changed a VM: when, from what to what, with what outcome; the newest first.
+    """Show who changed a VM, when, how, and with what outcome.
 
-    An entry is kept for agent.keep_history_sec (400 days), a task for agent.keep_sec (7 days).
+    The newest change comes first. Entries are kept for agent.keep_history_sec (400 days), their tasks for
+    agent.keep_sec (7 days).
     """
     session = session_of(context)
     body = session.agent.get("vms", vm, "history", query=urlencode({"limit": limit}))
@@ -239,7 +246,7 @@ def _ask_by_beginning(session: Session, beginning: str, ask: Callable[[str], Any
 @click.command()
 @click.pass_context
 def openapi(context: click.Context) -> None:
-    """The agent's OpenAPI document."""
+    """Print the agent's OpenAPI document."""
     session = session_of(context)
     session.terminal.print_json(session.agent.get("openapi.json"))
 
@@ -248,9 +255,9 @@ def openapi(context: click.Context) -> None:
 @_CONFIG_OPTION
 @click.pass_context
 def doctor(context: click.Context, config: str) -> int:
-    """Examine this host, with a remedy for each finding.
+    """Check this host, and give a remedy for each problem.
 
-    Run it on the host itself, as root: it then looks as the agent's user, and says so.
+    Run it as root on the host itself: it then checks as the agent's user, and says so.
     """
     from kvmagent.cli.ctl.doctor import examine
     from kvmagent.cli.ctl.findings import is_healthy, render_findings
@@ -271,9 +278,9 @@ def doctor(context: click.Context, config: str) -> int:
 )
 @click.pass_context
 def config(context: click.Context, config: str, sample: bool, check: bool, overrides: tuple[str, ...]) -> None:
-    """The agent's configuration: in force, checked, a sample.
+    """Show or check the agent's configuration.
 
-    It is that of this host's file; no agent is asked.
+    It reads the file on this host and does not contact the agent. --sample prints a file with every key.
     """
     from kvmagent.cli.configfile import check_files, read_settings, read_sources
     from kvmagent.cli.ctl.agentuser import find_identity, look_as
@@ -316,9 +323,9 @@ def config(context: click.Context, config: str, sample: bool, check: bool, overr
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script of a shell.
+    """Print the completion script for a shell.
 
-    For one session of bash: source <(kvmagentctl completion bash)
+    For one bash session: source <(kvmagentctl completion bash)
     """
     from click.shell_completion import get_completion_class
 

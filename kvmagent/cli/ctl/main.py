@@ -76,10 +76,10 @@ def make_cli() -> click.Group:
     """Return the parser."""
     cli = _Cli(
         NAME,
-        help="Hotplug of CPUs and memory of running VMs, by the kvmagent of their host.\n\n"
-        "Totals are absolute: a command that is given twice changes nothing the second time. Sizes have a unit, as in "
-        "4G, 1.5GiB or 512MiB, of powers of 1024. Results go to standard output; notices, progress (on a terminal) "
-        "and errors to standard error.",
+        help="Add CPUs and memory to running VMs, and remove them, through the kvmagent on their host.\n\n"
+        "Commands set totals: running one twice changes nothing the second time. Sizes have a unit, such as 4G, 1.5GiB "
+        "or 512MiB, and count in powers of 1024. Results go to standard output; notices, errors and progress (on a "
+        "terminal) go to standard error.",
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
     shared_options(cli, is_root=True)

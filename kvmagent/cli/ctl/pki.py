@@ -16,23 +16,23 @@ from kvmagent.cli.ctl.session import session_of, shared_options
 @click.command()
 @click.argument("action", type=click.Choice(["init"]), metavar="init")
 @click.argument("directory", metavar="DIRECTORY", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--agent", "agents", metavar="NAME[,NAME]", multiple=True, help="An agent, by its names and addresses.")
 @click.option(
-    "--agent", "agents", metavar="NAME[,NAME]", multiple=True, help="An agent: the names and addresses of it."
+    "--client", "clients", metavar="NAME", multiple=True, help="A client of agents: a management server, or you."
 )
 @click.option(
-    "--client", "clients", metavar="NAME", multiple=True, help="A client of agents: a management server, you."
+    "--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Days that the certificates are valid."
 )
-@click.option("--days", type=click.IntRange(1, 3650), default=365, show_default=True, help="Days that they are valid.")
 @click.pass_context
 def pki(
     context: click.Context, action: str, directory: Path, agents: tuple[str, ...], clients: tuple[str, ...], days: int
 ) -> None:
     """Issue certificates for agents and their clients.
 
-    Makes a CA in the directory, and NAME.pem with its NAME.key for each name.
+    It makes a CA in the directory, or uses the one that is there, and writes NAME.pem and NAME.key for each name.
 
-    An agent is known by the names and addresses that its clients use: --agent node1.example,10.0.0.21. Where the
-    directory has a CA it is used. Keep its ca.key off the agents' hosts.
+    Give the names and addresses by which clients reach an agent: --agent node1.example,10.0.0.21. Keep ca.key off
+    the agents' hosts.
     """
     if not agents and not clients:
         raise click.UsageError("nothing to issue: give --agent or --client", context)

@@ -40,9 +40,9 @@ def plan(
     hosts: str | None,
     **fields: Any,
 ) -> int:
-    """What resizes would mean: now, after a restart, never.
+    """Show which sizes a VM can have now or after a restart.
 
-    With --cpus and --memory each pair of them is planned. Nothing is changed or reserved.
+    With --cpus and --memory, each combination is planned. Nothing is changed or reserved.
     """
     session = session_of(context)
     many = every or hosts is not None

@@ -35,7 +35,9 @@ def render_status(url: str, health: Json) -> list[str]:
     ready = paint("ready", GOOD) if health["ready"] else paint("not ready", BAD)
     lines = [f"{url}: {ready}, version {health['version']}"]
     lines += [prose(f"  {paint('down', BAD)}  ", f"{name}: {why}") for name, why in health["down"].items()]
-    lines.append(f"  {_count(health['queued'], 'task')} queued, {_count(health['owedCallbacks'], 'callback')} owed")
+    lines.append(
+        f"  {_count(health['queued'], 'task')} queued, {_count(health['owedCallbacks'], 'callback')} undelivered"
+    )
     lines += _memory_lines(health.get("memory"))
     running = [
         [task["vm"], task["command"], f"{task['seconds']:.1f} s", task["taskUuid"]] for task in health["running"]
@@ -54,7 +56,7 @@ def _memory_lines(memory: Json | None) -> list[str]:
         return [told]
     since = datetime.fromtimestamp(memory["overSince"], UTC)
     over = paint("over the budget", BAD)
-    return [told, f"  {over} since {since:%Y-%m-%d %H:%M} UTC: no VM gets more until some comes back"]
+    return [told, f"  {over} since {since:%Y-%m-%d %H:%M} UTC: no VM gets more memory until some is freed"]
 
 
 def render_reclaimable(answer: Json) -> list[str]:
@@ -320,7 +322,7 @@ def _totals(reply: Json, asked: Iterable[str]) -> str:
     return f", {' and '.join(told)} in all" if told else ""
 
 
-_REMOVED = {"online": "removed", "plugged": "removed, unconfirmed by the guest", "pending": "removal pending"}
+_REMOVED = {"online": "removed", "plugged": "removed, not confirmed by the guest", "pending": "removal pending"}
 
 
 def _outcome_words(outcome: str, *, removes: bool) -> str:
@@ -366,7 +368,7 @@ def render_readiness(reply: Json, *, with_diff: bool) -> list[str]:
             f"{name}: {paint('at its maximum', GOOD)}; more needs --prepare --apply, and the VM powered off and on"
         ]
     else:
-        after = "ready after a restart" if reply["readyAfterRestart"] else "not after a restart either"
+        after = "ready after a restart" if reply["readyAfterRestart"] else "nor after a restart"
         lines = [f"{name}: {paint('not ready', BAD)}, {after}"]
     if room := reply.get("headroom"):
         methods = ", ".join(room["memoryMethods"]) or "no way to add any"
@@ -376,7 +378,7 @@ def render_readiness(reply: Json, *, with_diff: bool) -> list[str]:
                 f"{_count(room['cpuNum'], 'vCPU')}; {format_size(room['memorySize'])} in "
                 f"{_count(room['slots'], 'slot')}, multiples of {format_size(room['memoryGranularity'])} ({methods})",
             ),
-            f"  can give  {_count(room['removableCpuNum'], 'vCPU')}; {format_size(room['removableMemorySize'])}",
+            f"  can free  {_count(room['removableCpuNum'], 'vCPU')}; {format_size(room['removableMemorySize'])}",
         ]
     lines += [line for blocker in reply.get("blockers") or [] for line in _problem("blocker", BAD, blocker)]
     lines += _warnings(reply)
@@ -391,7 +393,7 @@ def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
             [f"  {_label(one['field'])}", _value(one["field"], one["former"]), _value(one["field"], one["prepared"])]
             for one in changes
         ]
-        lines += ["", f"prepare {verb}, from the next start on:", *format_table(("  WHAT", "WAS", "IS"), rows)]
+        lines += ["", f"prepare {verb}, for the next start:", *format_table(("  WHAT", "WAS", "IS"), rows)]
     elif reply.get("diff") is not None:
         lines += ["", "the persistent definition is prepared: nothing to change"]
     for one in reply.get("clamped") or []:
@@ -403,7 +405,10 @@ def _preparation(reply: Json, *, with_diff: bool) -> list[str]:
     if reply.get("outcome") == "configured" and reply.get("restartRequired"):
         lines += ["", "Power the VM off and start it again: a reboot inside the guest does not do it."]
     elif reply.get("outcome") == "planned" and changes:
-        lines += ["", "Nothing was changed: --apply does it, --diff shows the XML."]
+        lines += [
+            "",
+            f"Nothing was changed. Add --apply to change it{'' if with_diff else ', or --diff to see the XML'}.",
+        ]
     return lines
 
 
@@ -507,7 +512,7 @@ def _changed(change: Json) -> str:
     if moved:
         return ", ".join(moved)
     asked = [f"{_label(name)} {_value(name, value)}" for name, value in change["asked"].items()]
-    return f"none; asked for {', '.join(asked)}" if asked else "none"
+    return f"none; requested: {', '.join(asked)}" if asked else "none"
 
 
 def _follows(name: str, before: Json, after: Json) -> bool:
@@ -518,8 +523,8 @@ def _follows(name: str, before: Json, after: Json) -> bool:
 
 
 def view_cancelled(answer: Json) -> list[str]:
-    """Return what became of a task that was to be taken back."""
-    return [f"{answer['taskUuid']}: {paint('taken back', GOOD)}, its VM was not touched"]
+    """Return what became of a task that was to be cancelled."""
+    return [f"{answer['taskUuid']}: {paint('cancelled', GOOD)}, its VM was not touched"]
 
 
 def _when(at: float | None) -> str:
@@ -581,7 +586,7 @@ def format_step(step: Json) -> str:
     if step.get("elapsedMs") is not None:
         words.append(paint(f"{_duration(step['elapsedMs'] / 1000)}", DIM))
     elif step.get("cutOff"):
-        words.append(paint("cut off", WARN))
+        words.append(paint("interrupted", WARN))
     problem = step.get("problem")
     if problem:
         words.append(paint(problem if isinstance(problem, str) else problem["code"], WARN))

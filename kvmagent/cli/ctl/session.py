@@ -26,13 +26,13 @@ _TARGET = (
         _HOST,
         "KVMAGENT_HOST",
         "NAME",
-        "The agent of that name in ~/.config/kvmagent/ctl.conf or /etc/kvmagent/ctl.conf.",
+        "Agent to ask, by its name in ~/.config/kvmagent/ctl.conf or /etc/kvmagent/ctl.conf.",
     ),
-    ("url", "KVMAGENT_URL", "URL", f"The agent. [default: ctl.conf's, or this host's, by {DEFAULT_PATH}]"),
-    ("ca", "KVMAGENT_CA", "FILE", "PEM file of the CAs that the agent is verified by. [default: the system's]"),
-    ("cert", "KVMAGENT_CERT", "FILE", "PEM certificate to show to the agent."),
-    ("key", "KVMAGENT_KEY", "FILE", "PEM key of that certificate, mode 0600. [default: in --cert]"),
-    ("token_file", "KVMAGENT_TOKEN_FILE", "FILE", "File that holds the bearer token, mode 0600."),
+    ("url", "KVMAGENT_URL", "URL", f"URL of the agent. [default: that in ctl.conf, or this host's by {DEFAULT_PATH}]"),
+    ("ca", "KVMAGENT_CA", "FILE", "PEM file with the CAs for verifying the agent. [default: the system's]"),
+    ("cert", "KVMAGENT_CERT", "FILE", "PEM file with your client certificate."),
+    ("key", "KVMAGENT_KEY", "FILE", "PEM file with its key, mode 0600. [default: the --cert file]"),
+    ("token_file", "KVMAGENT_TOKEN_FILE", "FILE", "File with your bearer token, mode 0600."),
 )
 
 
@@ -154,14 +154,14 @@ def shared_options(command: CommandT, *, is_root: bool = False) -> CommandT:
         click.Option(
             ["--json"],
             is_flag=True,
-            help="Print JSON, and nothing else, on standard output.",
+            help="Print only JSON on standard output.",
             expose_value=False,
             callback=_remember("json"),
         ),
         click.Option(
             ["-o", "--output"],
             type=click.Choice(OUTPUTS),
-            help="wide leaves nothing out of a list, name prints names alone; json is --json.",
+            help="wide shows all columns of a list and full ids; name prints only names; json is the same as --json.",
             expose_value=False,
             callback=_remember("output"),
             hidden=not is_root,
