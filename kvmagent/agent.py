@@ -122,8 +122,10 @@ class Agent:
         self._notifications = Notifications(
             plugins, self._server_file.get, self._callback_client, timeout_s=settings.callback.timeout_sec
         )
-        device_events = DeviceEvents(lambda uuid, alias: self._pending.note_refusal(uuid, alias))
         self._budget = Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit)
+        device_events = DeviceEvents(
+            lambda uuid, alias: self._pending.note_refusal(uuid, alias), on_event=self._budget.note_change
+        )
         self._migrations = Migrations(self._state_dir / "migrations.json")
         self._restarts = RestartMemory(self._state_dir / "restarts.json")
         node = Node(
@@ -208,7 +210,7 @@ class Agent:
         vm_events = VmEvents(
             self._notifications.tell_event,
             on_definition=None if preparations is None else preparations.note,
-            hear=self._migrations.hear,
+            hear=(self._migrations.hear, self._budget.hear),
         )
         self._events = EventConnection(
             settings.libvirt.uri,

@@ -39,6 +39,7 @@ class DeviceEvent:
 class DeviceEvents:
     """Thread-safe. `on_refused` hears of each removal that a guest refused, watched or not: VM's UUID and alias.
 
+    `on_event` hears of each event, watched or not: the VM's UUID.
     `vcpu_removed` is libvirt's number of that event; None where libvirt-python does not know it.
     """
 
@@ -46,9 +47,11 @@ class DeviceEvents:
         self,
         on_refused: Callable[[str, str], None] = lambda _uuid, _alias: None,
         *,
+        on_event: Callable[[str], None] = lambda _uuid: None,
         vcpu_removed: int | None = _VCPU_REMOVED,
     ) -> None:
         self._on_refused = on_refused
+        self._on_event = on_event
         self._vcpu_removed = vcpu_removed
         self._lock = threading.Lock()
         self._watchers: list[tuple[str, queue.SimpleQueue[DeviceEvent]]] = []
@@ -82,6 +85,7 @@ class DeviceEvents:
 
     def put(self, uuid: str, event: DeviceEvent) -> None:
         """Hand an event to those who watch its VM."""
+        self._on_event(uuid)
         with self._lock:
             for watched, events in self._watchers:
                 if watched == uuid:

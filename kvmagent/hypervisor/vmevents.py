@@ -40,8 +40,8 @@ class VmEvents:
     """Hands each event on as a VmEvent; one reboot once, however many resets it takes.
 
     `on_definition` hears of VMs that are defined or started. libvirt takes one callback for each kind of event and
-    connection: whoever else wants them has to be told from here. `hear` gets each lifecycle event with libvirt's own
-    numbers.
+    connection: whoever else wants them has to be told from here. Those that `hear` get each lifecycle event with
+    libvirt's own numbers.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class VmEvents:
         hand_over: Callable[[VmEvent], None],
         *,
         on_definition: TakesDefinition | None = None,
-        hear: Callable[[libvirt.virDomain, int, int], None] = lambda _domain, _event, _detail: None,
+        hear: tuple[Callable[[libvirt.virDomain, int, int], None], ...] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hand_over = hand_over
@@ -70,7 +70,8 @@ class VmEvents:
     def _on_lifecycle(
         self, _connection: object, domain: libvirt.virDomain, event: int, detail: int, _opaque: object
     ) -> None:
-        self._hear(domain, event, detail)
+        for hear in self._hear:
+            hear(domain, event, detail)
         if self._on_definition is not None and event in _DEFINITIONS:
             self._on_definition(domain.UUIDString(), is_new=event == libvirt.VIR_DOMAIN_EVENT_DEFINED)
         kind = _KINDS.get(event)

@@ -10,7 +10,7 @@
 What is free at the moment is no measure: memory that was plugged and not touched yet still counts as available there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
 import msgspec
@@ -28,12 +28,10 @@ from kvmagent.model.units import MIB, format_ids, format_size
 _QEMU_BYTES = 64 * MIB
 _VCPU_BYTES = 8 * MIB
 _PAGE_TABLES = 512
-#: How many of the VMs that have most, and of those that could do without some, are named in a refusal.
-_NAMED = 3
 
 #: Where a size of hugepages could stand.
 NORMAL_PAGES = 0
-_ANYWHERE = frozenset[int]()
+ANYWHERE = frozenset[int]()
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -81,7 +79,7 @@ class Promise(msgspec.Struct, frozen=True, dict=True):
             left -= held
             claims.append(Claim(part.page_bytes, part.host_nodes, part.size_bytes - held))
         total = sum(part.size_bytes for part in self.parts)
-        return (*claims, Claim(NORMAL_PAGES, _ANYWHERE, estimate_overhead(total, self.vcpus)))
+        return (*claims, Claim(NORMAL_PAGES, ANYWHERE, estimate_overhead(total, self.vcpus)))
 
     @property
     def size_bytes(self) -> int:
@@ -111,7 +109,7 @@ class Promise(msgspec.Struct, frozen=True, dict=True):
         sizes, backings = self.node_bytes, {part.node: part for part in self.parts}
         added = tuple(
             msgspec.structs.replace(
-                backings.get(node, Part(node, NORMAL_PAGES, _ANYWHERE, 0)), size_bytes=size - sizes.get(node, 0)
+                backings.get(node, Part(node, NORMAL_PAGES, ANYWHERE, 0)), size_bytes=size - sizes.get(node, 0)
             )
             for node, size in sorted(reservation.node_bytes.items())
             if size > sizes.get(node, 0)
@@ -175,13 +173,9 @@ class HostCapacity(msgspec.Struct, frozen=True):
         words += f" - {format_size(reserve_bytes)} reserve" if reserve_bytes else ""
         return f"({words}) x {self.overcommit}"
 
-    def without_others(self, promises: Iterable[Promise]) -> "HostCapacity":
-        """Return it with the hugepages that others than these running VMs use, as far as the host tells."""
-        of_vms = dict.fromkeys(self.taken, 0)
-        for claim in (claim for promise in promises for claim in promise.claims):
-            if claim.page_bytes in of_vms:
-                of_vms[claim.page_bytes] += claim.size_bytes
-        foreign = {size: max(0, taken - of_vms[size]) for size, taken in self.taken.items()}
+    def without_others(self, of_vms: Callable[[int], int]) -> "HostCapacity":
+        """Return it with the hugepages that others than VMs use, which have so many bytes in pages of a size."""
+        foreign = {size: max(0, taken - of_vms(size)) for size, taken in self.taken.items()}
         return msgspec.structs.replace(self, foreign=foreign)
 
 
@@ -257,39 +251,6 @@ def estimate_overhead(memory_bytes: int, vcpus: int) -> int:
     return _QEMU_BYTES + vcpus * _VCPU_BYTES + memory_bytes // _PAGE_TABLES
 
 
-def measure_pool(
-    capacity: HostCapacity, promises: Iterable[Promise], page_bytes: int, nodes: frozenset[int], asking: str = ""
-) -> MemoryPool:
-    """Return how one kind of memory is promised. Of NUMA nodes only what VMs must have from there is counted.
-
-    `asking` is the UUID of the VM that wants more: it is not named as one that could give some back.
-    """
-    size, made_of = capacity.measure(page_bytes, nodes)
-    return _count(MemoryPool(page_bytes, nodes, size, 0, made_of=made_of), promises, asking)
-
-
-def find_pools(
-    capacity: HostCapacity, promises: Iterable[Promise], own: Promise, limits: dict[str, int]
-) -> tuple[MemoryPool, ...]:
-    """Return the pools that a VM's memory comes from.
-
-    Each kind of pages in all, and from the nodes that it is bound to, alone and together with others that VMs share
-    with these: what is bound to two nodes may fill the one. `limits` are those of cgroups.
-    """
-    promises = tuple(promises)
-    kinds = {(NORMAL_PAGES, _ANYWHERE)}
-    for claim in own.claims:
-        kinds |= {(claim.page_bytes, nodes) for nodes in (_ANYWHERE, *_widen(claim, promises))}
-    pools = [
-        measure_pool(capacity, promises, page_bytes, nodes, own.uuid)
-        for page_bytes, nodes in sorted(kinds, key=lambda kind: (kind[0], sorted(kind[1])))
-    ]
-    for cgroup in (one for one in own.cgroups if one in limits):
-        pool = MemoryPool(NORMAL_PAGES, _ANYWHERE, limits[cgroup], 0, cgroup=cgroup, made_of="its memory.max")
-        pools.append(_count(pool, (one for one in promises if cgroup in one.cgroups), own.uuid))
-    return tuple(pools)
-
-
 def refuse_growth(totals: Iterable[Total], facts: Facts) -> None:
     """Refuse what a goal would promise a running VM above what the observed host has left.
 
@@ -318,7 +279,7 @@ def foresee_restart(facts: Facts, config: Definition | None = None) -> Facts:
     pools = tuple(
         msgspec.structs.replace(
             pool,
-            promised_bytes=pool.promised_bytes + _measure_claims(after, pool) - _measure_claims(before, pool),
+            promised_bytes=pool.promised_bytes + _find_added(pool, before, after),
         )
         for pool in facts.host.pools
     )
@@ -332,45 +293,23 @@ def check_growth(pools: Iterable[MemoryPool], own: Promise, grown: Promise) -> N
         AgentError: HOST_MEMORY_PROMISED; MEMORY_HARD_LIMIT of a cgroup's limit.
     """
     for pool in pools:
-        added = _measure_claims(grown, pool) - _measure_claims(own, pool)
+        added = _find_added(pool, own, grown)
         if added > 0 and pool.promised_bytes + added > pool.capacity_bytes:
             raise _refuse(pool, added)
 
 
-def _widen(claim: Claim, promises: tuple[Promise, ...]) -> set[frozenset[int]]:
-    """Return the sets of nodes in which a claim can be short of room: its own, and those that overlap with it.
-
-    Source: Hall's theorem: each VM has its place if no set of nodes is promised to more than it holds.
-    """
-    if not claim.nodes:
-        return set()
-    others = {one.nodes for promise in promises for one in promise.claims if one.page_bytes == claim.page_bytes}
-    found = {claim.nodes}
-    for other in sorted(others, key=sorted):
-        found |= {nodes | other for nodes in found if nodes & other}
-    return found
-
-
-def _measure_claims(promise: Promise, pool: MemoryPool) -> int:
-    """Return what of a VM's comes from a pool and from nowhere else."""
+def measure_claims(promise: Promise, page_bytes: int, nodes: frozenset[int]) -> int:
+    """Return what of a VM's comes from pages of a size, of these host NUMA nodes and from nowhere else (empty: any)."""
     return sum(
         claim.size_bytes
         for claim in promise.claims
-        if claim.page_bytes == pool.page_bytes and (not pool.nodes or (claim.nodes and claim.nodes <= pool.nodes))
+        if claim.page_bytes == page_bytes and (not nodes or (claim.nodes and claim.nodes <= nodes))
     )
 
 
-def _count(pool: MemoryPool, promises: Iterable[Promise], asking: str) -> MemoryPool:
-    shares = [(size, one) for one in promises if (size := _measure_claims(one, pool))]
-    most = sorted(((size, one.name) for size, one in shares), reverse=True)[:_NAMED]
-    others = ((min(size, one.idle_bytes), one.name) for size, one in shares if one.uuid != asking)
-    idle = sorted(others, reverse=True)[:_NAMED]
-    return msgspec.structs.replace(
-        pool,
-        promised_bytes=sum(size for size, _ in shares),
-        most=tuple((name, size) for size, name in most),
-        idle=tuple((name, size) for size, name in idle if size),
-    )
+def _find_added(pool: MemoryPool, before: Promise, after: Promise) -> int:
+    """Return how much more of a pool a VM takes afterwards."""
+    return measure_claims(after, pool.page_bytes, pool.nodes) - measure_claims(before, pool.page_bytes, pool.nodes)
 
 
 def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from kvmagent.api.wire import decode_request, encode
+from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
@@ -111,10 +112,12 @@ def make_node(
     uri: str = "fake",
     domain_schema: Path = DOMAIN_SCHEMA,
     removes_emulated: bool = False,
+    budget: Budget | None = None,
+    connection: FakeConnection | None = None,
     **host: int,
 ) -> Node:
-    """A Node on these domains, on a host of `make_host`; `directory` has its files."""
-    fake, events = FakeConnection(*domains), DeviceEvents()
+    """A Node on these domains, or this connection, on a host of `make_host`, whose files are in `directory`/host."""
+    fake, events = connection or FakeConnection(*domains), DeviceEvents()
     events.register(fake)
     return Node(
         Connection(uri, open_libvirt=lambda _uri: fake),
@@ -125,6 +128,7 @@ def make_node(
         host_root=make_host(directory / "host", **host),
         domain_schema=domain_schema,
         removes_emulated=removes_emulated,
+        budget=budget,
     )
 
 

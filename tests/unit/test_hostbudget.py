@@ -142,7 +142,7 @@ def test_a_balloon_that_holds_memory_holds_it_for_the_host(root: Path) -> None:
     connection, budget = FakeConnection(vm), Budget(host_root=root)
     full = promised_of(budget, connection)
     vm.live.find("currentMemory").text = str(1024 * 1024)
-    budget.release("none")
+    budget.note_change(vm.UUIDString())
     assert promised_of(budget, connection) == full - 3 * GIB
 
 
@@ -157,11 +157,11 @@ def test_a_virtio_mem_device_counts_with_what_was_requested(root: Path) -> None:
     vm.live.find("devices").append(device)
     vm.live.find("memory").text = str((512 + 8 * 1024) * 1024)
     vm.live.find("currentMemory").text = str((512 + 1024) * 1024)
-    budget.release("none")
+    budget.note_change(vm.UUIDString())
     assert promised_of(budget, connection) == before + 2 * GIB + 2 * GIB // 512
     for size in device.iterfind("./target/requested"):
         size.text = "3"  # no number of libvirt's statistics shows it
-    budget.release("none")
+    budget.note_change(vm.UUIDString())
     assert promised_of(budget, connection) == before + 3 * GIB + 3 * GIB // 512
 
 
@@ -172,14 +172,14 @@ def test_a_host_that_is_over_its_budget_says_since_when(root: Path) -> None:
     budget = Budget(reserve_bytes=1 * GIB, host_root=root, clock=lambda: next(clock))
     assert budget.view(connection).host.over_since is None
     grow(vm, 20 * 1024)
-    budget.release("none")
+    budget.note_change(vm.UUIDString())
     assert budget.view(connection).host.over_since == 100.0
     assert budget.view(connection).host.over_since == 100.0
     with pytest.raises(AgentError, match=r"of 15 GiB is promised .*, more than there is since 1970-01-01 00:01 UTC;"):
         budget.reserve(connection, "t1", vm.UUIDString(), to(21 * GIB))
     budget.reserve(connection, "t2", vm.UUIDString(), to(20 * GIB))  # what it has already is refused to nobody
     grow(vm, 512)
-    budget.release("none")
+    budget.note_change(vm.UUIDString())
     assert budget.view(connection).host.over_since is None
 
 
@@ -247,6 +247,7 @@ def test_a_vm_whose_definition_cannot_be_read_counts_with_what_libvirt_says_it_h
     with pytest.raises(AgentError):
         budget.reserve(connection, "t1", vm1.UUIDString(), to(14 * GIB))
     vm2.live = None
+    budget.note_change(vm2.UUIDString())
     budget.reserve(connection, "t1", vm1.UUIDString(), to(14 * GIB))
 
 
@@ -263,11 +264,23 @@ class HangingConnection(FakeConnection):
         assert self.answers.wait(60)
         return found
 
+    def lookupByUUIDString(self, uuid: str) -> FakeDomain:
+        found = super().lookupByUUIDString(uuid)
+        self.asked.set()
+        assert self.answers.wait(60)
+        return found
 
-def test_a_libvirt_that_hangs_holds_up_no_task_s_end_and_what_ends_meanwhile_still_counts(root: Path) -> None:
+
+@pytest.mark.parametrize("elapsed_s", [0.0, 10.0])
+def test_a_libvirt_that_hangs_holds_up_no_task_s_end_and_what_ends_meanwhile_still_counts(
+    root: Path, elapsed_s: float
+) -> None:
+    """Whether that VM alone is read or all are."""
     vm1, vm2 = make_vm(1, 512), make_vm(2, 512)
-    budget = Budget(reserve_bytes=1 * GIB, host_root=root)
+    now_s = [0.0]
+    budget = Budget(reserve_bytes=1 * GIB, host_root=root, monotonic=lambda: now_s[0])
     budget.reserve(FakeConnection(vm1, vm2), "t1", vm1.UUIDString(), to(8 * GIB))
+    now_s[0] += elapsed_s
     hanging = HangingConnection(vm1, vm2)
     with ThreadPoolExecutor(1) as pool:
         reserving = pool.submit(budget.reserve, hanging, "t2", vm2.UUIDString(), to(8 * GIB))

@@ -1,0 +1,176 @@
+"""What all running VMs may have, summed up by pool: a change, and a look at a pool, cost the same however many VMs run.
+
+Pure. Not thread-safe.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, ValuesView
+
+import msgspec
+
+from kvmagent.model.facts import MemoryPool
+from kvmagent.model.hostbudget import ANYWHERE, NORMAL_PAGES, Claim, HostCapacity, Promise, measure_claims
+
+# How many of the VMs that have most, and of those that could do without some, are named in a refusal.
+_NAMED = 3
+
+# Bytes, name and UUID of a VM.
+_Share = tuple[int, str, str]
+
+
+class _Tally:
+    """One pool: what is promised of it, to whom, and who could give how much of it back; both lists in order."""
+
+    def __init__(self, page_bytes: int, nodes: frozenset[int], promises: Iterable[Promise]) -> None:
+        self._page_bytes = page_bytes
+        self._nodes = nodes
+        self.promised_bytes = 0
+        self.most: list[_Share] = []
+        self.idle: list[_Share] = []
+        for promise in promises:
+            self.add(promise)
+
+    def add(self, promise: Promise) -> None:
+        share, idle = self._find_shares(promise)
+        self.promised_bytes += share[0]
+        insort(self.most, share)
+        insort(self.idle, idle)
+
+    def remove(self, promise: Promise) -> None:
+        share, idle = self._find_shares(promise)
+        self.promised_bytes -= share[0]
+        del self.most[bisect_left(self.most, share)]
+        del self.idle[bisect_left(self.idle, idle)]
+
+    def _find_shares(self, promise: Promise) -> tuple[_Share, _Share]:
+        size = measure_claims(promise, self._page_bytes, self._nodes)
+        return (size, promise.name, promise.uuid), (min(size, promise.idle_bytes), promise.name, promise.uuid)
+
+
+class Ledger:
+    """One promise of each running VM, by UUID."""
+
+    def __init__(self) -> None:
+        self._promises: dict[str, Promise] = {}
+        # Of each kind of claim how many there are, and their bytes.
+        self._kinds: dict[tuple[int, frozenset[int]], tuple[int, int]] = {}
+        self._members: dict[str, set[str]] = {}
+        # By pages, nodes and cgroup; each from the first time that it is asked for.
+        self._tallies: dict[tuple[int, frozenset[int], str], _Tally] = {}
+
+    def get(self, uuid: str) -> Promise | None:
+        """Return what a VM may have; None for one that does not run."""
+        return self._promises.get(uuid)
+
+    def promises(self) -> ValuesView[Promise]:
+        """Return what each VM may have."""
+        return self._promises.values()
+
+    def put(self, promise: Promise) -> None:
+        """Have a VM with this from now on."""
+        if self._promises.get(promise.uuid) == promise:
+            return
+        self.remove(promise.uuid)
+        self._promises[promise.uuid] = promise
+        self._count_claims(promise.claims, 1)
+        for cgroup in promise.cgroups:
+            self._members.setdefault(cgroup, set()).add(promise.uuid)
+        for tally in self._find_tallies(promise):
+            tally.add(promise)
+
+    def remove(self, uuid: str) -> None:
+        """Have a VM no more, if there is one."""
+        promise = self._promises.pop(uuid, None)
+        if promise is None:
+            return
+        self._count_claims(promise.claims, -1)
+        for tally in self._find_tallies(promise):
+            tally.remove(promise)
+        for cgroup in promise.cgroups:
+            self._members[cgroup].discard(uuid)
+            if not self._members[cgroup]:
+                del self._members[cgroup]
+                self._tallies = {key: tally for key, tally in self._tallies.items() if key[2] != cgroup}
+
+    def sum_pages(self, page_bytes: int) -> int:
+        """Return what is promised of pages of a size, wherever they come from."""
+        return sum(size for (pages, _), (_, size) in self._kinds.items() if pages == page_bytes)
+
+    def find_node_sets(self, page_bytes: int) -> set[frozenset[int]]:
+        """Return the sets of host NUMA nodes that memory of such pages is bound to, the empty one included."""
+        return {nodes for pages, nodes in self._kinds if pages == page_bytes}
+
+    def count(self, pool: MemoryPool, asking: str) -> MemoryPool:
+        """Return a pool with what is promised of it; see `measure_pool` for `asking`."""
+        key = pool.page_bytes, pool.nodes, pool.cgroup
+        tally = self._tallies.get(key)
+        if tally is None:
+            members = self._members.get(pool.cgroup, ()) if pool.cgroup else self._promises
+            tally = _Tally(pool.page_bytes, pool.nodes, (self._promises[uuid] for uuid in members))
+            self._tallies[key] = tally
+        idle = [share for share in tally.idle[: -_NAMED - 2 : -1] if share[2] != asking]
+        return msgspec.structs.replace(
+            pool,
+            promised_bytes=tally.promised_bytes,
+            most=_name(tally.most[: -_NAMED - 1 : -1]),
+            idle=_name(idle[:_NAMED]),
+        )
+
+    def _count_claims(self, claims: Iterable[Claim], sign: int) -> None:
+        for claim in claims:
+            kind = claim.page_bytes, claim.nodes
+            number, size = self._kinds.get(kind, (0, 0))
+            self._kinds[kind] = number + sign, size + sign * claim.size_bytes
+            if not self._kinds[kind][0]:
+                del self._kinds[kind]
+
+    def _find_tallies(self, promise: Promise) -> list[_Tally]:
+        """Return the tallies that a VM is in: those of a cgroup are no other VM's affair."""
+        return [tally for (_, _, cgroup), tally in self._tallies.items() if not cgroup or cgroup in promise.cgroups]
+
+
+def measure_pool(
+    capacity: HostCapacity, ledger: Ledger, page_bytes: int, nodes: frozenset[int], asking: str = ""
+) -> MemoryPool:
+    """Return how one kind of memory is promised. Of NUMA nodes only what VMs must have from there is counted.
+
+    `asking` is the UUID of the VM that wants more: it is not named as one that could give some back.
+    """
+    size, made_of = capacity.measure(page_bytes, nodes)
+    return ledger.count(MemoryPool(page_bytes, nodes, size, 0, made_of=made_of), asking)
+
+
+def find_pools(capacity: HostCapacity, ledger: Ledger, own: Promise, limits: dict[str, int]) -> tuple[MemoryPool, ...]:
+    """Return the pools that a VM's memory comes from.
+
+    Each kind of pages in all, and from the nodes that it is bound to, alone and together with others that VMs share
+    with these: what is bound to two nodes may fill the one. `limits` are those of cgroups.
+    """
+    kinds = {(NORMAL_PAGES, ANYWHERE)}
+    for claim in own.claims:
+        kinds |= {(claim.page_bytes, nodes) for nodes in (ANYWHERE, *_widen(claim, ledger))}
+    pools = [
+        measure_pool(capacity, ledger, page_bytes, nodes, own.uuid)
+        for page_bytes, nodes in sorted(kinds, key=lambda kind: (kind[0], sorted(kind[1])))
+    ]
+    for cgroup in (one for one in own.cgroups if one in limits):
+        pool = MemoryPool(NORMAL_PAGES, ANYWHERE, limits[cgroup], 0, cgroup=cgroup, made_of="its memory.max")
+        pools.append(ledger.count(pool, own.uuid))
+    return tuple(pools)
+
+
+def _widen(claim: Claim, ledger: Ledger) -> set[frozenset[int]]:
+    """Return the sets of nodes in which a claim can be short of room: its own, and those that overlap with it.
+
+    Source: Hall's theorem: each VM has its place if no set of nodes is promised to more than it holds.
+    """
+    if not claim.nodes:
+        return set()
+    found = {claim.nodes}
+    for other in sorted(ledger.find_node_sets(claim.page_bytes), key=sorted):
+        found |= {nodes | other for nodes in found if nodes & other}
+    return found
+
+
+def _name(shares: Iterable[_Share]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, size) for size, name, _ in shares if size)
