@@ -57,6 +57,7 @@ image: $(STAMP)
 	@$(BIN)/python -m tests.lab.foreign
 	@$(BIN)/python -m tests.lab.promtool
 	@$(BIN)/python -m tests.lab.axe
+	@$(BIN)/python -m tests.lab.fonts
 	@$(BIN)/python -m tests.lab.nodepackages
 
 # What the tests need beside it, a demo does not: a third of the packages, and an environment of its own.

@@ -97,7 +97,7 @@ def build_foreign_image(name: str, *, report: Callable[[str], None] = lambda _li
 
 
 def _build(foreign: Foreign, scratch: Path, mirror: str) -> None:
-    apt = _make_apt(foreign.architecture, scratch, mirror)
+    apt = make_apt(foreign.architecture, scratch, mirror)
     call(*apt, "apt-get", "update", "-qq")
     options = ["--recurse", *(f"--no-{kind}" for kind in KINDS)]
     depends = parse_depends(call(*apt, "apt-cache", "depends", *options, foreign.kernel_package, AGENT_PACKAGE))
@@ -123,8 +123,8 @@ def _build(foreign: Foreign, scratch: Path, mirror: str) -> None:
         file.chmod(0o644)
 
 
-def _make_apt(architecture: str, scratch: Path, mirror: str) -> list[str]:
-    """The words before a command of the apt that knows the other architecture alone."""
+def make_apt(architecture: str, scratch: Path, mirror: str) -> list[str]:
+    """Return the words before a command of an apt of its own, in a directory: of SUITE, for one architecture."""
     state = scratch / "apt"
     for name in ("lists/partial", "cache/archives/partial", "sources"):
         (state / name).mkdir(parents=True)

@@ -21,9 +21,9 @@ UNIT="systemd util-linux openssl"
 LOGS="logrotate"
 # The front of a node with two agents: conf/zstack. Its service is not started where services may not be.
 FRONT="haproxy"
-# To see the status page as an operator does, with a font that is the same everywhere. Ubuntu has chromium as a snap
-# alone, which needs a service: there these tests are skipped.
-BROWSER="chromium chromium-driver fonts-inter"
+# To see the status page as an operator does; its font is downloaded, never installed (fonts.py). Ubuntu has chromium
+# as a snap alone, which needs a service: there these tests are skipped.
+BROWSER="chromium chromium-driver"
 # shellcheck disable=SC1091
 [ "$(. /etc/os-release 2>/dev/null && echo "${ID:-}")" = ubuntu ] && BROWSER=""
 # To generate and compile a client for TypeScript, unless Node.js is there, from wherever. Ubuntu 22.04 has one that is

@@ -1,6 +1,6 @@
 """Debian's chromium, headless, driven by selenium: one window, with a log of what it asked for and complained of.
 
-Its fonts are those of the package fonts-inter alone, whatever else this machine has.
+Its font is the lab's alone (tests/lab/fonts.py), whatever this machine has.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, Literal
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
+from tests.lab.fonts import find_fonts
 from tests.lab.processes import Guard, wait_for
 
-FONTS = Path("/usr/share/fonts/opentype/inter")
 # Quiet, and drawing the same everywhere.
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -57,10 +57,10 @@ class Browser:
 
     def _start(self) -> None:
         browser, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-        if not (browser and driver and FONTS.is_dir()):
-            raise RuntimeError("chromium, chromium-driver or fonts-inter is not there: run `make setup`")
+        if not (browser and driver):
+            raise RuntimeError("chromium or chromium-driver is not there: run `make setup`")
         fonts = self._directory / "fonts.conf"
-        fonts.write_text(FONTCONFIG.format(fonts=FONTS, cache=self._directory / "fontcache"))
+        fonts.write_text(FONTCONFIG.format(fonts=find_fonts(), cache=self._directory / "fontcache"))
         # HOME is how the guard knows the processes.
         environment = {**os.environ, "HOME": str(self._directory), "FONTCONFIG_FILE": str(fonts), "TZ": "UTC"}
         options = ChromeOptions()
