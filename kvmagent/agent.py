@@ -498,19 +498,8 @@ class Agent:
 
 
 def _by_name(plugins: list[Plugin]) -> tuple[dict[str, Command], dict[str, Query]]:
-    commands: dict[str, Command] = {}
-    queries: dict[str, Query] = {}
-    taken: set[str] = set()
-    for plugin in plugins:
-        declared: tuple[Command | Query, ...] = (*plugin.commands, *plugin.queries)
-        for one in declared:
-            if {one.name, one.path} & taken:
-                raise AgentError(
-                    Code.BAD_CONFIGURATION, f"plugin {plugin.name!r}: {one.name} at {one.path} already exists"
-                )
-            taken |= {one.name, one.path}
-        commands |= {command.name: command for command in plugin.commands}
-        queries |= {query.name: query for query in plugin.queries}
+    commands = {command.name: command for plugin in plugins for command in plugin.commands}
+    queries = {query.name: query for plugin in plugins for query in plugin.queries}
     return commands, queries
 
 

@@ -3,8 +3,9 @@
 import importlib.metadata
 from collections.abc import Iterable
 
-from kvmagent.model.command import Plugin
+from kvmagent.model.command import Command, Plugin
 from kvmagent.model.errors import AgentError, Code
+from kvmagent.model.host import Query
 
 _GROUP = "kvmagent.plugins"
 
@@ -37,4 +38,24 @@ def load_plugins(names: Iterable[str]) -> list[Plugin]:
                 Code.BAD_CONFIGURATION, f"agent.plugins: {name!r} is a {type(plugin).__name__}, not a Plugin"
             )
         plugins.append(plugin)
+    _check_unique(plugins)
     return plugins
+
+
+def _check_unique(plugins: Iterable[Plugin]) -> None:
+    """Refuse a command or query of a name or a path that another has.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    taken: set[str] = set()
+    for plugin in plugins:
+        declared: tuple[Command | Query, ...] = (*plugin.commands, *plugin.queries)
+        for one in declared:
+            if {one.name, one.path} & taken:
+                raise AgentError(
+                    Code.BAD_CONFIGURATION,
+                    f"agent.plugins: {plugin.name!r}: {one.name} at {one.path} is there already",
+                    remedy="Name each plugin once in agent.plugins, or leave one of two out.",
+                )
+            taken |= {one.name, one.path}

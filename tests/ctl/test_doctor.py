@@ -132,6 +132,15 @@ def test_what_root_may_and_the_agent_s_user_may_not_is_told_by_a_look_as_that_us
         ("[libvirt]\nuri = qemu:///sytem", ["line 2", "libvirt.uri", "did you mean system?"]),
         ("[libvirt]\nuri = qemu+unx:///system", ["line 2", "'unx'", "unix, tls"]),
         ('[agent]\nplugins = ["vm", "host"]', ["line 2", "agent.plugins is a list with commas", '["vm", "host"]']),
+        (
+            "[agent]\nplugins = vm, host, vm",
+            ["agent.plugins", "'vm'", "HotPlugCpu at /vm/hotplug/cpu is there already"],
+        ),
+        ("[http]\nsocket = {tmp}", ["http.socket {tmp} exists and is not a socket"]),
+        (
+            "[http]\nhost = 192.0.2.77\n[security]\nallow_unauthenticated = true\nallowed_clients = 192.0.2.0/24",
+            ["http.host 192.0.2.77: Cannot assign requested address"],
+        ),
         ("[agent]\nplugins = [vm, host]", ["line 2", "agent.plugins is a list with commas"]),
         ("[http]\n\nprot = 7070", ["kvmagent.conf, line 3", "[http] has no key prot", "did you mean port?"]),
         ("[http]\nlevel = info", ["line 2", "[http] has no key level", "[log] has it"]),

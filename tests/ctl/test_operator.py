@@ -75,6 +75,8 @@ def test_a_task_that_waits_is_taken_back_and_never_begins(held: tuple[AgentProce
     go.touch()
     assert settled(agent, "running")["reply"]["errorCode"] == "CANCELLED"
     assert ctl("cancel", "waiting-1").out == done.out, "said again where it is asked again"
+    named = ctl("cancel", "waiting-1", "-o", "name")
+    assert (named.status, named.out) == (0, "waiting-1\n"), "what was sent is no usage error"
     assert agent.get("/vms/db-7").body["after"]["cpuNum"] == had
     assert set(ctl("tasks", "--outcome", "refused", "-o", "name").out.split()) == {"running", "waiting-1"}
 

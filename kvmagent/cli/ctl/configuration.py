@@ -1,6 +1,7 @@
 """The agent's configuration: what is in force by it, and whether an agent would start with it."""
 
 import os
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,40 @@ def check_state_dir(settings: Settings) -> None:
         raise _bad(f"agent.state_dir {path} may not be {can} by the agent's user", make)
 
 
+def check_addresses(settings: Settings) -> None:
+    """See whether the socket can be made, and whether http.host is this host's; the port may be the running agent's.
+
+    Raises:
+        AgentError: BAD_CONFIGURATION.
+    """
+    path = Path(settings.http.socket)
+    if settings.http.socket and os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
+        raise _bad(f"http.socket {path} exists and is not a socket", f"Move it away: mv {path} {path}.old")
+    if settings.security.opens_tcp:
+        try:
+            _bind_any(settings.http.host)
+        except OSError as error:
+            remedy = "Name an address of this host in http.host."
+            raise _bad(f"http.host {settings.http.host}: {error.strerror}", remedy) from error
+
+
+def _bind_any(host: str) -> None:
+    """Bind one of the addresses of a name, as the agent does, at a port that is free.
+
+    Raises:
+        OSError: it has none, or none can be bound.
+    """
+    found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for n, (family, kind, protocol, _, address) in enumerate(found, 1):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+                return
+            except OSError:
+                if n == len(found):
+                    raise
+
+
 def _check_security(settings: Settings) -> None:
     Security(settings.security).load()
 
@@ -83,6 +118,7 @@ CHECKS: dict[str, Callable[[Settings], object]] = {
     "callbacks": _check_callbacks,
     "hooks": lambda settings: Hooks(settings.hooks.directory).check(),
     "state_dir": check_state_dir,
+    "addresses": check_addresses,
 }
 
 

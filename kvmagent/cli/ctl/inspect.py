@@ -196,7 +196,7 @@ def cancel(context: click.Context, task_id: str) -> None:
 
     cancelled = _ask_by_beginning(session, task_id, take_back)
     session.outcome = Exit.REACHED
-    _print(session, cancelled, view_cancelled)
+    _print(session, cancelled, view_cancelled, names=lambda body: [body["taskUuid"]])
 
 
 @click.command()
