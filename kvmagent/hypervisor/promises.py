@@ -18,7 +18,7 @@ _UNTOLD = (None,)
 _ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
 
-class ReadVm(msgspec.Struct, frozen=True):
+class ReadVm(msgspec.Struct, frozen=True, gc=False):
     """One run of a VM as it was read: libvirt's number of it, its sizes then, and what they and its definition say."""
 
     number: int

@@ -34,7 +34,9 @@ NORMAL_PAGES = 0
 ANYWHERE = frozenset[int]()
 
 
-class Claim(msgspec.Struct, frozen=True):
+# A host of many VMs has thousands of these, and they refer to nothing that refers back: with gc=False the garbage
+# collector does not go through them again and again.
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """A part of what a VM may have: from which host NUMA nodes (empty: any), in pages of which size (0: normal)."""
 
     page_bytes: int
@@ -42,7 +44,7 @@ class Claim(msgspec.Struct, frozen=True):
     size_bytes: int
 
 
-class Part(msgspec.Struct, frozen=True):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """Memory of one guest NUMA node, what the balloon holds of it included, and what backs it."""
 
     node: int

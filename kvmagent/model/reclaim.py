@@ -14,7 +14,7 @@ _KEPT_PART, _KEPT_BYTES = 8, 256 * MIB
 Means = Literal["virtio-mem", "dimm", "balloon"]
 
 
-class Removable(msgspec.Struct, frozen=True):
+class Removable(msgspec.Struct, frozen=True, gc=False):
     """What of a VM could leave at all: of virtio-mem devices, as whole dimms, into the balloon; bytes."""
 
     virtio_mem_bytes: int = 0
