@@ -335,6 +335,18 @@ def test_a_support_bundle_has_what_helps_and_no_secret(ctl: Ctl, agent: AgentPro
         "<qemu:env name='TOKEN' value='s3cret'/>",
         "<oemStrings><entry>io.systemd.credential:x=s3cret</entry></oemStrings>",
         "<cmdline>root=/dev/vda luks=s3cret</cmdline>",
+        "<description>root's password: s3cret</description>",
+        "<metadata><os:user xmlns:os='urn:os'>s3cret</os:user></metadata>",
+        "<metadata><a><![CDATA[</metadata>s3cret]]></a></metadata>",
+        "<source protocol='rbd' name='pool/disk:id=admin:key=s3cret'/>",
+        "<source protocol='https' name='disk?sig=s3cret'/>",
+        "<source protocol='https' name='disk' query='sig=s3cret'/>",
+        "<cookies><cookie name='session'>s3cret</cookie></cookies>",
+        "<launchSecurity type='sev'><session>s3cret</session><dhCert>s3cret</dhCert></launchSecurity>",
+        "<ns0:commandline xmlns:ns0='urn:q'><ns0:arg value='s3cret'/></ns0:commandline>",
+        "<qemu:property name='p' type='string' value='s3cret'/>",
+        "<initenv name='X'>s3cret</initenv>",
+        "<x apiKey='s3cret' passphrase='s3cret' psk='s3cret'/>",
     ],
 )
 def test_a_definition_is_told_without_secrets(xml: str) -> None:
@@ -342,6 +354,21 @@ def test_a_definition_is_told_without_secrets(xml: str) -> None:
     assert "s3cret" not in told
     assert "<name>db-7</name>" in told
     assert "<vcpu>2</vcpu>" in told
+
+
+def test_a_definition_is_told_with_what_the_agent_goes_by() -> None:
+    policy = '<kvmagent:policy xmlns:kvmagent="urn:kvmagent:policy:1" maxCpuNum="8"/>'
+    kept = (
+        policy,
+        "<memory unit='KiB'>262144</memory>",
+        "<source file='/var/lib/x.qcow2'/>",
+        "<secret type='ceph' uuid='6a2cd1fe'/>",
+        "<alias name='ua-kvmagent-0-0'/>",
+        "<target name='org.qemu.guest_agent.0' type='virtio'/>",
+    )
+    told = without_secrets(f"<domain><metadata><a>s</a>{policy}<b/></metadata>{''.join(kept[1:])}</domain>")
+    assert [one for one in kept if one not in told] == []
+    assert "<a>" not in told
 
 
 COMPLETIONS = (("tasks --vm d", "db-7"), ("log o", "old"), ("task night-2", "night-2"), ("--host he", "here"))

@@ -32,6 +32,7 @@ from kvmagent.cli.ctl.agentuser import find_agent_pid
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
 from kvmagent.model.errors import AgentError
+from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.settings import DEFAULT_PATH, Settings
 
 _TASKS, _LOG_LINES, _LOG_BYTES = 1000, 20000, 2**24
@@ -41,11 +42,19 @@ _UNIT = "kvmagent.service"
 # How long the agent may take to write its state to the log.
 _DUMP_S = 2.0
 # What may carry a password: libvirt shows none to a read-only connection, but where it does not know that it is one.
+# Attributes that say so, or whose value does, as a URL with a query; elements with free text, or for QEMU's command
+# line.
+_WORDS = r"(?:passw|passphrase|secret|token|key|psk|cookie|credential)"
 _SECRET_XML = re.compile(
-    r"(?P<head>\b(?:passwd|password|secret|token|key)\w*\s*=\s*)(?P<quote>['\"])[^'\"]*(?P=quote)"
-    r"|(?P<begin><(?P<tag>entry|qemu:arg|qemu:env|cmdline)\b)[^<]*?(?P<end>/>|</(?P=tag)>)",
+    rf"(?P<head>\b\w*(?:{_WORDS}\w*|query)\s*=\s*)(?P<quote>['\"])[^'\"]*(?P=quote)"
+    rf"|(?P<named>\b\w+\s*=\s*)(?P<mark>['\"])(?:[^'\"]*\?[^'\"]*|[^'\"]*{_WORDS}\w*=[^'\"]*)(?P=mark)"
+    r"|(?P<begin><(?P<tag>(?:\w+:)?(?:entry|arg|env|property|cmdline|cookie|session|dhCert|description|initarg|initenv)))"
+    r"\b[^<]*?(?P<end>/>|</(?P=tag)>)",
     re.IGNORECASE | re.DOTALL,
 )
+# What others have written there, and the limits that the VM's owner has for the agent.
+_METADATA = re.compile(r"(<metadata\b[^>]*>).*(</metadata>)", re.DOTALL)
+_POLICY = re.compile(rf"<(?:[\w-]+:)?policy\b[^<>]*{re.escape(POLICY_NAMESPACE)}[^<>]*/>")
 
 
 @click.command(name="support-bundle")
@@ -120,13 +129,15 @@ def collect(session: Session, config: Path) -> dict[str, str]:
 
 
 def without_secrets(xml: str) -> str:
-    """Return a definition without what may be a password: values of attributes that say so, and free text for QEMU."""
+    """Return a definition without what may be a password, and without the metadata of others."""
 
     def hide(found: re.Match[str]) -> str:
-        if found["head"]:
-            return f"{found['head']}{found['quote']}hidden{found['quote']}"
+        if head := found["head"] or found["named"]:
+            quote = found["quote"] or found["mark"]
+            return f"{head}{quote}hidden{quote}"
         return f"{found['begin']}>hidden</{found['tag']}>"
 
+    xml = _METADATA.sub(lambda found: f"{found[1]}hidden{''.join(_POLICY.findall(found[0]))}{found[2]}", xml)
     return _SECRET_XML.sub(hide, xml)
 
 
