@@ -399,6 +399,20 @@ def test_nothing_has_to_be_scrolled_sideways(opened: Callable[..., Browser], wid
     assert opened(width=width).run("return document.documentElement.scrollWidth") <= width
 
 
+OUTSIDE = """
+const boxes = '#login, #figures, #vm-rows tbody, #task-list';
+return [...document.querySelectorAll('body *')].filter((one) => one.checkVisibility() && one.closest(boxes) &&
+  one.getBoundingClientRect().right > one.closest(boxes).getBoundingClientRect().right + 0.5
+).map((one) => one.id || one.className || one.textContent);
+"""
+
+
+@pytest.mark.parametrize("state", ["login", "opened"])
+def test_on_the_narrowest_screen_nothing_sticks_out_of_its_box(browser: Browser, stage: Stage, state: str) -> None:
+    bring(browser, stage, state, width=320, height=800)
+    assert browser.run(OUTSIDE) == []
+
+
 def test_the_running_agent_shows_its_vms_and_asks_for_a_token(browser: Browser, node_uri: str, tmp_path: Path) -> None:
     """End to end: the agent itself on libvirt's test driver, with a token."""
     token, line = new_token("operator")

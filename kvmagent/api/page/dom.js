@@ -87,6 +87,11 @@ export function plural(count, one, many = `${one}s`) {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 }
 
+/** Words that stay on one line. */
+export function unbroken(text) {
+  return text.replaceAll(" ", "\u00a0");
+}
+
 /** A message with a capital letter, unless it begins with the name of a field. */
 export function sentence(text) {
   return /^[a-z]+[ -]/.test(text) ? text.charAt(0).toUpperCase() + text.slice(1) : text;

@@ -1,6 +1,6 @@
 // The status page: reads /healthz, /tasks and /vms of the agent that served it, and changes nothing.
 
-import { ago, duration, fill, h, icon, makeBar, plural, sentence, size, tell } from "./dom.js";
+import { ago, duration, fill, h, icon, makeBar, plural, sentence, size, tell, unbroken } from "./dom.js";
 import { Poll, Refused, token } from "./poll.js";
 import * as tasks from "./tasks.js";
 import * as vms from "./vms.js";
@@ -98,7 +98,7 @@ function drawFigures() {
   const figures = [
     counted && figure("VMs", counted.vms.toLocaleString("en"), `${counted.running.toLocaleString("en")} running`),
     counted && figure("Need attention", counted.trouble.toLocaleString("en"), "VMs", counted.trouble > 0),
-    counted && figure("Plugged but offline", offline.join(", ") || "none", null, offline.length > 0),
+    counted && figure("Plugged but offline", offline.map(unbroken).join(", ") || "none", null, offline.length > 0),
     health && figure("Tasks", running.size, `running, ${queued} waiting`),
     health && figure("Undelivered callbacks", owedCallbacks, null),
     host && figure("Host memory", size(host.memoryAvailable), `of ${size(host.memoryTotal)} available`),

@@ -1,6 +1,6 @@
 // The table of VMs. Rows are kept from one answer to the next, and changed only where their VM has changed.
 
-import { ago, fill, h, icon, makeBar, plural, remedy, sentence, size } from "./dom.js";
+import { ago, fill, h, icon, makeBar, plural, remedy, sentence, size, unbroken } from "./dom.js";
 import { showLadder } from "./ladder.js";
 import { now, read } from "./poll.js";
 
@@ -230,7 +230,7 @@ function memoryCell({ live, memory }, vm) {
       h("span", {}, maxMemorySize === null ? "no maxMemory" : `max ${size(memory.most)}`)),
     bar(memory, live),
     live && memory.offline ? trouble(`${size(memory.offline)} plugged but offline`) : null,
-    notes.length ? h("p", { class: "muted" }, notes.map((note) => note.replaceAll(" ", "\u00a0")).join(" · ")) : null);
+    notes.length ? h("p", { class: "muted" }, notes.map(unbroken).join(" · ")) : null);
 }
 
 const trouble = (words) => h("p", { class: "trouble" }, icon("warn"), words);
