@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.ctl.ctl import Ctl, Done
+from tests.ctl.ctl import Ctl, Done, interrupt
 from tests.ctl.front import Answer, Front, Request
 from tests.lab.agent import LOOPBACK, AgentProcess, find_free_port
+from tests.lab.processes import wait_for
 
 PLAN: dict[str, Any] = {"target": {"cpuNum": 2}, "verdict": "live", "reasons": [], "prepare": [], "took": None}
 
@@ -175,3 +177,23 @@ def test_an_agent_with_two_names_is_asked_once_and_told_by_both(bare: Ctl, tmp_p
         done = bare("vms", "--hosts", str(hosts), "--json")
         assert [vm["host"] for vm in done.json["vms"]] == ["one", "two"]
         assert len(front.requests) == 1
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_host_that_fails_is_told_once_below_what_is_watched(bare: Ctl, tmp_path: Path, form: tuple[str, ...]) -> None:
+    with agent_of("db", plan=planned) as front:
+        (hosts := tmp_path / "hosts").write_text(f"up {front.url}\ndead http://{LOOPBACK}:{find_free_port()}\n")
+        with subprocess.Popen(
+            [bare.script, "vms", "--watch", "--hosts", hosts, *form],
+            env=bare.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as watching:
+            wait_for(lambda: len(front.requests) >= 3, timeout_s=60, what="three looks")
+            shown, _ = interrupt(watching)[1:]
+    assert shown.count("dead: AGENT_UNREACHABLE") == 1
+    assert shown.index("db") < shown.index("dead: AGENT_UNREACHABLE")
+    if form:
+        body = json.loads(shown.splitlines()[0])
+        assert [failure["host"] for failure in body["failures"]] == ["dead"]

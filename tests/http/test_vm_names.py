@@ -91,7 +91,7 @@ def test_a_history_tells_who_changed_a_vm_from_what_to_what_and_outlives_its_tas
         assert agent.get("/vms/nobody/history").body["errorCode"] == "VM_NOT_FOUND"
 
 
-@pytest.mark.parametrize("query", ["limit=0", "since=now", "until=inf", "since=nan"])
+@pytest.mark.parametrize("query", ["limit=0", "since=now", "until=inf", "since=nan", "since=1_000", "since=%D9%A1"])
 def test_a_query_that_says_nothing_is_refused(agent: AgentProcess, query: str) -> None:
     reply = agent.get(f"/tasks?{query}")
     assert (reply.status, reply.body["errorCode"]) == (400, "BAD_QUERY")

@@ -136,8 +136,6 @@ def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> A
         told += [{**one, "host": name} for name, first in names for one in told if one["host"] == first]
     for failure in answers.failures:
         failure.pop("raised")
-        words = printable(f"{failure['host']}: {failure['errorCode']}: {failure['error']}; remedy: {failure['remedy']}")
-        session.terminal.tell(f"{paint('kvmagentctl', BAD)}: {words}")
     answers.vms.sort(key=lambda vm: (vm["host"], str(vm.get("name") or vm.get("vmUuid"))))
     return answers
 
@@ -264,22 +262,32 @@ def _show(terminal: Terminal, done: int, hosts: int, progress: Progress) -> None
     terminal.show(f"{words}, {done} of {hosts} hosts" if hosts > 1 else words)
 
 
+def _tell_failures(terminal: Terminal, failures: Iterable[Json]) -> None:
+    for one in failures:
+        words = printable(f"{one['host']}: {one['errorCode']}: {one['error']}; remedy: {one['remedy']}")
+        terminal.tell(f"{paint('kvmagentctl', BAD)}: {words}")
+
+
 def print_answers(session: Session, answers: Answers, view: View) -> Exit:
     """Print what the hosts answered, whole, and return the worst of their statuses."""
+    _tell_failures(session.terminal, answers.failures)
     if session.output == "name":
         names = [str(vm.get("name") or vm["vmUuid"]) for vm in answers.vms]
         session.terminal.print(*printable(sorted(names)))
         return answers.status
     if session.as_json:
-        body: Json = {"vms": answers.vms}
-        if answers.failures or any("host" in vm for vm in answers.vms):
-            body["failures"] = answers.failures
+        body = _body(answers)
         if Exit.INTERRUPTED in answers.statuses:
             body["interrupted"] = True
         session.terminal.print_json(body)
     else:
         session.terminal.print(*_lines(answers, view))
     return answers.status
+
+
+def _body(answers: Answers) -> Json:
+    has_hosts = answers.failures or any("host" in vm for vm in answers.vms)
+    return {"vms": answers.vms, **({"failures": answers.failures} if has_hosts else {})}
 
 
 def _lines(answers: Answers, view: View) -> list[str]:
@@ -349,26 +357,33 @@ def _choose(answers: Answers, *, pending_restart: bool, not_ready: bool) -> Answ
 def _watch(session: Session, ask: Callable[[], Answers], view: View) -> NoReturn:
     """Show the VMs again and again; an agent that is away is waited for. Where nobody looks only changes are shown.
 
+    Hosts that failed are told below their table, which takes the place of what was there.
+
     Raises:
         CtlError: the first look fails.
     """
-    shown: Any = None
+    terminal, shown, told, is_away = session.terminal, None, list[Json](), False
     while True:
         try:
-            answers = ask()
+            answers, is_away = ask(), False
         except CtlError as error:
             if shown is None or error.status is not Exit.UNREACHABLE:
                 raise
-            session.terminal.tell(paint(f"kvmagentctl: {error.message}; waiting for it", WARN))
+            if not is_away:
+                terminal.tell(paint(f"kvmagentctl: {error.message}; waiting for it", WARN))
+            is_away = True
         else:
             if answers.status is Exit.INTERRUPTED:
                 raise KeyboardInterrupt
-            if session.as_json:
-                if answers.vms != shown:
-                    session.terminal.print_json({"vms": answers.vms}, indent=None)
-            elif (lines := _lines(answers, view)) != shown or session.terminal.is_watched:
-                session.terminal.redraw(*lines)
-            shown = answers.vms if session.as_json else lines
+            is_drawn = terminal.is_watched and not session.as_json
+            found: Any = _body(answers) if session.as_json else _lines(answers, view)
+            if is_drawn or (found != shown and not session.as_json):
+                terminal.redraw(*found)
+            elif found != shown:
+                terminal.print_json(found, indent=None)
+            if is_drawn or answers.failures != told:
+                _tell_failures(terminal, answers.failures)
+            shown, told = found, answers.failures
         time.sleep(_WATCH_S)
 
 
