@@ -5,9 +5,11 @@ Knows the HTTP contract, and nothing of how the agent is made.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -71,6 +73,7 @@ class AgentProcess:
         self.log_file = self.directory / "kvmagent.log"
         self.socket = self.directory / "agent.sock"
         self._child: subprocess.Popen[bytes] | None = None
+        self._last_health = "nothing"
         self._guard = Guard(self.directory)
         self._write_configuration(uri, settings or {})
 
@@ -127,7 +130,7 @@ class AgentProcess:
         try:
             wait_for(lambda: self._has_health(health), timeout_s=START_TIMEOUT_S, what="the agent to be ready")
         except TimeoutError as error:
-            raise TimeoutError(f"{error}; its log:\n{self.log()[-4000:]}") from None
+            raise TimeoutError(f"{error}, which says {self._last_health}; its log:\n{self._dump()[-8000:]}") from None
 
     def stop(self, *, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """SIGTERM the agent and wait for its end; its exit status, -9 if it had to be killed."""
@@ -177,6 +180,14 @@ class AgentProcess:
         """What the agent has written to its standard output and error, over all its starts."""
         return self.log_file.read_text(errors="replace")
 
+    def _dump(self) -> str:
+        """The log, with what every thread is at as its last lines."""
+        size = self.log_file.stat().st_size
+        os.kill(self.pid, signal.SIGUSR1)
+        with contextlib.suppress(TimeoutError):
+            wait_for(lambda: self.log_file.stat().st_size > size, timeout_s=1, what="the threads' stacks")
+        return self.log()
+
     def _request(self, method: str, path: str, content: bytes | None, headers: Mapping[str, str]) -> Reply:
         connection = self.connect()
         credentials = {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
@@ -196,9 +207,12 @@ class AgentProcess:
         if self._child.poll() is not None:
             raise RuntimeError(f"the agent ended with {self._child.returncode}; its log:\n{self.log()[-4000:]}")
         try:
-            return self.get("/healthz").status == status
-        except OSError:
+            reply = self.get("/healthz")
+        except OSError as error:
+            self._last_health = repr(error)
             return False
+        self._last_health = f"{reply.status} {reply.body}"
+        return reply.status == status
 
     def _write_configuration(self, uri: str, settings: Settings) -> None:
         state_directory = self.directory / "state"
