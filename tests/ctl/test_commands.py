@@ -105,6 +105,11 @@ def test_ready_tells_every_blocker_and_prepares_only_when_told_to(ctl: Ctl) -> N
         (("plug-memory", "db-7", "512"), "512 has no unit: write 512M for MiB, or 512B for bytes"),
         (("plug-memory", "db-7", "5X"), "'5X' is not a size: write a number and a unit, as in 4G, 1.5GiB or 512MiB"),
         (("plug-cpu", "db-7", "many"), "'many' is not a valid integer range"),
+        (("plug-cpu", "", "2"), "Invalid value for 'VM': it is empty; remedy: See kvmagentctl plug-cpu --help."),
+        (("log", ""), "Invalid value for 'VM': it is empty"),
+        (("plan", "a/b", "--cpus", "2"), "'a/b' cannot be a VM's name or UUID"),
+        (("ready", "db-7", "--prepare", "--max-cpus", "9000"), "for '--max-cpus': 9000 is not in the range"),
+        (("ready", "--all", "--prepare", "--max-memory", "4"), "for '--max-memory': 4 has no unit"),
         (("plug-cpu", "db-7"), "Missing argument 'CPUS'; remedy: See kvmagentctl plug-cpu --help."),
         (
             ("ready", "db-7", "--slots", "4"),

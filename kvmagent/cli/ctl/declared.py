@@ -12,7 +12,7 @@ import click
 import msgspec
 from msgspec import inspect
 
-from kvmagent.model.command import Command
+from kvmagent.model.command import Command, VmName
 from kvmagent.model.errors import AgentError
 from kvmagent.model.units import format_size, parse_size
 from kvmagent.plugins import installed_plugins, load_plugins
@@ -35,6 +35,22 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3
             return parse_size(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class VmNameType(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on alone
+    """A VM's name or UUID, which may be no VM's: a variable of a script that is not set is told as such."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name, or end with what is wrong."""
+        try:
+            return msgspec.convert(value, VmName)
+        except msgspec.ValidationError:
+            self.fail("it is empty" if value == "" else f"{value!r} cannot be a VM's name or UUID", param, ctx)
+
+
+VM_NAME = VmNameType()
 
 
 class More(NamedTuple):
@@ -109,6 +125,7 @@ def make_params(request: type[msgspec.Struct], *, complete_vm: Any, adds: bool =
         if field.required:
             complete = complete_vm if field.name == "vm_uuid" else None
             kind = Total(shape.type, adds=adds) if isinstance(shape.type, Size | click.IntRange) else shape.type
+            kind = VM_NAME if field.name == "vm_uuid" else kind
             params.append(
                 click.Argument([field.name], type=kind, metavar=_word(field).upper(), shell_complete=complete)
             )

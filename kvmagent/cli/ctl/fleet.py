@@ -410,23 +410,20 @@ def make_ready(ready: click.Command) -> click.Command:
         if not every and hosts is None:
             if values["vm_uuid"] is None:
                 raise click.UsageError("Missing argument 'VM', or --all.", context)
-            for name, kind in (
-                ("max_cpu_num", own_types["max_cpu_num"]),
-                ("max_memory_size", own_types["max_memory_size"]),
-            ):
+            for name, own in own_types.items():
                 if values[name] is not None:
-                    values[name] = kind.convert(values[name], None, context)
+                    values[name] = own.convert(values[name])
             return one_vm(**values)
         if values["vm_uuid"] is not None:
             raise click.UsageError("--all and --hosts are for all VMs: leave the VM out", context)
         return _ready_all(session_of(context), hosts, values, own_types)
 
-    own_types: dict[str, click.ParamType[Any]] = {}
+    own_types: dict[str, _OwnType] = {}
     for param in ready.params:
         if param.name == "vm_uuid":
             param.required = False
         if param.name in ("max_cpu_num", "max_memory_size"):
-            own_types[param.name] = param.type
+            own_types[param.name] = _OwnType(param, param.type)
             param.type = click.STRING
     ready.callback = run
     ready.params += [
@@ -445,7 +442,18 @@ def make_ready(ready: click.Command) -> click.Command:
     return ready
 
 
-def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[str, Any]) -> int:
+class _OwnType(NamedTuple):
+    """An option that takes x4 too where it is for all VMs, and what it takes else."""
+
+    param: click.Parameter
+    type: "click.ParamType[Any]"
+
+    def convert(self, text: str) -> int:
+        """Return the number, or end with what is wrong with the option."""
+        return int(self.type.convert(text, self.param, click.get_current_context()))
+
+
+def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[str, _OwnType]) -> int:
     apply, diff = bool(values["apply"]), bool(values["diff"])
     prepares = bool(values.get("prepare") or diff or apply)
     maxima: dict[str, Callable[[int], int]] = {}
@@ -453,7 +461,7 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
         if (text := values.get(name)) is not None:
             if not prepares:
                 raise click.UsageError("--max-cpus and --max-memory are for --prepare")
-            maxima[name] = parse_amount(text, partial(_convert, types[name]))
+            maxima[name] = parse_amount(text, types[name].convert)
 
     def prepare(agent: Agent, vm: Json) -> tuple[Json, Exit]:
         has = vm.get("after") or {}
@@ -483,10 +491,6 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
     return print_answers(
         session, answers, (lambda vms: render_preparations(vms, with_diff=diff)) if prepares else render_vms
     )
-
-
-def _convert(kind: click.ParamType[Any], text: str) -> int:
-    return int(kind.convert(text, None, None))
 
 
 class _Silent(Terminal):

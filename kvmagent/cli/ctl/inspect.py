@@ -13,6 +13,7 @@ from urllib.parse import quote, urlencode
 import click
 import msgspec
 
+from kvmagent.cli.ctl.declared import VM_NAME
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.render import (
     render_change,
@@ -200,7 +201,7 @@ def cancel(context: click.Context, task_id: str) -> None:
 
 
 @click.command()
-@click.argument("vm", shell_complete=complete_vm)
+@click.argument("vm", type=VM_NAME, shell_complete=complete_vm)
 @click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True, help="Maximum number of entries.")
 @click.pass_context
 def log(context: click.Context, vm: str, limit: int) -> None:

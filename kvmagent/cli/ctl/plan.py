@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from kvmagent.cli.ctl.client import Agent
+from kvmagent.cli.ctl.declared import VM_NAME
 from kvmagent.cli.ctl.exits import Exit
 from kvmagent.cli.ctl.fleet import Json, Progress, ask_each, ask_hosts, hosts_option, parse_amount, print_answers
 from kvmagent.cli.ctl.render import render_plan, render_plans
@@ -21,7 +22,7 @@ _VMS_S = 120.0
 
 
 @click.command()
-@click.argument("vm", required=False, shell_complete=complete_vm)
+@click.argument("vm", type=VM_NAME, required=False, shell_complete=complete_vm)
 @click.option("--cpus", metavar="N,N...", help="Totals of vCPUs; x2 is twice what the VM has.")
 @click.option("--memory", metavar="SIZE,SIZE...", help="Totals of memory; x2 is twice what the VM has.")
 @click.option("--method", type=click.Choice(["auto", "dimm", "virtio-mem", "balloon"]), help="How memory is added.")
