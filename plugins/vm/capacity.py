@@ -1,14 +1,15 @@
 """What commands would be accepted now: asked of the planners themselves, which alone decide it.
 
     find_headroom     the largest totals that a planner accepts, and the methods by which it adds memory
-    find_obstacles    what keeps it from accepting given totals, or any more at all
+    find_growth       whether it accepts any more at all, for a fraction of the price
+    judge_readiness   what keeps it from accepting given totals, or any more
 
 The checks that the planners run are run here once more only to tell, beside what a planner refused with, all else that
 it would have refused with.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -53,6 +54,27 @@ class Readiness(msgspec.Struct, frozen=True):
     blockers: tuple[Blocker, ...]
 
 
+class Growth(NamedTuple):
+    """Whether any growth at all would be accepted without a restart."""
+
+    cpu: bool
+    memory: bool
+
+
+class _Range(NamedTuple):
+    """What a planner says to `n` times `quantum` more; above `most` times it need not be asked."""
+
+    accepts: Callable[[int], bool]
+    most: int
+    quantum: int
+
+    def is_open(self) -> bool:
+        return self.most > 0 and (self.accepts(1) or self.accepts(self.most))
+
+    def measure(self) -> int:
+        return self.quantum * find_largest(self.accepts, self.most)
+
+
 class _Planners:
     """The planners, asked with the facts and the common fields of one request."""
 
@@ -89,24 +111,24 @@ class _Planners:
         return None
 
 
-def judge_readiness(request: ReadyForHotplugRequest, facts: Facts, room: Headroom | None) -> Readiness:
+def judge_readiness(request: ReadyForHotplugRequest, facts: Facts, growth: Growth) -> Readiness:
     """Return whether the totals of a request would be accepted, or where it names none any growth at all.
 
-    `room` is `find_headroom`'s for the same request and facts.
+    `growth` is of the same request and facts.
     """
     definition, planners, found = _current(facts, request.affect), _Planners(request, facts), list[Blocker]()
     asks = request.cpu_num is not None or request.memory_size is not None
-    if definition is None or room is None:
+    if definition is None:
         return Readiness(ready=False, at_maximum=False, blockers=_merge(_find_state(request, facts)))
-    if request.cpu_num is not None or (not asks and not room.cpu_num):
+    if request.cpu_num is not None or (not asks and not growth.cpu):
         wanted = definition.vcpu_current + definition.vcpu_quantum if request.cpu_num is None else request.cpu_num
         if refusal := planners.refuse_cpu(wanted):
             found += _explain(refusal, _explain_cpu(request, facts, wanted))
-    if request.memory_size is not None or (not asks and not room.memory_size):
+    if request.memory_size is not None or (not asks and not growth.memory):
         wanted = request.memory_size or definition.memory_bytes + _finest_bytes(facts, definition)
         if refusal := planners.refuse_memory(wanted):
             found += _explain(refusal, _explain_memory(request, facts, wanted))
-    grows = bool(room.cpu_num or room.memory_size)
+    grows = any(growth)
     # Nor with one of a machine that never takes the one, and has room for the other.
     harmless = _AT_MAXIMUM | {Code.MACHINE_NOT_SUPPORTED} if grows else _AT_MAXIMUM
     is_full = bool(found) and all(one.code in harmless for one in found)
@@ -127,16 +149,8 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
     cpu_num = memory_bytes = 0
     methods: list[str] = []
     if current is not None:
-        quantum, block = current.vcpu_quantum, _finest_bytes(facts, current)
-        most = max(0, current.vcpu_maximum - current.vcpu_current) // quantum
-        cpu_num = quantum * find_largest(
-            lambda n: planners.refuse_cpu(current.vcpu_current + n * quantum) is None, most
-        )
-        room = max(0, (current.max_memory_bytes or 0) - current.total_bytes)
-        room += sum(device.room_bytes for device in current.devices)
-        memory_bytes = block * find_largest(
-            lambda n: planners.refuse_memory(current.memory_bytes + n * block) is None, room // block
-        )
+        cpu_num = _cpu_range(planners, current).measure()
+        memory_bytes = _memory_range(planners, current).measure()
         methods = [
             name for name in _METHODS if planners.refuse_memory(_least_by(name, facts, request.affect), name) is None
         ]
@@ -157,20 +171,49 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
     )
 
 
+def find_growth(request: ReadyForHotplugRequest, facts: Facts) -> Growth:
+    """Return what of a VM can grow at all, as `find_headroom` has it."""
+    current = _current(facts, request.affect)
+    if current is None:
+        return Growth(cpu=False, memory=False)
+    planners = _Planners(request, facts)
+    return Growth(cpu=_cpu_range(planners, current).is_open(), memory=_memory_range(planners, current).is_open())
+
+
 def find_largest(accepts: Callable[[int], bool], most: int) -> int:
     """Return the largest number up to `most` that is accepted, where all below are; 0 where none is.
 
     What is above `most` need not be asked: it is more than the VM's definition allows.
     """
-    if most <= 0 or not accepts(1):
+    if most <= 0:
         return 0
     if accepts(most):
         return most
+    if not accepts(1):
+        return 0
     low, high = 1, most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if accepts(middle) else (low, middle)
     return low
+
+
+def _cpu_range(planners: _Planners, current: Definition) -> _Range:
+    quantum = current.vcpu_quantum
+    return _Range(
+        lambda n: planners.refuse_cpu(current.vcpu_current + n * quantum) is None,
+        max(0, current.vcpu_maximum - current.vcpu_current) // quantum,
+        quantum,
+    )
+
+
+def _memory_range(planners: _Planners, current: Definition) -> _Range:
+    room = max(0, (current.max_memory_bytes or 0) - current.total_bytes)
+    room += sum(device.room_bytes for device in current.devices)
+    quantum = _finest_bytes(planners.facts, current)
+    return _Range(
+        lambda n: planners.refuse_memory(current.memory_bytes + n * quantum) is None, room // quantum, quantum
+    )
 
 
 def _current(facts: Facts, affect: Affect) -> Definition | None:

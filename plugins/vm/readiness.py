@@ -18,7 +18,7 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import format_size
 
-from .capacity import find_headroom, judge_readiness
+from .capacity import Growth, find_growth, find_headroom, judge_readiness
 from .guestmemory import find_online_bytes
 from .prepare import PrepareGoal, explain_preparation, is_prepared, plan_preparation
 from .requests import Device, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
@@ -60,7 +60,8 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
     if facts is None or ending.error is not None:
         return {}
     silence, room = _find_silence(facts), find_headroom(request, facts)
-    now = judge_readiness(request, facts, room)
+    growth = Growth(cpu=bool(room and room.cpu_num), memory=bool(room and room.memory_size))
+    now = judge_readiness(request, facts, growth)
     return {
         "warnings": (_find_warnings(facts) + silence if ending.is_done else [])
         + explain_preparation(goal, facts, planned=ending.planned is not None),
@@ -135,7 +136,7 @@ def _is_ready_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> bo
         return False
     anew = foresee_restart(facts)
     same = ReadyForHotplugRequest(vm_uuid=request.vm_uuid, cpu_num=request.cpu_num, memory_size=request.memory_size)
-    return judge_readiness(same, anew, find_headroom(same, anew)).ready
+    return judge_readiness(same, anew, find_growth(same, anew)).ready
 
 
 def _find_diff(ending: Ending) -> str | None:
