@@ -3,7 +3,6 @@
 import http.client
 import json
 import threading
-import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,9 @@ class Original:
     def __init__(self) -> None:
         self.port = find_free_port()
         self.taken: list[tuple[str, dict[str, str], bytes]] = []
-        self.holds_s = 0.0
+        #: Set, but where a test holds what comes.
+        self.answers = threading.Event()
+        self.answers.set()
         self._server: ThreadingHTTPServer | None = None
 
     def start(self) -> None:
@@ -50,7 +51,7 @@ class Original:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 owner.taken.append((self.path, headers, body))
-                time.sleep(owner.holds_s)
+                owner.answers.wait(240)
                 self.send_response(200)
                 self.send_header("Content-Length", "4")
                 self.end_headers()
@@ -140,11 +141,9 @@ def test_what_was_accepted_outlives_a_kill_of_our_agent(node: Node) -> None:
     task = node.task()
     assert node.post("/vm/increase/cpu", HOTPLUG["/vm/increase/cpu"], **task)[0] == 200
     node.agent.kill()
-    began = time.monotonic()
     status, refusal = node.post("/vm/increase/mem", HOTPLUG["/vm/increase/mem"], **node.task())
     assert (status, refusal["success"]) == (503, False)
     assert "systemctl start kvmagent" in refusal["error"]
-    assert time.monotonic() - began < 15
     assert node.post("/host/ping", {"hostUuid": HOST}, **node.task()) == (200, "orig")
     node.agent.start()
     # libvirt's test driver begins anew with each agent: a task that was under way may find its VM in another run.
@@ -169,20 +168,21 @@ def test_hotplug_works_while_the_original_is_away(node: Node) -> None:
 
 def test_two_connections_that_stay_open_are_enough(node: Node) -> None:
     """A long command of the original holds one of the server's two; the other carries on, over a kill of each agent."""
-    node.original.holds_s = 3.0
-    long, short = (http.client.HTTPConnection("127.0.0.1", node.front.port, timeout=60) for _ in range(2))
+    node.original.answers.clear()
+    long, short = (http.client.HTTPConnection("127.0.0.1", node.front.port, timeout=600) for _ in range(2))
     with closing(long), closing(short), ThreadPoolExecutor(1) as pool:
         held = pool.submit(node.post_on, long, "/vm/start", {"vmUuid": VM}, **node.task())
         wait_for(lambda: node.original.taken, timeout_s=10, what="the original to have the long command")
         tasks = [node.task() for _ in range(20)]
         for task in tasks:
             assert node.post_on(short, "/vm/increase/cpu", HOTPLUG["/vm/increase/cpu"], **task)[0] == 200
-        assert not held.done()
         node.agent.kill()
         assert node.post_on(short, "/vm/increase/cpu", HOTPLUG["/vm/increase/cpu"], **node.task())[0] == 503
         node.agent.start()
         last = node.task()
         assert node.post_on(short, "/vm/increase/cpu", HOTPLUG["/vm/increase/cpu"], **last)[0] == 200
+        assert not held.done()
+        node.original.answers.set()
         assert held.result() == (200, "orig")
         for task in (*tasks, last):
             assert node.server.wait(task["taskuuid"], 30)["success"] is True
