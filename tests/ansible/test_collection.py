@@ -1,7 +1,9 @@
 """The collection as a whole: Ansible's own checks, and its playbook against real guests."""
 
+import re
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from tests.lab.libvirtd import PrivateLibvirtd
 MIB = 2**20
 # ansible-test makes virtual environments, and fetches the installer for them from its makers' site. Python has one.
 BOOTSTRAP = "import ensurepip\nensurepip.bootstrap()\n"
-BOOTSTRAP_NAME = "get_pip_24_2.py"
+# Each version of ansible-test asks for another pip.
+REQUIREMENTS = Path(sysconfig.get_path("purelib"), "ansible_test/_internal/python_requirements.py")
 
 
 def run(controller: Controller, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +39,8 @@ def test_ansible_test_finds_nothing(controller: Controller) -> None:
     home = cache_directory() / "ansible-test"
     cache = home / ".ansible/test/cache"
     cache.mkdir(parents=True, exist_ok=True)
-    (cache / BOOTSTRAP_NAME).write_text(BOOTSTRAP)
+    (wanted,) = re.findall(r"\bpip='([\d.]+)'", REQUIREMENTS.read_text())
+    (cache / f"get_pip_{wanted.replace('.', '_')}.py").write_text(BOOTSTRAP)
     run(controller, "git", "init", "--quiet", ".")
     run(controller, "git", "add", "--all")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -143,8 +143,9 @@ def test_the_balloon_gives_memory_back_and_auto_goes_on_with_a_dimm(
     assert reply["after"]["balloonSize"] == 512 * MIB
     assert guest.mem_total_kib() - full_kib == 256 * 1024
     assert reply["drift"] == []
-    # The kernel parameters that every remedy names: plugged memory comes up by itself, and movable up to its ratio.
-    assert "OnlineGuestMemory" not in [step["step"] for step in reply["steps"]]
+    # The kernel parameters that every remedy names: plugged memory comes up by itself, and movable up to its ratio. In
+    # a slow guest the agent may be before the kernel.
+    assert guest.run("cat /sys/devices/system/memory/auto_online_blocks").strip() != "offline"
     parameters = guest.run("ls /sys/module/memory_hotplug/parameters || true")
     zone = "Movable" if "online_policy" in parameters else "Normal"  # older than Linux 5.16
     assert guest.run("cat /sys/devices/system/memory/memory3[23]/valid_zones").split() == [zone] * 2

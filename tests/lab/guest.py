@@ -24,7 +24,7 @@ import libvirt_qemu
 from tests.lab.domainxml import AGENT_PORT, GuestSpec, format_domain
 from tests.lab.image import Image
 from tests.lab.libvirtd import PrivateLibvirtd
-from tests.lab.processes import wait_for
+from tests.lab.processes import LOAD_FACTOR, wait_for
 
 #: 5 to 15 s under TCG on two cores that have nothing else to do; a test run may boot several at once.
 BOOT_TIMEOUT_S = 120.0
@@ -184,8 +184,9 @@ class Guest:
 
         Raises:
             GuestCommandError: its exit status is not 0.
-            TimeoutError: it was killed after `timeout_s`, or the guest does not answer at all.
+            TimeoutError: it was killed after `timeout_s` (LOAD_FACTOR times it), or the guest does not answer at all.
         """
+        timeout_s *= LOAD_FACTOR
         with self._one_command, self._connect() as harness:
             token = self._request(harness, command, timeout_s)
             status, output = read_answer(harness, token, timeout_s + ANSWER_GRACE_S)
