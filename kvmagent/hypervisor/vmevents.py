@@ -25,6 +25,8 @@ _KINDS: dict[int, VmEventKind] = {
 }
 _DEFINITIONS = (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_STARTED)
 _SHUTDOWN_BY = {libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_GUEST: "guest", libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST: "host"}
+# After these the VM lives on, elsewhere or later: that the host ended its QEMU is no shutdown.
+_LIVES_ON = (libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED)
 # QEMU resets more than once for one reboot of a guest: by keyboard controller, ACPI, and again in the firmware.
 # The times between grow where the host is busy. A guest needs longer from one reset to the next that is asked for.
 _SAME_REBOOT_S = 10.0
@@ -58,6 +60,9 @@ class VmEvents:
         self._clock = clock
         # By UUID, when a reboot was handed over; only those that may still come again. Touched by one thread.
         self._rebooted: dict[str, float] = {}
+        # By UUID, shutdowns by the host, until the stop that follows says what they were. Touched by the same thread.
+        # Observed: libvirt 11.3 tells of them whenever it ends a QEMU, 9.0 does not.
+        self._ended_by_host: dict[str, VmEvent] = {}
 
     def register(self, connection: libvirt.virConnect) -> list[int]:
         """Have a new connection report; return the ids to deregister before it is closed."""
@@ -78,7 +83,15 @@ class VmEvents:
         if kind is None:
             return
         by = _SHUTDOWN_BY.get(detail, "") if kind == "shutdown" else ""
-        self._hand_over(VmEvent(name=domain.name(), uuid=domain.UUIDString(), kind=kind, detail=by))
+        told = VmEvent(name=domain.name(), uuid=domain.UUIDString(), kind=kind, detail=by)
+        if by == "host":
+            self._ended_by_host[told.uuid] = told
+            return
+        if kind in ("started", "stopped"):
+            ended = self._ended_by_host.pop(told.uuid, None)
+            if ended is not None and kind == "stopped" and detail not in _LIVES_ON:
+                self._hand_over(ended)
+        self._hand_over(told)
 
     def _on_reboot(self, _connection: object, domain: libvirt.virDomain, _opaque: object) -> None:
         now, uuid = self._clock(), domain.UUIDString()

@@ -68,6 +68,7 @@ class Driver:
 def test_an_event_is_told_as_zstack_s_own_agent_tells_it_and_no_other_is(name: str, detail: int) -> None:
     driver = Driver()
     driver.lifecycle(EVENTS[name], detail)
+    driver.lifecycle(libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED)
     posted = driver.posted()
     assert [path for path, _ in posted if not path.endswith("/from/guest")] == (
         [BY_NAME[name]] if name in BY_NAME else []
@@ -91,6 +92,7 @@ def test_an_event_is_told_as_zstack_s_own_agent_tells_it_and_no_other_is(name: s
 def test_a_shutdown_says_who_wanted_it(detail: int, words: str, paths: list[str]) -> None:
     driver = Driver()
     driver.lifecycle(libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, detail)
+    driver.lifecycle(libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN)
     posted = driver.posted()
     assert [path for path, _ in posted] == paths
     assert posted[0][1] == {"vmUuid": VM, "detail": words}
@@ -140,3 +142,17 @@ def test_no_state_is_ever_reported_and_nothing_of_others_vms(fired: list[tuple[i
         assert body["vmUuid"] in (VM, "f" * 32)
     shutdowns = [body for path, body in driver.posted() if path == "/kvm/reportvmshutdown"]
     assert all(body["detail"] in ("by guest", "by host", "finished") for body in shutdowns)
+
+
+LIVES_ON = (libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED)
+
+
+@pytest.mark.parametrize("detail", DETAILS)
+def test_the_host_s_end_of_a_qemu_is_a_shutdown_unless_the_vm_lives_on(detail: int) -> None:
+    driver = Driver()
+    driver.lifecycle(libvirt.VIR_DOMAIN_EVENT_SHUTDOWN, libvirt.VIR_DOMAIN_EVENT_SHUTDOWN_HOST)
+    assert driver.events == [], "the stop says what it was"
+    driver.lifecycle(libvirt.VIR_DOMAIN_EVENT_STOPPED, detail)
+    assert [event.kind for event in driver.events] == (["stopped"] if detail in LIVES_ON else ["shutdown", "stopped"])
+    driver.lifecycle(libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED)
+    assert [event.kind for event in driver.events].count("shutdown") == (detail not in LIVES_ON)
