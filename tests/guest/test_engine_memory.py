@@ -111,7 +111,8 @@ def test_what_a_reboot_left_offline_is_told_and_the_same_target_brings_it_back(
     reply = send("/vm/hotplug/memory", guest, memorySize=384 * MIB)
     assert (reply["success"], reply["outcome"], reply["sameRun"]) == (True, "online", True), reply
     assert [step["step"] for step in reply["steps"]] == ["OnlineGuestMemory"]
-    assert guest.mem_total_kib() == total_kib
+    # In each boot the kernel keeps a few pages more or less.
+    assert abs(guest.mem_total_kib() - total_kib) < 1024
     assert send("/vm/hotplug/memory", guest, memorySize=384 * MIB)["outcome"] == "unchanged"
 
 

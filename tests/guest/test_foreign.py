@@ -72,6 +72,7 @@ def test_a_power_guest_without_a_numa_cell_takes_a_dimm_and_is_prepared(
     guest = boot_foreign(
         "ppc64le", max_vcpus=16, memory_mib=1024, numa_cells=0, kernel_args="memhp_default_state=online_movable"
     )
+    cells = guest.persistent_xml().count("<cell ")  # newer libvirts add one where a definition has none
     before_kib = guest.mem_total_kib()
     reply = send("/vm/hotplug/memory", guest, memorySize=1280 * MIB)
     assert (reply["success"], reply["outcome"], reply["memorySize"]) == (True, "online", 1280 * MIB), reply
@@ -80,5 +81,5 @@ def test_a_power_guest_without_a_numa_cell_takes_a_dimm_and_is_prepared(
     assert [clamp["field"] for clamp in reply["clamped"]] == ["slots"], reply
     prepared = guest.persistent_xml()
     assert "<acpi/>" not in prepared
-    assert "<cell " not in prepared
+    assert prepared.count("<cell ") == cells
     assert "slots='32'" in prepared
