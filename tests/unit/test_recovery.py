@@ -209,8 +209,8 @@ def test_a_vm_that_ends_in_the_middle_of_its_task_leaves_no_reservation(
     called, calls = getattr(agent.domain, call), []
 
     def end_then_call(*arguments: Any) -> Any:
-        calls.append(reserved(agent))
         setattr(agent.domain, call, called)
+        calls.append(reserved(agent))
         agent.domain.power_cycle(start=starts_again)
         return called(*arguments)
 
