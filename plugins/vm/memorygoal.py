@@ -372,7 +372,7 @@ def _dimm_online_steps(
 ) -> tuple[AnyStep, ...]:
     """Bring online what this task plugged, and nothing else."""
     blocks = _dimm_blocks(dimms, facts)
-    if goal.resizes and not goal.one_by_one:
+    if any(resize.target == "live" for resize in goal.resizes) and not goal.one_by_one:
         if steps := _await_blocks(goal, facts, failed):
             return steps
         new = listed_blocks(facts.guest) - goal.known_blocks

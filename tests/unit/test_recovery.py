@@ -614,6 +614,22 @@ def test_a_removal_that_goes_on_gives_back_nothing_that_has_left_by_then(
     assert has_memory(agent) == [256 * MIB, 356 * MIB, 356 * MIB]
 
 
+def test_a_task_for_the_definition_that_goes_on_leaves_new_blocks_of_the_guest_alone(tmp_path: Path) -> None:
+    """The VM was started anew meanwhile, with what the task gave it, and its guest has not brought that online."""
+    agent = Agent(tmp_path, make_virtio_mem())
+    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, affect="config")
+    agent.point = "step:done"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    agent.domain.power_cycle()
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    agent.journal.stop()
+    reply = agent.reply()
+    assert (reply["success"], reply["errorCode"]) == (True, None), reply
+    assert [step["step"] for step in reply["steps"]] == ["ResizeVirtioMem"]
+
+
 @pytest.mark.parametrize("starts_anew", [False, True])
 def test_the_way_back_of_both_takes_no_more_than_the_way_had_given(tmp_path: Path, starts_anew: bool) -> None:
     agent = Agent(tmp_path, make_ballooned())
