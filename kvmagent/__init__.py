@@ -1,3 +1,3 @@
 """Host agent for live CPU and memory hotplug of KVM guests."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
