@@ -160,7 +160,7 @@ DAY = (
     ("kvmagentctl vms", r"^test +running"),
     ("kvmagentctl plug-cpu test 99 2>&1 || true", r"^kvmagentctl: MACHINE_NOT_SUPPORTED: "),
     ("kvmagentctl tasks --vm test --since 2h", r"HotPlugCpu +test +delivered +refused MACHINE_NOT_SUPPORTED"),
-    ("kvmagentctl log test", r"none; asked for vCPUs 99 +refused MACHINE_NOT_SUPPORTED +unix:root"),
+    ("kvmagentctl log test", r"none; requested: vCPUs 99 +refused MACHINE_NOT_SUPPORTED +unix:root"),
     ("kvmagentctl config --check", r"good"),
     ("service kvmagent status", r"is running"),
     ("kvmagentctl reclaim --dry-run", r"(?m)^VM +PROMISED"),
