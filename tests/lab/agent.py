@@ -258,11 +258,21 @@ def find_command() -> list[str]:
     return [str(script)]
 
 
+_given_ports: set[int] = set()
+
+
 def find_free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on at this moment, and that nobody was given before.
+
+    Of a hundred agents that are made before the first one listens two would get the same port one time in six.
+    """
+    while True:
+        with socket.socket() as probe:
+            probe.bind((LOOPBACK, 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
 
 
 def new_task_uuid() -> str:
