@@ -7,7 +7,6 @@ from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.logs import Log
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Definition
 from kvmagent.model.hostbudget import NORMAL_PAGES, Part, Promise, make_promise
 from kvmagent.model.units import KIB
 
@@ -71,22 +70,10 @@ def _read(domain: libvirt.virDomain, known: ReadVm | None, page_bytes: int | Non
     sizes = (current_kib, maximum_kib, vcpus)
     if known is not None and (known.number, known.sizes) == (number, sizes) and None not in sizes:
         return known
-    read = _read_promise(domain, page_bytes)
-    return None if read is None else ReadVm(number, _UNTOLD if read[1] else sizes, read[0])
-
-
-def _read_promise(domain: libvirt.virDomain, default_page_bytes: int | None) -> tuple[Promise, bool] | None:
-    """Return what a running VM may have, and whether that may change untold; None for one that has ended.
-
-    One whose definition cannot be read counts with all that libvirt says it has: it fails the budget of no other.
-
-    Raises:
-        AgentError: LIBVIRT_UNAVAILABLE.
-    """
     uuid, name = domain.UUIDString(), domain.name()
     try:
-        live: Definition = parse_definition(domain.XMLDesc(0))
-        return make_promise(uuid, name, live, default_page_bytes=default_page_bytes), bool(live.virtio_mems)
+        live = parse_definition(domain.XMLDesc(0))
+        promise = make_promise(uuid, name, live, default_page_bytes=page_bytes)
     except (libvirt.libvirtError, ValueError) as error:
         if _is_ended(error):
             return None
@@ -94,14 +81,10 @@ def _read_promise(domain: libvirt.virDomain, default_page_bytes: int | None) -> 
         if problem is not None and problem.code is Code.LIBVIRT_UNAVAILABLE:
             raise problem from error
         log.warning("definition of a VM cannot be read, it counts with its maximum", vm=name, error=str(error))
-    try:
-        _, maximum_kib, _, vcpus, _ = domain.info()
-    except libvirt.libvirtError as error:
-        if _is_ended(error):
-            return None
-        raise translate(error, "reading a VM") from error
-    part = Part(0, NORMAL_PAGES, frozenset(), maximum_kib * KIB)
-    return Promise(uuid, name, (part,), vcpus=vcpus), False
+        # With all that libvirt says it has: it fails the budget of no other.
+        part = Part(0, NORMAL_PAGES, frozenset(), maximum_kib * KIB)
+        return ReadVm(number, sizes, Promise(uuid, name, (part,), vcpus=vcpus))
+    return ReadVm(number, _UNTOLD if live.virtio_mems else sizes, promise)
 
 
 def _is_ended(error: Exception) -> bool:
