@@ -3,12 +3,15 @@
 Where the lab cannot run, tests that need it fail with the reason; they never pass in silence.
 """
 
+import gc
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import hypothesis
 import pytest
 
+from tests.fakes.agent import end_nodes
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.image import Image, build_image
@@ -24,6 +27,26 @@ hypothesis.settings.load_profile("without deadline")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of the golden tests."""
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew; read the diff")
+
+
+# Beside what the whole run shares: a daemon, a browser.
+_MOST_LEFT_OPEN = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def closes() -> Iterator[None]:
+    """Each module closes the files, sockets and threads that it opened: the modules after it share the process."""
+    before = _count_open()
+    yield
+    end_nodes()
+    gc.collect()
+    now = _count_open()
+    left = {what: count - before[what] for what, count in now.items() if count - before[what] > _MOST_LEFT_OPEN}
+    assert not left, f"left open by this module: {left}"
+
+
+def _count_open() -> dict[str, int]:
+    return {what: len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")}
 
 
 @pytest.fixture(scope="session")

@@ -392,6 +392,8 @@ class JournalFile:
                         raise sqlite3.OperationalError("its WAL was removed and is being restored")
                     self._reader = self._connect()
                 rows = self._reader.execute(sql, values).fetchall()
+                if self._closed:  # read late: nobody else would close it
+                    self._close_reader()
                 if self._log_inode is None:  # nobody had the file: this is the WAL that is open now
                     self._watch_log()
                 return rows

@@ -38,6 +38,16 @@ VM_CGROUP = "machine.slice/machine-qemu\\x2d1\\x2dvm1.scope/libvirt"
 UUID = "11111111-2222-3333-4444-555555555555"
 
 
+# Each has a thread that opens connections.
+_leased: list[Connection] = []
+
+
+def end_nodes() -> None:
+    """End the connections of all nodes that `make_node` has made, with their threads."""
+    while _leased:
+        _leased.pop().stop()
+
+
 def make_domain(
     spec: GuestSpec, guest: FakeGuest | None = None, *, virt_type: str = "qemu", **options: Any
 ) -> FakeDomain:
@@ -119,8 +129,10 @@ def make_node(
     """A Node on these domains, or this connection, on a host of `make_host`, whose files are in `directory`/host."""
     fake, events = connection or FakeConnection(*domains), DeviceEvents()
     events.register(fake)
+    leased = Connection(uri, open_libvirt=lambda _uri: fake)
+    _leased.append(leased)
     return Node(
-        Connection(uri, open_libvirt=lambda _uri: fake),
+        leased,
         events=events,
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import http.client
 import json
 import queue
-import select
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -21,6 +20,8 @@ from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
+
+from urllib3.util import wait_for_read
 
 CALLBACK, SEND_COMMAND = "/zstack/asyncrest/callback", "/zstack/asyncrest/sendcommand"
 MAX_PER_ROUTE = 2
@@ -274,7 +275,7 @@ class ZStackServer:
                 pool.put(http.client.HTTPConnection("127.0.0.1", host.port, timeout=READ_TIMEOUT_S))
         connection = pool.get(timeout=READ_TIMEOUT_S)
         # A kept connection is looked at before it is used again, as its pool does: the agent may have closed it.
-        if connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
+        if connection.sock is not None and wait_for_read(connection.sock, 0):
             connection.close()
         try:
             connection.request("POST", path, content, {"Content-Type": "application/json; charset=utf-8", **headers})

@@ -598,6 +598,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+def test_what_is_read_after_the_stop_leaves_no_file_open(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.sqlite", on_accepted=lambda _task: None)
+    journal.start()
+    journal.stop()
+    before = os.listdir("/proc/self/fd")
+    assert journal.find("t1") is None
+    assert os.listdir("/proc/self/fd") == before
+
+
 class TestFullDisk:
     """These mount a small file system and so run as root, as the agent does."""
 
