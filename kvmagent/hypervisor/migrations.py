@@ -1,8 +1,8 @@
 """Which VMs came to this host by live migration, in their present run: known for the rest of it.
 
-    find   libvirt connected     each running VM's reason to run is read: what came while nobody listened
+    find   libvirt connected     how each running VM came: its reason to run, its QEMU's command line where it is seen
     hear   an event of libvirt   a VM starts or runs on by migration, is restored, or stops
-    note   an observation        libvirt's own word; once for each run its QEMU's command line, where it is seen
+    note   an observation        libvirt's own word; a run of which nothing is known yet: what `find` looks at, for all
     save   once a second         what is new goes into a small file, so that it outlives the agent
 
 libvirt forgets it at the first pause. A confined agent (ProtectProc=invisible) sees no QEMU: what it has not heard
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import libvirt
 
 from kvmagent.hypervisor.host import read_boot_id
-from kvmagent.hypervisor.qemuprocess import was_migrated
+from kvmagent.hypervisor.qemuprocess import find_incoming
 from kvmagent.hypervisor.vmfile import VmFile
 from kvmagent.logs import Log
 from kvmagent.model.facts import Facts, format_run
@@ -74,13 +74,7 @@ class Migrations:
 
     def find(self, connection: libvirt.virConnect) -> list[int]:
         """Look at what runs on a new connection; it gets no callback of ours, and so there are no ids to return."""
-        try:
-            for domain, stats in connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, _RUNNING):
-                reason = stats.get("state.reason")
-                if stats.get("state.state") == libvirt.VIR_DOMAIN_RUNNING and reason in MIGRATED | _RESTORED:
-                    self._put(domain, migrated=reason in MIGRATED)
-        except libvirt.libvirtError as error:
-            log.info("VMs that came by live migration are found at the next look", error=str(error))
+        self._look(connection)
         return []
 
     def hear(self, domain: libvirt.virDomain, event: int, detail: int) -> None:
@@ -90,7 +84,7 @@ class Migrations:
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             self._forget(domain.UUIDString())
 
-    def note(self, facts: Facts) -> bool:
+    def note(self, connection: libvirt.virConnect, facts: Facts) -> bool:
         """Take an observation of a VM into account, and return whether it came here by live migration in this run."""
         uuid, run, told = facts.domain.uuid, facts.run, facts.domain.migrated
         if run is None:
@@ -99,16 +93,15 @@ class Migrations:
             return told
         with self._lock:
             known = self._known.get(uuid)
-        if known is None or known.run != run:
-            told = told or was_migrated(self._host_root, uuid)
-        elif known.migrated or not told:
-            return known.migrated
+        is_new = known is None or known.run != run
+        incoming = self._look(connection) if is_new and not told else frozenset()
         with self._lock:
             known = self._known.get(uuid)
             # Its event may have come meanwhile.
-            came = known if not told and known is not None and known.run == run else _Came(run, told)
-            self._remember(uuid, came)
-        return came.migrated
+            if told or known is None or known.run != run:
+                known = _Came(run, told or uuid in incoming)
+                self._remember(uuid, known)
+        return known.migrated
 
     def known(self) -> frozenset[str]:
         """Return the VMs of which something is remembered."""
@@ -129,6 +122,25 @@ class Migrations:
             came = {uuid: one.run for uuid, one in self._known.items() if one.migrated}
         if self._file is not None and not self._file.save(came):
             self._is_saved = False
+
+    def _look(self, connection: libvirt.virConnect) -> frozenset[str]:
+        """Look at how all running VMs came, and return those whose QEMUs were started for a VM that ran before.
+
+        A look costs more the more processes the host has, so one look is for all. A VM that does not run yet is left
+        out: its QEMU may still be missing. What came, or was restored, nobody said which, is left to its observation.
+        """
+        reasons: list[tuple[libvirt.virDomain, int | None]] = []
+        try:
+            for domain, stats in connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, _RUNNING):
+                if stats.get("state.state") == libvirt.VIR_DOMAIN_RUNNING:
+                    reasons.append((domain, stats.get("state.reason")))
+        except libvirt.libvirtError as error:
+            log.info("VMs that came by live migration are found at the next look", error=str(error))
+        incoming = find_incoming(self._host_root)
+        for domain, reason in reasons:
+            if reason in MIGRATED | _RESTORED or domain.UUIDString() not in incoming:
+                self._put(domain, migrated=reason in MIGRATED)
+        return incoming
 
     def _put(self, domain: libvirt.virDomain, *, migrated: bool) -> None:
         """Remember how a VM came; one that came by migration and is set back to a snapshot came so all the same."""

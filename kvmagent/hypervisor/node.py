@@ -244,7 +244,7 @@ class Node:
             adds_iommu=version >= _ADDS_IOMMU,
         )
         facts = Facts(domain=domain, guest=guest, host=host)
-        domain = msgspec.structs.replace(domain, migrated=self._migrations.note(facts))
+        domain = msgspec.structs.replace(domain, migrated=self._migrations.note(connection, facts))
         facts = msgspec.structs.replace(facts, domain=domain, fell_silent=self._silent_guests.note(facts))
         self._budget.note(facts)
         if "budget" in parts:

@@ -608,12 +608,14 @@ class FakeConnection:
         return 1024
 
     def getAllDomainStats(self, stats: int, flags: int) -> list[tuple[FakeDomain, dict[str, int]]]:
-        """The running domains, with what their balloons leave and what they have in all, in KiB."""
+        """The running domains, with their states, and in KiB what their balloons leave and what they have in all."""
         running = [domain for domain in self.domains if domain.live is not None]
         return [
             (
                 domain,
                 {
+                    "state.state": domain.state()[0],
+                    "state.reason": domain.state()[1],
                     "balloon.current": _size(domain.live.find("currentMemory")) // KIB,
                     "balloon.maximum": _size(domain.live.find("memory")) // KIB,
                     "balloon.rss": _size(domain.live.find("currentMemory")) // KIB // 2,
