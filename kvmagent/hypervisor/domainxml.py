@@ -3,6 +3,7 @@
 Source: libvirt formatdomain. Sizes in XML carry a unit; libvirt writes KiB.
 """
 
+import mmap
 from typing import NamedTuple
 
 from lxml import etree
@@ -95,9 +96,9 @@ def _read_definition(document: _Document) -> Definition:
     os_type = document.find("os/type")
     if os_type is None:
         raise ValueError("domain XML without <os><type>")
-    balloon = document.find("devices/memballoon")
+    balloon, tuning = document.find("devices/memballoon"), document.find("numatune/memory")
     rounded = _ROUNDED.get(os_type.get("arch", ""), _Rounded())
-    devices = tuple(_parse_device(element, rounded) for element in document.find_all("devices/memory"))
+    devices = tuple(_parse_device(document, one, rounded) for one in document.find_all("devices/memory"))
     cells = tuple(_parse_cell(element, n, rounded) for n, element in enumerate(document.find_all("cpu/numa/cell")))
     written = _size(document.find("memory"))
     plugged = sum(_size(element.find("./target/size")) for element in document.find_all("devices/memory"))
@@ -129,10 +130,11 @@ def _read_definition(document: _Document) -> Definition:
         vfio_devices=sum(_count_passed_through(document)),
         locked_copies=_locked_copies(document),
         launch_security=document.attribute("launchSecurity", "type"),
-        host_nodes=_parse_ids(document.attribute("numatune/memory[@mode='strict']", "nodeset") or ""),
+        host_nodes=frozenset() if tuning is None or not _binds(tuning) else _parse_ids(tuning.get("nodeset", "")),
+        # One that binds nothing takes its guest node out of what binds the others.
         cell_host_nodes=tuple(
-            (int(element.get("cellid", "0")), _parse_ids(element.get("nodeset", "")))
-            for element in document.find_all("numatune/memnode[@mode='strict']")
+            (int(one.get("cellid", "0")), _parse_ids(one.get("nodeset", "")) if _binds(one) else frozenset())
+            for one in document.find_all("numatune/memnode")
         ),
         phys_bits=_phys_bits(document),
         phys_bits_limit=int(limit) if (limit := document.attribute("cpu/maxphysaddr", "limit")) else None,
@@ -209,7 +211,7 @@ def find_memory_xml(
     document = _Document(domain_xml)
     elements = [element for element in document.find_all("devices/memory") if element.get("model") == model]
     rounded = _ROUNDED.get(document.attribute("os/type", "arch") or "", _Rounded())
-    devices = [(_parse_device(element, rounded), element) for element in elements]
+    devices = [(_parse_device(document, one, rounded), one) for one in elements]
     for device, element in devices:
         if alias is not None and device.alias == alias:
             return etree.tostring(element, encoding="unicode", with_tail=False)
@@ -292,7 +294,7 @@ def _hugepages(document: _Document) -> tuple[Hugepages, ...]:
     pages = document.find_all("memoryBacking/hugepages/page")
     found = (
         Hugepages(
-            size_bytes=int(page.get("size", "0")) * _UNITS[page.get("unit", "KiB")],
+            size_bytes=_skip_normal(int(page.get("size", "0")) * _unit(page)),
             nodes=_parse_ids(nodes) if (nodes := page.get("nodeset")) else None,
         )
         for page in pages
@@ -400,11 +402,10 @@ def _topology(document: _Document) -> tuple[int, int, int, int] | None:
 
 
 def _parse_cell(element: etree._Element, position: int, rounded: _Rounded) -> NumaCell:
-    unit = _UNITS[element.get("unit", "KiB")]
     return NumaCell(
         id=int(element.get("id", position)),
         cpus=_parse_ids(element.get("cpus", "")),
-        memory_bytes=align_up(int(element.get("memory", "0")) * unit, rounded.boot_bytes),
+        memory_bytes=align_up(int(element.get("memory", "0")) * _unit(element), rounded.boot_bytes),
     )
 
 
@@ -418,7 +419,7 @@ def _parse_ids(text: str) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _parse_device(element: etree._Element, rounded: _Rounded) -> MemoryDevice:
+def _parse_device(document: _Document, element: etree._Element, rounded: _Rounded) -> MemoryDevice:
     alias, address, node = element.find("./alias"), element.find("./address"), element.findtext("./target/node")
     # Source: libvirt 9.4 on; a virtio-mem device's own address is its PCI device's.
     place = element.find("./target/address") if address is None or address.get("base") is None else address
@@ -426,6 +427,7 @@ def _parse_device(element: etree._Element, rounded: _Rounded) -> MemoryDevice:
     slot = address.get("slot") if address is not None and address.get("type") == "dimm" else None
     requested, current = element.find("./target/requested"), element.find("./target/current")
     block = element.find("./target/block")
+    pages, nodes = element.find("./source/pagesize"), element.findtext("./source/nodemask")
     return MemoryDevice(
         model=element.get("model", ""),
         size_bytes=align_up(_size(element.find("./target/size")), rounded.device_bytes),
@@ -438,7 +440,29 @@ def _parse_device(element: etree._Element, rounded: _Rounded) -> MemoryDevice:
         block_bytes=None if block is None else _size(block),
         label_bytes=_size(element.find("./target/label/size")),
         address=None if address is None or address.get("type") == "dimm" else _format_address(address),
+        page_bytes=None if pages is None else _skip_normal(_size(pages)) or 0,
+        host_nodes=_parse_ids(nodes) if nodes and _is_bound(document, node) else frozenset(),
     )
+
+
+def _is_bound(document: _Document, node: str | None) -> bool:
+    """Return whether memory of a guest NUMA node comes from its host nodes alone, whatever is free elsewhere.
+
+    Source: libvirt formatdomain, numatune; qemuBuildMemoryBackendProps: strict where nothing is said; a restrictive one
+    is kept there by its cpuset.
+    """
+    cells = (one for one in document.find_all("numatune/memnode") if node is not None and one.get("cellid") == node)
+    found = next(cells, document.find("numatune/memory"))
+    return found is None or _binds(found)
+
+
+def _binds(element: etree._Element) -> bool:
+    return element.get("mode", "strict") in ("strict", "restrictive")
+
+
+def _skip_normal(page_bytes: int) -> int | None:
+    """Return a hugepage's size; None for what libvirt takes for normal pages. Source: qemuBuildMemoryBackendProps."""
+    return None if page_bytes == mmap.PAGESIZE else page_bytes
 
 
 def _format_address(address: etree._Element) -> str | None:
@@ -453,4 +477,16 @@ _PLACES = ("domain", "bus", "slot", "function", "cssid", "ssid", "devno")
 def _size(element: etree._Element | None) -> int:
     if element is None or not element.text:
         return 0
-    return int(element.text) * _UNITS[element.get("unit", "KiB")]
+    return int(element.text) * _unit(element)
+
+
+def _unit(element: etree._Element) -> int:
+    """Return what the unit of a size is in bytes.
+
+    Raises:
+        ValueError: libvirt writes no such unit.
+    """
+    unit = element.get("unit", "KiB")
+    if unit not in _UNITS:
+        raise ValueError(f"domain XML with a size in {unit[:40]!r}")
+    return _UNITS[unit]

@@ -35,6 +35,8 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     A virtio-mem device has `size_bytes` at most, was asked for `requested_bytes` and has `current_bytes` plugged.
     Of an nvdimm `label_bytes` are no memory of the guest's.
     `address` is where it sits on its bus (PCI), which tells two of a kind apart in the running VM and its definition.
+    `page_bytes` is the size of the pages behind it (0: normal, None: as behind its guest node), `host_nodes` the host
+    NUMA nodes that it must come from alone (empty: as its guest node's).
     `known` is false of one that QEMU has and libvirt does not know: it gives what it gives, and cannot be changed.
     """
 
@@ -50,6 +52,8 @@ class MemoryDevice(msgspec.Struct, frozen=True):
     label_bytes: int = 0
     address: str | None = None
     known: bool = True
+    page_bytes: int | None = None
+    host_nodes: frozenset[int] = frozenset()
 
     @property
     def is_settled(self) -> bool:
@@ -82,9 +86,9 @@ class MemoryDevice(msgspec.Struct, frozen=True):
 
 
 class Hugepages(msgspec.Struct, frozen=True):
-    """Which guest NUMA nodes are backed by hugepages of which size (0: the host's default); None: all others."""
+    """Which guest NUMA nodes (None: all others) are backed by hugepages of which size; 0: the host's, None: normal."""
 
-    size_bytes: int
+    size_bytes: int | None
     nodes: frozenset[int] | None = None
 
 
@@ -185,6 +189,17 @@ class Definition(msgspec.Struct, frozen=True):
         return self.memory_bytes - self.balloon_total_bytes
 
     @property
+    def balloon_gives_back(self) -> bool:
+        """Whether what the balloon holds is the host's until somebody asks for less to be held.
+
+        Source: QEMU virtio-balloon: with deflate-on-oom the guest takes it back when it is short of memory, and asks
+        nobody; virtio_balloon_inhibited: of memory that is pinned for VFIO or encryption nothing is given back.
+        madvise(2): nor of locked memory.
+        """
+        is_pinned = self.locked or self.vfio_devices > 0 or self.launch_security is not None
+        return self.balloon and not self.balloon_deflates and not is_pinned
+
+    @property
     def vcpu_quantum(self) -> int:
         """How many vCPUs are plugged, or removed, at once at least.
 
@@ -214,6 +229,10 @@ class Definition(msgspec.Struct, frozen=True):
     def find_host_nodes(self, node: int) -> frozenset[int]:
         """Return the host NUMA nodes that a guest node's memory must come from; empty: any."""
         return dict(self.cell_host_nodes).get(node, self.host_nodes)
+
+    def find_device_host_nodes(self, device: MemoryDevice) -> frozenset[int]:
+        """Return the host NUMA nodes that a memory device must come from; empty: any."""
+        return device.host_nodes or self.find_host_nodes(device.node or 0)
 
     def find_device(self, alias: str) -> MemoryDevice | None:
         """Return the memory device of that alias."""

@@ -28,10 +28,14 @@ from kvmagent.model.units import MIB, format_ids, format_size
 _QEMU_BYTES = 64 * MIB
 _VCPU_BYTES = 8 * MIB
 _PAGE_TABLES = 512
+# How the cgroups of a VM end that libvirt itself puts limits on (virsh memtune).
+_OF_LIBVIRT = ("/libvirt", ".libvirt-qemu")
 
 #: Where a size of hugepages could stand.
 NORMAL_PAGES = 0
 ANYWHERE = frozenset[int]()
+#: Why the VMs may have no more, where it is not what the host has that ends it.
+SLICE_LIMIT = "the limit of machine.slice"
 
 
 # A host of many VMs has thousands of these, and they refer to nothing that refers back: with gc=False the garbage
@@ -108,7 +112,9 @@ class Promise(msgspec.Struct, frozen=True, dict=True):
 
     def grown_to(self, reservation: Reservation) -> "Promise":
         """Return the promise of a VM that a task brings there; no less than it may have already."""
-        sizes, backings = self.node_bytes, {part.node: part for part in self.parts}
+        sizes = self.node_bytes
+        # What is added is backed as its guest node is, not as a device that has pages of its own.
+        backings = {part.node: part for part in reversed(self.parts)}
         added = tuple(
             msgspec.structs.replace(
                 backings.get(node, Part(node, NORMAL_PAGES, ANYWHERE, 0)), size_bytes=size - sizes.get(node, 0)
@@ -162,11 +168,11 @@ class HostCapacity(msgspec.Struct, frozen=True):
                 sum(node.memory_bytes for node in chosen),
                 sum(sum(node.hugepages.values()) for node in chosen),
             )
-            return int((memory - pages) * self.overcommit), self._explain(memory, pages, 0)
+            return int(max(0, memory - pages) * self.overcommit), self._explain(memory, pages, 0)
         pages = sum(self.hugepages.values())
         budget = int(max(0, self.physical_bytes - pages - self.reserve_bytes) * self.overcommit)
         if self.limit_bytes is not None and self.limit_bytes < budget:
-            return self.limit_bytes, "the limit of machine.slice"
+            return self.limit_bytes, SLICE_LIMIT
         return budget, self._explain(self.physical_bytes, pages, self.reserve_bytes)
 
     def _explain(self, memory_bytes: int, pages_bytes: int, reserve_bytes: int) -> str:
@@ -184,26 +190,29 @@ class HostCapacity(msgspec.Struct, frozen=True):
 def make_promise(uuid: str, name: str, live: Definition, *, default_page_bytes: int | None) -> Promise:
     """Return what a running VM may have: of each guest NUMA node what its memory is backed with."""
     sizes = [(cell.id, cell.memory_bytes) for cell in live.cells] or [(0, live.boot_bytes)]
-    sizes += [(device.node or 0, device.promised_bytes) for device in live.devices]
+    parts = [
+        Part(node, find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node), size)
+        for node, size in sizes
+    ]
+    parts += [
+        Part(
+            device.node or 0,
+            find_page_bytes(live, device.node or 0, default_page_bytes)
+            if device.page_bytes is None
+            else device.page_bytes,
+            live.find_device_host_nodes(device),
+            device.promised_bytes,
+        )
+        for device in live.devices
+    ]
     return Promise(
         uuid=uuid,
         name=name,
-        parts=tuple(
-            Part(node, find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node), size)
-            for node, size in sizes
-        ),
-        ballooned_bytes=max(0, live.memory_bytes - live.current_bytes) if _is_held(live) else 0,
+        parts=tuple(parts),
+        ballooned_bytes=max(0, live.memory_bytes - live.current_bytes) if live.balloon_gives_back else 0,
         vcpus=live.vcpu_current,
         removable=find_removable(live),
     )
-
-
-def _is_held(live: Definition) -> bool:
-    """Whether what the balloon holds is the host's until the agent or somebody else asks for less to be held.
-
-    Source: QEMU virtio-balloon deflate-on-oom: the guest takes it back when it is short of memory, and asks nobody.
-    """
-    return live.balloon and not live.balloon_deflates
 
 
 def find_reservation(totals: Iterable[Total], facts: Facts) -> Reservation | None:
@@ -330,9 +339,7 @@ def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:
         + (f", more than there is since {pool.over_since}" if pool.over_since else "")
         + f"; {format_size(pool.capacity_bytes)} is {pool.made_of}; "
         + (f"guests could give back: {idle}" if idle else "no guest is known to have any to give back"),
-        remedy="Raise the limit of that cgroup (systemctl set-property UNIT MemoryMax=SIZE), or remove it."
-        if pool.cgroup
-        else None,
+        remedy=_find_remedy(pool),
         details={
             "capacity": pool.capacity_bytes,
             "capacityFrom": pool.made_of,
@@ -343,3 +350,17 @@ def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:
             "overSince": pool.over_since or None,
         },
     )
+
+
+def _find_remedy(pool: MemoryPool) -> str | None:
+    """Return what helps where the code's own remedy does not: the ratio raises neither limits nor hugepages."""
+    back = "Unplug memory from an idle VM (kvmagentctl reclaim --dry-run shows candidates), migrate one away, or "
+    if pool.cgroup.endswith(_OF_LIBVIRT):
+        return None
+    if pool.cgroup:
+        return "Raise the limit of that cgroup (systemctl set-property UNIT MemoryMax=SIZE), or remove it."
+    if pool.page_bytes != NORMAL_PAGES:
+        return f"{back}reserve more hugepages of that size on the host (vm.nr_hugepages)."
+    if pool.made_of == SLICE_LIMIT:
+        return f"{back}raise that limit (systemctl set-property machine.slice MemoryMax=SIZE)."
+    return None

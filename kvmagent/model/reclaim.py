@@ -50,7 +50,7 @@ def find_removable(live: Definition) -> Removable:
     return Removable(
         virtio_mem_bytes=sum(device.plugged_bytes for device in live.virtio_mems),
         dimms_bytes=tuple(sorted(device.size_bytes for device in live.devices if device.model == "dimm")),
-        balloon_bytes=live.balloon_total_bytes if live.balloon and not live.balloon_deflates else 0,
+        balloon_bytes=live.balloon_total_bytes if live.balloon_gives_back else 0,
     )
 
 
