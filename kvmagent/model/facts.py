@@ -239,6 +239,24 @@ class Definition(msgspec.Struct, frozen=True):
         return next((device for device in self.devices if device.alias == alias), None)
 
 
+def find_other_half(device: MemoryDevice, definition: Definition) -> MemoryDevice | None:
+    """Return the same virtio-mem device in the VM's other definition: by user alias, else by its place on the bus."""
+    for other in definition.virtio_mems:
+        if other.alias is not None and other.alias == device.alias:
+            return other
+    same = (device.node, device.size_bytes)
+    return next(
+        (
+            other
+            for other in definition.virtio_mems
+            if None in (device.alias, other.alias)
+            and device.address == other.address
+            and (other.node, other.size_bytes) == same
+        ),
+        None,
+    )
+
+
 def device_blocks(device: MemoryDevice, quantum_bytes: int) -> range:
     """Return the guest's block numbers behind a device; none where its place is not known.
 

@@ -48,7 +48,10 @@ class Step(msgspec.Struct, frozen=True, tag_field="step", rename="camel"):
         return LIVE
 
     def find_growth(self, facts: Facts, target: Target) -> int:
-        """Return by how much it makes its resource grow, or lets it, in the running VM or in the definition."""
+        """Return by how much it makes its resource grow, or lets it, in the running VM or in the definition.
+
+        Negative where it takes something away.
+        """
         return 0
 
     @property
@@ -263,6 +266,10 @@ class UnplugVcpus(Step, frozen=True, tag="UnplugVcpus", rename="camel"):
     count: int
     timeout_sec: float
 
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        live = facts.domain.live
+        return 0 if live is None else self.count - live.vcpu_current
+
 
 class OfflineGuestMemory(Step, frozen=True, tag="OfflineGuestMemory", rename="camel"):
     """Take the memory blocks of one device offline in the guest through its agent."""
@@ -291,6 +298,10 @@ class DetachMemory(Step, frozen=True, tag="DetachMemory", rename="camel"):
     def key(self) -> str:
         return f"{type(self).__name__} {self.alias}"
 
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        device = None if facts.domain.live is None else facts.domain.live.find_device(self.alias)
+        return 0 if device is None else -device.plugged_bytes
+
 
 class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
     """Remove a dimm from the persistent definition: found by its user alias, else by slot, node and size."""
@@ -308,6 +319,9 @@ class ForgetMemory(Step, frozen=True, tag="ForgetMemory", rename="camel"):
     @property
     def changes(self) -> frozenset[Target]:
         return CONFIG
+
+    def find_growth(self, facts: Facts, target: Target) -> int:
+        return -self.size_bytes
 
 
 class AttachVirtioMem(Step, frozen=True, tag="AttachVirtioMem", rename="camel"):

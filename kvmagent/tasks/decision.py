@@ -1,7 +1,8 @@
 """What a command's plugin decides and plans, checked against the VM owner's policy and the host's memory.
 
 Tasks and the planner both use it. A plan that changes what its goal has no total for, or what its caller did not ask
-to be changed, is the plugin's mistake: no step of it is performed.
+to be changed, is the plugin's mistake: no step of it is performed. So is one that takes something away though its goal
+only adds, or the other way round: a goal may be pursued long after it was made, and the VM have more, or less, by then.
 """
 
 from collections import Counter
@@ -10,12 +11,12 @@ import msgspec
 
 from kvmagent.model.command import Affect, Command, Goal, VmRequest
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Facts, find_other_half
 from kvmagent.model.guestuse import amount_of
 from kvmagent.model.hostbudget import refuse_growth
 from kvmagent.model.ownerpolicy import check_owner_policy
 from kvmagent.model.reply import Problem
-from kvmagent.model.steps import CONFIG, LIVE, AnyStep, Resource, Step, Target
+from kvmagent.model.steps import CONFIG, LIVE, AnyStep, ForgetMemory, Resource, Step, Target
 from kvmagent.tasks.plugincalls import call
 
 _AFFECTED: dict[Affect, frozenset[Target]] = {"both": LIVE | CONFIG, "live": LIVE, "config": CONFIG}
@@ -35,20 +36,26 @@ def decide(command: Command, request: VmRequest, facts: Facts, task_uuid: str) -
     if steps or goal.totals:
         check_owner_policy(facts, request.affect, goal, steps)
         refuse_growth(goal.totals, facts)
-    _check_plan(command, request, goal, facts, steps)
+    _check_plan(command, request, goal, facts, steps, before=facts)
     return goal, steps
 
 
 def plan(
-    command: Command, request: VmRequest, goal: Goal, facts: Facts, failed: frozenset[str] = frozenset()
+    command: Command,
+    request: VmRequest,
+    goal: Goal,
+    facts: Facts,
+    failed: frozenset[str] = frozenset(),
+    *,
+    before: Facts | None,
 ) -> tuple[AnyStep, ...]:
-    """Return what is left to do towards a goal.
+    """Return what is left to do towards a goal; `before` is what was so when it was decided, None where unknown.
 
     Raises:
         AgentError: INTERNAL_ERROR, of the plugin's plan.
     """
     steps = _ask(command, goal, facts, failed)
-    _check_plan(command, request, goal, facts, steps)
+    _check_plan(command, request, goal, facts, steps, before=before)
     return steps
 
 
@@ -103,21 +110,91 @@ def _ask(command: Command, goal: Goal, facts: Facts, failed: frozenset[str]) -> 
     return steps
 
 
-def _check_plan(command: Command, request: VmRequest, goal: Goal, facts: Facts, steps: tuple[AnyStep, ...]) -> None:
+def _check_plan(
+    command: Command,
+    request: VmRequest,
+    goal: Goal,
+    facts: Facts,
+    steps: tuple[AnyStep, ...],
+    *,
+    before: Facts | None,
+) -> None:
     """What the goal has no total of cannot be judged, nor could its owner be asked; nor of more than the total."""
     growth: Counter[tuple[Resource, Target]] = Counter()
+    loss: Counter[tuple[Resource, Target]] = Counter()
     for step in steps:
         why = _find_fault(request.affect, goal, step)
         for target in step.changes if step.resource is not None and not why else ():
             assert step.resource is not None
-            growth[step.resource, target] += max(0, step.find_growth(facts, target))
+            added, one = step.find_growth(facts, target), (step.resource, target)
+            growth[one] += max(0, added)
+            loss[one] += max(0, -added)
             has = amount_of(facts, step.resource, target)
-            most = _find_most(goal, facts, step.resource, target)
-            if has is not None and growth[step.resource, target] > most - has:
+            if has is None:
+                continue
+            if added > 0 and growth[one] > _find_ceiling(goal, facts, *one) - has:
                 why = f"that is more {step.resource} than its goal has for the {_CALLED[target]}"
+            elif (
+                added < 0
+                and not _has_left(step, facts, before)
+                and loss[one] > has - _find_floor(goal, facts, before, *one)
+            ):
+                why = f"that takes more {step.resource} from the {_CALLED[target]} than its goal does"
         if why:
             message = f"{command.name} plans {type(step).__name__}, but {why}"
             raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
+
+
+def _find_ceiling(goal: Goal, facts: Facts, resource: Resource, target: Target) -> int:
+    """Return what a plan may bring a resource to: a removal gives nothing, but on its way back."""
+    has = amount_of(facts, resource, target) or 0
+    return has if _is_removal(goal, resource) and goal.failure is None else _find_most(goal, facts, resource, target)
+
+
+def _find_floor(goal: Goal, facts: Facts, before: Facts | None, resource: Resource, target: Target) -> int:
+    """Return what a plan has to leave: a removal its total, the way back what was there before; any other all of it.
+
+    A request of a virtio-mem device that its guest has not met is nothing that the VM has.
+    """
+    has = amount_of(facts, resource, target) or 0
+    if goal.failure is None and _is_removal(goal, resource):
+        totals: list[int | None] = [getattr(total, target) for total in goal.totals if total.resource == resource]
+        return min([has, *(amount for amount in totals if amount is not None)])
+    if goal.failure is not None and before is not None:
+        # A start of the VM deflates its balloon: what it holds then, no task has given.
+        is_other = resource == "balloon" and target == "live" and goal.run != facts.run
+        had = amount_of(before, resource, target)
+        return has if is_other or had is None else min(has, had)
+    return has - _find_unmet(facts, before) if (resource, target) == ("memory", "config") else has
+
+
+def _find_unmet(facts: Facts, before: Facts | None) -> int:
+    """Return what the definition has of requests that the guest had not met before, and that are the same still."""
+    unmet, live, config = 0, facts.domain.live, facts.domain.config
+    if before is None or before.domain.live is None or before.domain.config is None or config is None:
+        return 0
+    for device in before.domain.live.virtio_mems:
+        saved, now = find_other_half(device, before.domain.config), find_other_half(device, config)
+        if device.is_settled or saved is None or now is None or now.requested_bytes != device.requested_bytes:
+            continue
+        if saved.requested_bytes == device.requested_bytes:
+            half = None if live is None else find_other_half(now, live)
+            unmet += max(0, now.plugged_bytes - (half or device).plugged_bytes)
+    return unmet
+
+
+def _has_left(step: AnyStep, facts: Facts, before: Facts | None) -> bool:
+    """Whether a device leaves the definition that has left the running VM: others may have left it meanwhile, too."""
+    if not isinstance(step, ForgetMemory) or step.alias is None or before is None:
+        return False
+    was, now = before.domain.live, facts.domain.live
+    if was is None or now is None:
+        return False
+    return was.find_device(step.alias) is not None and now.find_device(step.alias) is None
+
+
+def _is_removal(goal: Goal, resource: Resource) -> bool:
+    return any(total.resource == resource and total.direction == "down" for total in goal.totals)
 
 
 def _find_fault(affect: Affect, goal: Goal, step: AnyStep) -> str:

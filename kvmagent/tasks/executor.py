@@ -587,7 +587,7 @@ class Executor:
             return False
         assert run.goal is not None
         facts = self._observe(vm, run.command.observe_guest)
-        if step in plan(run.command, run.request, run.goal, facts, failed):
+        if step in plan(run.command, run.request, run.goal, facts, failed, before=run.before):
             return False
         log.info("step failed and its effect is there", step=type(step).__name__, error=error.message)
         return True

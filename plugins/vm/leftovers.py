@@ -8,7 +8,7 @@ import msgspec
 
 from kvmagent.model.command import Affect, Ending
 from kvmagent.model.errors import Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, find_other_half
 from kvmagent.model.guestuse import warning
 from kvmagent.model.reply import Problem
 from kvmagent.model.units import format_size
@@ -34,24 +34,6 @@ def cancel_leftovers(facts: Facts, affect: Affect) -> Facts:
                 changes[saved] = msgspec.structs.replace(saved, requested_bytes=device.current_bytes)
         domain = msgspec.structs.replace(domain, config=_replace(config, changes))
     return msgspec.structs.replace(facts, domain=domain)
-
-
-def find_other_half(device: MemoryDevice, definition: Definition) -> MemoryDevice | None:
-    """Return the same virtio-mem device in the VM's other definition: by user alias, else by its place on the bus."""
-    for other in definition.virtio_mems:
-        if other.alias is not None and other.alias == device.alias:
-            return other
-    same = (device.node, device.size_bytes)
-    return next(
-        (
-            other
-            for other in definition.virtio_mems
-            if None in (device.alias, other.alias)
-            and device.address == other.address
-            and (other.node, other.size_bytes) == same
-        ),
-        None,
-    )
 
 
 def explain_leftovers(ending: Ending) -> list[Problem]:

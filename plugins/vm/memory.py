@@ -24,7 +24,7 @@ from kvmagent.model.checks import (
 )
 from kvmagent.model.command import Affect, Command, Ending, Resize, Total
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Facts, MemoryDevice
+from kvmagent.model.facts import Definition, Facts, MemoryDevice, find_other_half
 from kvmagent.model.guestos import check_plugs_memory, check_virtio_mem, find_limits
 from kvmagent.model.guestuse import find_imbalance
 from kvmagent.model.machines import Ability, find_machine
@@ -41,7 +41,7 @@ from .guestmemory import (
     find_idle,
     split_for_guest,
 )
-from .leftovers import cancel_leftovers, explain_leftovers, find_balloon_leftover, find_other_half
+from .leftovers import cancel_leftovers, explain_leftovers, find_balloon_leftover
 from .memorygoal import MemoryGoal, PlannedDimm, PlannedResize, PlannedVirtioMem, next_steps
 from .requests import HotPlugMemoryRequest, MemoryReply
 

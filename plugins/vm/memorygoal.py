@@ -11,6 +11,7 @@ from kvmagent.model.facts import (
     count_missing,
     device_blocks,
     dimm_blocks,
+    find_other_half,
     pick_blocks,
 )
 from kvmagent.model.steps import (
@@ -27,7 +28,6 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import format_size
 
 from .guestmemory import listed_blocks, online_blocks, online_steps, spans_of
-from .leftovers import find_other_half
 from .reply import not_verified
 
 

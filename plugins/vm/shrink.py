@@ -13,6 +13,7 @@ from kvmagent.model.steps import (
     OfflineGuestMemory,
     OnlineGuestMemory,
     SetBalloon,
+    Target,
 )
 
 from .guestmemory import online_blocks
@@ -96,7 +97,9 @@ def next_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[
     resizes = tuple(resize for resize in goal.resizes if _has_more(resize, facts))
     if steps := resize_steps(resizes, facts, failed, goal.timeout_sec):
         return steps
-    removals = [step for removal in goal.removals for step in _removal_steps(removal, goal, facts, failed)]
+    removals, surplus = list[AnyStep](), _find_surplus(goal, facts)
+    for removal in goal.removals:
+        removals += _removal_steps(removal, goal, facts, failed, surplus)
     return tuple(removals) or _balloon_steps(goal, facts, failed)
 
 
@@ -116,26 +119,52 @@ def _find_live(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> Memor
     return removal.find_live(facts.get_live(), same_run=goal.run is None or goal.run == facts.run)
 
 
+def _find_surplus(goal: ShrinkGoal, facts: Facts) -> dict[Target, int | None]:
+    """Return what each definition has above its total, None where it has none: others may have taken more meanwhile."""
+    total = goal.find_total("memory")
+
+    def exceed(target: Target) -> int | None:
+        wanted: int | None = None if total is None else getattr(total, target)
+        definition = facts.find_definition(target)
+        return None if wanted is None or definition is None else definition.memory_bytes - wanted
+
+    return {"live": exceed("live"), "config": exceed("config")}
+
+
+def _take(surplus: dict[Target, int | None], target: Target, size_bytes: int) -> bool:
+    """Return whether so much may leave, and take it from the surplus."""
+    left = surplus[target]
+    if left is not None and left < size_bytes:
+        return False
+    surplus[target] = None if left is None else left - size_bytes
+    return True
+
+
 def _removal_steps(
-    removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts, failed: frozenset[str]
+    removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts, failed: frozenset[str], surplus: dict[Target, int | None]
 ) -> tuple[AnyStep, ...]:
     """Out of use in the guest, out of the VM, out of its definition: each only after the one before.
 
-    What the guest refuses to give up goes back into use; what it has not answered for may still leave.
+    What the guest refuses to give up goes back into use; what it has not answered for may still leave. What would bring
+    the VM below its total by now stays; but what has left the VM leaves its definition.
     """
     steps: list[AnyStep] = []
-    if removal.live and (device := _find_live(removal, goal, facts)) is not None and device.alias is not None:
+    device = _find_live(removal, goal, facts) if removal.live else None
+    stays = device is not None and not _take(surplus, "live", device.plugged_bytes)
+    if device is not None and device.alias is not None:
         detach = DetachMemory(alias=device.alias, timeout_sec=goal.timeout_sec)
         used = tuple(sorted(online_blocks(facts.guest) & frozenset(removal.online_blocks)))
         offline = OfflineGuestMemory(alias=device.alias, blocks=used)
         refused = detach.key in failed and f"{detach.key} {Code.MEMORY_REMOVAL_PENDING}" not in failed
-        if offline.key in failed or refused:
+        if offline.key in failed or refused or stays:
             back = tuple(sorted(frozenset(removal.online_blocks) - frozenset(used)))
             return (OnlineGuestMemory(blocks=back),) if back and OnlineGuestMemory.__name__ not in failed else ()
         if detach.key in failed:
             return ()
         steps += [offline, detach] if used and goal.guest_online else [detach]
     if removal.config and removal.find_config(facts.get_config()) is not None:
+        if not _take(surplus, "config", removal.size_bytes) and (device is not None or not removal.live):
+            return tuple(steps)
         steps.append(
             ForgetMemory(alias=removal.alias, slot=removal.slot, node=removal.node, size_bytes=removal.size_bytes)
         )

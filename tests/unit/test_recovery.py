@@ -614,6 +614,29 @@ def test_a_removal_that_goes_on_gives_back_nothing_that_has_left_by_then(
     assert has_memory(agent) == [256 * MIB, 356 * MIB, 356 * MIB]
 
 
+@pytest.mark.parametrize("point", ["step:begun", "step:done"])
+def test_a_removal_that_goes_on_takes_nothing_more_once_others_have_taken_as_much(tmp_path: Path, point: str) -> None:
+    agent = Agent(tmp_path)
+    assert carry_out(agent.node, "HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, dimmSize=128 * MIB)["success"]
+    task = agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=384 * MIB)
+    agent.point = point
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    (left,) = agent.journal.unfinished()
+    aliases = [one.get("name") for one in agent.domain.live.findall("./devices/memory/alias")]
+    kept = next(one for one in aliases if one.encode() not in (left.goal or b""))
+    agent.domain.detachDeviceAlias(kept, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    device = {"model": "dimm", "alias": kept, "node": 0, "size_bytes": 128 * MIB}
+    xml = find_memory_xml(agent.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), **device)
+    assert xml is not None
+    agent.domain.detachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+    agent.executor.run(left)
+    agent.journal.stop()
+    assert agent.reply()["success"], agent.reply()
+    assert has_memory(agent)[1:] == [384 * MIB, 384 * MIB]
+    assert all(agent.domain.guest.blocks.values())
+
+
 def test_a_task_for_the_definition_that_goes_on_leaves_new_blocks_of_the_guest_alone(tmp_path: Path) -> None:
     """The VM was started anew meanwhile, with what the task gave it, and its guest has not brought that online."""
     agent = Agent(tmp_path, make_virtio_mem())

@@ -34,7 +34,19 @@ from kvmagent.tasks.executor import Executor
 from tests.fakes.agent import COMMANDS, MIB
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.unit.test_hostqueries import Unforeseen, raising, returning
-from tests.unit.test_recovery import WAYS, Agent, Way, check_truth, meet, numbers_of, reserved, shape_of
+from tests.unit.test_recovery import (
+    WAYS,
+    Agent,
+    Killed,
+    Way,
+    check_truth,
+    make_virtio_mem,
+    meet,
+    numbers_of,
+    reserved,
+    set_virtio_mem,
+    shape_of,
+)
 from tests.unit.test_told import Counted
 
 SHAPE = Shape(vcpu_maximum=16, topology=None, max_memory_bytes=8192 * MIB, slots=16, cells=())
@@ -133,7 +145,8 @@ def test_no_definition_is_changed_that_the_goal_or_the_caller_leaves_alone(
     command = planning(totals, step)
     agent = carry_out(tmp_path_factory.mktemp("rogue"), command, cpuNum=3, affect=affect, dryRun=dry_run)
     reply = agent.reply()
-    if is_declared(step, totals, affect):
+    takes = isinstance(step, ForgetMemory | SetBalloon)  # the VM has 256 MiB, and the goals only add
+    if is_declared(step, totals, affect) and not takes:
         assert reply["errorCode"] != "INTERNAL_ERROR", reply
         return
     assert (reply["outcome"], reply["errorCode"]) == ("refused", "INTERNAL_ERROR")
@@ -317,13 +330,125 @@ def test_what_of_a_goal_is_the_agent_s_own_no_plugin_sets(tmp_path: Path) -> Non
     assert (reply["success"], reply["error"], reply["cpuNum"]) == (True, "", 3)
 
 
-def test_what_grew_and_is_called_a_removal_is_online_only_where_the_guest_uses_it(tmp_path: Path) -> None:
-    def next_steps(goal: Goal, facts: Any, failed: frozenset[str]) -> tuple[AnyStep, ...]:
-        return () if facts.get_live().vcpu_current == 3 else (SetVcpus(count=3, target="both"),)
+#: What takes something away from `make_full`: of each kind of step that can.
+TAKING: list[AnyStep] = [
+    *(SetVcpus(count=1, target=target) for target in ("live", "config", "both")),
+    UnplugVcpus(count=1, timeout_sec=1),
+    *(SetBalloon(size_bytes=300 * MIB, target=target) for target in ("live", "config")),
+    *(
+        ResizeVirtioMem(alias="ua-vm", node=0, size_bytes=2048 * MIB, requested_bytes=100 * MIB, target=target)
+        for target in ("live", "config")
+    ),
+    DetachMemory(alias="ua-dimm", timeout_sec=1),
+    ForgetMemory(alias="ua-dimm", slot=0, node=0, size_bytes=128 * MIB),
+]
 
-    command = replace(planning((Total("cpu", 3, 3, direction="down"),)), next_steps=next_steps)
-    domain = meet(WAYS["HotPlugCpu"])
-    domain.guest.auto_online = False
+
+def make_full() -> FakeDomain:
+    domain = make_virtio_mem()
+    domain.attachDeviceFlags(
+        "<memory model='dimm'><target><size unit='KiB'>131072</size><node>0</node></target>"
+        "<alias name='ua-dimm'/></memory>",
+        3,
+    )
+    domain.setVcpusFlags(2, 3)
+    return domain
+
+
+def everything_of(domain: FakeDomain) -> dict[str, int]:
+    balloons = {
+        name: int(root.findtext("currentMemory")) for name, root in (("live", domain.live), ("config", domain.config))
+    }
+    return numbers_of(domain) | balloons
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(
+        st.sampled_from(TAKING).flatmap(
+            lambda step: st.integers(0, 30).map(
+                lambda tenths: msgspec.structs.replace(
+                    step,
+                    **{
+                        name: getattr(step, name) * tenths // 10
+                        for name in ("requested_bytes", *(("size_bytes",) if isinstance(step, SetBalloon) else ()))
+                        if hasattr(step, name)
+                    },
+                )
+            )
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    interrupted=st.booleans(),
+    starts_anew=st.booleans(),
+)
+def test_no_plan_that_adds_takes_from_a_vm_what_it_has_by_then(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[AnyStep], interrupted: bool, starts_anew: bool
+) -> None:
+    """Nor when it goes on after a kill, and the VM was given more meanwhile, or was started anew."""
+    totals = tuple(
+        Total(one, amount, amount) for one, amount in (("cpu", 3), ("memory", 9 << 30), ("balloon", 9 << 30))
+    )  # type: ignore[arg-type]
+
+    def next_steps(goal: Goal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
+        if facts.get_live().vcpu_current < 3:
+            return (SetVcpus(count=3, target="both"),)
+        return tuple(step for step in steps if step.key not in failed)
+
+    command = replace(planning(totals), next_steps=next_steps)
+    agent = Agent(tmp_path_factory.mktemp("rogue"), make_full())
+    agent.executor = Executor(
+        agent.node,
+        agent.journal,
+        {command.name: command},
+        on_finished=lambda owed: agent.finished.append(owed.task_uuid),
+        on_pending=lambda task_uuid: None,
+        libvirt_wait_s=0.0,
+        fault=agent._fault,
+    )
+    task = agent.accept(command.name, vmUuid="vm1", cpuNum=3)
+    before = everything_of(agent.domain)
+    if interrupted:
+        agent.point = "step:done"
+        with pytest.raises(Killed):
+            agent.executor.run(task)
+        set_virtio_mem(agent.domain, 900)
+        if starts_anew:
+            agent.domain.power_cycle()
+        before = everything_of(agent.domain)
+        (task,) = agent.journal.unfinished()
+    agent.executor.run(task)
+    agent.journal.stop()
+    after = everything_of(agent.domain)
+    assert {name: (then, after[name]) for name, then in before.items() if after[name] < then} == {}, agent.reply()
+    assert agent.finished == ["t1"]
+
+
+def test_each_step_that_can_take_something_away_is_tried() -> None:
+    """Offline* leave the VM what it has: its guest gives it back when asked."""
+    taking = {
+        kind for kind in AnyStep.__args__ if kind.__name__.startswith(("Set", "Unplug", "Resize", "Detach", "Forget"))
+    }
+    assert {type(step) for step in TAKING} == taking - {SetCpuShares}
+
+
+@pytest.mark.parametrize("target", ["live", "config"])
+def test_no_removal_gives_what_it_was_to_take(tmp_path: Path, target: Any) -> None:
+    """What has less than the total by now keeps that: somebody has taken more meanwhile."""
+    command = planning((Total("cpu", 3, 3, direction="down"),), SetVcpus(count=2, target=target))
+    agent = carry_out(tmp_path, command, cpuNum=3)
+    assert (agent.reply()["outcome"], agent.reply()["errorCode"]) == ("refused", "INTERNAL_ERROR")
+    assert agent.domain.calls == []
+
+
+@pytest.mark.parametrize("step", [step for step in TAKING if not isinstance(step, SetVcpus) or step.target != "both"])
+def test_no_removal_takes_more_than_its_goal_says(tmp_path: Path, step: AnyStep) -> None:
+    domain = make_full()
+    has = everything_of(domain)
+    balloon = Total("balloon", has["live"] * 1024, has["config"] * 1024, direction="down")
+    memory = Total("memory", has["memorySize"], has["configMemorySize"], direction="down")
+    command = planning((Total("cpu", 2, 2, direction="down"), memory, balloon), step)
     reply = carry_out(tmp_path, command, domain, cpuNum=3).reply()
-    assert (reply["outcome"], reply["cpuNum"], reply["after"]["guestCpuNum"]) == ("plugged", 3, 1)
-    assert [warning["code"] for warning in reply["warnings"]] == ["GUEST_CPU_OFFLINE"]
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "INTERNAL_ERROR")
+    assert everything_of(domain) == has
