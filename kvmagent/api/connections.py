@@ -7,6 +7,7 @@ cheroot's own waits for what clients say and never for what they take, and measu
 Source: cheroot 11 connections.ConnectionManager, and what server.HTTPServer calls of it.
 """
 
+import os
 import selectors
 import socket
 import threading
@@ -65,6 +66,8 @@ class Connections:
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
+        self._stop = os.eventfd(0)
+        self._selector.register(self._stop, selectors.EVENT_READ)
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._ended.set()
@@ -86,9 +89,9 @@ class Connections:
         try:
             while not self._stopping.is_set():
                 for key, _ in self._selector.select(look_s):
-                    if key.data is None:
+                    if key.fileobj is self._listening:
                         self._accept()
-                    else:
+                    elif key.data is not None:
                         self._forget(key.data)
                         self._go_on(key.data)
                 if (now := time.monotonic()) >= look_at:
@@ -103,6 +106,7 @@ class Connections:
     def stop(self) -> None:
         """End `run`, and wait for its end."""
         self._stopping.set()
+        os.eventfd_write(self._stop, 1)
         self._ended.wait()
 
     def close(self) -> None:
@@ -110,6 +114,7 @@ class Connections:
         for connection in self._waiting():
             connection.close()
         self._selector.close()
+        os.close(self._stop)
 
     def _accept(self) -> None:
         try:

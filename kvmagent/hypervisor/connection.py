@@ -94,6 +94,7 @@ class Connection:
             self._opener.join(_OPEN_WAIT_S)
         self._ended.set()
         if self._loop.ident is not None:
+            libvirt.virEventUpdateTimeout(self._timer, 0)
             self._loop.join()
             libvirt.virEventRemoveTimeout(self._timer)
 
