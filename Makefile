@@ -81,8 +81,12 @@ picture: $(DEMO)/.installed
 # One worker more than CPUs: many tests wait for a guest or a limit.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 
+# The tests start the programs a thousand times: each would compile them, where PYTHONDONTWRITEBYTECODE is set.
+COMPILE = $(BIN)/python -m compileall -q kvmagent plugins
+
 test: setup
 	@echo "==> all tests, real guests, browsers and packages too: some 35 minutes on two cores; make check takes two"
+	@$(COMPILE)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-matrix: setup
@@ -100,6 +104,7 @@ test-pythons: setup
 	@$(BIN)/python -m tests.lab.pythons $(ARGS)
 
 check: $(STAMP)
+	@$(COMPILE)
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit
 
 lint: $(STAMP)
