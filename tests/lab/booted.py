@@ -17,7 +17,7 @@ from types import TracebackType
 from tests.lab.processes import wait_for
 from tests.lab.tree import Tree
 
-BOOT_TIMEOUT_S, COMMAND_TIMEOUT_S = 90.0, 120.0
+BOOT_TIMEOUT_S, COMMAND_TIMEOUT_S = 90.0, 600.0
 
 
 class Booted:

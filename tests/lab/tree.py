@@ -1,7 +1,8 @@
 """Owns a fresh Debian in a directory, as a clean machine: to install packages in, and to run what they bring.
 
     FreshDebian -- stdin --> unshare: a shell that is process 1 of namespaces of its own
-                                 /mnt/base    what debootstrap made, a tmpfs that no other process sees
+                                 /mnt/base    what debootstrap made, a tmpfs that no other process sees; it is kept
+                                              in /var/tmp/kvmagent-lab-<uid>, until the archive has a newer release
                                  /mnt/NAME    a Tree: a copy of it, with /proc and /dev
 
 Mounts and processes end with that shell, and it ends with its standard input: nothing is left to undo, also when the
@@ -11,13 +12,18 @@ test run is killed. The network is the host's, so that the tests reach an agent 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
 import os
 import platform
 import subprocess
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
+
+from tests.lab.image import cache_directory
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ROOM = Path("/mnt")
@@ -63,8 +69,27 @@ class FreshDebian:
 
     def bootstrap(self) -> None:
         """Make the base: the required packages and apt."""
+        kept, base = self._bootstrap_once(), str(ROOM / "base")
+        self.run("mkdir", base)
+        self.run("tar", "--extract", "--file", str(kept), "--directory", base)
+
+    def _bootstrap_once(self) -> Path:
+        """The base in a file, made now or before."""
         mirror, release = find_mirror()
-        self.run("debootstrap", "--variant=minbase", release, str(ROOM / "base"), mirror)
+        with urllib.request.urlopen(f"{mirror}/dists/{release}/InRelease") as answer:
+            key = hashlib.sha256(answer.read()).hexdigest()[:16]
+        kept = cache_directory() / f"{release}-{key}.tar"
+        with kept.with_name(f".lock-{release}").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not kept.exists():
+                new, part = ROOM / "new", kept.with_suffix(".part")
+                self.run("debootstrap", "--variant=minbase", release, str(new), mirror)
+                self.run("tar", "--create", "--file", str(part), "--directory", str(new), ".")
+                self.run("rm", "--recursive", "--one-file-system", str(new))
+                for former in kept.parent.glob(f"{release}-*.tar"):
+                    former.unlink()
+                part.rename(kept)
+        return kept
 
     def copy(self, name: str) -> Tree:
         """A tree of its own."""

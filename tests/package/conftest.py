@@ -1,17 +1,18 @@
-"""A package as `make deb` builds it, and clean machines to install it on; both are made once, side by side."""
+"""A package as `make deb` builds it, and clean machines to install it on; both are made once."""
 
+import fcntl
 import http.client
 import json
+import os
 import platform
 import re
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -25,47 +26,31 @@ ROOT = Path(__file__).parents[2]
 Done = subprocess.CompletedProcess[str]
 
 
-class Made(NamedTuple):
-    """The package, what lintian says of it (it takes its time), and the fresh Debian that machines are copied from."""
-
-    deb: Path
-    lintian: Future[Done]
-    debian: FreshDebian
-
-
 @pytest.fixture(scope="package")
-def bootstrap() -> Iterator[Future[FreshDebian]]:
-    """The fresh Debian, under way: it waits for the network."""
+def host_is_debian() -> None:
+    """The package is for Debian, and built on it."""
     if platform.freedesktop_os_release()["ID"] != "debian":
         pytest.skip("the package is for Debian")
-    with FreshDebian() as debian, ThreadPoolExecutor() as pool:
-
-        def make() -> FreshDebian:
-            debian.bootstrap()
-            return debian
-
-        yield pool.submit(make)
 
 
 @pytest.fixture(scope="package")
-def made(bootstrap: Future[FreshDebian], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """Compiles, while the fresh Debian is made."""
-    deb = build(tmp_path_factory.mktemp("deb"))
-    with ThreadPoolExecutor() as pool:
-        lintian = pool.submit(run, "lintian", "--allow-root", "--fail-on", "error", str(deb))
-        yield Made(deb, lintian, bootstrap.result())
+def deb(host_is_debian: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, which the first that needs it compiles for all workers of this run."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "deb"
+    directory.mkdir(exist_ok=True)
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        built = list(directory.glob("kvmagent_*.deb"))
+        return built[0] if built else build(directory)
 
 
 @pytest.fixture(scope="package")
-def deb(made: Made) -> Path:
-    """The package."""
-    return made.deb
-
-
-@pytest.fixture(scope="package")
-def debian(bootstrap: Future[FreshDebian]) -> FreshDebian:
+def debian(host_is_debian: None) -> Iterator[FreshDebian]:
     """Where clean machines come from."""
-    return bootstrap.result()
+    with FreshDebian() as debian:
+        debian.bootstrap()
+        yield debian
 
 
 def build(directory: Path) -> Path:

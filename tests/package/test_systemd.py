@@ -19,7 +19,8 @@ from tests.lab.domainxml import GuestSpec, format_domain
 from tests.lab.image import Image
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
-from tests.package.conftest import ROOT, Made
+from tests.lab.tree import FreshDebian
+from tests.package.conftest import ROOT
 
 pytestmark = pytest.mark.guest
 
@@ -37,15 +38,15 @@ KEEP_CONF = ("-oDpkg::Options::=--force-confdef", "-oDpkg::Options::=--force-con
 
 
 @pytest.fixture(scope="module")
-def machine(made: Made) -> Iterator[Booted]:
+def machine(debian: FreshDebian, deb: Path) -> Iterator[Booted]:
     """A booted machine with the package, whose agent listens on a port that is free on the host."""
-    tree = made.debian.copy("systemd")
+    tree = debian.copy("systemd")
     tree.install("systemd-sysv", "dbus", "libpam-systemd", "polkitd", "libvirt-daemon-system", "qemu-system-x86")
     with Booted(tree) as booted:
         booted.open_cgroups()
         booted.run("sh", "-c", f"mkdir /etc/kvmagent && printf '[http]\\nport = {find_free_port()}\\n' >{CONF}")
-        deb = f"/var/tmp/{tree.take(made.deb).name}"
-        booted.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *KEEP_CONF, deb)
+        file = f"/var/tmp/{tree.take(deb).name}"
+        booted.run("apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *KEEP_CONF, file)
         yield booted
 
 

@@ -17,7 +17,8 @@ from tests.lab.agent import find_free_port
 from tests.lab.booted import Booted
 from tests.lab.processes import wait_for
 from tests.lab.server import ManagementServer
-from tests.package.conftest import CONTROLLER, ROOT, Made, control, play_site
+from tests.lab.tree import FreshDebian
+from tests.package.conftest import CONTROLLER, ROOT, control, play_site
 
 pytestmark = pytest.mark.guest
 
@@ -85,15 +86,15 @@ class Node:
 
 
 @pytest.fixture
-def boot(made: Made, tmp_path: Path) -> Iterator[Callable[[str], Booted]]:
+def boot(debian: FreshDebian, deb: Path, tmp_path: Path) -> Iterator[Callable[[str], Booted]]:
     """Boots a machine with libvirt, which shows a directory of the test as the controller's."""
     machines: list[Booted] = []
 
     def boot_machine(name: str) -> Booted:
-        tree = made.debian.copy(name)
+        tree = debian.copy(name)
         tree.install("systemd-sysv", "dbus", "libpam-systemd", "polkitd", "libvirt-daemon-system", "python3-apt")
         tree.run("apt-get", "install", "--yes", "--quiet", "--download-only", "--no-install-recommends", "haproxy")
-        (tmp_path / made.deb.name).write_bytes(made.deb.read_bytes())
+        (tmp_path / deb.name).write_bytes(deb.read_bytes())
         control(tree, tmp_path)
         machine = Booted(tree)
         machine.__enter__()
@@ -154,7 +155,7 @@ def test_the_manual_s_steps_make_a_node_and_its_way_back_unmakes_it(
 
 
 def test_the_role_makes_the_same_node_and_changes_nothing_the_second_time(
-    boot: Callable[[str], Booted], original: int, server: ManagementServer, tmp_path: Path, made: Made
+    boot: Callable[[str], Booted], original: int, server: ManagementServer, tmp_path: Path, deb: Path
 ) -> None:
     machine = boot("zstack-ansible")
     node = Node(machine, find_free_port(), server)
@@ -163,7 +164,7 @@ def test_the_role_makes_the_same_node_and_changes_nothing_the_second_time(
     variables = {
         "ansible_connection": "local",
         "ansible_python_interpreter": "/usr/bin/python3",
-        "kvmagent_deb": f"{CONTROLLER}/{made.deb.name}",
+        "kvmagent_deb": f"{CONTROLLER}/{deb.name}",
         "kvmagent_install_recommends": False,
         "kvmagent_zstack_servers": ["127.0.0.1"],
         "kvmagent_zstack_callback_port": server.port,
