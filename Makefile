@@ -87,7 +87,7 @@ COMPILE = $(BIN)/python -m compileall -q kvmagent plugins
 test: setup
 	@echo "==> all tests, real guests, browsers and packages too: some 35 minutes on two cores; make check takes two"
 	@$(COMPILE)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-matrix: setup
 	@$(BIN)/python -m tests.matrix $(ARGS)
