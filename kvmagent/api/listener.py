@@ -62,6 +62,8 @@ _THREADS = 16
 _STAYING, _STAY_S = 8, 0.25
 # Of the UNIX socket, whose clients are a few tools.
 _LOCAL_THREADS, _LOCAL_STAYING = 6, 2
+# A list of all VMs has megabytes, of which the C library keeps what it was made of.
+_LARGE_BYTES = 2**18
 # Connects beyond the backlog wait a second or more for the kernel to try again.
 _BACKLOG = 1024
 # A connection that says nothing for so long is closed, as is one whose client takes nothing of its answer; and in all
@@ -101,6 +103,8 @@ class Listener(cheroot.server.HTTPServer):
         threads, staying = (_LOCAL_THREADS, _LOCAL_STAYING) if path else (_THREADS, _STAYING)
         super().__init__(path or (http.host, http.port), gateway=None, minthreads=threads, maxthreads=threads)
         self.path = path
+        #: Whether there was an answer since this was last False after which memory is worth to be given back.
+        self.sent_large = False
         self._bound: os.stat_result | None = None
         self.request_queue_size = _BACKLOG
         self.respond = respond
@@ -256,6 +260,7 @@ class _Connection(cheroot.server.HTTPConnection):
         self._has_unread = False
         #: What of an answer its client has not taken yet.
         self._waiting = bytearray()
+        self._is_large = False
 
     @property
     def is_writing(self) -> bool:
@@ -327,22 +332,26 @@ class _Connection(cheroot.server.HTTPConnection):
             return None
         response = self.server.respond(request, self.peer)
         keeps = request.keeps and self.server.ready and not self.is_outdated
-        self._send(response, connection=None if keeps and request.minor else b"keep-alive" if keeps else b"close")
+        self._queue(response, connection=None if keeps and request.minor else b"keep-alive" if keeps else b"close")
+        del response  # a large one is gone when it is sent
+        self._flush()
         return True if keeps else None
 
-    def _send(self, response: Response, *, connection: bytes | None) -> None:
-        """Send an answer whole, or have it wait; `connection` says what becomes of it where its client may err."""
+    def _queue(self, response: Response, *, connection: bytes | None) -> None:
+        """Have an answer wait to be sent; `connection` says what becomes of it where its client may err."""
         status, headers, body = response
         told = [(b"Connection", connection)] if connection else []
         lines = [b"HTTP/1.1 " + status, *(name + b": " + value for name, value in (*headers, *told))]
         self._waiting += b"\r\n".join(lines) + b"\r\n\r\n" + body
-        self._flush()
+        self._is_large = self._is_large or len(body) >= _LARGE_BYTES
 
     def _flush(self) -> None:
         """Send what the client takes at once, and wait for nobody."""
         with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
             while self._waiting:
                 del self._waiting[: self.socket.send(self._waiting)]
+            if self._is_large:
+                self._is_large, self.server.sent_large = False, True
 
     def _refuse(self, error: AgentError) -> None:
         """Answer what is no request, or may not become one; the connection is of no use after it."""
@@ -357,7 +366,8 @@ class _Connection(cheroot.server.HTTPConnection):
             headers["Retry-After"] = "5"
         told = [(name.encode(), value.encode()) for name, value in headers.items()]
         with contextlib.suppress(OSError):  # a client that is gone gets none
-            self._send((status.encode(), told, body), connection=b"close")
+            self._queue((status.encode(), told, body), connection=b"close")
+            self._flush()
             self._read_away()
 
     def close(self) -> None:

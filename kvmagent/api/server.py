@@ -85,8 +85,6 @@ _HEADERS: Mapping[str, str] = MappingProxyType(
 
 # CherryPy asks where a request came to and from; nothing here asks CherryPy.
 _NO_HOST = cherrypy.lib.httputil.Host("", 0)
-# A list of all VMs has megabytes, of which the C library keeps what it was made of.
-_LARGE_BYTES = 2**18
 
 
 class Server:
@@ -103,7 +101,7 @@ class Server:
     ) -> None:
         recorder = recorder or Recorder()
         self._refusals = Refusals()
-        self._application = application = _Application(_Dispatcher(security, routes, recorder, self._refusals))
+        application = _Application(_Dispatcher(security, routes, recorder, self._refusals))
         self._opens_tcp = opens_tcp
         paths = ([http.socket] if http.socket else []) + ([""] if opens_tcp else [])
         self._listeners = [
@@ -141,8 +139,10 @@ class Server:
     def look_after(self) -> None:
         """Tell what was only counted, give back what large answers took. To be called every second or so."""
         self._refusals.flush()
-        if self._application.was_large:
-            self._application.was_large = False
+        sent = [listener for listener in self._listeners if listener.sent_large]
+        for listener in sent:
+            listener.sent_large = False
+        if sent:
             _give_memory_back()
 
     def stop(self) -> None:
@@ -158,8 +158,6 @@ class _Application:
     """One CherryPy application, called by the listener without WSGI between them."""
 
     def __init__(self, dispatcher: "_Dispatcher") -> None:
-        #: Whether there was an answer since this was last False after which memory is worth to be given back.
-        self.was_large = False
         self._application = cherrypy.Application(None, "", {"/": {"request.dispatch": dispatcher}})
         self._application.request_class = _Request
         # CherryPy's own line for each request repeats what the task's lines say.
@@ -173,9 +171,7 @@ class _Application:
         request.asked, request.peer = asked, peer
         try:
             request.run(asked.method, asked.path, asked.query, f"HTTP/1.{asked.minor}", (), None)
-            body = b"".join(response.body)
-            self.was_large = self.was_large or len(body) >= _LARGE_BYTES
-            return response.output_status, response.header_list, body
+            return response.output_status, response.header_list, b"".join(response.body)
         except Exception as error:
             log.failure("request failed before it was one", error, client=peer.address)
             body = encode_error(AgentError(Code.INTERNAL_ERROR, type(error).__name__, expected=False))

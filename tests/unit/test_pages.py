@@ -159,6 +159,7 @@ def test_a_page_asks_no_more_vms_than_it_tells() -> None:
 READ_A_THOUSAND = """
 import ctypes
 import http.client
+import time
 from contextlib import closing
 from pathlib import Path
 from kvmagent.api.security import Security
@@ -189,8 +190,13 @@ ctypes.CDLL(None).malloc_trim(0)
 before = resident()
 for _ in range(3):
     read()
-server.look_after()
-print(resident() - before)
+# The thread that wrote the last answer may still be about to let go of it.
+for _ in range(600):
+    server.look_after()
+    if (left := resident() - before) < 1024:
+        break
+    time.sleep(0.1)
+print(left)
 server.stop()
 """
 
