@@ -235,7 +235,7 @@ class Resources:
         """Return a VM as JSON, or those fields of it; None for one that the caller's roles are not for."""
         described = self._describe_vm(uuid)
         name = _NAMED.decode(described).name if access.vms else None
-        if not access.covers(uuid, name or ""):
+        if not access.covers_vm(uuid, name or ""):
             return None
         return described if fields is None else choose_fields(described, fields | {"vmUuid"})
 
@@ -283,7 +283,7 @@ class Resources:
 
         def may_see(change: ChangeRecord) -> bool:
             # A VM that once had this name may be another's by now.
-            return call.access.covers(change.vm_uuid, change.vm_name)
+            return call.access.covers_vm(change.vm_uuid, change.vm_name)
 
         return _answer_newest(call, page, "changes", changes, _entry, may_see=may_see)
 

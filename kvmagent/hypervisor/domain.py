@@ -462,7 +462,9 @@ class VmHandle:
 
 
 def find_vm(connection: libvirt.virConnect, vm: str, means: Means) -> VmHandle:
-    """Look a VM up by name or UUID, each with or without dashes.
+    """Look a VM up by UUID or name, each with or without dashes.
+
+    What is a VM's UUID is no other's name: whoever may name VMs must not get what is meant for that one.
 
     Raises:
         AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE.
@@ -471,7 +473,7 @@ def find_vm(connection: libvirt.virConnect, vm: str, means: Means) -> VmHandle:
         is_test_driver = connection.getType().upper() == "TEST"
     attempts = [(connection.lookupByName, vm)]
     if bare := parse_uuid(vm):
-        attempts += [(connection.lookupByUUIDString, bare), (connection.lookupByName, bare)]
+        attempts = [(connection.lookupByUUIDString, bare), *attempts, (connection.lookupByName, bare)]
     for lookup, key in attempts:
         if "\0" in key:  # no name has it, and libvirt's binding raises a ValueError for it
             continue

@@ -30,10 +30,10 @@ class VmNames:
             self._names[vm_uuid], self._uuids[name] = name, vm_uuid
 
     def find(self, vm: str) -> VmId | None:
-        """Return the VM of that name or UUID, whichever libvirt would find first; None where none was seen."""
+        """Return the VM of that name or UUID, whichever is looked for first; None where none was seen."""
         bare, dashed = parse_uuid(vm), dashed_uuid(vm)
         with self._lock:
-            for vm_uuid in (self._uuids.get(vm), dashed, self._uuids.get(bare or "")):
+            for vm_uuid in (dashed, self._uuids.get(vm), self._uuids.get(bare or "")):
                 if vm_uuid is not None and vm_uuid in self._names:
                     return VmId(vm_uuid, self._names[vm_uuid])
         return None

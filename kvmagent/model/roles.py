@@ -62,6 +62,10 @@ class Access:
         """Return whether its roles are for a VM, by any of its names."""
         return not self.vms or any(_means(pattern, name) for name in names for pattern in self.vms)
 
+    def covers_vm(self, uuid: str, name: str) -> bool:
+        """Return whether its roles are for a VM; a name that looks like a UUID means the VM that has that UUID."""
+        return self.covers(uuid) or (parse_uuid(name) is None and self.covers(name))
+
     def may(self, role: Role, *names: str) -> bool:
         """Return whether it has a role for a VM, or without names for the whole host."""
         return self.has(role) and (self.covers(*names) if names else not self.vms)

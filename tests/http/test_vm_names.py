@@ -54,7 +54,7 @@ def test_a_task_sent_before_its_vm_was_seen_has_its_names_too(tmp_path: Path) ->
 
 
 def test_a_vm_whose_name_looks_like_another_s_uuid_is_found_by_that_name(tmp_path: Path) -> None:
-    # libvirt's own rule as well: what is a VM's name is its name, whatever it looks like.
+    # No VM has that UUID.
     name = "0123456789abcdef0123456789abcdef"
     dashed = "01234567-89ab-cdef-0123-456789abcdef"
     with AgentProcess(uri=write_node(tmp_path, GuestSpec(name=name))) as agent:

@@ -122,3 +122,12 @@ UUID = "db3c1e50-1111-4222-8333-abcdefabcdef"
 )
 def test_a_uuid_is_meant_by_itself_alone_however_it_is_written(pattern: str, name: str, is_for: bool) -> None:
     assert Access("token:t", frozenset({"plug"}), (pattern,)).covers(name) is is_for
+
+
+def test_a_vm_named_like_another_s_uuid_is_not_that_one() -> None:
+    uuid, other = "5f2c0000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
+    reader = Access("token:t", frozenset({"read"}), (uuid,))
+    assert reader.covers_vm(uuid, "db-1")
+    assert reader.covers_vm(uuid, other)
+    assert not reader.covers_vm(other, uuid)
+    assert Access("token:t", frozenset({"read"}), ("db-*",)).covers_vm(other, "db-1")
