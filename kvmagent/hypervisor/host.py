@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from kvmagent.hypervisor.kernelfiles import read_fields, read_sizes, read_text
+from kvmagent.hypervisor.kernelfiles import list_names, read_fields, read_sizes, read_text
 from kvmagent.model.facts import Host, HostNode
 from kvmagent.model.host import HostLoad
 from kvmagent.model.hostbudget import HostCapacity, NodeCapacity
 from kvmagent.model.units import KIB
 
+_NODE, _HUGEPAGES = re.compile(r"node\d+"), re.compile(r"hugepages-(\d+)kB")
 _CGROUPS = "sys/fs/cgroup"
 # systemd's slice for VMs: all of libvirt's system VMs are below it.
 _SLICE = f"{_CGROUPS}/machine.slice"
@@ -28,14 +29,14 @@ _PARTITIONS = (".slice", ".partition")
 
 def read_host(vcpu_limit: int | None, root: Path) -> Host:
     """Return the host's facts, the kernel's files being below `root`; a part that cannot be read is None."""
-    meminfo = read_sizes(root / "proc/meminfo")
+    meminfo = read_sizes(f"{root}/proc/meminfo")
     available = meminfo.get("MemAvailable")
-    room = _slice_room(root / _SLICE)
+    room = _slice_room(f"{root}/{_SLICE}")
     return Host(
         memory_available_bytes=available if room is None or available is None else min(available, room),
         vcpu_limit=vcpu_limit,
         phys_bits=_read_phys_bits(root / "proc/cpuinfo"),
-        nodes=tuple(_read_node(path) for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))),
+        nodes=tuple(_read_node(node, directory) for node, directory in _find_nodes(root)),
         hugepage_bytes=meminfo.get("Hugepagesize"),
         boot_id=read_boot_id(root),
     )
@@ -43,43 +44,48 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
 
 def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapacity:
     """Return what of the host's memory may be promised to VMs."""
-    meminfo = read_sizes(root / "proc/meminfo")
+    meminfo = read_sizes(f"{root}/proc/meminfo")
     nodes = [
         NodeCapacity(
-            id=int(path.name.removeprefix("node")),
-            memory_bytes=read_sizes(path / "meminfo").get("MemTotal", 0),
-            hugepages=_measure_hugepages(path / "hugepages"),
+            id=node,
+            memory_bytes=read_sizes(f"{directory}/meminfo").get("MemTotal", 0),
+            hugepages=_measure_hugepages(_count_hugepages(f"{directory}/hugepages", "nr_hugepages")),
         )
-        for path in sorted((root / "sys/devices/system/node").glob("node[0-9]*"))
+        for node, directory in _find_nodes(root)
     ]
+    pages = f"{root}/sys/kernel/mm/hugepages"
+    counts = _count_hugepages(pages, "nr_hugepages")
     return HostCapacity(
         physical_bytes=meminfo.get("MemTotal", 0),
         reserve_bytes=reserve_bytes,
         overcommit=overcommit,
         default_page_bytes=meminfo.get("Hugepagesize"),
-        hugepages=_measure_hugepages(root / "sys/kernel/mm/hugepages"),
-        taken=_measure_taken(root / "sys/kernel/mm/hugepages"),
+        hugepages=_measure_hugepages(counts),
+        taken=_measure_taken(pages, counts),
         nodes=tuple(nodes),
         limit_bytes=read_limits(root, _TOPS[:1]).get(_TOPS[0]),
     )
 
 
-def _measure_hugepages(directory: Path) -> dict[int, int]:
-    """Return the bytes in all hugepages by their size."""
-    return {size: count * size for size, count in _count_hugepages(directory, "nr_hugepages").items()}
+def _find_nodes(root: Path) -> list[tuple[int, str]]:
+    """Return the host's NUMA nodes, each with its directory."""
+    nodes = f"{root}/sys/devices/system/node"
+    return [(int(name[4:]), f"{nodes}/{name}") for name in sorted(list_names(nodes)) if _NODE.fullmatch(name)]
 
 
-def _measure_taken(directory: Path) -> dict[int, int]:
-    """Return the bytes in hugepages that are used or reserved, by size; empty if that is not known.
+def _measure_hugepages(counts: dict[int, int]) -> dict[int, int]:
+    """Return the bytes in hugepages by their size."""
+    return {size: count * size for size, count in counts.items()}
+
+
+def _measure_taken(directory: str, counts: dict[int, int]) -> dict[int, int]:
+    """Return the bytes in hugepages that are used or reserved, by size; without those of which it is not known.
 
     Source: Linux hugetlbpage.rst: reserved ones are promised to a mapping and still count as free.
     """
-    if not any(directory.glob("hugepages-*kB/free_hugepages")):
-        return {}
     free, reserved = _count_hugepages(directory, "free_hugepages"), _count_hugepages(directory, "resv_hugepages")
     return {
-        size: (count - free[size] + reserved[size]) * size
-        for size, count in _count_hugepages(directory, "nr_hugepages").items()
+        size: (count - free[size] + reserved.get(size, 0)) * size for size, count in counts.items() if size in free
     }
 
 
@@ -108,16 +114,19 @@ def _list_directories(directory: Path) -> list[Path]:
 
 def read_limits(root: Path, cgroups: Iterable[str]) -> dict[str, int]:
     """Return what each of these cgroups may take of memory, where it is limited."""
-    limits = {cgroup: read_text(root / _CGROUPS / cgroup / "memory.max") or "" for cgroup in cgroups}
+    limits = {cgroup: read_text(f"{root}/{_CGROUPS}/{cgroup}/memory.max") or "" for cgroup in cgroups}
     return {cgroup: int(limit) for cgroup, limit in limits.items() if limit.isdigit()}
 
 
-def _count_hugepages(directory: Path, file: str) -> dict[int, int]:
-    """Return the number of hugepages by their size: `nr_hugepages` counts all, `free_hugepages` the free ones."""
+def _count_hugepages(directory: str, file: str) -> dict[int, int]:
+    """Return the number of hugepages by their size: `nr_hugepages` counts all, `free_hugepages` the free ones.
+
+    A size whose number cannot be read is left out.
+    """
     found = {}
-    for pages in directory.glob("hugepages-*kB"):
-        size_kib = int(pages.name.removeprefix("hugepages-").removesuffix("kB"))
-        found[size_kib * KIB] = int(read_text(pages / file) or 0)
+    for name in list_names(directory):
+        if (size := _HUGEPAGES.fullmatch(name)) and (count := read_text(f"{directory}/{name}/{file}")):
+            found[int(size[1]) * KIB] = int(count)
     return found
 
 
@@ -140,12 +149,12 @@ def read_host_load(root: Path) -> HostLoad:
     )
 
 
-def _read_node(path: Path) -> HostNode:
-    free = _count_hugepages(path / "hugepages", "free_hugepages")
-    meminfo = read_sizes(path / "meminfo")
+def _read_node(node: int, directory: str) -> HostNode:
+    free = _count_hugepages(f"{directory}/hugepages", "free_hugepages")
+    meminfo = read_sizes(f"{directory}/meminfo")
     # Page cache that can be dropped is free for a VM. Source: Linux mm/vmscan.c; the node has no MemAvailable.
     free_bytes = sum(meminfo.get(name, 0) for name in ("MemFree", "Inactive(file)", "SReclaimable"))
-    return HostNode(id=int(path.name.removeprefix("node")), free_bytes=free_bytes, free_hugepages=free)
+    return HostNode(id=node, free_bytes=free_bytes, free_hugepages=free)
 
 
 @functools.cache  # of the processor: it stays, and the file is long on a large host
@@ -154,7 +163,7 @@ def _read_phys_bits(path: Path) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _slice_room(path: Path) -> int | None:
+def _slice_room(path: str) -> int | None:
     """Return what the VMs' cgroup may still take; None without a limit."""
-    limit, current = read_text(path / "memory.max") or "", read_text(path / "memory.current") or ""
+    limit, current = read_text(f"{path}/memory.max") or "", read_text(f"{path}/memory.current") or ""
     return int(limit) - int(current) if limit.isdigit() and current.isdigit() else None

@@ -3,17 +3,31 @@
 Source: proc(5).
 """
 
+import os
+import re
 from pathlib import Path
 
 from kvmagent.model.units import KIB
 
+# The line of a size; a NUMA node's file has "Node N" in front of each name.
+_SIZE = re.compile(r"^(?:Node \d+ )?([^\s:]+):[ \t]+(\d+) kB$", re.MULTILINE)
 
-def read_text(path: Path) -> str | None:
+
+def read_text(path: str | Path) -> str | None:
     """Return a file's text without the space around it."""
     try:
-        return path.read_text(errors="replace").strip()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode(errors="replace").strip()
     except OSError:
         return None
+
+
+def list_names(directory: str | Path) -> list[str]:
+    """Return the names of what is in a directory; none where it cannot be read."""
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def read_fields(path: Path) -> dict[str, str]:
@@ -35,7 +49,6 @@ def read_lines(path: Path) -> dict[str, str]:
     return lines
 
 
-def read_sizes(path: Path) -> dict[str, int]:
-    """Return the sizes of a meminfo file in bytes; a NUMA node's has "Node N" in front of each name."""
-    fields = {name.split()[-1]: value for name, value in read_fields(path).items() if name}
-    return {name: int(value.split()[0]) * KIB for name, value in fields.items() if value.endswith(" kB")}
+def read_sizes(path: str | Path) -> dict[str, int]:
+    """Return the sizes of a meminfo file in bytes."""
+    return {name: int(size_kib) * KIB for name, size_kib in _SIZE.findall(read_text(path) or "")}
