@@ -110,7 +110,7 @@ def struct_fields(struct: msgspec.Struct, *, omit: frozenset[str] = frozenset())
     Lists of numbers are told as ranges, what is no single value as JSON. A name that the line has itself is put apart.
     """
     told = dict[str, object]()
-    for field in msgspec.structs.fields(struct):
+    for field in _fields(type(struct)):
         value = getattr(struct, field.name)
         if field.name in omit or value is None or value is msgspec.UNSET or value == field.default:
             continue
@@ -120,6 +120,12 @@ def struct_fields(struct: msgspec.Struct, *, omit: frozenset[str] = frozenset())
             value = msgspec.json.encode(value).decode()
         told[f"own_{field.encode_name}" if field.encode_name in _TAKEN else field.encode_name] = value
     return told
+
+
+@functools.cache
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Return a struct's fields, for which msgspec evaluates all its annotations: 20 us each time."""
+    return msgspec.structs.fields(kind)
 
 
 @contextlib.contextmanager

@@ -86,12 +86,9 @@ class VmHandle:
         self._domain = domain
         self._is_test_driver = is_test_driver
         self._means = means
+        #: The VM's UUID, with dashes.
+        self.uuid = str(domain.UUIDString())
         self.agent = GuestAgent(domain, send=means.send_to_agent, recorder=means.recorder)
-
-    @property
-    def uuid(self) -> str:
-        """The VM's UUID, with dashes."""
-        return str(self._domain.UUIDString())
 
     def read(self, *, ask_balloon: bool, ask_target: bool = False) -> tuple[Domain, bool | None]:
         """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel).

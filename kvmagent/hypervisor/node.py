@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import libvirt
 import libvirt_qemu
@@ -83,6 +84,7 @@ class Node:
         )
         self._host_root = host_root
         self._budget = budget or Budget(host_root=host_root)
+        self._versions: WeakKeyDictionary[libvirt.virConnect, int] = WeakKeyDictionary()
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
         self._migrations = migrations or Migrations(host_root=host_root)
@@ -235,7 +237,7 @@ class Node:
             domain = self._with_memlock(domain)
         else:
             host = Host(boot_id=read_boot_id(self._host_root))
-        version = connection.getLibVersion()
+        version = self._find_version(connection)
         host = msgspec.structs.replace(
             host,
             vcpu_limit=limit,
@@ -273,6 +275,12 @@ class Node:
         pid = find_pid(self._host_root, domain.uuid)
         limit = None if pid is None else read_memlock_bytes(self._host_root, pid)
         return msgspec.structs.replace(domain, memlock_bytes=limit)
+
+    def _find_version(self, connection: libvirt.virConnect) -> int:
+        """Return the version of the libvirt at the end of a connection, which ends with it: it is asked once."""
+        if (version := self._versions.get(connection)) is None:
+            version = self._versions[connection] = connection.getLibVersion()
+        return version
 
     def _vcpu_limit(self, connection: libvirt.virConnect, definition: Definition | None) -> int | None:
         """Return the most vCPUs of a machine type, read once; None if it is not known."""

@@ -20,6 +20,8 @@ from kvmagent.tasks.plugincalls import call
 log = Log(__name__)
 
 _JUDGED = frozenset(VmReply.__struct_fields__)
+# Made once: msgspec evaluates all annotations for it.
+_NUMBERS = msgspec.structs.fields(Numbers)
 # Of a VM's numbers a log line always has the first, and never those that follow from others or are not the agent's.
 _ALWAYS_TOLD = ("cpu_num", "memory_size")
 _NEVER_TOLD = ("guest_cpu_num", "guest_memory_size", "free_slots")
@@ -93,7 +95,7 @@ def _bare_fields(error: AgentError, outcome: Outcome) -> dict[str, Any]:
 def tell_totals(judgement: Judgement) -> dict[str, int]:
     """Return what a log line shows of a VM's numbers: its vCPUs and memory, and what else has changed."""
     told = dict[str, int]()
-    for field in msgspec.structs.fields(Numbers):
+    for field in _NUMBERS:
         before, after = getattr(judgement.before, field.name), getattr(judgement.after, field.name)
         if field.name in _ALWAYS_TOLD or (before != after and field.name not in _NEVER_TOLD):
             told |= {f"{field.encode_name}Before": before, f"{field.encode_name}After": after}

@@ -43,6 +43,10 @@ LIVE = """\
 </domain>"""
 
 
+def test_what_was_parsed_can_be_shared_because_nobody_can_change_it() -> None:
+    assert isinstance(hash(parse_definition(LIVE)), int), "of a part that could be changed there is no hash"
+
+
 def test_reads_each_fact_and_only_from_its_own_element() -> None:
     definition = parse_definition(LIVE)
     assert (definition.vcpu_current, definition.vcpu_maximum) == (2, 4)
