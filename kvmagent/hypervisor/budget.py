@@ -3,13 +3,14 @@
     look(connection, ...)     the pools that a VM's memory comes from: facts, for the planners
     reserve(connection, ...)  before a task's first step; refused where the host cannot keep it
     release(task)             with the task's end
-    note(facts)               what was observed of a VM: its size, and what `look` does not return of it
-    note_change(uuid), hear   an event of libvirt: this VM may have another size now
+    begin(), note(facts, at)  what was observed of a VM: its size, and what `look` does not return of it
+    note_change(uuid), hear   a step was performed, or an event of libvirt came: this VM may have another size now
     view(connection)          for /healthz, metrics and the operator
 
 A look at all VMs is good for a second; within it the next look reads again only those VMs that are known to have
-changed: whose task ended, of which an event told, or that were observed with another size. So a plug costs the same
-however many VMs run. The VM that a reservation is for is always read. What others do to a VM without an event (`virsh
+changed: by a task's step, by what an event told, or that were observed with another size. So a plug costs the same
+however many VMs run. What a task has observed of its own VM is not read a second time, unless something was heard or
+read of the VM after that observation began. What others do to a VM without an event (`virsh
 setmem` of a VM without balloon events, `virsh attach-device`) counts up to a second late; if no events come, so does a
 VM that others start. A definition that changed and left the size as it was (`virsh numatune`) counts when the agent
 observes that VM next, as each task does first.
@@ -21,6 +22,7 @@ Thread-safe: between looking and reserving nobody else reserves. libvirt is aske
 hangs holds up neither `release` nor `note`.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +35,7 @@ import msgspec
 
 from kvmagent.hypervisor.host import read_capacity, read_cgroups, read_limits
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
-from kvmagent.hypervisor.promises import ReadVm, find_vm, read_vms
+from kvmagent.hypervisor.promises import ReadVm, find_vm, make_read, read_vms
 from kvmagent.model.command import Reservation
 from kvmagent.model.facts import Domain, Facts, MemoryDevice, MemoryPool
 from kvmagent.model.host import HostMemory
@@ -95,8 +97,13 @@ class Budget:
         self._asking, self._lock = threading.Lock(), threading.Lock()
         self._reservations: dict[str, tuple[str, Reservation]] = {}
         self._notes: dict[str, _Note] = {}
-        # The VMs to read again at the next look.
+        # The VMs to read again at the next look; of some an observation has told since what there is to read.
         self._stale = {_ALL}
+        self._seen: dict[str, ReadVm] = {}
+        # When something was last heard or read of each VM, and of all: an observation that began before is no news.
+        self._moments = itertools.count()
+        self._heard: dict[str, int] = {}
+        self._heard_all = 0
         # Changed by who asks alone.
         self._looked_at = -inf
         self._known: dict[str, ReadVm] = {}
@@ -113,16 +120,16 @@ class Budget:
         """Take up the reservation of a task that an earlier agent has begun; nothing is judged again."""
         with self._lock:
             self._reservations[task_uuid] = uuid, reservation
-            self._stale.add(uuid)
+            self._expect_change(uuid)
 
     def reserve(self, connection: libvirt.virConnect, task_uuid: str, uuid: str, reservation: Reservation) -> None:
-        """Reserve what a task brings a running VM to, before the first step towards it.
+        """Reserve what a task that has just observed a running VM brings it to, before the first step towards it.
 
         Raises:
             AgentError: HOST_MEMORY_PROMISED, MEMORY_HARD_LIMIT, and nothing is reserved; libvirt's errors.
         """
         with self._asking:
-            self._see(connection, uuid)
+            self._see(connection)
             own = self._promised.get(uuid)
             if own is None or (grown := own.grown_to(reservation)) == own:
                 return
@@ -141,22 +148,38 @@ class Budget:
         """Free what a task has reserved, which has ended: from now on the VM counts with what it has."""
         with self._lock:
             uuid, _ = self._reservations.pop(task_uuid, (None, None))
-            if uuid is not None:
-                self._stale.add(uuid)
+            if uuid is None:
+                return
+            if uuid not in self._stale and (known := self._known.get(uuid)) is not None:
+                # It was observed after the last step, and is to count without the reservation.
+                self._seen[uuid] = known
+            self._stale.add(uuid)
 
     def note_change(self, uuid: str) -> None:
         """Read this VM again at the next look: it may have changed. Asks nobody and waits for nobody."""
         with self._lock:
-            self._stale.add(uuid)
+            self._expect_change(uuid)
+
+    def _expect_change(self, uuid: str) -> None:
+        """Read this VM at the next look, whatever was observed before; under the lock."""
+        self._stale.add(uuid)
+        self._seen.pop(uuid, None)
+        self._heard[uuid] = next(self._moments)
 
     def hear(self, domain: libvirt.virDomain, _event: int, _detail: int) -> None:
         """Take a lifecycle event into account: a VM that starts, or comes by migration, counts at once."""
         self.note_change(domain.UUIDString())
 
-    def note(self, facts: Facts) -> None:
+    def begin(self) -> int:
+        """Return what `note` has to know of an observation that begins now."""
+        return next(self._moments)
+
+    def note(self, facts: Facts, begun: int) -> None:
         """Remember what was observed of a VM: what its guest does not use, memory that libvirt does not know.
 
-        If it is not what was read here last, it is read again at the next look.
+        If it is not what was read here last, that counts from the next look on. The VM is read again where the
+        observation is no news, or has more in it than libvirt has; and where it has hugepages: those in use are held
+        against what VMs are read to have after it.
         """
         uuid, live, unused = facts.domain.uuid, facts.domain.live, find_unused(facts)
         if live is None:
@@ -164,25 +187,21 @@ class Budget:
                 self.note_change(uuid)
             return
         unknown = tuple(device for device in live.devices if not device.known)
+        read = make_read(facts.domain, live, self._capacity.default_page_bytes)
         spare = None if unused is None else find_spare(*unused)
         with self._lock:
-            if not self._is_as_read(facts.domain):
+            known = self._known.get(uuid)
+            if uuid in self._stale or known is None or (known.number, known.promise) != (read.number, read.promise):
                 self._stale.add(uuid)
-            known = self._notes.get(uuid)
-            if known is None or known.domain_id != live.domain_id or known.unknown != unknown:
+                is_news = begun > max(self._heard_all, self._heard.get(uuid, 0))
+                if is_news and not unknown and not _has_hugepages(read.promise):
+                    self._seen[uuid] = read
+            former = self._notes.get(uuid)
+            if former is None or former.domain_id != live.domain_id or former.unknown != unknown:
                 self._stale.add(uuid)
             elif unused is None:
                 return
             self._notes[uuid] = _Note(live.domain_id, self._monotonic(), spare, unknown)
-
-    def _is_as_read(self, vm: Domain) -> bool:
-        """Return whether a running VM has what was read here last, whatever libvirt does not know of it left out."""
-        known = self._known.get(vm.uuid)
-        if known is None or vm.live is None or known.number != vm.live.domain_id:
-            return False
-        live = msgspec.structs.replace(vm.live, devices=tuple(one for one in vm.live.devices if one.known))
-        page_bytes = self._capacity.default_page_bytes
-        return make_promise(vm.uuid, vm.name, live, default_page_bytes=page_bytes) == known.promise
 
     def look(self, connection: libvirt.virConnect, vm: Domain) -> tuple[MemoryPool, ...]:
         """Return the pools that a VM's memory comes from; of one that is off as if it ran as its definition says.
@@ -259,13 +278,14 @@ class Budget:
         since = datetime.fromtimestamp(self._over_since.setdefault(kind, self._clock()), UTC)
         return msgspec.structs.replace(pool, over_since=f"{since:%Y-%m-%d %H:%M} UTC")
 
-    def _see(self, connection: libvirt.virConnect, *uuids: str) -> None:
-        """Read what is due: all VMs, or those that have changed and these.
+    def _see(self, connection: libvirt.virConnect) -> None:
+        """Read what is due: all VMs, or those that have changed.
 
         What is released while libvirt is asked still counts: what the task plugged may be missing in the answer.
         """
         with self._lock:
-            stale, self._stale = self._stale.union(uuids), set()
+            stale, self._stale = self._stale, set()
+            seen, self._seen = self._seen, {}
             before = dict(self._reservations)
         is_all = _ALL in stale or self._monotonic() - self._looked_at > _LOOK_S
         if not (is_all or stale):
@@ -274,26 +294,31 @@ class Budget:
             capacity = read_capacity(self._host_root, self._reserve_bytes, self._overcommit)
             page_bytes = capacity.default_page_bytes
             # What a task has plugged of the hugepages in use would count twice: as reserved, and as used by others.
-            stale.update(uuid for uuid, _ in before.values() if self._has_hugepages(uuid))
+            stale.update(uuid for uuid, _ in before.values() if _has_hugepages(self._now.get(uuid)))
             if is_all:
                 known = {uuid: vm for uuid, vm in self._known.items() if uuid not in stale}
                 read = dict.fromkeys(self._known) | read_vms(connection, known, page_bytes)
             else:
-                read = {uuid: find_vm(connection, uuid, page_bytes) for uuid in stale}
+                read = {uuid: seen.get(uuid) or find_vm(connection, uuid, page_bytes) for uuid in stale}
         except BaseException:
             with self._lock:
                 self._stale.add(_ALL)
             raise
+        with self._lock:
+            # What was observed meanwhile may be older than what was read.
+            now = next(self._moments)
+            for uuid in read:
+                self._seen.pop(uuid, None)
+            if is_all:
+                self._heard, self._heard_all = {}, now
+            else:
+                self._heard |= dict.fromkeys(read, now)
         if is_all:
             self._looked_at = self._monotonic()
         if is_all or any(vm is not None and vm.number not in self._cgroups for vm in read.values()):
             self._cgroups = read_cgroups(self._host_root)
         self._put(read, before)
         self._capacity = capacity.without_others(self._now.sum_pages)
-
-    def _has_hugepages(self, uuid: str) -> bool:
-        own = self._now.get(uuid)
-        return own is not None and any(part.page_bytes != NORMAL_PAGES for part in own.parts)
 
     def _put(self, read: dict[str, ReadVm | None], before: dict[str, tuple[str, Reservation]]) -> None:
         """Have these VMs as they were read, with what is or was reserved for them."""
@@ -333,6 +358,10 @@ class Budget:
             promise = promise.grown_to(Reservation(sizes, promise.ballooned_bytes, promise.vcpus))
         is_new = self._monotonic() - note.noted_at < _NOTE_S
         return msgspec.structs.replace(promise, spare_bytes=note.spare_bytes if is_new else None)
+
+
+def _has_hugepages(promise: Promise | None) -> bool:
+    return promise is not None and any(part.page_bytes != NORMAL_PAGES for part in promise.parts)
 
 
 def _find_kind(pool: MemoryPool) -> tuple[int, frozenset[int], str]:

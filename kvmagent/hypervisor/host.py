@@ -84,9 +84,7 @@ def _measure_taken(directory: str, counts: dict[int, int]) -> dict[int, int]:
     Source: Linux hugetlbpage.rst: reserved ones are promised to a mapping and still count as free.
     """
     free, reserved = _count_hugepages(directory, "free_hugepages"), _count_hugepages(directory, "resv_hugepages")
-    return {
-        size: (count - free[size] + reserved.get(size, 0)) * size for size, count in counts.items() if size in free
-    }
+    return {size: (count - free[size] + reserved.get(size, 0)) * size for size, count in counts.items() if size in free}
 
 
 def read_cgroups(root: Path) -> dict[int, tuple[str, ...]]:

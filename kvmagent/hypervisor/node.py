@@ -29,7 +29,7 @@ from kvmagent.hypervisor.silentguests import SilentGuests
 from kvmagent.hypervisor.vmnames import VmNames
 from kvmagent.model.command import Reservation
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Definition, Domain, Facts, Guest, Host
+from kvmagent.model.facts import Definition, Domain, Facts, Host
 from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
 from kvmagent.model.reclaim import Reclaimable, find_reclaimable
 from kvmagent.model.steps import AnyStep, DefineShape
@@ -206,8 +206,9 @@ class Node:
                 handle = find_vm(connection, vm, self._means)
             yield OpenVm(
                 handle,
-                lambda domain, guest, parts: self._complete(connection, domain, guest, parts),
+                lambda parts: self._observe(connection, handle, parts),
                 lambda task_uuid, reservation: self._budget.reserve(connection, task_uuid, handle.uuid, reservation),
+                lambda: self._budget.note_change(handle.uuid),
             )
 
     def observe(self, vm: str, parts: frozenset[str]) -> Facts:
@@ -228,8 +229,11 @@ class Node:
         with self.open_vm(vm) as held:
             return held.perform(step)
 
-    def _complete(self, connection: libvirt.virConnect, domain: Domain, guest: Guest, parts: frozenset[str]) -> Facts:
-        """Return what was seen of a VM together with what is so of its host."""
+    def _observe(self, connection: libvirt.virConnect, handle: VmHandle, parts: frozenset[str]) -> Facts:
+        """Return what is so of a VM, of its guest and of its host."""
+        begun = self._budget.begin()
+        domain, connected = handle.read(ask_balloon="memory" in parts, ask_target="balloon target" in parts)
+        guest = handle.ask_guest(domain, connected, parts)
         self.names.note(domain.uuid, domain.name)
         limit = self._vcpu_limit(connection, domain.live or domain.config)
         if "memory" in parts:
@@ -248,7 +252,7 @@ class Node:
         facts = Facts(domain=domain, guest=guest, host=host)
         domain = msgspec.structs.replace(domain, migrated=self._migrations.note(connection, facts))
         facts = msgspec.structs.replace(facts, domain=domain, fell_silent=self._silent_guests.note(facts))
-        self._budget.note(facts)
+        self._budget.note(facts, begun)
         if "budget" in parts:
             pools = self._budget.look(connection, domain)
             facts = msgspec.structs.replace(facts, host=msgspec.structs.replace(host, pools=pools))
@@ -303,19 +307,21 @@ class Node:
 class OpenVm:
     """One VM as a task sees it while it works on it, by one thread.
 
-    `complete` makes facts of what was seen of the VM, of what its guest says, and of the parts that were asked for.
-    `reserve` reserves memory of the host for a task.
+    `observe` returns what is so of the VM, and of the parts that are asked for; `reserve` reserves memory of the host
+    for a task, and `note_change` is called after each step.
     """
 
     def __init__(
         self,
         handle: VmHandle,
-        complete: Callable[[Domain, Guest, frozenset[str]], Facts],
+        observe: Callable[[frozenset[str]], Facts],
         reserve: Callable[[str, Reservation], None],
+        note_change: Callable[[], None],
     ) -> None:
         self._handle = handle
-        self._complete = complete
+        self._observe = observe
         self._reserve = reserve
+        self._note_change = note_change
 
     @property
     def uuid(self) -> str:
@@ -331,9 +337,7 @@ class OpenVm:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
         with phase("libvirt"):
-            domain, connected = self._handle.read(ask_balloon="memory" in parts, ask_target="balloon target" in parts)
-            guest = self._handle.ask_guest(domain, connected, parts)
-            return self._complete(domain, guest, parts)
+            return self._observe(parts)
 
     def reserve(self, task_uuid: str, reservation: Reservation) -> None:
         """Reserve what of the host's memory a task may bring the running VM to, until `release`.
@@ -358,6 +362,8 @@ class OpenVm:
                 if error.code is Code.VM_CRASHED and self._handle.is_active():
                     raise AgentError(Code.LIBVIRT_REFUSED, error.message, details=error.details) from error
                 raise
+            finally:
+                self._note_change()
 
     def preview(self, step: AnyStep) -> str:
         """Return the output that the step would have, without performing it.

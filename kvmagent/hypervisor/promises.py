@@ -7,12 +7,14 @@ from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.logs import Log
 from kvmagent.model.errors import Code
+from kvmagent.model.facts import Definition, Domain
 from kvmagent.model.hostbudget import NORMAL_PAGES, Part, Promise, make_promise
 from kvmagent.model.units import KIB
 
 log = Log(__name__)
 
-# In place of the sizes that show whether a VM has changed: what is requested of a virtio-mem device is not among them.
+# In place of the sizes that show whether a VM has changed, where they were not read or do not show it: they do not have
+# what is requested of a virtio-mem device.
 _UNTOLD = (None,)
 _ENDED = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
 
@@ -52,6 +54,12 @@ def find_vm(connection: libvirt.virConnect, uuid: str, default_page_bytes: int |
             return None
         raise translate(error, "reading a VM") from error
     return _read(domain, None, default_page_bytes) if domain.ID() >= 0 else None
+
+
+def make_read(domain: Domain, live: Definition, default_page_bytes: int | None) -> ReadVm:
+    """Return a running VM as somebody else has read it, in libvirt alone."""
+    promise = make_promise(domain.uuid, domain.name, live, default_page_bytes=default_page_bytes)
+    return ReadVm(live.domain_id or 0, _UNTOLD, promise)
 
 
 def _read(domain: libvirt.virDomain, known: ReadVm | None, page_bytes: int | None) -> ReadVm | None:

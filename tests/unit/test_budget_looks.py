@@ -73,6 +73,8 @@ class Hosts:
         self.now_s = 100.0
         self.kept = self._make()
         self.reservations: dict[str, tuple[FakeDomain, Reservation]] = {}
+        # What was observed and is not noted yet: the guest takes its time to answer.
+        self.observed: list[tuple[Facts, int]] = []
         # By how much VMs grew without anybody telling, and when.
         self.untold: list[tuple[float, int]] = []
 
@@ -90,12 +92,15 @@ class Hosts:
         return not self.untold
 
     def change(self, vm: FakeDomain, act: Callable[[], Any], *, told: str) -> None:
-        before = measure(vm)
+        before, begun, seen = measure(vm), self.kept.begin(), observe(vm)
         act()
-        if told == "event":
+        if told in ("event", "late"):
             self.kept.note_change(vm.UUIDString())
+            if told == "late":
+                self.kept.note(seen, begun)
         elif told == "observed":
-            self.kept.note(observe(vm))
+            begun = self.kept.begin()
+            self.kept.note(observe(vm), begun)
         else:
             self.untold.append((self.now_s, max(0, measure(vm) - before)))
 
@@ -144,12 +149,14 @@ def _ask(budget: Budget, connection: FakeConnection, *wanted: Any) -> tuple[str,
     backings=st.lists(st.sampled_from(BACKINGS), min_size=1, max_size=5),
     events=st.lists(
         st.tuples(
-            st.sampled_from(["reserve", "reserve", "end", "fail", "size", "size", "power", "renumber nodes", "wait"]),
+            st.sampled_from(
+                ["reserve", "reserve", "end", "fail", "size", "size", "power", "renumber nodes", "wait", "look", "note"]
+            ),
             st.integers(0, 4),
             st.integers(1, 40),
-            st.sampled_from(["event", "observed", "untold"]),
+            st.sampled_from(["event", "observed", "late", "untold"]),
         ),
-        max_size=25,
+        max_size=30,
     ),
 )
 def test_what_is_kept_promises_no_more_than_a_look_at_all_would(
@@ -162,12 +169,21 @@ def test_what_is_kept_promises_no_more_than_a_look_at_all_would(
             host.reserve(f"t{n}", vm, size * 128)
         elif event == "wait":
             host.now_s += size / 20
+        elif event == "look":
+            begun = host.kept.begin()
+            host.observed.append((observe(vm), begun))
+        elif event == "note" and host.observed:
+            host.kept.note(*host.observed.pop(which % len(host.observed)))
         elif event in ("end", "fail") and host.reservations:
             task = next(iter(host.reservations))
             of, reservation = host.reservations.pop(task)
             if event == "end" and of.live is not None:
                 mib = max(reservation.node_bytes[0] // MIB, int(of.live.findtext("memory")) // 1024)
                 grow(of, mib)
+                host.kept.note_change(of.UUIDString())
+            if told == "observed":
+                begun = host.kept.begin()
+                host.kept.note(observe(of), begun)
             host.kept.release(task)
         elif event == "size" and vm.live is not None:
             host.change(vm, partial(grow, vm, size * 64), told=told)

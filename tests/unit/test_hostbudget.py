@@ -124,6 +124,7 @@ def test_a_plug_counts_once_while_it_goes_on(root: Path) -> None:
     reserved = promised_of(budget, connection)
     assert reserved == before + (2 * GIB - 512 * MIB) * 513 // 512
     grow(vm, 1024)
+    budget.note_change(vm.UUIDString())
     promised_of(budget, connection)
     budget.release("t1")
     assert promised_of(budget, connection) == before + 512 * MIB * 513 // 512
@@ -281,6 +282,7 @@ def test_a_libvirt_that_hangs_holds_up_no_task_s_end_and_what_ends_meanwhile_sti
     budget = Budget(reserve_bytes=1 * GIB, host_root=root, monotonic=lambda: now_s[0])
     budget.reserve(FakeConnection(vm1, vm2), "t1", vm1.UUIDString(), to(8 * GIB))
     now_s[0] += elapsed_s
+    budget.note_change(vm2.UUIDString())
     hanging = HangingConnection(vm1, vm2)
     with ThreadPoolExecutor(1) as pool:
         reserving = pool.submit(budget.reserve, hanging, "t2", vm2.UUIDString(), to(8 * GIB))
@@ -309,6 +311,7 @@ def test_plugged_vcpus_count_after_their_task_has_ended(root: Path) -> None:
     before = promised_of(budget, connection)
     budget.reserve(connection, "t1", vm.UUIDString(), to(0, vcpus=4))
     vm.setVcpusFlags(4, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    budget.note_change(vm.UUIDString())
     budget.release("t1")
     assert promised_of(budget, connection) == before + 3 * 8 * MIB
 
@@ -542,6 +545,7 @@ def test_no_plug_of_ours_exceeds_the_budget_and_no_reservation_outlives_its_task
             have_mib = int(of.live.findtext("memory")) // 1024
             if event == "plug" and mib > have_mib:
                 grow(of, mib)
+                budget.note_change(of.UUIDString())
             budget.release(task)
         view = budget.view(connection)
         assert view.host.promised <= max(view.host.budget, started_with)
