@@ -4,6 +4,7 @@ Facts are read by hypervisor/ and judged by planners. Sizes are bytes. `None` al
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Annotated, Literal
 
 import msgspec
@@ -113,7 +114,7 @@ class Policy(msgspec.Struct, frozen=True):
 _WHOLE_CORE_ARCHES = frozenset({"ppc64", "ppc64le"})
 
 
-class Definition(msgspec.Struct, frozen=True):
+class Definition(msgspec.Struct, frozen=True, dict=True):
     """A VM's definition, live or persistent: the parts that hotplug depends on.
 
     `topology` is sockets, dies, cores (of all clusters of a die) and threads.
@@ -168,12 +169,12 @@ class Definition(msgspec.Struct, frozen=True):
     free_page_reporting: bool = False
     balloon_deflates: bool = False
 
-    @property
+    @cached_property
     def boot_bytes(self) -> int:
         """Memory that the VM starts with, without devices."""
         return self.total_bytes - sum(device.size_bytes for device in self.devices)
 
-    @property
+    @cached_property  # asked for 70 times in a plug
     def memory_bytes(self) -> int:
         """Boot memory and what the devices give: the size that the VM is configured with."""
         return self.boot_bytes + sum(device.plugged_bytes for device in self.devices)
