@@ -32,6 +32,7 @@ from kvmagent.hypervisor.qemumemory import AskQemu, add_unknown, ask_devices, re
 from kvmagent.hypervisor.schema import check_definition
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Guest, MemoryDevice, VmState
+from kvmagent.model.machines import find_largest_block_bytes
 from kvmagent.model.steps import Target
 from kvmagent.model.units import KIB
 from kvmagent.model.vmname import parse_uuid
@@ -145,7 +146,7 @@ class VmHandle:
         if not connected:
             return Guest(silence=Code.GUEST_AGENT_DISCONNECTED, silence_words="no guest agent is connected")
         refused: dict[str, str] = {}
-        memory_bytes = domain.live.memory_bytes
+        memory_bytes, most_bytes = domain.live.memory_bytes, find_largest_block_bytes(domain.live)
 
         def part(name: str, ask: Callable[[], Any]) -> Any:
             if name not in parts:
@@ -170,7 +171,7 @@ class VmHandle:
             return Guest(
                 vcpus=vcpus,
                 blocks=blocks,
-                block_bytes=part("memory", lambda: self.agent.block_bytes(memory_bytes)),
+                block_bytes=part("memory", lambda: self.agent.block_bytes(memory_bytes, most_bytes)),
                 mem_total_bytes=meminfo.get("MemTotal"),
                 mem_available_bytes=meminfo.get("MemAvailable"),
                 disabled=part("agent", self.agent.disabled) or frozenset(),

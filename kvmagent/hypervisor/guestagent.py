@@ -32,7 +32,7 @@ _BLOCKS_AT_ONCE = 64
 # The longest answer that is read: room for 65536 memory blocks. libvirt itself stops at 10 MiB.
 _LONGEST_ANSWER = 4 * MIB
 _MOST_CPUS, _MOST_BLOCKS = 8192, 65536
-# Source: Linux arch/x86/mm/init_64.c, MAX_BLOCK_SIZE 2 GiB; the smallest section of any architecture is 1 MiB.
+# The smallest section of any architecture is 1 MiB; what the largest block is, model.machines says of each.
 _SMALLEST_BLOCK_BYTES, _LARGEST_BLOCK_BYTES = 1 * MIB, 4 * GIB
 # No architecture addresses more.
 _ADDRESS_BITS = 52
@@ -213,12 +213,17 @@ class GuestAgent:
         )
         return tuple(sorted(blocks, key=lambda block: block.index))
 
-    def block_bytes(self, memory_bytes: int) -> int:
-        """Return the size of the guest's memory blocks; `memory_bytes` is what the VM has, which it has to list."""
+    def block_bytes(self, memory_bytes: int, most_bytes: int) -> int:
+        """Return the size of the guest's memory blocks, `most_bytes` at most.
+
+        `memory_bytes` is what the VM has, which its guest has to list.
+        """
         command = "guest-get-memory-block-info"
         size = self._call(_BLOCK_INFO, command).size
         if size & (size - 1):
             raise invalid(command, f"a block size of {size} is no power of two")
+        if size > most_bytes:
+            raise invalid(command, f"a block size of {size}, which no kernel has in a VM like this")
         if memory_bytes // size > _MOST_BLOCKS:
             raise invalid(command, f"a block size of {size} makes more than {_MOST_BLOCKS} blocks of {memory_bytes}")
         return size

@@ -17,7 +17,7 @@ import msgspec
 from kvmagent.model.errors import CODES, Code
 from kvmagent.model.facts import Definition
 from kvmagent.model.reply import Blocker
-from kvmagent.model.units import KIB, MIB
+from kvmagent.model.units import GIB, KIB, MIB
 
 Ability = Literal["plug vCPUs", "unplug vCPUs", "plug dimms", "plug virtio-mem"]
 
@@ -26,8 +26,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What the machines of one architecture do, of those types that begin so.
 
     `by_acpi` is what they cannot do without ACPI, `needs_cells` whether memory is plugged into guest NUMA cells alone.
-    `block_bytes` is what a dimm must be a multiple of where the guest does not tell, `balloon_page_bytes` what the
-    guest gives back at once, `most_slots` how many memory slots there can be.
+    `block_bytes` is what a dimm must be a multiple of where the guest does not tell, `largest_block_bytes` what it is
+    believed to be at most, `balloon_page_bytes` what the guest gives back at once, `most_slots` how many memory slots
+    there can be.
     """
 
     types: tuple[str, ...]
@@ -36,6 +37,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     by_acpi: frozenset[Ability] = frozenset()
     needs_cells: bool = False
     block_bytes: int
+    largest_block_bytes: int = 1 * GIB
     balloon_page_bytes: int
     most_slots: int = 256
 
@@ -47,6 +49,7 @@ _X86 = Machine(
     by_acpi=frozenset({"plug vCPUs", "unplug vCPUs", "plug dimms", "plug virtio-mem"}),
     needs_cells=True,
     block_bytes=128 * MIB,
+    largest_block_bytes=512 * MIB,
     balloon_page_bytes=4 * KIB,
 )
 _POWER = Machine(
@@ -56,7 +59,8 @@ _POWER = Machine(
     balloon_page_bytes=64 * KIB,
     most_slots=32,
 )
-# A block is 128 MiB with pages of 4 KiB and 512 MiB with pages of 64 KiB. Source: Linux arch/arm64, sparsemem.h.
+# A block is 128 MiB with pages of 4 KiB and 512 MiB with pages of 64 KiB, before Linux 5.12 1 GiB with either. Source:
+# Linux arch/arm64, sparsemem.h.
 _ARM = Machine(
     types=("virt",),
     does=frozenset({"plug dimms", "plug virtio-mem"}),
@@ -72,6 +76,10 @@ _S390X = Machine(
     balloon_page_bytes=4 * KIB,
 )
 _NONE = Machine(types=(), does=frozenset(), block_bytes=128 * MIB, balloon_page_bytes=64 * KIB)
+# Linux on x86-64 has blocks of 128 MiB (with 32 bits up to 512 MiB) where its boot memory ends below 64 GiB, of which
+# up to 4 GiB are the hole for PCI devices; above, blocks of up to 2 GiB. Source: Linux arch/x86/mm/init_64.c,
+# probe_memory_block_size; arch/x86/include/asm/sparsemem.h.
+_X86_LARGE_FROM_BYTES, _X86_LARGE_BLOCK_BYTES = 60 * GIB, 2 * GIB
 _MACHINES = {"x86_64": _X86, "ppc64": _POWER, "ppc64le": _POWER, "aarch64": _ARM, "s390x": _S390X}
 _CANNOT: dict[Ability, str] = {
     "plug vCPUs": "takes no vCPUs while it runs",
@@ -86,6 +94,16 @@ def find_machine(definition: Definition) -> Machine:
     machine = _MACHINES.get(definition.arch, _NONE)
     is_known = definition.machine.startswith(machine.types) and not definition.machine.startswith(machine.but)
     return machine if is_known else _NONE
+
+
+def find_largest_block_bytes(definition: Definition) -> int:
+    """Return the largest memory block that the guest's kernel can have: what it says is a claim, and dimms follow it.
+
+    A block is no larger than what the VM was started with, but the usual one may be.
+    """
+    machine, boot = find_machine(definition), definition.boot_bytes
+    is_large = definition.arch == "x86_64" and boot >= _X86_LARGE_FROM_BYTES
+    return max(machine.block_bytes, min(boot, _X86_LARGE_BLOCK_BYTES if is_large else machine.largest_block_bytes))
 
 
 def check_machine(name: str, definition: Definition, ability: Ability) -> Iterator[Blocker]:

@@ -36,7 +36,7 @@ ASKS: dict[str, tuple[Callable[[GuestAgent], Any], Any]] = {
     "online_vcpus": (lambda agent: agent.online_vcpus((1, 2)), 2),
     "offline_vcpus": (lambda agent: agent.offline_vcpus((1, 2)), 1),
     "blocks": (GuestAgent.blocks, [{"phys-index": 0, "online": True, "can-offline": True}]),
-    "block_bytes": (lambda agent: agent.block_bytes(512 * MIB), {"size": 128 * MIB}),
+    "block_bytes": (lambda agent: agent.block_bytes(512 * MIB, 512 * MIB), {"size": 128 * MIB}),
     "set_blocks": (
         lambda agent: agent.set_blocks((3,), online=True),
         [{"phys-index": 3, "response": "operation-failed", "error-code": 16}],
@@ -183,15 +183,22 @@ def test_every_answer_is_within_its_bounds_or_is_silence(said: str | bytes, name
 @pytest.mark.parametrize("size", BLOCK_SIZES)
 def test_a_block_size_that_no_kernel_has_is_not_believed(size: int) -> None:
     with pytest.raises(AgentError, match="guest-get-memory-block-info") as failure:
-        make_agent(json.dumps({"return": {"size": size}})).block_bytes(512 * MIB)
+        make_agent(json.dumps({"return": {"size": size}})).block_bytes(512 * MIB, 4 * GIB)
     assert failure.value.code is Code.GUEST_AGENT_INVALID
+
+
+def test_a_block_size_that_no_kernel_has_in_such_a_vm_is_not_believed() -> None:
+    agent = make_agent(json.dumps({"return": {"size": 2 * GIB}}))
+    assert agent.block_bytes(64 * GIB, 2 * GIB) == 2 * GIB
+    with pytest.raises(AgentError, match="no kernel has in a VM like this"):
+        agent.block_bytes(64 * GIB, GIB)
 
 
 def test_a_block_size_by_which_the_vm_had_more_blocks_than_can_be_listed_is_not_believed() -> None:
     agent = make_agent(json.dumps({"return": {"size": MIB}}))
-    assert agent.block_bytes(64 * GIB) == MIB
+    assert agent.block_bytes(64 * GIB, GIB) == MIB
     with pytest.raises(AgentError, match="more than 65536 blocks"):
-        agent.block_bytes(65 * GIB)
+        agent.block_bytes(65 * GIB, GIB)
 
 
 @examples

@@ -1,16 +1,20 @@
 """What machines do, in one voice; and the most vCPUs of each with a reason that is so."""
 
+from pathlib import Path
+
 import pytest
 
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.model.checks import find_vcpu_limit
 from kvmagent.model.facts import Definition, Host
-from kvmagent.model.machines import check_machine
+from kvmagent.model.machines import check_machine, find_largest_block_bytes
+from tests.fakes.agent import carry_out, make_domain, make_node
+from tests.lab.domainxml import GuestSpec
 
 
-def define(arch: str, machine: str, *, kind: str = "kvm", inside: str = "") -> Definition:
+def define(arch: str, machine: str, *, kind: str = "kvm", memory_mib: int = 1024, inside: str = "") -> Definition:
     return parse_definition(
-        f"<domain type='{kind}'><memory>1048576</memory><vcpu>4</vcpu>"
+        f"<domain type='{kind}'><memory unit='MiB'>{memory_mib}</memory><vcpu>4</vcpu>"
         f"<os><type arch='{arch}' machine='{machine}'>hvm</type></os>{inside}</domain>"
     )
 
@@ -66,3 +70,35 @@ def test_the_most_vcpus_come_with_a_reason_that_is_so(
 def test_cores_of_all_clusters_of_a_die_are_counted() -> None:
     cpu = "<cpu><topology sockets='1' dies='1' clusters='2' cores='2' threads='1'/></cpu>"
     assert define("aarch64", "virt", inside=cpu).topology == (1, 1, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("arch", "machine", "boot_gib", "most_mib"),
+    [
+        ("x86_64", "q35", 4, 512),
+        ("x86_64", "q35", 59, 512),
+        ("x86_64", "q35", 64, 2048),
+        ("x86_64", "q35", 0.25, 256),
+        ("x86_64", "q35", 0.0625, 128),
+        ("ppc64le", "pseries", 8, 1024),
+        ("ppc64le", "pseries", 0.25, 256),
+        ("aarch64", "virt", 4, 1024),
+        ("aarch64", "virt", 0.25, 512),
+        ("riscv64", "virt", 4, 1024),
+    ],
+)
+def test_a_guest_is_believed_no_larger_blocks_than_its_kernel_can_have(
+    arch: str, machine: str, boot_gib: float, most_mib: int
+) -> None:
+    """Source: Linux arch/x86/mm/init_64.c, probe_memory_block_size."""
+    definition = define(arch, machine, memory_mib=int(boot_gib * 1024))
+    assert find_largest_block_bytes(definition) == most_mib << 20
+
+
+@pytest.mark.parametrize("block_mib", [1024, 2048, 4096])
+def test_no_claim_of_a_guest_makes_its_vm_grow_by_more_than_was_asked(tmp_path: Path, block_mib: int) -> None:
+    domain = make_domain(GuestSpec(name="vm1", memory_mib=256))
+    domain.guest.block_bytes = block_mib << 20
+    reply = carry_out(make_node(tmp_path, domain), "HotPlugMemory", vmUuid="vm1", memorySize=512 << 20)
+    assert (reply["outcome"], reply["memorySize"]) == ("plugged", 512 << 20)
+    assert "GUEST_AGENT_INVALID" in {warning["code"] for warning in reply["warnings"]}
