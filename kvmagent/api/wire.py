@@ -22,6 +22,8 @@ _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-[!-~]{1,200})?"
 )
 _MAX_URL = 2048
+# What simplejson takes for a byte order mark, too: another one, and the bytes of one that were encoded again.
+_MORE_MARKS = ("\ufeff", "\u00ef\u00bb\u00bf")
 # What a request's own limits leave open: no string of any field is longer.
 _LONGEST_STRING = 4096
 # An answer repeats no more than this of what was sent.
@@ -116,9 +118,12 @@ def encode_error(error: AgentError) -> bytes:
 
 def _parse(body: bytes) -> Any:
     try:
-        text = body.decode()
+        # RFC 8259, 8.1: senders must not begin with a byte order mark, and receivers may ignore it.
+        text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise AgentError(Code.BAD_JSON, f"the body is not UTF-8: byte {error.start}") from error
+    if text.startswith(_MORE_MARKS):
+        raise AgentError(Code.BAD_JSON, "the body begins with more than one byte order mark, or with one that is text")
     if _depth(text) > _MAX_DEPTH:
         raise AgentError(Code.BAD_JSON, f"the body is nested deeper than {_MAX_DEPTH}")
     try:

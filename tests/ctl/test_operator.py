@@ -172,6 +172,16 @@ def test_output_is_wide_names_json_or_yaml(ctl: Ctl, agent: AgentProcess) -> Non
     assert ctl("status", "-o", "name").status == 2
 
 
+@pytest.mark.parametrize("output", ["wide", "name", "yaml"])
+def test_two_different_outputs_are_a_usage_error_for_programs_too(ctl: Ctl, output: str) -> None:
+    for arguments in (("vms", "--json", "-o", output), ("vms", "-o", output, "--json")):
+        refused = ctl(*arguments)
+        assert refused.status == 2
+        assert "two different outputs" in yaml.safe_load(refused.out)["error"]
+    assert ctl("vms", "--json", "-o", "json").status == 0
+    assert ctl("--json", "vms", "-o", output).out == ctl("vms", "-o", output).out, "a subcommand's own option wins"
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),

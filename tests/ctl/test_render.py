@@ -83,6 +83,34 @@ def test_a_partial_reply_tells_how_far_it_came_and_what_differs() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "shown"),
+    [
+        ((1024, 1024), (1024, 512), True),
+        ((1024, 512), (1024, 800), True),
+        ((1024, 1024), (1536, 1536), False),
+        ((1024, 1024), (1024, 1024), False),
+        ((1024, 512), (1536, 1024), False),
+        ((1024, 512), (1536, 1536), True),
+        ((1024, None), (1024, 512), False),
+    ],
+)
+def test_what_the_balloon_took_or_gave_is_shown(
+    was: tuple[int, int | None], now: tuple[int, int], *, shown: bool
+) -> None:
+    """Dimms move its size, too: that is shown as memory."""
+
+    def numbers(memory: int, balloon: int | None) -> dict[str, Any]:
+        return {"memorySize": memory << 20, "balloonSize": None if balloon is None else balloon << 20}
+
+    def size(mib: int | None) -> list[str]:
+        return ["1", "GiB"] if mib == 1024 else [str(mib), "MiB"]
+
+    reply = {"success": True, "outcome": "online", "vmUuid": "db-7", "before": numbers(*was), "after": numbers(*now)}
+    lines = [line.split() for line in plain(render_reply(reply)) if "balloon" in line]
+    assert [line[2:6] for line in lines] == ([[*size(was[1]), *size(now[1])]] if shown else [])
+
+
 def test_readiness_tells_room_blockers_and_limits() -> None:
     reply = {
         "vmUuid": "db-7", "ready": False, "readyAfterRestart": False, "outcome": "planned", "diff": "",

@@ -140,3 +140,14 @@ def test_a_refusal_has_the_contract_s_fields() -> None:
 )
 def test_a_trace_is_taken_where_it_can_be_read_and_no_condition(given: str | None, taken: bool) -> None:
     assert parse_traceparent(given) == (given if taken else "")
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\ufeff\ufeff", "\u00ef\u00bb\u00bf", "\ufeff\u00ef\u00bb\u00bf"])
+def test_one_byte_order_mark_is_ignored_and_nothing_else_is(mark: str) -> None:
+    body = f'{mark}{{"vmUuid": "vm1", "cpuNum": 2}}'.encode()
+    if mark == "\ufeff":
+        assert decode_request(body, HotPlugCpuRequest).cpu_num == 2
+        return
+    with pytest.raises(AgentError) as failure:
+        decode_request(body, HotPlugCpuRequest)
+    assert failure.value.code is Code.BAD_JSON

@@ -345,10 +345,20 @@ def _numbers(before: Json, after: Json) -> list[str]:
         cells = [show(before.get(live)), *(show(after.get(name)) for name in (live, guest, config, maximum))]
         if set(cells) != {"-"}:
             rows.append([f"  {title}", *cells])
+    if _moved_balloon(before, after):
+        rows.append(["  balloon leaves", *(_size(numbers["balloonSize"]) for numbers in (before, after)), "", "", ""])
     slots = [_number(numbers.get("freeSlots")) for numbers in (before, after)]
     if slots != ["-", "-"]:
         rows.append(["  free slots", *slots, "", "", ""])
     return format_table(("", ">WAS", ">NOW", ">IN THE GUEST", ">AT NEXT START", ">AT MOST"), rows) if rows else []
+
+
+def _moved_balloon(before: Json, after: Json) -> bool:
+    """Whether the balloon took or gave memory: it counts dimms as soon as they are attached, and moves without them."""
+    was, now = before.get("balloonSize"), after.get("balloonSize")
+    if was is None or now is None:
+        return False
+    return bool(now - was not in (0, (after.get("memorySize") or 0) - (before.get("memorySize") or 0)))
 
 
 def _rounding(reply: Json) -> list[str]:

@@ -44,6 +44,8 @@ class Session:
         self.environment: dict[str, str] = {}
         #: How lists and answers are printed: "" for people, or wide, name, json, yaml.
         self.output = ""
+        #: Which of them each command on the line names: the root, the subcommand.
+        self.outputs: dict[str, str] = {}
         self.terminal = Terminal()
         #: What the call ends with where its output cannot be written: of a change what became of it.
         self.outcome = Exit.FAILED
@@ -191,6 +193,8 @@ def _remember(name: str) -> Callable[[click.Context, click.Parameter, Any], None
             return
         if name in ("json", "output"):
             session.output = "json" if name == "json" else value
+            if session.outputs.setdefault(context.command_path, session.output) != session.output:
+                raise click.UsageError("--json and --output name two different outputs", context)
             session.terminal.as_yaml = session.output == "yaml"
         elif param.name and context.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT:
             session.environment[name] = value
