@@ -33,6 +33,8 @@ _RESTORATIONS = frozenset(
         (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_FROM_SNAPSHOT),
     }
 )
+# What the file has behind the run of a VM that was restored.
+_SAVED_RESTORED = " restored"
 _RUNNING = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_RUNNING
 _ARRIVALS = frozenset(
     {
@@ -48,10 +50,17 @@ class _Came(NamedTuple):
 
     run: str
     migrated: bool
+    restored: bool = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it has to outlive the agent: the rest of the runs began here, as QEMU's command line shows."""
+        return self.migrated or self.restored
 
 
 class Migrations:
-    """Thread-safe. `path` is the file, which has the run of each VM that came so; without one, nothing outlives this.
+    """Thread-safe. `path` is the file, which has the run of each VM that came so or was restored; without one, nothing
+    outlives this.
 
     `host_root` is where the kernel's files of the host are.
     """
@@ -69,8 +78,12 @@ class Migrations:
         if self._file is not None:
             kept = self._file.load().items()
             # Every run ends with the host's boot.
-            present = [(uuid, run) for uuid, run in kept if run.endswith(f"@{self._boot_id}")]
-            self._known = {uuid: _Came(run, migrated=True) for uuid, run in present}
+            present = [(uuid, *run.partition(_SAVED_RESTORED)) for uuid, run in kept]
+            self._known = {
+                uuid: _Came(run, migrated=not restored, restored=bool(restored))
+                for uuid, run, restored, _ in present
+                if run.endswith(f"@{self._boot_id}")
+            }
 
     def find(self, connection: libvirt.virConnect) -> list[int]:
         """Look at what runs on a new connection; it gets no callback of ours, and so there are no ids to return."""
@@ -80,7 +93,7 @@ class Migrations:
     def hear(self, domain: libvirt.virDomain, event: int, detail: int) -> None:
         """Take a lifecycle event into account. For the event loop's thread: what is new is written later."""
         if (event, detail) in _ARRIVALS | _RESTORATIONS:
-            self._put(domain, migrated=(event, detail) in _ARRIVALS)
+            self._put(domain, migrated=(event, detail) in _ARRIVALS, restored=(event, detail) in _RESTORATIONS)
         elif event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
             self._forget(domain.UUIDString())
 
@@ -119,7 +132,8 @@ class Migrations:
             if self._is_saved:
                 return
             self._is_saved = True
-            came = {uuid: one.run for uuid, one in self._known.items() if one.migrated}
+            kept = [(uuid, one) for uuid, one in self._known.items() if one.is_kept]
+            came = {uuid: one.run if one.migrated else f"{one.run}{_SAVED_RESTORED}" for uuid, one in kept}
         if self._file is not None and not self._file.save(came):
             self._is_saved = False
 
@@ -139,26 +153,26 @@ class Migrations:
         incoming = find_incoming(self._host_root)
         for domain, reason in reasons:
             if reason in MIGRATED | _RESTORED or domain.UUIDString() not in incoming:
-                self._put(domain, migrated=reason in MIGRATED)
+                self._put(domain, migrated=reason in MIGRATED, restored=reason in _RESTORED)
         return incoming
 
-    def _put(self, domain: libvirt.virDomain, *, migrated: bool) -> None:
+    def _put(self, domain: libvirt.virDomain, *, migrated: bool, restored: bool) -> None:
         """Remember how a VM came; one that came by migration and is set back to a snapshot came so all the same."""
         run, uuid = format_run(domain.ID(), self._boot_id), domain.UUIDString()
         if run is not None:
             with self._lock:
                 known = self._known.get(uuid)
                 if migrated or known is None or known.run != run:
-                    self._remember(uuid, _Came(run, migrated))
+                    self._remember(uuid, _Came(run, migrated, restored))
 
     def _remember(self, uuid: str, came: _Came) -> None:
         former = self._known.get(uuid)
         self._known[uuid] = came
-        if former != came and (came.migrated or (former is not None and former.migrated)):
+        if former != came and (came.is_kept or (former is not None and former.is_kept)):
             self._is_saved = False
 
     def _forget(self, uuid: str) -> None:
         with self._lock:
             former = self._known.pop(uuid, None)
-            if former is not None and former.migrated:
+            if former is not None and former.is_kept:
                 self._is_saved = False

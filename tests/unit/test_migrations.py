@@ -125,6 +125,29 @@ def test_a_vm_that_was_restored_on_this_host_did_not_come_by_migration(tmp_path:
     assert migrations.note(daemon, now), "it came, and was set back to a snapshot"
 
 
+@pytest.mark.parametrize("how", [RESTORED, REVERTED, libvirt.VIR_DOMAIN_RUNNING_RESTORED])
+def test_that_a_vm_was_restored_outlives_the_agent_though_libvirt_forgets_it(
+    tmp_path: Path, seen: Facts, how: Any
+) -> None:
+    """It is paused and resumed, and a new agent sees a QEMU that was started as for a migration."""
+    daemon, now = Daemon(seen.domain.uuid), with_run(seen, 7)
+    write_process(tmp_path, 4711, seen.domain.uuid, "-incoming", "defer")
+    if isinstance(how, int):
+        daemon.reason = how
+    first = make(tmp_path, daemon)
+    if not isinstance(how, int):
+        daemon.fire(how)
+    first.save()
+    daemon.reason = libvirt.VIR_DOMAIN_RUNNING_UNPAUSED
+    second = make(tmp_path, daemon)
+    assert not second.note(daemon, now)
+    assert second.note(daemon, with_run(seen, 8)), "another run, of which nobody heard"
+    second.save()
+    daemon.fire(STOPS)
+    second.save()
+    assert VmFile(tmp_path / "migrations.json", str, "").load() == {}
+
+
 @pytest.mark.parametrize("end", ["stops", "is seen off", "is gone", "the host is booted anew"])
 def test_it_is_forgotten_where_the_run_ends(tmp_path: Path, seen: Facts, end: str) -> None:
     """libvirt counts its ids from 1 again where it is started and no VM runs: the next run may have the same."""
