@@ -3,8 +3,10 @@
 import contextlib
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -605,6 +607,31 @@ def test_what_is_read_after_the_stop_leaves_no_file_open(tmp_path: Path) -> None
     before = os.listdir("/proc/self/fd")
     assert journal.find("t1") is None
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_an_index_that_somebody_truncates_ends_the_agent_and_loses_nothing(tmp_path: Path) -> None:
+    """SQLite maps it, and the kernel ends who reads behind the end of a mapped file; a start makes it anew."""
+    code = """
+import os, sys
+from pathlib import Path
+from kvmagent.tasks.journal import Journal
+from tests.unit.test_journal import make_task
+journal = Journal(Path(sys.argv[1]), on_accepted=lambda task: None)
+journal.start()
+for n in range(3):
+    assert journal.accept(make_task(f"t{n}"))[1]
+os.truncate(f"{sys.argv[1]}-shm", 0)
+journal.accept(make_task("t3"))
+"""
+    path, root = tmp_path / "journal.sqlite", Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=root, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == -signal.SIGBUS, done.stderr.decode()
+    started = Running(path)
+    assert [task.task_uuid for task in started.journal.unfinished()][:3] == ["t0", "t1", "t2"]
+    assert started.journal.accept(make_task("after"))[1]
+    started.journal.stop()
 
 
 class TestFullDisk:
