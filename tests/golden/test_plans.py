@@ -445,7 +445,7 @@ CASES = {
     "memory-dimm-guest-sees-nothing": Case(
         MEMORY, {"memorySize": 384 * MIB, "timeoutSec": 1}, guest={"sees_nothing": True}
     ),
-    "memory-dimm-large-blocks": Case(MEMORY, {"memorySize": 1 * GIB}, guest={"block_bytes": 1 * GIB}),
+    "memory-dimm-large-blocks": Case(MEMORY, {"memorySize": 900 * MIB}, guest={"block_bytes": 256 * MIB}),
     "memory-movable-beyond-three-times-boot-memory": Case(MEMORY, {"memorySize": 1152 * MIB}),
     "memory-unchanged": Case(MEMORY, {"memorySize": 256 * MIB}),
     "memory-balloon": Case(MEMORY, {"memorySize": 256 * MIB, "method": "balloon"}, arrange=inflate_balloon(200)),
