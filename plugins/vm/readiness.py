@@ -18,7 +18,7 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import format_size
 
-from .capacity import Growth, find_growth, find_headroom, judge_readiness
+from .capacity import Growth, find_headroom, is_ready, judge_readiness
 from .guestmemory import find_online_bytes
 from .prepare import PrepareGoal, explain_preparation, is_prepared, plan_preparation
 from .requests import Device, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
@@ -134,9 +134,8 @@ def _is_ready_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> bo
     """
     if facts.domain.config is None or facts.domain.saved:
         return False
-    anew = foresee_restart(facts)
     same = ReadyForHotplugRequest(vm_uuid=request.vm_uuid, cpu_num=request.cpu_num, memory_size=request.memory_size)
-    return judge_readiness(same, anew, find_growth(same, anew)).ready
+    return is_ready(same, foresee_restart(facts))
 
 
 def _find_diff(ending: Ending) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
+from kvmagent.model.command import Affect
 from kvmagent.model.facts import POLICY_NAMESPACE
-from kvmagent_plugins.vm.capacity import find_largest
+from kvmagent.model.hostbudget import foresee_restart
+from kvmagent_plugins.vm import cpu, memory
+from kvmagent_plugins.vm.capacity import find_headroom, find_largest, is_ready
+from kvmagent_plugins.vm.readiness import READY_FOR_HOTPLUG
+from kvmagent_plugins.vm.requests import ReadyForHotplugRequest
 from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
@@ -206,6 +214,46 @@ def test_a_vm_is_in_one_of_three_states_and_every_blocker_is_told_once(vm: Vm, a
     for blocker in told["blockers"]:
         assert blocker["message"]
         assert blocker["remedy"]
+
+
+@examples
+@given(vm=any_vms(), affect=st.sampled_from(["both", "live", "config"]))
+def test_what_is_said_of_vms_that_are_alike_is_what_would_be_said_of_each_alone(vm: Vm, affect: Affect) -> None:
+    facts = vm.node.observe("vm1", READY_FOR_HOTPLUG.observe_guest)
+    request = ReadyForHotplugRequest(vm_uuid="vm1", affect=affect)
+    for find in (find_headroom, is_ready):
+        for seen in (facts, facts if facts.domain.config is None else foresee_restart(facts)):
+            assert find(request, seen) == inspect.unwrap(find)(request, seen)
+
+
+def count_decisions(act: Callable[[], object]) -> int:
+    """How often a planner of plugs is asked."""
+    planners, count = {cpu.decide.__code__, memory.decide.__code__}, 0
+
+    def note(frame: Any, event: str, _argument: Any) -> None:
+        nonlocal count
+        count += event == "call" and frame.f_code in planners
+
+    sys.setprofile(note)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_planners_are_asked_once_for_all_vms_of_a_kind(tmp_path: Path) -> None:
+    """For a list of VMs they cost more than all the rest together."""
+    domains = []
+    for n, vcpus in enumerate([2, 2, 2, 3, 2, 3]):
+        spec = GuestSpec(name=f"vm{n}", vcpus=vcpus, max_vcpus=7, memory_mib=640, max_memory_mib=4096, slots=4)
+        domain = make_domain(spec, make_guest(spec), virt_type="kvm")
+        domain._uuid, domain.number = f"00000000-0000-0000-0000-{n:012}", n + 1
+        domains.append(domain)
+    node = make_node(tmp_path, *domains)
+    asks = [partial(carry_out, node, "ReadyForHotplug", f"t{n}", vmUuid=f"vm{n}") for n in range(len(domains))]
+    counts = [count_decisions(ask_one) for ask_one in asks]
+    assert [count > 0 for count in counts] == [True, False, False, True, False, False]
 
 
 @given(limit=st.integers(0, 5000), most=st.integers(0, 5000))
