@@ -1,7 +1,10 @@
 """Growing memory towards a goal: balloon, virtio-mem devices and dimms, each with the guest's part."""
 
+from typing import TypeVar
+
 import msgspec
 
+from kvmagent.model.checks import dimm_quantum
 from kvmagent.model.command import Goal
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import (
@@ -25,10 +28,12 @@ from kvmagent.model.steps import (
     SetBalloon,
     Target,
 )
-from kvmagent.model.units import format_size
+from kvmagent.model.units import align_down, format_size
 
 from .guestmemory import listed_blocks, online_blocks, online_steps, spans_of
 from .reply import not_verified
+
+Size = TypeVar("Size")
 
 
 class PlannedDimm(msgspec.Struct, frozen=True, rename="camel"):
@@ -132,13 +137,18 @@ def next_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[
 
 
 def find_shortfall(goal: MemoryGoal, facts: Facts) -> AgentError | None:
-    """Return the error of a VM that, read again, lacks something of the goal."""
+    """Return the error of a VM that, read again, lacks something of the goal.
+
+    What others have given it meanwhile is not attached again.
+    """
+    lacks = _find_room(goal, facts)
     for device in (*goal.dimms, *([goal.virtio_mem] if goal.virtio_mem else [])):
-        for name, asked, definition in (
-            ("running", device.live, facts.domain.live),
-            ("persistent", device.config, facts.domain.config),
-        ):
-            if asked and (definition is None or definition.find_device(device.alias) is None):
+        asked: tuple[tuple[Target, str, bool], ...]
+        asked = ("live", "running", device.live), ("config", "persistent", device.config)
+        for target, name, is_asked in asked:
+            definition = facts.find_definition(target)
+            is_there = definition is not None and definition.find_device(device.alias) is not None
+            if is_asked and not is_there and (definition is None or lacks[target] > 0):
                 return not_verified(f"{device.alias} was attached, the {name} VM does not show it")
     return find_stalled(_fit_resizes(goal, facts), goal.virtio_mem, facts) or _find_dead_balloon(goal, facts)
 
@@ -151,8 +161,8 @@ def find_stalled(
     if live is None:
         return None
     wanted = [(resize.find(live), resize.requested_bytes) for resize in resizes if resize.target == "live"]
-    if virtio_mem is not None and virtio_mem.live:
-        wanted.append((live.find_device(virtio_mem.alias), virtio_mem.requested_bytes))
+    if virtio_mem is not None and virtio_mem.live and (own := live.find_device(virtio_mem.alias)) is not None:
+        wanted.append((own, _find_requested(virtio_mem, own)))
     for device, requested_bytes in wanted:
         if device is not None and device.current_bytes != requested_bytes:
             return AgentError(
@@ -265,17 +275,11 @@ def _find_kept(resize: PlannedResize, device: MemoryDevice, facts: Facts) -> int
 def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Attach the new virtio-mem device; then bring online what the guest did not list before."""
     if goal.virtio_mem is not None:
-        planned = goal.virtio_mem
-        room = _find_room(goal, facts)
-        size = planned.requested_bytes
-        live = planned.live and facts.get_live().find_device(planned.alias) is None and size <= room["live"]
-        config = planned.config and not _in_config(planned, facts) and size <= room["config"]
-        if live or config:
-            values = msgspec.structs.asdict(planned) | {"live": live, "config": config}
-            return (AttachVirtioMem(**values),)
-        device = facts.get_live().find_device(planned.alias) if planned.live else None
-        if device is not None and device.current_bytes != planned.requested_bytes:
-            wait = AwaitVirtioMem(alias=planned.alias, size_bytes=planned.requested_bytes, timeout_sec=goal.timeout_sec)
+        if steps := _attach_virtio_mem(goal, goal.virtio_mem, facts):
+            return steps
+        device = facts.get_live().find_device(goal.virtio_mem.alias) if goal.virtio_mem.live else None
+        if device is not None and device.current_bytes != (size := _find_requested(goal.virtio_mem, device)):
+            wait = AwaitVirtioMem(alias=goal.virtio_mem.alias, size_bytes=size, timeout_sec=goal.timeout_sec)
             if wait.key not in failed:
                 return (wait,)
     if goal.dimms or not goal.changes_live or not goal.plugs or facts.guest.blocks is None:
@@ -284,6 +288,41 @@ def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) ->
         return steps
     new = spans_of(listed_blocks(facts.guest) - goal.known_blocks)
     return online_steps(facts.guest, new, failed, online=goal.guest_online, timeout_s=goal.timeout_sec)
+
+
+def _attach_virtio_mem(goal: MemoryGoal, planned: PlannedVirtioMem, facts: Facts) -> tuple[AnyStep, ...]:
+    """Attach it where it lacks, and request what lacks to the total; what it can be at most others may have taken."""
+    steps, room = list[AnyStep](), _find_room(goal, facts)
+    sizes = dict[Target, tuple[int, int]]()
+    for target, definition in _find_lacking(planned, facts):
+        free = (definition.max_memory_bytes or 0) - definition.total_bytes
+        size = min(planned.size_bytes, align_down(max(0, free), planned.block_bytes))
+        if (requested := min(planned.requested_bytes, size, align_down(max(0, room[target]), planned.block_bytes))) > 0:
+            sizes[target] = size, requested
+    for (size, requested), live, config in _group(sizes):
+        own = {"size_bytes": size, "requested_bytes": requested, "live": live, "config": config}
+        steps.append(AttachVirtioMem(**msgspec.structs.asdict(planned) | own))
+    return tuple(steps)
+
+
+def _find_requested(planned: PlannedVirtioMem, device: MemoryDevice) -> int:
+    """Return what the task's own device was asked for: less than planned where others gave the VM some of it."""
+    return min(planned.requested_bytes, device.requested_bytes or planned.requested_bytes)
+
+
+def _find_lacking(device: PlannedDimm, facts: Facts) -> list[tuple[Target, Definition]]:
+    """Return the definitions that a device is to be in and is not."""
+    asked: dict[Target, bool] = {"live": device.live, "config": device.config}
+    found = [
+        (target, facts.get_live() if target == "live" else facts.get_config()) for target in asked if asked[target]
+    ]
+    return [(target, definition) for target, definition in found if definition.find_device(device.alias) is None]
+
+
+def _group(sizes: dict[Target, Size]) -> list[tuple[Size, bool, bool]]:
+    """Return each size once, and whether it is the running VM's and the definition's."""
+    distinct = dict.fromkeys(sizes.values())
+    return [(size, sizes.get("live") == size, sizes.get("config") == size) for size in distinct]
 
 
 def _await_blocks(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -336,17 +375,20 @@ def _back_online_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -
 def _attach_steps(goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts) -> tuple[AnyStep, ...]:
     """A device that already exists under the task's alias is not attached again, and none above the goal's total.
 
-    A VM that was restarted meanwhile may have come up with more: then only what still lacks to the total is attached.
+    The VM may have been restarted meanwhile with more, or given more: then only what still lacks is attached, in a
+    smaller dimm where a whole one is too much.
     """
-    steps, room = [], _find_room(goal, facts)
+    steps, room = list[AnyStep](), _find_room(goal, facts)
     for dimm in dimms:
-        live = dimm.live and facts.get_live().find_device(dimm.alias) is None and dimm.size_bytes <= room["live"]
-        config = dimm.config and not _in_config(dimm, facts) and dimm.size_bytes <= room["config"]
-        room["live"] -= dimm.size_bytes if live else 0
-        room["config"] -= dimm.size_bytes if config else 0
-        if live or config:
-            values = msgspec.structs.asdict(dimm) | {"live": live, "config": config}
-            steps.append(AttachMemory(**values))
+        sizes = dict[Target, int]()
+        for target, _ in _find_lacking(dimm, facts):
+            most = max(0, room[target])
+            size = dimm.size_bytes if dimm.size_bytes <= most else align_down(most, dimm_quantum(facts, dimm.node))
+            room[target] -= size
+            sizes |= {target: size} if size else {}
+        for size, live, config in _group(sizes):
+            own = {"size_bytes": size, "live": live, "config": config}
+            steps.append(AttachMemory(**msgspec.structs.asdict(dimm) | own))
     return tuple(steps)
 
 

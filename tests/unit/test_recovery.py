@@ -455,6 +455,30 @@ def test_on_another_boot_only_what_lacks_to_the_total_is_plugged(agent: Agent, b
     assert (after["memorySize"], after["configMemorySize"]) == (expected, expected)
 
 
+@pytest.mark.parametrize("size_mib", [128, 256])
+@pytest.mark.parametrize("method", ["dimm", "virtio-mem"])
+@pytest.mark.parametrize("definitions", [1, 2, 3])
+@pytest.mark.parametrize("command", ["HotPlugMemory", "HotPlugCpuMemory"])
+def test_a_total_that_somebody_helps_to_reach_meanwhile_is_reached(
+    agent: Agent, command: str, definitions: int, method: str, size_mib: int
+) -> None:
+    """Of what a task was to attach it attaches what still lacks: a smaller dimm, or none."""
+    fields = {"cpuNum": 2} if command == "HotPlugCpuMemory" else {"method": method}
+    task = agent.accept(command, vmUuid="vm1", memorySize=512 * MIB, **fields)
+    agent.point = "step:begun"
+    with pytest.raises(Killed):
+        agent.executor.run(task)
+    target = f"<target><size unit='MiB'>{size_mib}</size><node>0</node></target>"
+    agent.domain.attachDeviceFlags(f"<memory model='dimm'>{target}<alias name='ua-x'/></memory>", definitions)
+    (left,) = agent.journal.unfinished()
+    agent.executor.run(left)
+    reply, has = agent.reply(), numbers_of(agent.domain)
+    assert (reply["success"], reply["errorCode"]) == (True, None), reply
+    assert (has["memorySize"], has["configMemorySize"]) == (512 * MIB, 512 * MIB)
+    idle = not all(agent.domain.guest.blocks.values())  # what others attach is theirs to bring online
+    assert reply["outcome"] == ("plugged" if idle else "online"), reply
+
+
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("more", [{}, {"cpuNum": 1}], ids=["HotPlugMemory", "HotPlugCpuMemory"])
 def test_a_virtio_mem_device_grows_by_what_lacks_where_somebody_plugged_meanwhile(
