@@ -21,7 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from http import HTTPStatus
+from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -50,6 +51,8 @@ _LOCALHOST = ipaddress.ip_address("127.0.0.1")
 _PORTS = {"http": 80, "https": 443}
 # More of a receiver's answer is not read: it says nothing to the agent.
 _MAX_ANSWER_BYTES = 16384
+# A receiver that is slow may say so each second; one that does nothing else keeps a processor.
+_MAX_INTERIM = 1000
 # An error may repeat what the receiver sent, and is kept with the task.
 _MAX_WORDS = 500
 # A command waits no longer to learn where its callback's name leads; what was learnt is good for the next ones.
@@ -228,7 +231,7 @@ class Channel:
         left = _MAX_ANSWER_BYTES
         while left > 0 and (part := response.read(left)):
             left -= len(part)
-        if left <= 0:
+        if left <= 0 or response.status == HTTPStatus.SWITCHING_PROTOCOLS:
             self._connection.close()
         return response.status
 
@@ -282,9 +285,22 @@ class _WholeLines(io.BufferedReader):
 
 
 class _WholeResponse(HTTPResponse):
+    """The answer itself: http.client takes any interim one but 100 for it, and the answer for that of the next request.
+
+    Source: RFC 9110 15.2: a client must parse one or more 1xx before the final one; 101 is final.
+    """
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.fp = _WholeLines(self.fp.detach())
+
+    def _read_status(self) -> tuple[str, int, str]:
+        for _ in range(_MAX_INTERIM):
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if not 100 <= status < 200 or status == HTTPStatus.SWITCHING_PROTOCOLS:
+                return version, status, reason
+            parse_headers(self.fp)
+        raise HTTPException(f"got more than {_MAX_INTERIM} interim answers")
 
 
 def _tell(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """One exchange with a receiver: whatever it does, it ends in time."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import socket
@@ -177,3 +179,63 @@ def test_an_address_that_takes_no_connection_leaves_the_next_one_its_time() -> N
         channel = callbacks.open(url, "127.0.0.1")
         assert channel.post(url, b"{}", {"taskuuid": "t"}, 2) == (200, "HTTP 200")
         channel.close()
+
+
+class Answering:
+    """A receiver whose answers to each request on a connection are given: bytes, and how long it waits between them."""
+
+    def __init__(self, *answers: tuple[bytes | float, ...]) -> None:
+        self._answers = answers
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                with client, contextlib.suppress(OSError):
+                    for answer in self._answers:
+                        head = b""
+                        while not head.endswith(b"{}") and (part := client.recv(65536)):
+                            head += part
+                        for part in answer:
+                            time.sleep(part) if isinstance(part, float) else client.sendall(part)
+
+    def __enter__(self) -> Answering:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._thread.join(60)
+
+
+TAKEN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+NOT_TAKEN = TAKEN.replace(b"200 OK", b"500 No")
+INTERIM = b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+
+
+def exchange(callbacks: CallbackClient, url: str, times: int = 1) -> list[int | None]:
+    channel = callbacks.open(url, "127.0.0.1")
+    try:
+        return [channel.post(url, b"{}", {"taskuuid": "t"}, 60.0)[0] for _ in range(times)]
+    finally:
+        channel.close()
+
+
+def test_an_interim_answer_is_none_and_the_answer_is_no_other_request_s(callbacks: CallbackClient) -> None:
+    """Else a callback would count as delivered by the answer that its predecessor got late."""
+    with Answering((INTERIM, 0.2, TAKEN), (INTERIM, NOT_TAKEN)) as receiver:
+        assert exchange(callbacks, receiver.url, times=2) == [200, 500]
+
+
+def test_a_connection_that_becomes_another_protocol_s_is_not_used_again(callbacks: CallbackClient) -> None:
+    with Answering((b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 0.2, TAKEN), (NOT_TAKEN,)) as receiver:
+        assert exchange(callbacks, receiver.url, times=2) == [101, 101]
+
+
+def test_a_receiver_that_sends_interim_answers_alone_keeps_no_processor(callbacks: CallbackClient) -> None:
+    with Answering((INTERIM * 10_000,)) as receiver:
+        assert exchange(callbacks, receiver.url) == [None]
