@@ -10,7 +10,15 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from kvmagent.hypervisor.kernelfiles import list_names, read_fields, read_sizes, read_text
+from kvmagent.hypervisor.kernelfiles import (
+    list_certain,
+    parse_sizes,
+    read_certain,
+    read_fields,
+    read_sizes,
+    read_text,
+)
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Host, HostNode
 from kvmagent.model.host import HostLoad
 from kvmagent.model.hostbudget import HostCapacity, NodeCapacity
@@ -28,7 +36,11 @@ _PARTITIONS = (".slice", ".partition")
 
 
 def read_host(vcpu_limit: int | None, root: Path) -> Host:
-    """Return the host's facts, the kernel's files being below `root`; a part that cannot be read is None."""
+    """Return the host's facts, the kernel's files being below `root`; a part that cannot be read is None.
+
+    Raises:
+        AgentError: its NUMA nodes cannot be read now.
+    """
     meminfo = read_sizes(f"{root}/proc/meminfo")
     available = meminfo.get("MemAvailable")
     room = _slice_room(f"{root}/{_SLICE}")
@@ -43,12 +55,18 @@ def read_host(vcpu_limit: int | None, root: Path) -> Host:
 
 
 def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapacity:
-    """Return what of the host's memory may be promised to VMs."""
-    meminfo = read_sizes(f"{root}/proc/meminfo")
+    """Return what of the host's memory may be promised to VMs.
+
+    Raises:
+        AgentError: it cannot be read: for that neither nothing nor too much may be promised.
+    """
+    meminfo = parse_sizes(read_certain(f"{root}/proc/meminfo"))
+    if "MemTotal" not in meminfo:
+        raise AgentError(Code.INTERNAL_ERROR, f"{root}/proc/meminfo has no MemTotal", expected=False)
     nodes = [
         NodeCapacity(
             id=node,
-            memory_bytes=read_sizes(f"{directory}/meminfo").get("MemTotal", 0),
+            memory_bytes=parse_sizes(read_certain(f"{directory}/meminfo")).get("MemTotal", 0),
             hugepages=_measure_hugepages(_count_hugepages(f"{directory}/hugepages", "nr_hugepages")),
         )
         for node, directory in _find_nodes(root)
@@ -56,7 +74,7 @@ def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapa
     pages = f"{root}/sys/kernel/mm/hugepages"
     counts = _count_hugepages(pages, "nr_hugepages")
     return HostCapacity(
-        physical_bytes=meminfo.get("MemTotal", 0),
+        physical_bytes=meminfo["MemTotal"],
         reserve_bytes=reserve_bytes,
         overcommit=overcommit,
         default_page_bytes=meminfo.get("Hugepagesize"),
@@ -70,7 +88,7 @@ def read_capacity(root: Path, reserve_bytes: int, overcommit: float) -> HostCapa
 def _find_nodes(root: Path) -> list[tuple[int, str]]:
     """Return the host's NUMA nodes, each with its directory."""
     nodes = f"{root}/sys/devices/system/node"
-    return [(int(name[4:]), f"{nodes}/{name}") for name in sorted(list_names(nodes)) if _NODE.fullmatch(name)]
+    return [(int(name[4:]), f"{nodes}/{name}") for name in sorted(list_certain(nodes)) if _NODE.fullmatch(name)]
 
 
 def _measure_hugepages(counts: dict[int, int]) -> dict[int, int]:
@@ -88,12 +106,16 @@ def _measure_taken(directory: str, counts: dict[int, int]) -> dict[int, int]:
 
 
 def read_cgroups(root: Path) -> dict[int, tuple[str, ...]]:
-    """Return the cgroups that each VM is in, by libvirt's number of it: paths, from its partition down to its own."""
+    """Return the cgroups that each VM is in, by libvirt's number of it: paths, from its partition down to its own.
+
+    Raises:
+        AgentError: they cannot be read now.
+    """
     found: dict[int, tuple[str, ...]] = {}
     left = [(root / _CGROUPS / top, tuple[str, ...]()) for top in _TOPS]
     while left:
         directory, above = left.pop()
-        for path in _list_directories(directory):
+        for path in (directory / name for name in list_certain(directory)):
             name = str(path.relative_to(root / _CGROUPS))
             if vm := _VM_CGROUP.fullmatch(path.name):
                 # libvirt puts a VM's limits on a cgroup of its own below the scope. Source: virCgroupV2.
@@ -103,16 +125,13 @@ def read_cgroups(root: Path) -> dict[int, tuple[str, ...]]:
     return found
 
 
-def _list_directories(directory: Path) -> list[Path]:
-    try:
-        return [Path(entry.path) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-
-
 def read_limits(root: Path, cgroups: Iterable[str]) -> dict[str, int]:
-    """Return what each of these cgroups may take of memory, where it is limited."""
-    limits = {cgroup: read_text(f"{root}/{_CGROUPS}/{cgroup}/memory.max") or "" for cgroup in cgroups}
+    """Return what each of these cgroups may take of memory, where it is limited.
+
+    Raises:
+        AgentError: it cannot be read now.
+    """
+    limits = {cgroup: read_certain(f"{root}/{_CGROUPS}/{cgroup}/memory.max") or "" for cgroup in cgroups}
     return {cgroup: int(limit) for cgroup, limit in limits.items() if limit.isdigit()}
 
 
@@ -122,8 +141,8 @@ def _count_hugepages(directory: str, file: str) -> dict[int, int]:
     A size whose number cannot be read is left out.
     """
     found = {}
-    for name in list_names(directory):
-        if (size := _HUGEPAGES.fullmatch(name)) and (count := read_text(f"{directory}/{name}/{file}")):
+    for name in list_certain(directory):
+        if (size := _HUGEPAGES.fullmatch(name)) and (count := read_certain(f"{directory}/{name}/{file}")):
             found[int(size[1]) * KIB] = int(count)
     return found
 

@@ -1,33 +1,69 @@
 """Files in which the kernel describes itself and processes: /proc and /sys. What cannot be read is None.
 
+`read_certain` and `list_certain` are for what must not be taken for nothing: of what is there and cannot be read now,
+for want of a descriptor for example, they raise an AgentError.
+
 Source: proc(5).
 """
 
+import errno
 import os
 import re
 from pathlib import Path
 
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.units import KIB
 
 # The line of a size; a NUMA node's file has "Node N" in front of each name.
 _SIZE = re.compile(r"^(?:Node \d+ )?([^\s:]+):[ \t]+(\d+) kB$", re.MULTILINE)
 
 
+# What says nothing of the file: it may be there and readable a moment later.
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
 def read_text(path: str | Path) -> str | None:
     """Return a file's text without the space around it."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return file.read().decode(errors="replace").strip()
+        return _read(path)
     except OSError:
         return None
 
 
-def list_names(directory: str | Path) -> list[str]:
-    """Return the names of what is in a directory; none where it cannot be read."""
+def read_certain(path: str | Path) -> str | None:
+    """Return a file's text without the space around it.
+
+    Raises:
+        AgentError: INTERNAL_ERROR.
+    """
+    try:
+        return _read(path)
+    except OSError as error:
+        _check_passing(error)
+        return None
+
+
+def list_certain(directory: str | Path) -> list[str]:
+    """Return the names of what is in a directory; none where there is no such directory.
+
+    Raises:
+        AgentError: INTERNAL_ERROR.
+    """
     try:
         return os.listdir(directory)
-    except OSError:
+    except OSError as error:
+        _check_passing(error)
         return []
+
+
+def _read(path: str | Path) -> str:
+    with open(path, "rb", buffering=0) as file:
+        return file.read().decode(errors="replace").strip()
+
+
+def _check_passing(error: OSError) -> None:
+    if error.errno in _PASSING:
+        raise AgentError(Code.INTERNAL_ERROR, f"the host cannot be read now: {error}", expected=False) from error
 
 
 def read_fields(path: Path) -> dict[str, str]:
@@ -51,4 +87,9 @@ def read_lines(path: Path) -> dict[str, str]:
 
 def read_sizes(path: str | Path) -> dict[str, int]:
     """Return the sizes of a meminfo file in bytes."""
-    return {name: int(size_kib) * KIB for name, size_kib in _SIZE.findall(read_text(path) or "")}
+    return parse_sizes(read_text(path))
+
+
+def parse_sizes(text: str | None) -> dict[str, int]:
+    """Return the sizes that a meminfo file's text has, in bytes."""
+    return {name: int(size_kib) * KIB for name, size_kib in _SIZE.findall(text or "")}

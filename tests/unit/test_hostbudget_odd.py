@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import random
+import resource
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -225,3 +229,44 @@ def test_the_remedy_is_for_what_ends_the_growth(tmp_path: Path, what: str, backi
         budget.set_ratios(reserve_bytes=0, overcommit=2.0)
     budget.note_change("")
     budget.reserve(connection, "t1", vm.UUIDString(), to(size))
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open nothing more, as under a storm of connections."""
+    held, (soft, hard) = list[int](), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as probe:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, highest + 8), hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(probe.fileno()))
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for descriptor in held:
+                os.close(descriptor)
+
+
+@pytest.mark.parametrize("what", ["memory", "limits"])
+def test_a_host_that_cannot_be_read_now_has_neither_no_memory_nor_all_of_it(tmp_path: Path, what: str) -> None:
+    """Its hugepages would be normal memory, its limits none, its memory nothing."""
+    root, vm = make_host(tmp_path, total_mib=4 * 1024), make_vm(1, 512)
+    write_hugepages(root, 2 * MIB, nr=1024, free=1024, resv=0)
+    group = f"sys/fs/cgroup/machine.slice/{scope(vm)}"
+    write(root, {f"{group}/memory.max": 1 * GIB if what == "limits" else "max"})
+    connection, budget = FakeConnection(vm), Budget(host_root=root)
+    wanted = to(1536 * MIB if what == "limits" else 3 * GIB)
+    for _ in range(2):
+        budget.note_change("")
+        with no_descriptors(), pytest.raises(AgentError) as refused:
+            budget.reserve(connection, "t1", vm.UUIDString(), wanted)
+        assert "the host cannot be read now" in refused.value.message
+        with pytest.raises(AgentError, match="is promised to running VMs") as refused:
+            budget.reserve(connection, "t1", vm.UUIDString(), wanted)
+        assert refused.value.details["capacity"] == (1 if what == "limits" else 2) * GIB
+    (root / "proc/meminfo").write_text("MemFree: 12 kB\n")
+    budget.note_change("")
+    with pytest.raises(AgentError, match="has no MemTotal"):
+        budget.reserve(connection, "t1", vm.UUIDString(), wanted)
