@@ -23,6 +23,7 @@ from types import TracebackType
 
 import libvirt
 
+from tests.lab.image import cache_directory
 from tests.lab.newest import enter
 from tests.lab.processes import Guard, stop_child, wait_for
 
@@ -33,6 +34,8 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 XDG_DIRECTORIES = {"XDG_RUNTIME_DIR": "r", "XDG_CONFIG_HOME": "c", "XDG_CACHE_HOME": "k"}
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+#: Where a daemon keeps what it found out of each QEMU of the host by running it, in its XDG_CACHE_HOME.
+CAPABILITIES = Path("libvirt/qemu/cache/capabilities")
 
 # host_uuid: two daemons of one machine are two hosts to each other, so that a guest can migrate.
 # keepalive_interval: a test process that has an event loop registered and not running would be taken for dead.
@@ -124,6 +127,7 @@ class PrivateLibvirtd:
             self.resume()
             stop_child(self._child, timeout_s=STOP_TIMEOUT_S)
             self._child = None
+            self._keep_capabilities()
         self._guard.release()
 
     def kill(self) -> None:
@@ -163,6 +167,27 @@ class PrivateLibvirtd:
         if os.getuid() == 0:
             shutil.chown(path, self.user.pw_uid, self.user.pw_gid)
 
+    def _take_capabilities(self) -> None:
+        """Take what earlier daemons found out of each QEMU; whether it still holds, the daemon sees by itself."""
+        kept, own = self._places_of_capabilities()
+        own.mkdir(parents=True)
+        for file in kept.glob("*.xml"):
+            shutil.copyfile(file, own / file.name)
+
+    def _keep_capabilities(self) -> None:
+        kept, own = self._places_of_capabilities()
+        kept.mkdir(exist_ok=True)
+        for file in own.glob("*.xml"):
+            if not (kept / file.name).exists() or (kept / file.name).read_bytes() != file.read_bytes():
+                part = kept / f"{file.name}.{self.directory.name}"
+                shutil.copyfile(file, part)
+                part.rename(kept / file.name)
+
+    def _places_of_capabilities(self) -> tuple[Path, Path]:
+        """Those of all daemons with the same QEMUs, and this one's own."""
+        kept = cache_directory() / f"qemus-of-{'host' if self._tree is None else self._tree.name}"
+        return kept, self.directory / XDG_DIRECTORIES["XDG_CACHE_HOME"] / CAPABILITIES
+
     def _signal(self, number: signal.Signals) -> None:
         if self._child is not None:
             self._child.send_signal(number)
@@ -187,6 +212,7 @@ class PrivateLibvirtd:
         for name in XDG_DIRECTORIES.values():
             (self.directory / name).mkdir(mode=0o700, exist_ok=True)
         self.guests_directory.mkdir()
+        self._take_capabilities()
         (configuration / "qemu.conf").write_text(QEMU_CONF)
         (configuration / f"{Path(self._program).name}.conf").write_text(DAEMON_CONF.format(host_uuid=uuid.uuid4()))
         for path in (self.directory, *self.directory.rglob("*")):
