@@ -78,8 +78,8 @@ demo: $(DEMO)/.installed
 picture: $(DEMO)/.installed
 	@$(DEMO)/bin/python -m tests.lab.demo --svg docs/demo.svg
 
-# One worker more than CPUs: many tests wait for a guest or a limit.
-WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
+# Two workers more than CPUs: many tests wait for a guest or a limit.
+WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
 
 # The tests start the programs a thousand times: each would compile them, where PYTHONDONTWRITEBYTECODE is set.
 COMPILE = $(BIN)/python -m compileall -q kvmagent plugins

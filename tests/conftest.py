@@ -17,6 +17,7 @@ from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
 from tests.lab.image import Image, build_image
 from tests.lab.libvirtd import PrivateLibvirtd
+from tests.lab.orphans import reaping_orphans
 
 Boot = Callable[[GuestSpec], Guest]
 
@@ -30,7 +31,8 @@ hypothesis.settings.load_profile("without deadline")
 LONGEST = (
     "package/test_contents.py", "matrix/test_prepared_starts.py", "crash/test_random_kills.py", "package/test_rpm.py",
     "crash/test_fault_points.py", "package/test_zstack.py", "package/test_ansible.py", "guest/test_again.py",
-    "package/test_systemd.py", "guest/test_newest.py", "crash/test_soak.py", "package/test_pythons.py",
+    "guest/test_engine_prepare.py", "package/test_systemd.py", "guest/test_newest.py", "crash/test_soak.py",
+    "package/test_pythons.py",
     "guest/test_foreign.py", "guest/test_zstack_events.py", "guest/test_engine_memory.py", "ansible/test_collection.py",
     "chaos/test_chaos.py", "guest/test_hotplug.py", "guest/test_power.py", "unit/test_delivery.py",
     "guest/test_zstack_day.py", "package/test_lifecycle.py", "ansible/test_modules.py", "guest/test_budget.py",
@@ -105,7 +107,7 @@ def boot_module(lab: PrivateLibvirtd, image: Image) -> Iterator[Boot]:
 @pytest.fixture
 def define(lab: PrivateLibvirtd, image: Image) -> Iterator[Callable[..., Guest]]:
     """Defines a guest that never runs: QEMU is started paused, or not at all."""
-    with ExitStack() as guests:
+    with reaping_orphans(), ExitStack() as guests:
 
         def define_guest(spec: GuestSpec, *, running: bool = True) -> Guest:
             guest = Guest(lab, image, spec)
@@ -121,7 +123,7 @@ def define(lab: PrivateLibvirtd, image: Image) -> Iterator[Callable[..., Guest]]
 @contextmanager
 def booting(lab: PrivateLibvirtd, image: Image) -> Iterator[Boot]:
     """A function that boots guests, all of which are destroyed in the end, whether they came up or not."""
-    with ExitStack() as guests:
+    with reaping_orphans(), ExitStack() as guests:
 
         def boot_guest(spec: GuestSpec) -> Guest:
             guest = Guest(lab, image, spec)
