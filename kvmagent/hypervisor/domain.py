@@ -23,6 +23,7 @@ from kvmagent.hypervisor.domainxml import (
     format_virtio_mem,
     parse_definition,
     parse_live,
+    read_written_bytes,
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
@@ -405,6 +406,9 @@ class VmHandle:
 
     def set_balloon(self, size_bytes: int, target: Target) -> None:
         """Ask the guest's balloon driver for a size. The call returns before the guest has done anything."""
+        if target == "config":
+            # Sizes in a definition may be odd; what the facts have is what it starts with.
+            size_bytes = min(size_bytes, read_written_bytes(self.config_xml()))
         with libvirt_errors(f"setting the balloon ({target})"):
             self._domain.setMemoryFlags(size_bytes // KIB, _AFFECT[target])
 

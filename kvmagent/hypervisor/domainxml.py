@@ -228,6 +228,11 @@ def find_memory_xml(
     return None
 
 
+def read_written_bytes(domain_xml: str) -> int:
+    """Return the memory as the definition has it: not rounded, which is what libvirt allows a balloon at most."""
+    return _size(_Document(domain_xml).find("memory"))
+
+
 def edit_requested(memory_xml: str, requested_bytes: int) -> str:
     """Return a virtio-mem device's XML with another requested size, as virDomainUpdateDeviceFlags takes it."""
     memory = parse_xml(memory_xml)

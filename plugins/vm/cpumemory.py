@@ -11,7 +11,7 @@ from kvmagent.model.command import Command, Ending, Goal, Resize
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.reply import Problem
-from kvmagent.model.steps import AnyStep
+from kvmagent.model.steps import AnyStep, SetBalloon
 
 from . import cpu, memory, memorygoal, shrink
 from .cpu import CpuGoal
@@ -22,11 +22,12 @@ from .shrink import ShrinkGoal
 
 
 class CpuMemoryGoal(Goal, frozen=True, rename="camel"):
-    """Both goals; after a failure the way back instead."""
+    """Both goals; after a failure the way back instead. `saved_balloon_bytes`: where the definition had it."""
 
     memory: MemoryGoal
     cpu: CpuGoal
     undo_memory: ShrinkGoal | None = None
+    saved_balloon_bytes: int | None = None
 
     @property
     def slots(self) -> int:
@@ -50,7 +51,12 @@ def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> Cp
     more_memory = HotPlugMemoryRequest(memory_size=request.memory_size, **shared)
     more_cpus = HotPlugCpuRequest(cpu_num=request.cpu_num, scale_shares=request.scale_shares, **shared)
     memory_goal, cpu_goal = memory.decide(more_memory, facts, task_uuid), cpu.decide(more_cpus, facts, task_uuid)
-    return CpuMemoryGoal(totals=memory_goal.totals + cpu_goal.totals, memory=memory_goal, cpu=cpu_goal)
+    return CpuMemoryGoal(
+        totals=memory_goal.totals + cpu_goal.totals,
+        memory=memory_goal,
+        cpu=cpu_goal,
+        saved_balloon_bytes=facts.get_config().current_bytes if memory_goal.balloon_config else None,
+    )
 
 
 def next_steps(goal: CpuMemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -61,7 +67,7 @@ def next_steps(goal: CpuMemoryGoal, facts: Facts, failed: frozenset[str]) -> tup
     """
     if goal.undo_memory is not None:
         way_back = cpu.next_steps(goal.cpu, facts, failed) if goal.cpu.failure is not None else ()
-        return way_back or shrink.next_steps(goal.undo_memory, facts, failed)
+        return way_back or shrink.next_steps(goal.undo_memory, facts, failed) or _saved_balloon_steps(goal, facts)
     if steps := memorygoal.next_steps(goal.memory, facts, failed):
         return steps
     if shortfall := memorygoal.find_shortfall(goal.memory, facts):
@@ -102,6 +108,16 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
     }
 
 
+def _saved_balloon_steps(goal: CpuMemoryGoal, facts: Facts) -> tuple[AnyStep, ...]:
+    """Have the definition's balloon where it was; it counts the dimms that could not leave."""
+    config = facts.domain.config
+    if goal.saved_balloon_bytes is None or config is None:
+        return ()
+    left = (config.find_device(dimm.alias) for dimm in goal.memory.dimms)
+    former = goal.saved_balloon_bytes + sum(device.size_bytes for device in left if device is not None)
+    return (SetBalloon(size_bytes=former, target="config"),) if config.current_bytes > former else ()
+
+
 def _undo_memory(goal: MemoryGoal, facts: Facts, *, same_run: bool) -> ShrinkGoal:
     """Return the way back from a memory goal: what there is of its dimms leaves, sizes become the former ones.
 
@@ -122,7 +138,7 @@ def _undo_memory(goal: MemoryGoal, facts: Facts, *, same_run: bool) -> ShrinkGoa
         ),
         balloon_bytes=goal.former_balloon_bytes if goal.balloon_bytes is not None else None,
         balloon_live=goal.balloon_live and same_run,
-        balloon_config=goal.balloon_config,
+        balloon_config=False,
         total_bytes=goal.total_bytes,
         guest_online=True,
         timeout_sec=goal.timeout_sec,

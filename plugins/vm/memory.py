@@ -62,6 +62,9 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     holds_balloon = balloon_bytes is None and request.affect != "config" and find_balloon_leftover(facts) is not None
     if holds_balloon:
         balloon_bytes = facts.domain.balloon_bytes
+    raised = _find_raised(request.affect, facts) if balloon_bytes is None or holds_balloon else None
+    if raised is not None:
+        holds_balloon, balloon_bytes = True, raised
     missing = {} if request.method == "balloon" else _find_missing(request, facts)
     if request.method == "auto" and auto_method(facts, request.affect) == "plug virtio-mem":
         request = msgspec.structs.replace(request, method="virtio-mem")
@@ -76,7 +79,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         size_bytes = current_definition(facts, target).memory_bytes + added[target]
         refuse_first(check_memory_ceiling(facts, target, size_bytes))
     main: Target = "config" if request.affect == "config" else "live"
-    saves_hold = holds_balloon and _is_saved(facts, request.affect)
+    saves_hold = holds_balloon and (raised is not None or _is_saved(facts, request.affect))
     return MemoryGoal(
         totals=_find_totals(
             request.affect,
@@ -346,6 +349,18 @@ def _settle_others(found: Facts, settled: Facts, resizes: tuple[PlannedResize, .
 def _virtio_mems(facts: Facts, target: Target) -> tuple[MemoryDevice, ...]:
     definition = facts.domain.live if target == "live" else facts.domain.config
     return () if definition is None else definition.virtio_mems
+
+
+def _find_raised(affect: Affect, facts: Facts) -> int | None:
+    """Return what the balloon of the definition is to leave at the next start, where that is less than it leaves now.
+
+    Both definitions are to have the total: with a lower currentMemory the next start would hold some of it back.
+    """
+    live, config = facts.domain.live, facts.domain.config
+    if affect != "both" or live is None or config is None or not config.balloon:
+        return None
+    wanted = min(balloon_actual(facts, "live"), config.balloon_total_bytes)
+    return wanted if config.current_bytes < wanted else None
 
 
 def _is_saved(facts: Facts, affect: Affect) -> bool:

@@ -83,7 +83,7 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
     blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the
     next is attached: the guest has no room for all their page maps. `back_online` are blocks of dimms that were there
     before, where nothing is to be plugged: the guest has left them offline. With `holds_balloon` the balloon is only to
-    stay where it is: what was asked of it before is taken back.
+    stay where it is: what was asked of it before is taken back, and the definition follows.
     """
 
     balloon_bytes: int | None

@@ -253,3 +253,65 @@ def test_halves_that_are_apart_grow_to_what_the_running_vm_has(tmp_path: Path) -
     add_two_alike(domain, (0, 128), (0, 0))
     assert carry_out(make_node(tmp_path, domain), "HotPlugMemory", vmUuid="vm1", memorySize=384 * MIB)["success"]
     assert requests_mib(domain) == [[0, 128], [0, 128]]
+
+
+def make_saved_lower(*, saved_mib: int = 512, config_memory_mib: int = 1024) -> FakeDomain:
+    """A VM of 1024 MiB whose balloon holds nothing, and whose next start would be ballooned."""
+    domain = make_domain(GuestSpec(name="vm1", memory_mib=1024))
+    domain.config.find("currentMemory").text = str(saved_mib * 1024)
+    if config_memory_mib != 1024:
+        domain.config.find("memory").text = str(config_memory_mib * 1024)
+        domain.config.find("./cpu/numa/cell").set("memory", str(config_memory_mib * 1024))
+        domain.config.find("./cpu/numa/cell").set("unit", "KiB")
+    return domain
+
+
+@pytest.mark.parametrize("method", ["auto", "dimm", "virtio-mem", "balloon"])
+@pytest.mark.parametrize("more_mib", [0, 256])
+@pytest.mark.parametrize("command", ["HotPlugMemory", "HotPlugCpuMemory"])
+def test_the_next_start_has_the_total_too_and_is_not_ballooned(
+    tmp_path: Path, command: str, more_mib: int, method: str
+) -> None:
+    if (command == "HotPlugCpuMemory" and method != "auto") or (method == "balloon" and more_mib):
+        return
+    domain = make_saved_lower()
+    fields = {"cpuNum": 1} if command == "HotPlugCpuMemory" else {"method": method}
+    reply = carry_out(make_node(tmp_path, domain), command, vmUuid="vm1", memorySize=(1024 + more_mib) * MIB, **fields)
+    assert (reply["success"], reply["outcome"]) == (True, "online" if more_mib else "configured"), reply
+    plugged_mib = 0 if method == "virtio-mem" else more_mib
+    assert int(domain.config.findtext("currentMemory")) == (1024 + plugged_mib) * 1024
+    again = carry_out(make_node(tmp_path, domain), command, vmUuid="vm1", memorySize=(1024 + more_mib) * MIB, **fields)
+    assert again["outcome"] == "unchanged", again
+
+
+def test_the_next_start_is_ballooned_no_less_where_it_was_left_alone(tmp_path: Path) -> None:
+    domain = make_saved_lower()
+    reply = carry_out(make_node(tmp_path, domain), "HotPlugMemory", vmUuid="vm1", memorySize=1024 * MIB, affect="live")
+    assert reply["outcome"] == "unchanged"
+    assert domain.config.findtext("currentMemory") == str(512 * 1024)
+
+
+def test_a_definition_of_an_odd_size_is_ballooned_no_further_than_it_allows(tmp_path: Path) -> None:
+    """libvirt rounds it up at the start, and allows no balloon above what is written."""
+    domain = make_saved_lower(config_memory_mib=1023)
+    domain.config.find("memory").text = str(1023 * 1024 + 512)
+    domain.config.find("./cpu/numa/cell").set("memory", str(1023 * 1024 + 512))
+    reply = carry_out(make_node(tmp_path, domain), "HotPlugMemory", vmUuid="vm1", memorySize=1024 * MIB)
+    assert (reply["success"], reply["outcome"]) == (True, "configured"), reply
+    assert domain.config.findtext("currentMemory") == str(1023 * 1024 + 512)
+
+
+def test_a_definition_of_less_memory_is_ballooned_no_further_than_it_has(tmp_path: Path) -> None:
+    domain = make_saved_lower(saved_mib=256, config_memory_mib=768)
+    reply = carry_out(make_node(tmp_path, domain), "HotPlugMemory", vmUuid="vm1", memorySize=1024 * MIB)
+    assert reply["success"], reply
+    assert domain.config.findtext("currentMemory") == str(1024 * 1024)
+
+
+def test_the_way_back_of_both_has_the_next_start_as_it_was(tmp_path: Path) -> None:
+    domain = make_saved_lower()
+    domain.fail_next["setVcpusFlags"] = qemu_error(1, "no")
+    fields = {"cpuNum": 2, "memorySize": 1280 * MIB}
+    reply = carry_out(make_node(tmp_path, domain), "HotPlugCpuMemory", vmUuid="vm1", **fields)
+    assert (reply["outcome"], reply["details"]) == ("refused", {"undone": True}), reply
+    assert domain.config.findtext("currentMemory") == str(512 * 1024)
