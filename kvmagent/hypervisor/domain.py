@@ -90,9 +90,11 @@ class VmHandle:
         self._means = means
         #: The VM's UUID, with dashes.
         self.uuid = str(domain.UUIDString())
+        # libvirt's number of the run in which there was no managed save image.
+        self._unsaved_run: int | None = None
         self.agent = GuestAgent(domain, send=means.send_to_agent, recorder=means.recorder)
 
-    def read(self, *, ask_balloon: bool, ask_target: bool = False) -> tuple[Domain, bool | None]:
+    def read(self, *, ask_balloon: bool, ask_target: bool, ask_job: bool) -> tuple[Domain, bool | None]:
         """Return the VM as libvirt has it, and whether its agent channel is open (None: no channel).
 
         The balloon's size is what QEMU last told libvirt, which it does once a second at most, unless it is to be
@@ -122,8 +124,8 @@ class VmHandle:
             config=parse_definition(config_xml) if config_xml else None,
             balloon_bytes=balloon_bytes if live_xml and ask_balloon else told,
             balloon_unused=balloon_unused,
-            job=self.find_job() if live_xml else None,
-            saved=bool(config_xml) and self._has_saved_state(),
+            job=self.find_job() if live_xml and ask_job else None,
+            saved=bool(config_xml) and self._has_saved_state(live),
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in MIGRATED,
         )
         if ask_target and live is not None and live.balloon and domain.balloon_bytes is not None:
@@ -433,9 +435,15 @@ class VmHandle:
         is_told = stats.get("last_update") and total is not None and usable is not None
         return None if actual is None else actual * KIB, (total * KIB, usable * KIB) if is_told else None
 
-    def _has_saved_state(self) -> bool:
+    def _has_saved_state(self, live: Definition | None) -> bool:
+        """Return whether the VM has a managed save image. One that comes to be ends the run in which there was none."""
+        run = None if live is None else live.domain_id
+        if run is not None and run == self._unsaved_run:
+            return False
         try:
-            return bool(self._domain.hasManagedSaveImage(0))
+            is_saved = bool(self._domain.hasManagedSaveImage(0))
+            self._unsaved_run = None if is_saved else run
+            return is_saved
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
                 return False

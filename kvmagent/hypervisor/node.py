@@ -206,7 +206,7 @@ class Node:
                 handle = find_vm(connection, vm, self._means)
             yield OpenVm(
                 handle,
-                lambda parts: self._observe(connection, handle, parts),
+                lambda parts, ask_job: self._observe(connection, handle, parts, ask_job=ask_job),
                 lambda task_uuid, reservation: self._budget.reserve(connection, task_uuid, handle.uuid, reservation),
                 lambda: self._budget.note_change(handle.uuid),
             )
@@ -229,10 +229,14 @@ class Node:
         with self.open_vm(vm) as held:
             return held.perform(step)
 
-    def _observe(self, connection: libvirt.virConnect, handle: VmHandle, parts: frozenset[str]) -> Facts:
+    def _observe(
+        self, connection: libvirt.virConnect, handle: VmHandle, parts: frozenset[str], *, ask_job: bool
+    ) -> Facts:
         """Return what is so of a VM, of its guest and of its host."""
         begun = self._budget.begin()
-        domain, connected = handle.read(ask_balloon="memory" in parts, ask_target="balloon target" in parts)
+        domain, connected = handle.read(
+            ask_balloon="memory" in parts, ask_target="balloon target" in parts, ask_job=ask_job
+        )
         guest = handle.ask_guest(domain, connected, parts)
         self.names.note(domain.uuid, domain.name)
         limit = self._vcpu_limit(connection, domain.live or domain.config)
@@ -307,14 +311,15 @@ class Node:
 class OpenVm:
     """One VM as a task sees it while it works on it, by one thread.
 
-    `observe` returns what is so of the VM, and of the parts that are asked for; `reserve` reserves memory of the host
-    for a task, and `note_change` is called after each step.
+    `observe` returns what is so of the VM and of the parts that are asked for; if told to, also the job that excludes
+    changes: nobody decides about that after the first step. `reserve` reserves memory of the host for a task, and
+    `note_change` is called after each step.
     """
 
     def __init__(
         self,
         handle: VmHandle,
-        observe: Callable[[frozenset[str]], Facts],
+        observe: Callable[[frozenset[str], bool], Facts],
         reserve: Callable[[str, Reservation], None],
         note_change: Callable[[], None],
     ) -> None:
@@ -322,6 +327,7 @@ class OpenVm:
         self._observe = observe
         self._reserve = reserve
         self._note_change = note_change
+        self._is_changed = False
 
     @property
     def uuid(self) -> str:
@@ -337,7 +343,7 @@ class OpenVm:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
         with phase("libvirt"):
-            return self._observe(parts)
+            return self._observe(parts, not self._is_changed)
 
     def reserve(self, task_uuid: str, reservation: Reservation) -> None:
         """Reserve what of the host's memory a task may bring the running VM to, until `release`.
@@ -354,6 +360,7 @@ class OpenVm:
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
+        self._is_changed = True
         with phase("libvirt"):
             try:
                 return perform(self._handle, step)
