@@ -3,8 +3,10 @@
 import contextlib
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import libvirt
@@ -123,7 +125,7 @@ def test_a_vm_whose_guest_is_off_and_whose_qemu_is_not_still_has_its_disks(
         lab.pause()
         try:
             guest.run_later("poweroff -f")
-            wait_for(lambda: is_halted(guest), timeout_s=LIMIT_S, what="the guest's power-off")
+            wait_for(lambda: is_halted(guest, pid), timeout_s=LIMIT_S, what="the guest's power-off")
             os.kill(pid, signal.SIGSTOP)
         finally:
             lab.resume()
@@ -140,8 +142,17 @@ def test_a_vm_whose_guest_is_off_and_whose_qemu_is_not_still_has_its_disks(
         assert watched.told() == [("vmshutdown", {"detail": "by guest"}), ("vmshutdown/from/guest", {})]
 
 
-def is_halted(guest: Guest) -> bool:
-    return "Power down" in guest.console()
+def is_halted(guest: Guest, pid: int) -> bool:
+    """Whether the guest said its last word, and QEMU has dealt with what came after it: its threads are asleep."""
+    return "Power down" in guest.console() and all(time.sleep(0.02) or is_asleep(pid) for _ in range(10))
+
+
+def is_asleep(pid: int) -> bool:
+    # A thread may end meanwhile.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        stats = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats} == {"S"}
+    return False
 
 
 def test_a_live_migration_is_a_start_on_one_side_and_nothing_on_the_other(
