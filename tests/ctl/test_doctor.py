@@ -15,7 +15,13 @@ import pytest
 
 from kvmagent.cli.ctl import look
 from kvmagent.cli.ctl.agentuser import Identity, look_as
-from kvmagent.cli.ctl.doctor import examine, examine_guests, examine_memory_balance, examine_versions
+from kvmagent.cli.ctl.doctor import (
+    examine,
+    examine_guests,
+    examine_memory,
+    examine_memory_balance,
+    examine_versions,
+)
 from kvmagent.cli.ctl.findings import Finding, is_healthy, render_findings
 from kvmagent.cli.ctl.hostchecks import (
     ask_kernel_clock,
@@ -357,6 +363,15 @@ def test_guests_with_more_plugged_than_their_kernels_can_bear_are_named() -> Non
         ("note", "db-7: more than 3 times the boot memory is plugged")
     ]
     assert "memory_hotplug.online_policy=auto-movable memory_hotplug.auto_movable_ratio=301" in told[0].remedy
+
+
+@pytest.mark.parametrize(("budget", "remedy"), [(18, "host.memory_overcommit."), (8, "machine.slice MemoryMax=")])
+def test_a_host_over_its_budget_is_told_what_raises_it(budget: int, remedy: str) -> None:
+    memory: dict[str, Any] = {"physical": 16 * MIB, "hugepages": 3 * MIB, "reserve": MIB, "overcommit": 1.5}
+    memory |= {"budget": budget * MIB, "promised": 20 * MIB, "overSince": 1.0}
+    (finding,) = examine_memory(memory)
+    assert finding.level == "warning"
+    assert remedy in (finding.remedy or "")
 
 
 def test_findings_are_shown_with_their_remedies_and_counted() -> None:

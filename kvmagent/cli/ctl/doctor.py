@@ -205,7 +205,7 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
         message = f"the agent that runs is {health['version']}, installed is {__version__}"
         yield Finding("agent", "warning", message, "systemctl restart kvmagent: running tasks are finished first.")
     yield from _examine_page(agent)
-    yield from _examine_memory(health.get("memory"))
+    yield from examine_memory(health.get("memory"))
     if owed := health["owedCallbacks"]:
         remedy = "kvmagentctl tasks --state finished says to whom; see that those servers can be reached."
         yield Finding("agent", "note", f"{owed} callbacks wait for their servers", remedy)
@@ -225,13 +225,18 @@ def _examine_page(agent: Agent) -> Iterator[Finding]:
             )
 
 
-def _examine_memory(memory: dict[str, Any] | None) -> Iterator[Finding]:
+def examine_memory(memory: dict[str, Any] | None) -> Iterator[Finding]:
     """Look whether the host has more memory promised to VMs than it has."""
     if memory is None:
         return
     promised, budget = format_size(memory["promised"]), format_size(memory["budget"])
     if memory["overSince"] is not None:
-        remedy = "kvmagentctl reclaim --dry-run shows what VMs could give back; or raise host.memory_overcommit."
+        own = max(0, memory["physical"] - memory["hugepages"] - memory["reserve"]) * memory["overcommit"]
+        # The ratio raises no limit of machine.slice.
+        other = "host.memory_overcommit"
+        if memory["budget"] < int(own):
+            other = "the limit of machine.slice (systemctl set-property machine.slice MemoryMax=SIZE)"
+        remedy = f"kvmagentctl reclaim --dry-run shows what VMs could give back; or raise {other}."
         yield Finding("memory", "warning", f"{promised} are promised to VMs, the budget is {budget}", remedy)
     else:
         yield Finding("memory", "good", f"{promised} of {budget} are promised to VMs")
