@@ -77,20 +77,34 @@ class Promise(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        """What it takes of the host, by kind; QEMU's own is normal memory from anywhere."""
-        claims, left = [], self.ballooned_bytes
-        for part in self.parts:
-            # Which pages the balloon holds is not told: they are taken off the first part that has them.
-            held = min(part.size_bytes, left)
-            left -= held
-            claims.append(Claim(part.page_bytes, part.host_nodes, part.size_bytes - held))
-        total = sum(part.size_bytes for part in self.parts)
-        return (*claims, Claim(NORMAL_PAGES, ANYWHERE, estimate_overhead(total, self.vcpus)))
+        """What it may take of the host, by kind, its balloon left out; QEMU's own is normal memory from anywhere."""
+        claims = (Claim(part.page_bytes, part.host_nodes, part.size_bytes) for part in self.parts)
+        return (*claims, Claim(NORMAL_PAGES, ANYWHERE, estimate_overhead(self._parts_bytes, self.vcpus)))
+
+    @cached_property
+    def _parts_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    def measure(self, page_bytes: int, nodes: frozenset[int]) -> int:
+        """Return what may come from pages of a size, of these host NUMA nodes and from nowhere else (empty: any).
+
+        Which pages the balloon holds is not told: what may be of other kinds is none of these.
+        """
+        inside = sum(
+            claim.size_bytes
+            for claim in self.claims
+            if claim.page_bytes == page_bytes and (not nodes or (claim.nodes and claim.nodes <= nodes))
+        )
+        if not self.ballooned_bytes:
+            return inside
+        own = self.claims[-1].size_bytes if page_bytes == NORMAL_PAGES and not nodes else 0
+        outside = self._parts_bytes - (inside - own)
+        return inside - min(inside - own, max(0, self.ballooned_bytes - outside))
 
     @property
     def size_bytes(self) -> int:
         """All that the VM may have, of whatever kind."""
-        return sum(claim.size_bytes for claim in self.claims)
+        return sum(claim.size_bytes for claim in self.claims) - min(self.ballooned_bytes, self._parts_bytes)
 
     @property
     def node_bytes(self) -> dict[int, int]:
@@ -106,7 +120,7 @@ class Promise(msgspec.Struct, frozen=True, dict=True):
         spare = self.spare_bytes
         if spare is None and self.resident_bytes is not None and not any(part.page_bytes for part in self.parts):
             # Its guest tells nothing: what its QEMU never touched, nobody uses. Hugepages are not counted as resident.
-            has = sum(part.size_bytes for part in self.parts) - self.ballooned_bytes
+            has = self._parts_bytes - self.ballooned_bytes
             spare = find_spare(has, has - self.resident_bytes)
         return max((way.size for way in find_ways(self.removable, spare or 0)), default=0)
 
@@ -309,18 +323,9 @@ def check_growth(pools: Iterable[MemoryPool], own: Promise, grown: Promise) -> N
             raise _refuse(pool, added)
 
 
-def measure_claims(promise: Promise, page_bytes: int, nodes: frozenset[int]) -> int:
-    """Return what of a VM's comes from pages of a size, of these host NUMA nodes and from nowhere else (empty: any)."""
-    return sum(
-        claim.size_bytes
-        for claim in promise.claims
-        if claim.page_bytes == page_bytes and (not nodes or (claim.nodes and claim.nodes <= nodes))
-    )
-
-
 def _find_added(pool: MemoryPool, before: Promise, after: Promise) -> int:
     """Return how much more of a pool a VM takes afterwards."""
-    return measure_claims(after, pool.page_bytes, pool.nodes) - measure_claims(before, pool.page_bytes, pool.nodes)
+    return after.measure(pool.page_bytes, pool.nodes) - before.measure(pool.page_bytes, pool.nodes)
 
 
 def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:

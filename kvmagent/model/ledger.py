@@ -4,12 +4,13 @@ Pure. Not thread-safe.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterable, ValuesView
 
 import msgspec
 
 from kvmagent.model.facts import MemoryPool
-from kvmagent.model.hostbudget import ANYWHERE, NORMAL_PAGES, Claim, HostCapacity, Promise, measure_claims
+from kvmagent.model.hostbudget import ANYWHERE, NORMAL_PAGES, Claim, HostCapacity, Promise
 
 # How many of the VMs that have most, and of those that could do without some, are named in a refusal.
 _NAMED = 3
@@ -43,7 +44,7 @@ class _Tally:
         del self.idle[bisect_left(self.idle, idle)]
 
     def _find_shares(self, promise: Promise) -> tuple[_Share, _Share]:
-        size = measure_claims(promise, self._page_bytes, self._nodes)
+        size = promise.measure(self._page_bytes, self._nodes)
         return (size, promise.name, promise.uuid), (min(size, promise.idle_bytes), promise.name, promise.uuid)
 
 
@@ -52,8 +53,9 @@ class Ledger:
 
     def __init__(self) -> None:
         self._promises: dict[str, Promise] = {}
-        # Of each kind of claim how many there are, and their bytes.
-        self._kinds: dict[tuple[int, frozenset[int]], tuple[int, int]] = {}
+        # How many claims there are of each kind, and what is promised of each size of pages.
+        self._kinds: Counter[tuple[int, frozenset[int]]] = Counter()
+        self._sums: Counter[int] = Counter()
         self._members: dict[str, set[str]] = {}
         # By pages, nodes and cgroup; each from the first time that it is asked for.
         self._tallies: dict[tuple[int, frozenset[int], str], _Tally] = {}
@@ -72,7 +74,7 @@ class Ledger:
             return
         self.remove(promise.uuid)
         self._promises[promise.uuid] = promise
-        self._count_claims(promise.claims, 1)
+        self._count(promise, 1)
         for cgroup in promise.cgroups:
             self._members.setdefault(cgroup, set()).add(promise.uuid)
         for tally in self._find_tallies(promise):
@@ -83,7 +85,7 @@ class Ledger:
         promise = self._promises.pop(uuid, None)
         if promise is None:
             return
-        self._count_claims(promise.claims, -1)
+        self._count(promise, -1)
         for tally in self._find_tallies(promise):
             tally.remove(promise)
         for cgroup in promise.cgroups:
@@ -94,7 +96,7 @@ class Ledger:
 
     def sum_pages(self, page_bytes: int) -> int:
         """Return what is promised of pages of a size, wherever they come from."""
-        return sum(size for (pages, _), (_, size) in self._kinds.items() if pages == page_bytes)
+        return self._sums[page_bytes]
 
     def find_node_sets(self, page_bytes: int) -> set[frozenset[int]]:
         """Return the sets of host NUMA nodes that memory of such pages is bound to, the empty one included."""
@@ -116,13 +118,14 @@ class Ledger:
             idle=_name(idle[:_NAMED]),
         )
 
-    def _count_claims(self, claims: Iterable[Claim], sign: int) -> None:
-        for claim in claims:
+    def _count(self, promise: Promise, sign: int) -> None:
+        for claim in promise.claims:
             kind = claim.page_bytes, claim.nodes
-            number, size = self._kinds.get(kind, (0, 0))
-            self._kinds[kind] = number + sign, size + sign * claim.size_bytes
-            if not self._kinds[kind][0]:
+            self._kinds[kind] += sign
+            if not self._kinds[kind]:
                 del self._kinds[kind]
+        for page_bytes in {claim.page_bytes for claim in promise.claims}:
+            self._sums[page_bytes] += sign * promise.measure(page_bytes, ANYWHERE)
 
     def _find_tallies(self, promise: Promise) -> list[_Tally]:
         """Return the tallies that a VM is in: those of a cgroup are no other VM's affair."""

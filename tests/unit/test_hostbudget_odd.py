@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 import random
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ from lxml import etree
 from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.model.errors import AgentError
-from kvmagent.model.hostbudget import NORMAL_PAGES, make_promise
+from kvmagent.model.hostbudget import NORMAL_PAGES, Promise, estimate_overhead, make_promise
 from kvmagent.model.units import GIB, KIB, MIB
 from tests.fakes.agent import make_host
 from tests.fakes.libvirt import FakeConnection, FakeDomain
@@ -31,14 +33,9 @@ LOOSE = ("preferred", "interleave")
 BOUND = ("strict", "restrictive")
 
 
-def find_kinds(vm: FakeDomain) -> Counter[tuple[int, tuple[int, ...]]]:
-    """What a VM may have by pages and host nodes, QEMU's own needs left out."""
+def promise_of(vm: FakeDomain) -> Promise:
     live = parse_definition(vm.XMLDesc(0))
-    promise = make_promise("", "", live, default_page_bytes=2 * MIB)
-    kinds: Counter[tuple[int, tuple[int, ...]]] = Counter()
-    for claim in promise.claims[:-1]:
-        kinds[claim.page_bytes, tuple(sorted(claim.nodes))] += claim.size_bytes
-    return +kinds
+    return make_promise(vm.UUIDString(), vm.name(), live, default_page_bytes=2 * MIB)
 
 
 @dataclass
@@ -164,7 +161,7 @@ def test_a_balloon_in_pinned_memory_holds_nothing_for_the_host(tmp_path: Path, p
     vm.live.find("currentMemory").text = str(1024 * 1024)
     element = etree.fromstring(pinned)
     (vm.live.find("devices") if element.tag in ("hostdev", "interface") else vm.live).append(element)
-    assert find_kinds(vm) == {(NORMAL_PAGES, ()): 4 * GIB}
+    assert promise_of(vm).size_bytes == 4 * GIB + estimate_overhead(4 * GIB, 1)
     promise = Budget(host_root=make_host(tmp_path)).view(FakeConnection(vm)).promises[vm.UUIDString()]
     assert not promise.idle_bytes
 
@@ -270,3 +267,46 @@ def test_a_host_that_cannot_be_read_now_has_neither_no_memory_nor_all_of_it(tmp_
     budget.note_change("")
     with pytest.raises(AgentError, match="has no MemTotal"):
         budget.reserve(connection, "t1", vm.UUIDString(), wanted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0, 1))
+def test_what_a_balloon_holds_leaves_room_nowhere_but_where_it_must_be(seed: int, part: float) -> None:
+    """Wherever the held pages are, no kind of memory has less promised than what may be taken of it."""
+    choose = random.Random(seed)
+    live = parse_definition(make_odd(choose).xml)
+    full = make_promise("", "", live, default_page_bytes=2 * MIB)
+    sizes = [one.size_bytes for one in full.parts]
+    held = int(sum(sizes) * part)
+    promise = msgspec.structs.replace(full, ballooned_bytes=held)
+    assert promise.size_bytes == full.size_bytes - held
+    # One of all ways in which the parts may hold that much.
+    left, real = held, list(full.parts)
+    for n in choose.sample(range(len(real)), len(real)):
+        taken = min(left, sizes[n])
+        real[n] = msgspec.structs.replace(real[n], size_bytes=sizes[n] - taken)
+        left -= taken
+    own = full.claims[-1].size_bytes
+    for pages in {one.page_bytes for one in real} | {NORMAL_PAGES}:
+        for nodes in [frozenset(some) for count in range(5) for some in itertools.combinations(range(4), count)]:
+            inside = [
+                one.size_bytes
+                for one in real
+                if one.page_bytes == pages and (not nodes or (one.host_nodes and one.host_nodes <= nodes))
+            ]
+            needed = sum(inside) + (own if pages == NORMAL_PAGES and not nodes else 0)
+            assert needed <= promise.measure(pages, nodes) <= full.measure(pages, nodes)
+
+
+def test_a_vm_of_two_nodes_with_a_full_balloon_leaves_neither_to_another(tmp_path: Path) -> None:
+    root = make_host(tmp_path, total_mib=32 * 1024)
+    write_nodes(root, 4, 4)
+    tuned = "".join(f"<memnode cellid='{n}' mode='strict' nodeset='{n}'/>" for n in range(2))
+    vm1 = make_backed_vm(1, 6 * 1024, f"<numatune>{tuned}</numatune>", cells=2)
+    vm1.live.find("currentMemory").text = str(3 * 1024 * 1024)
+    vm2 = make_backed_vm(2, 512, STRICT.format("0"))
+    vm2.number = 2
+    budget = Budget(host_root=root)
+    with pytest.raises(AgentError, match="of host NUMA nodes 0 is requested"):
+        budget.reserve(FakeConnection(vm1, vm2), "t1", vm2.UUIDString(), to(2 * GIB))
+    budget.reserve(FakeConnection(vm1, vm2), "t1", vm2.UUIDString(), to(1 * GIB))
