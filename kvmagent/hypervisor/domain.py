@@ -236,6 +236,10 @@ class VmHandle:
             xml = format_dimm(alias=alias, size_bytes=size_bytes, node=node, slot=slot)
             self._attach(xml, alias, live=live, config=config)
 
+        self._attach_suspiciously(attach, alias, live=live)
+
+    def _attach_suspiciously(self, attach: Callable[[int | None], None], alias: str, *, live: bool) -> None:
+        """Attach a device to a slot, and look from then on what QEMU has where libvirt may not know of all of it."""
         try:
             attach(self._find_free_slot(alias) if live and self.uuid in self._means.suspects else None)
         except AgentError as error:
@@ -282,11 +286,11 @@ class VmHandle:
         live: bool,
         config: bool,
     ) -> None:
-        """Attach a virtio-mem device under a user alias."""
+        """Attach a virtio-mem device under a user alias; it takes no slot that could be another's."""
         xml = format_virtio_mem(
             alias=alias, size_bytes=size_bytes, block_bytes=block_bytes, requested_bytes=requested_bytes, node=node
         )
-        self._attach(xml, alias, live=live, config=config)
+        self._attach_suspiciously(lambda _: self._attach(xml, alias, live=live, config=config), alias, live=live)
 
     def _attach(self, xml: str, alias: str, *, live: bool, config: bool) -> None:
         """Attach a device. Memory of it that a killed libvirtd left in QEMU is removed, and the attach is repeated."""

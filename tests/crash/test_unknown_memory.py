@@ -5,6 +5,7 @@ from typing import Any
 
 import libvirt_qemu
 import pytest
+from lxml import etree
 
 from tests.crash.conftest import StartAgent, find_dimms
 from tests.lab.agent import new_task_uuid
@@ -58,3 +59,29 @@ def test_memory_that_no_device_uses_yet_is_no_hindrance(
     reply = server.wait(task, 60)
     assert (reply["outcome"], reply["memorySize"]) == ("plugged", 384 * MIB)
     assert find_dimms(guest) == ([alias], [alias])
+
+
+@pytest.mark.parametrize("has_device", [False, True])
+def test_a_virtio_mem_device_is_not_attached_twice_either(
+    lab: Any, define: Any, make_agent: StartAgent, server: ManagementServer, *, has_device: bool
+) -> None:
+    """No system runs in this VM that would take its memory: what counts is that the device is found."""
+    name = f"virtio{int(has_device)}"
+    guest: Guest = define(GuestSpec(name=name))
+    task = new_task_uuid()
+    alias, size = f"ua-kvmagent-{task}-0", 128 * MIB
+    ask_qemu(guest, "object-add", **{"qom-type": "memory-backend-ram", "id": f"mem{alias}", "size": 2 * size})
+    if has_device:
+        with guest.domain() as domain:
+            ports = etree.fromstring(domain.XMLDesc()).findall("./devices/controller[@model='pcie-root-port']/alias")
+        device = {"driver": "virtio-mem-pci", "id": alias, "memdev": f"mem{alias}", "node": 0, "requested-size": size}
+        ask_qemu(guest, "device_add", **device, bus=ports[-1].get("name"), **{"block-size": 2 * MIB})
+    lab.restart()
+    agent = make_agent(lab.uri)
+    body = {"vmUuid": name, "memorySize": 384 * MIB, "method": "virtio-mem", "timeoutSec": 1}
+    assert agent.post("/vm/hotplug/memory", body, task_uuid=task, callback_url=server.url).status == 200
+    reply = server.wait(task, 60)
+    codes = {warning["code"] for warning in reply["warnings"]}
+    assert [one["data"]["id"] for one in ask_qemu(guest, "query-memory-devices")] == [alias], reply
+    assert ("MEMORY_UNKNOWN_TO_LIBVIRT" in codes) is has_device, reply
+    assert reply["errorCode"] == ("LIBVIRT_REFUSED" if has_device else "VIRTIO_MEM_STALLED"), reply

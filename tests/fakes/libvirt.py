@@ -282,7 +282,8 @@ class FakeDomain:
         return etree.tostring(root, encoding="unicode")
 
     def memoryStats(self) -> dict[str, int]:
-        unknown_kib = sum(data["size"] for data in self.unknown) // KIB
+        # Source: QEMU, get_current_ram_size: virtio-mem is not in it.
+        unknown_kib = sum(data["size"] for data in self.unknown if "max-size" not in data) // KIB
         actual_kib = int(self._running().findtext("currentMemory")) + unknown_kib
         return {"actual": actual_kib} if self._has_balloon() else {"rss": 1}
 
@@ -724,7 +725,14 @@ def ask_qemu(domain: FakeDomain, request: str, flags: int) -> str:
         }
         for device in domain._running().iterfind("./devices/memory[@model='dimm']")
     ]
-    return json.dumps({"return": [*devices, *({"type": "dimm", "data": data} for data in domain.unknown)]})
+    return json.dumps(
+        {
+            "return": [
+                *devices,
+                *({"type": "virtio-mem" if "max-size" in data else "dimm", "data": data} for data in domain.unknown),
+            ]
+        }
+    )
 
 
 def send_to_agent(domain: FakeDomain, request: str, timeout_s: int, flags: int) -> str:

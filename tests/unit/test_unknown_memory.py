@@ -7,11 +7,13 @@ import libvirt
 import pytest
 
 from kvmagent.model.units import MIB
-from tests.fakes.agent import FakeAgent, make_domain
+from kvmagent.tasks.executor import Executor
+from tests.fakes.agent import COMMANDS, FakeAgent, make_domain, make_node
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_cpu_undo import LOST
 from tests.unit.test_recovery import Agent as WaitingAgent
+from tests.unit.test_recovery import Killed
 
 UNKNOWN = "MEMORY_UNKNOWN_TO_LIBVIRT"
 
@@ -81,6 +83,51 @@ def test_the_task_that_was_cut_off_finds_its_own_dimm_and_plugs_no_other(tmp_pat
     assert (reply["outcome"], reply["memorySize"]) == ("plugged", 384 * MIB)
     assert slots(domain) == []
     assert [alias.get("name") for alias in domain.config.iterfind("./devices/memory/alias")] == ["ua-kvmagent-t1-0"]
+    assert UNKNOWN in [warning["code"] for warning in reply["warnings"]]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_task_that_was_cut_off_finds_its_own_virtio_mem_device_and_attaches_no_other(
+    tmp_path: Path, domain: FakeDomain, *, restarted: bool
+) -> None:
+    """No balloon tells of it: QEMU refuses the second of that name, if nothing else."""
+    waiting = WaitingAgent(tmp_path, domain)
+    attach, alias = domain.attachDeviceFlags, "ua-kvmagent-t1-0"
+
+    def attach_again(xml: str, flags: int) -> None:
+        if flags & libvirt.VIR_DOMAIN_AFFECT_LIVE:
+            raise qemu_refusal()
+        attach(xml, flags)
+
+    def attach_to_qemu_alone(xml: str, flags: int) -> None:
+        domain.attachDeviceFlags = attach_again  # type: ignore[method-assign]
+        size = {"size": 128 * MIB, "max-size": 3840 * MIB, "requested-size": 128 * MIB, "block-size": 2 * MIB}
+        domain.unknown.append({"id": alias, "memaddr": 2**32, "node": 0, **size})
+        if restarted:
+            raise Killed
+        raise LOST
+
+    domain.attachDeviceFlags = attach_to_qemu_alone  # type: ignore[method-assign]
+    task = waiting.accept("HotPlugMemory", vmUuid="vm1", memorySize=384 * MIB, method="virtio-mem")
+    if restarted:
+        with pytest.raises(Killed):
+            waiting.executor.run(task)
+        waiting.node = make_node(tmp_path, domain)
+        (task,) = waiting.journal.unfinished()
+        waiting.executor = Executor(
+            waiting.node,
+            waiting.journal,
+            COMMANDS,
+            on_finished=lambda owed: None,
+            on_pending=lambda task_uuid: None,
+            libvirt_wait_s=5.0,
+        )
+    waiting.executor.run(task)
+    reply = waiting.reply()
+    waiting.journal.stop()
+    assert (reply["outcome"], reply["memorySize"]) == ("plugged", 384 * MIB), reply
+    assert [one.get("name") for one in domain.config.iterfind("./devices/memory/alias")] == [alias]
+    assert list(domain.live.iterfind("./devices/memory")) == []
     assert UNKNOWN in [warning["code"] for warning in reply["warnings"]]
 
 
