@@ -308,8 +308,14 @@ class Budget:
             with self._lock:
                 self._stale.add(_ALL)
             raise
+        if is_all:
+            self._looked_at = self._monotonic()
+        if is_all or any(vm is not None and vm.number not in self._cgroups for vm in read.values()):
+            self._cgroups = read_cgroups(self._host_root)
+        self._put(read, before)
+        self._capacity = capacity.without_others(self._now.sum_pages)
         with self._lock:
-            # What was observed meanwhile may be older than what was read.
+            # What was observed meanwhile may be older than what was read; and who ended meanwhile knew what was before.
             now = next(self._moments)
             for uuid in read:
                 self._seen.pop(uuid, None)
@@ -317,12 +323,6 @@ class Budget:
                 self._heard, self._heard_all = {}, now
             else:
                 self._heard |= dict.fromkeys(read, now)
-        if is_all:
-            self._looked_at = self._monotonic()
-        if is_all or any(vm is not None and vm.number not in self._cgroups for vm in read.values()):
-            self._cgroups = read_cgroups(self._host_root)
-        self._put(read, before)
-        self._capacity = capacity.without_others(self._now.sum_pages)
 
     def _put(self, read: dict[str, ReadVm | None], before: dict[str, tuple[str, Reservation]]) -> None:
         """Have these VMs as they were read, with what is or was reserved for them."""
