@@ -47,6 +47,9 @@ def test_a_machine_that_does_nothing_is_refused_in_one_voice(of: tuple[str, str]
                 ("<iommu model='intel'><driver intremap='off'/></iommu>", (255, "<iommu>")),
                 ("<iommu model='virtio'/>", (255, "<iommu>")),
                 ("<iommu model='amd'><driver xtsup='off'/></iommu>", (255, "<iommu>")),
+                # Source: QEMU hw/i386/amd_iommu.c: without xtsup, which is off by default, an id has 8 bits.
+                ("<iommu model='amd'/>", (255, "<iommu>")),
+                ("<iommu model='amd'><driver intremap='on'/></iommu>", (255, "<iommu>")),
             )
         ),
         (define("x86_64", "pc"), Host(vcpu_limit=255, adds_iommu=True), 255, "the hypervisor gives"),
