@@ -199,6 +199,9 @@ class Budget:
                     self._seen[uuid] = read
             former = self._notes.get(uuid)
             if former is None or former.domain_id != live.domain_id or former.unknown != unknown:
+                if uuid not in self._stale and known is not None:
+                    # What is noted counts beside what was read, which is as it was.
+                    self._seen[uuid] = known
                 self._stale.add(uuid)
             elif unused is None:
                 return

@@ -258,6 +258,17 @@ def test_a_plug_asks_libvirt_as_often_where_a_thousand_vms_run_as_where_ten_do(t
     assert not few["listAllDomains"]
 
 
+def test_a_vm_that_is_observed_first_and_is_as_it_was_read_is_not_read_again(tmp_path: Path) -> None:
+    """Else the first plug on each of many VMs would cost more than later ones."""
+    vm = CountingDomain(make_vm(1, 512).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    connection = CountingConnection(vm)
+    node = make_node(tmp_path, connection=connection, budget=Budget(host_root=tmp_path / "host", monotonic=lambda: 0.0))
+    node.view_budget()
+    connection.asked.clear()
+    assert node.observe("vm1", frozenset({"memory", "budget"})).host.pools
+    assert not connection.asked["lookupByUUIDString"]
+
+
 def test_a_vm_counts_at_once_when_an_event_tells_of_it(tmp_path: Path) -> None:
     vm1, vm2 = make_vm(1, 512), make_vm(2, 2048)
     vm2.power_cycle(start=False)
