@@ -10,7 +10,7 @@ from typing import Any
 
 import libvirt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvmagent.hypervisor.budget import Budget
@@ -105,9 +105,11 @@ class Hosts:
             self.untold.append((self.now_s, max(0, measure(vm) - before)))
 
     def reserve(self, task: str, vm: FakeDomain, size_mib: int) -> None:
-        """One task of a VM at a time."""
+        """One task of a VM at a time, which has just observed it."""
         if any(of is vm for of, _ in self.reservations.values()):
             return
+        begun = self.kept.begin()
+        self.kept.note(observe(vm), begun)
         wanted = to(size_mib * MIB, vcpus=size_mib // 256)
         said = [_ask(one, self.connection, task, vm.UUIDString(), wanted) for one in (self.kept, self.look_anew())]
         if self.is_known():
@@ -159,6 +161,7 @@ def _ask(budget: Budget, connection: FakeConnection, *wanted: Any) -> tuple[str,
         max_size=30,
     ),
 )
+@example(["", ""], [("power", 0, 1, "event"), ("power", 0, 1, "untold"), ("reserve", 0, 4, "event")])
 def test_what_is_kept_promises_no_more_than_a_look_at_all_would(
     tmp_path_factory: pytest.TempPathFactory, backings: list[str], events: list[tuple[str, int, int, str]]
 ) -> None:
