@@ -85,7 +85,7 @@ WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
 COMPILE = $(BIN)/python -m compileall -q kvmagent plugins
 
 test: setup
-	@echo "==> all tests, real guests, browsers and packages too: some 35 minutes on two cores; make check takes two"
+	@echo "==> all tests, real guests, browsers and packages too: some 25 minutes on two cores, and ten more the first time; make check takes two"
 	@$(COMPILE)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 

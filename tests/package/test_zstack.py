@@ -146,7 +146,7 @@ def test_the_manual_s_steps_make_a_node_and_its_way_back_unmakes_it(
     ]
     assert roles(machine) == ["token:zstack plug", "group:kvmagent-admin admin"]
     assert "kvmagent/kvmagent" in machine.journal("haproxy.service")
-    machine.run("systemctl", "kill", "--signal=SIGKILL", "kvmagent")
+    machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGKILL", "kvmagent")
     wait_for(lambda: node.post("/vm/increase/cpu", {})[0] == 400, timeout_s=60, what="the agent to be back")
     node.is_served()
     machine.run("sh", "-c", back)
