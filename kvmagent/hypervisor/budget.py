@@ -124,7 +124,7 @@ class Budget:
             self._expect_change(uuid)
 
     def reserve(self, connection: libvirt.virConnect, task_uuid: str, uuid: str, reservation: Reservation) -> None:
-        """Reserve the memory that a task is going to plug, before its first step; the task has just observed the VM.
+        """Reserve the memory that a task needs, before its first step; the task has just observed the running VM.
 
         Raises:
             AgentError: HOST_MEMORY_PROMISED, MEMORY_HARD_LIMIT, and nothing is reserved; libvirt's errors.
@@ -260,6 +260,7 @@ class Budget:
                 reserved=pool.promised_bytes - self._now.sum_pages(NORMAL_PAGES),
                 resident=sum(promise.resident_bytes or 0 for promise in promises.values()),
                 over_since=self._over_since.get(_find_kind(self._date(pool))),
+                budget_from=pool.made_of,
             )
             self.last = BudgetView(host, promises)
             return self.last
