@@ -215,7 +215,7 @@ class Agent:
         self._events = EventConnection(
             settings.libvirt.uri,
             (device_events.register, vm_events.register, self._migrations.find),
-            on_open=lambda: None if preparations is None else preparations.note_all(),
+            on_open=self._note_gap,
             on_gap=self._notifications.tell_gap,
         )
         reads = Resources(
@@ -488,6 +488,12 @@ class Agent:
         for task in left.unfinished:
             self._lanes.put(task)
         self._delivery.put_missing(left.owed)
+
+    def _note_gap(self) -> None:
+        """Take into account that VMs may have changed while no events came."""
+        self._budget.note_gap()
+        if self._preparations is not None:
+            self._preparations.note_all()
 
     def _describe_vm(self, vm: str) -> msgspec.Raw:
         """Return what ReadyForHotplug says of a VM: facts, headroom, blockers."""

@@ -326,7 +326,7 @@ def _is_journal(descriptor: int, journal_stream: str) -> bool:
 
 def _text(value: object) -> str:
     """Return a value in words: a collection as JSON, and of an object that has no words its type's name, no repr."""
-    if isinstance(value, str | int | float):  # nearly every one
+    if isinstance(value, str | int | float):  # almost every value
         return str(value)
     if isinstance(value, Mapping | list | tuple | set | frozenset):
         return json.dumps(value, default=_plain, ensure_ascii=False)

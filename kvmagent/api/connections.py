@@ -66,8 +66,8 @@ class Connections:
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
-        self._stop = os.eventfd(0)
-        self._selector.register(self._stop, selectors.EVENT_READ)
+        self._wake = os.eventfd(0)
+        self._selector.register(self._wake, selectors.EVENT_READ)
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._ended.set()
@@ -106,7 +106,7 @@ class Connections:
     def stop(self) -> None:
         """End `run`, and wait for its end."""
         self._stopping.set()
-        os.eventfd_write(self._stop, 1)
+        os.eventfd_write(self._wake, 1)
         self._ended.wait()
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Connections:
         for connection in self._waiting():
             connection.close()
         self._selector.close()
-        os.close(self._stop)
+        os.close(self._wake)
 
     def _accept(self) -> None:
         try:

@@ -103,7 +103,7 @@ class Listener(cheroot.server.HTTPServer):
         threads, staying = (_LOCAL_THREADS, _LOCAL_STAYING) if path else (_THREADS, _STAYING)
         super().__init__(path or (http.host, http.port), gateway=None, minthreads=threads, maxthreads=threads)
         self.path = path
-        #: Whether there was an answer since this was last False after which memory is worth to be given back.
+        #: Whether there was an answer since this was last False after which memory should be returned to the system.
         self.sent_large = False
         self._bound: os.stat_result | None = None
         self.request_queue_size = _BACKLOG
@@ -373,6 +373,9 @@ class _Connection(cheroot.server.HTTPConnection):
     def close(self) -> None:
         """Close, and make room for another."""
         self._count_partial_bytes(0)
+        if self._is_large:  # its client left before it had taken all of it
+            self._waiting.clear()
+            self._is_large, self.server.sent_large = False, True
         if self._is_counted:
             self._is_counted = False
             self.server.leave(self._key)

@@ -1,23 +1,24 @@
 """Keeps the host's memory budget: what all running VMs may have, and what accepted tasks are about to bring them to.
 
-    look(connection, ...)     the pools that a VM's memory comes from: facts, for the planners
-    reserve(connection, ...)  before a task's first step; refused where the host cannot keep it
-    release(task)             with the task's end
-    begin(), note(facts, at)  what was observed of a VM: its size, and what `look` does not return of it
-    note_change(uuid), hear   a step was performed, or an event of libvirt came: this VM may have another size now
-    view(connection)          for /healthz, metrics and the operator
+    look(connection, ...)        the pools that a VM's memory comes from: facts, for the planners
+    reserve(connection, ...)     before a task's first step; refused where the host cannot keep it
+    release(task)                with the task's end
+    begin(), note(facts, begun)  what was observed of a VM: its size, and what `look` does not return of it
+    note_change(uuid), hear      a step was performed, or an event of libvirt came: this VM may have another size now
+    note_gap()                   events were lost: any VM may have changed, or be another run of the same number
+    view(connection)             for /healthz, metrics and the operator
 
 A look at all VMs is good for a second; within it the next look reads again only those VMs that are known to have
 changed: by a task's step, by what an event told, or that were observed with another size. So a plug costs the same
-however many VMs run. What a task has observed of its own VM is not read a second time, unless something was heard or
-read of the VM after that observation began. What others do to a VM without an event (`virsh
-setmem` of a VM without balloon events, `virsh attach-device`) counts up to a second late; if no events come, so does a
-VM that others start. A definition that changed and left the size as it was (`virsh numatune`) counts when the agent
-observes that VM next, as each task does first.
+however many VMs run. What a task has observed of its own VM is not read a second time, unless the VM changed or was
+read after that observation began. What others do to a VM without an event (`virsh setmem` of a VM without balloon
+events, `virsh attach-device`) counts up to a second late; if no events come, so does a VM that others start. A
+definition that changed and left the size as it was (`virsh numatune`) counts when the agent observes that VM next, as
+each task does first.
 
 What is asked here of libvirt waits for no QEMU, so that one that hangs holds up no other VM's plug; how much is
 resident is asked for by `view` alone, which waits for it without any lock. A look at all VMs reads a definition again
-only where run or size changed.
+only where run or size changed, or events were lost.
 Thread-safe: between looking and reserving nobody else reserves. libvirt is asked under a lock of its own: one that
 hangs holds up neither `release` nor `note`.
 """
@@ -53,15 +54,15 @@ from kvmagent.model.units import KIB
 
 # How long a look at all VMs, and at what is resident of them, is good.
 _LOOK_S = 1.0
-# How long what a guest said of its memory is no news.
+# After how long what a guest said of its memory is outdated.
 _NOTE_S = 600.0
 _ACTIVE = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
-# In place of a UUID: all VMs are to be read.
-_ALL = ""
+# In place of a UUID: all VMs are to be read; and the definitions of all of them.
+_ALL, _ANEW = "", "anew"
 
 
 class _Note(msgspec.Struct, frozen=True):
-    """What was seen of one run of a VM: what its guest could do without, and what QEMU alone knows to be there."""
+    """What was observed of one run of a VM: what its guest could do without, and what QEMU alone knows to be there."""
 
     domain_id: int | None
     noted_at: float
@@ -97,13 +98,13 @@ class Budget:
         self._asking, self._lock = threading.Lock(), threading.Lock()
         self._reservations: dict[str, tuple[str, Reservation]] = {}
         self._notes: dict[str, _Note] = {}
-        # The VMs to read again at the next look; of some an observation has told since what there is to read.
+        # The VMs to read again at the next look; for some of them an observation has already supplied the new state.
         self._stale = {_ALL}
-        self._seen: dict[str, ReadVm] = {}
-        # When something was last heard or read of each VM, and of all: an observation that began before is no news.
+        self._observed: dict[str, ReadVm] = {}
+        # When each VM, and all, last changed or were read: an observation that began before is outdated.
         self._moments = itertools.count()
-        self._heard: dict[str, int] = {}
-        self._heard_all = 0
+        self._changed_at: dict[str, int] = {}
+        self._changed_at_all = 0
         # Changed by who asks alone.
         self._looked_at = -inf
         self._known: dict[str, ReadVm] = {}
@@ -123,7 +124,7 @@ class Budget:
             self._expect_change(uuid)
 
     def reserve(self, connection: libvirt.virConnect, task_uuid: str, uuid: str, reservation: Reservation) -> None:
-        """Reserve what a task that has just observed a running VM brings it to, before the first step towards it.
+        """Reserve the memory that a task needs, before its first step; the task has just observed the running VM.
 
         Raises:
             AgentError: HOST_MEMORY_PROMISED, MEMORY_HARD_LIMIT, and nothing is reserved; libvirt's errors.
@@ -152,7 +153,7 @@ class Budget:
                 return
             if uuid not in self._stale and (known := self._known.get(uuid)) is not None:
                 # It was observed after the last step, and is to count without the reservation.
-                self._seen[uuid] = known
+                self._observed[uuid] = known
             self._stale.add(uuid)
 
     def note_change(self, uuid: str) -> None:
@@ -160,11 +161,18 @@ class Budget:
         with self._lock:
             self._expect_change(uuid)
 
+    def note_gap(self) -> None:
+        """Read all VMs anew: events may have been lost, and a restarted libvirt gives out its numbers again."""
+        with self._lock:
+            self._stale |= {_ALL, _ANEW}
+            self._observed.clear()
+            self._changed_at_all = next(self._moments)
+
     def _expect_change(self, uuid: str) -> None:
         """Read this VM at the next look, whatever was observed before; under the lock."""
         self._stale.add(uuid)
-        self._seen.pop(uuid, None)
-        self._heard[uuid] = next(self._moments)
+        self._observed.pop(uuid, None)
+        self._changed_at[uuid] = next(self._moments)
 
     def hear(self, domain: libvirt.virDomain, _event: int, _detail: int) -> None:
         """Take a lifecycle event into account: a VM that starts, or comes by migration, counts at once."""
@@ -178,7 +186,7 @@ class Budget:
         """Remember what was observed of a VM: what its guest does not use, memory that libvirt does not know.
 
         If it is not what was read here last, that counts from the next look on. The VM is read again where the
-        observation is no news, or has more in it than libvirt has; and where it has hugepages: those in use are held
+        observation is outdated, or has more in it than libvirt has; and where it has hugepages: those in use are held
         against what VMs are read to have after it.
         """
         uuid, live, unused = facts.domain.uuid, facts.domain.live, find_unused(facts)
@@ -193,15 +201,15 @@ class Budget:
             known = self._known.get(uuid)
             if uuid in self._stale or known is None or (known.number, known.promise) != (read.number, read.promise):
                 self._stale.add(uuid)
-                is_news = begun > max(self._heard_all, self._heard.get(uuid, 0))
+                is_current = begun > max(self._changed_at_all, self._changed_at.get(uuid, 0))
                 has_hugepages = _has_hugepages(read.promise) or _has_hugepages(self._now.get(uuid))
-                if is_news and not unknown and not has_hugepages:
-                    self._seen[uuid] = read
+                if is_current and not unknown and not has_hugepages:
+                    self._observed[uuid] = read
             former = self._notes.get(uuid)
             if former is None or former.domain_id != live.domain_id or former.unknown != unknown:
                 if uuid not in self._stale and known is not None:
-                    # What is noted counts beside what was read, which is as it was.
-                    self._seen[uuid] = known
+                    # The note is added to the last reading, which is still valid.
+                    self._observed[uuid] = known
                 self._stale.add(uuid)
             elif unused is None:
                 return
@@ -252,6 +260,7 @@ class Budget:
                 reserved=pool.promised_bytes - self._now.sum_pages(NORMAL_PAGES),
                 resident=sum(promise.resident_bytes or 0 for promise in promises.values()),
                 over_since=self._over_since.get(_find_kind(self._date(pool))),
+                budget_from=pool.made_of,
             )
             self.last = BudgetView(host, promises)
             return self.last
@@ -289,43 +298,47 @@ class Budget:
         """
         with self._lock:
             stale, self._stale = self._stale, set()
-            seen, self._seen = self._seen, {}
+            observed, self._observed = self._observed, {}
             before = dict(self._reservations)
-        is_all = _ALL in stale or self._monotonic() - self._looked_at > _LOOK_S
+        now_s = self._monotonic()
+        is_all = _ALL in stale or now_s - self._looked_at > _LOOK_S
         if not (is_all or stale):
             return
         # What a task has plugged of the hugepages in use would count twice: as reserved, and as used by others.
         stale.update(uuid for uuid, _ in before.values() if _has_hugepages(self._now.get(uuid)))
         try:
             capacity = self._capacity
-            if is_all or stale - seen.keys():
+            if is_all or stale - observed.keys():
                 # Not for what was observed, and has no hugepages to hold against those in use: 0.3 ms of each plug.
                 capacity = read_capacity(self._host_root, self._reserve_bytes, self._overcommit)
             page_bytes = capacity.default_page_bytes
             if is_all:
-                known = {uuid: vm for uuid, vm in self._known.items() if uuid not in stale}
-                read = dict.fromkeys(self._known) | read_vms(connection, known, page_bytes)
+                known = {uuid: vm for uuid, vm in self._known.items() if _ANEW not in stale and uuid not in stale}
+                # Those that have ended are read as None.
+                former = self._known.keys() | stale - {_ALL, _ANEW}
+                read = dict.fromkeys(former) | read_vms(connection, known, page_bytes)
             else:
-                read = {uuid: seen.get(uuid) or find_vm(connection, uuid, page_bytes) for uuid in stale}
+                read = {uuid: observed.get(uuid) or find_vm(connection, uuid, page_bytes) for uuid in stale}
+            if is_all or any(vm is not None and vm.number not in self._cgroups for vm in read.values()):
+                self._cgroups = read_cgroups(self._host_root)
         except BaseException:
             with self._lock:
-                self._stale.add(_ALL)
+                self._stale |= stale | {_ALL}
             raise
         if is_all:
-            self._looked_at = self._monotonic()
-        if is_all or any(vm is not None and vm.number not in self._cgroups for vm in read.values()):
-            self._cgroups = read_cgroups(self._host_root)
+            self._looked_at = now_s
         self._put(read, before)
         self._capacity = capacity.without_others(self._now.sum_pages)
         with self._lock:
-            # What was observed meanwhile may be older than what was read; and who ended meanwhile knew what was before.
+            # What was observed meanwhile may be older than what was read; a task that ended during the read recorded
+            # the old state.
             now = next(self._moments)
             for uuid in read:
-                self._seen.pop(uuid, None)
+                self._observed.pop(uuid, None)
             if is_all:
-                self._heard, self._heard_all = {}, now
+                self._changed_at, self._changed_at_all = {}, now
             else:
-                self._heard |= dict.fromkeys(read, now)
+                self._changed_at |= dict.fromkeys(read, now)
 
     def _put(self, read: dict[str, ReadVm | None], before: dict[str, tuple[str, Reservation]]) -> None:
         """Have these VMs as they were read, with what is or was reserved for them."""
@@ -357,7 +370,7 @@ class Budget:
             self._promised.put(promise)
 
     def _with_note(self, promise: Promise, note: _Note) -> Promise:
-        """Return a promise with what was seen of the VM besides."""
+        """Return a promise with what was observed of the VM besides."""
         if note.unknown:
             sizes = promise.node_bytes
             for device in note.unknown:

@@ -141,8 +141,10 @@ class Migrations:
         """Look at how all running VMs came, and return those whose QEMUs were started for a VM that ran before.
 
         A look costs more the more processes the host has, so one look is for all. A VM that does not run yet is left
-        out: its QEMU may still be missing. What came, or was restored, nobody said which, is left to its observation.
+        out: its QEMU may still be missing. A VM that may have come either way is decided when it is observed.
         """
+        with self._lock:
+            before = dict(self._known)
         reasons: list[tuple[libvirt.virDomain, int | None]] = []
         try:
             for domain, stats in connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, _RUNNING):
@@ -153,15 +155,22 @@ class Migrations:
         incoming = find_incoming(self._host_root)
         for domain, reason in reasons:
             if reason in MIGRATED | _RESTORED or domain.UUIDString() not in incoming:
-                self._put(domain, migrated=reason in MIGRATED, restored=reason in _RESTORED)
+                self._put(domain, migrated=reason in MIGRATED, restored=reason in _RESTORED, before=before)
         return incoming
 
-    def _put(self, domain: libvirt.virDomain, *, migrated: bool, restored: bool) -> None:
-        """Remember how a VM came; one that came by migration and is set back to a snapshot came so all the same."""
+    def _put(
+        self, domain: libvirt.virDomain, *, migrated: bool, restored: bool, before: dict[str, _Came] | None = None
+    ) -> None:
+        """Remember how a VM came; one that came by migration and is set back to a snapshot came so all the same.
+
+        `before` is what was known when the VM was listed: what an event has changed since is newer, and stays.
+        """
         run, uuid = format_run(domain.ID(), self._boot_id), domain.UUIDString()
         if run is not None:
             with self._lock:
                 known = self._known.get(uuid)
+                if before is not None and known != before.get(uuid):
+                    return
                 if migrated or known is None or known.run != run:
                     self._remember(uuid, _Came(run, migrated, restored))
 

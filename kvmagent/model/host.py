@@ -105,6 +105,7 @@ class HostMemory(msgspec.Struct, frozen=True, rename="camel"):
 
     `promised` is what running VMs may have, `reserved` of it what tasks under way are about to plug; `resident` is what
     the VMs' QEMUs have now. `over_since` is the UNIX time since when more is promised than there is; None: it is not.
+    `budget_from` says in words what the budget is: that sum, or the limit of machine.slice where that is less.
     """
 
     physical: int
@@ -116,6 +117,7 @@ class HostMemory(msgspec.Struct, frozen=True, rename="camel"):
     reserved: int
     resident: int
     over_since: float | None
+    budget_from: str = ""
 
 
 class HostView(msgspec.Struct, frozen=True):

@@ -10,6 +10,7 @@ Observed: QEMU 7.2; tests/guest/test_power.py, test_foreign.py.
 """
 
 from collections.abc import Iterator
+from math import inf
 from typing import Literal
 
 import msgspec
@@ -76,10 +77,16 @@ _S390X = Machine(
     balloon_page_bytes=4 * KIB,
 )
 _NONE = Machine(types=(), does=frozenset(), block_bytes=128 * MIB, balloon_page_bytes=64 * KIB)
-# Linux on x86-64 has blocks of 128 MiB (with 32 bits up to 512 MiB) where its boot memory ends below 64 GiB, of which
-# up to 4 GiB are the hole for PCI devices; above, blocks of up to 2 GiB. Source: Linux arch/x86/mm/init_64.c,
-# probe_memory_block_size; arch/x86/include/asm/sparsemem.h.
-_X86_LARGE_FROM_BYTES, _X86_LARGE_BLOCK_BYTES = 60 * GIB, 2 * GIB
+# From so much boot memory on the guest's kernel may have larger blocks, up to so much.
+# x86-64: 128 MiB (with 32 bits up to 512 MiB) where its boot memory ends below 64 GiB, of which up to 4 GiB are the
+# hole for PCI devices; else up to 2 GiB. Source: Linux arch/x86/mm/init_64.c, probe_memory_block_size; sparsemem.h.
+# s390x: the increment that the machine tells, 1 GiB up to 1020 GiB, then 2 and 4 GiB. Source: QEMU hw/s390x/sclp.c,
+# MAX_STORAGE_INCREMENTS; Linux arch/s390/mm/init.c, memory_block_size_bytes.
+_LARGE_BLOCKS = {"x86_64": (60 * GIB, 2 * GIB), "s390x": (1020 * GIB, 4 * GIB)}
+# QEMU moves the memory above 4 GiB of an AMD vCPU to 1 TiB where the highest address of the VM reaches 1012 GiB; with
+# that its boot memory ends far above 64 GiB. The bound leaves room for the PCI hole and what QEMU rounds up.
+# Source: QEMU 7.1 hw/i386/pc.c, pc_max_used_gpa, AMD_HT_START.
+_AMD_MOVED_FROM_BYTES = 900 * GIB
 _MACHINES = {"x86_64": _X86, "ppc64": _POWER, "ppc64le": _POWER, "aarch64": _ARM, "s390x": _S390X}
 _CANNOT: dict[Ability, str] = {
     "plug vCPUs": "takes no vCPUs while it runs",
@@ -99,11 +106,18 @@ def find_machine(definition: Definition) -> Machine:
 def find_largest_block_bytes(definition: Definition) -> int:
     """Return the largest memory block that the guest's kernel can have: what it says is a claim, and dimms follow it.
 
-    A block is no larger than what the VM was started with, but the usual one may be.
+    A block is no larger than what the VM was started with, but may be as large as the architecture's usual block.
     """
     machine, boot = find_machine(definition), definition.boot_bytes
-    is_large = definition.arch == "x86_64" and boot >= _X86_LARGE_FROM_BYTES
-    return max(machine.block_bytes, min(boot, _X86_LARGE_BLOCK_BYTES if is_large else machine.largest_block_bytes))
+    from_bytes, large_bytes = _LARGE_BLOCKS.get(definition.arch, (inf, 0))
+    is_large = boot >= from_bytes or (definition.arch == "x86_64" and _may_be_moved(definition))
+    return max(machine.block_bytes, min(boot, large_bytes if is_large else machine.largest_block_bytes))
+
+
+def _may_be_moved(definition: Definition) -> bool:
+    """Return whether its memory above 4 GiB would be moved if it had an AMD vCPU; each slot may cost 1 GiB more."""
+    memory_bytes = max(definition.boot_bytes, definition.max_memory_bytes or 0)
+    return memory_bytes + definition.slots * GIB + (definition.pci_hole_bytes or 0) >= _AMD_MOVED_FROM_BYTES
 
 
 def check_machine(name: str, definition: Definition, ability: Ability) -> Iterator[Blocker]:

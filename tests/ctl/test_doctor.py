@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvmagent.cli.ctl import look
@@ -32,12 +33,16 @@ from kvmagent.cli.ctl.hostchecks import (
     examine_kvm,
     examine_state_dir,
 )
+from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.probe import NO_CHANNEL, NOT_CONNECTED, Probe, ProbedVm
 from kvmagent.model.units import MIB
 from kvmagent.settings import HooksSection, SecuritySection, Settings
 from kvmagent.tasks.journal import Journal, Task
 from tests.ctl.ctl import Ctl
+from tests.fakes.agent import make_domain, make_host
+from tests.fakes.libvirt import FakeConnection
 from tests.lab.agent import AgentProcess
+from tests.lab.domainxml import GuestSpec
 from tests.lab.pki import LOOPBACK, Authority
 
 NOW = datetime.now(UTC)
@@ -365,11 +370,16 @@ def test_guests_with_more_plugged_than_their_kernels_can_bear_are_named() -> Non
     assert "memory_hotplug.online_policy=auto-movable memory_hotplug.auto_movable_ratio=301" in told[0].remedy
 
 
-@pytest.mark.parametrize(("budget", "remedy"), [(18, "host.memory_overcommit."), (8, "machine.slice MemoryMax=")])
-def test_a_host_over_its_budget_is_told_what_raises_it(budget: int, remedy: str) -> None:
-    memory: dict[str, Any] = {"physical": 16 * MIB, "hugepages": 3 * MIB, "reserve": MIB, "overcommit": 1.5}
-    memory |= {"budget": budget * MIB, "promised": 20 * MIB, "overSince": 1.0}
-    (finding,) = examine_memory(memory)
+@pytest.mark.parametrize(("limit_mib", "remedy"), [(None, "host.memory_overcommit."), (8, "machine.slice MemoryMax=")])
+def test_a_host_over_its_budget_is_told_what_raises_it(tmp_path: Path, limit_mib: int | None, remedy: str) -> None:
+    root = make_host(tmp_path, total_mib=16)
+    if limit_mib is not None:
+        limit = root / "sys/fs/cgroup/machine.slice/memory.max"
+        limit.parent.mkdir(parents=True)
+        limit.write_text(f"{limit_mib * MIB}\n")
+    budget = Budget(host_root=root, overcommit=1.5)
+    host = budget.view(FakeConnection(make_domain(GuestSpec(name="vm1", memory_mib=512)))).host
+    (finding,) = examine_memory(msgspec.json.decode(msgspec.json.encode(host)))
     assert finding.level == "warning"
     assert remedy in (finding.remedy or "")
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import socket
 import time
 import tracemalloc
 from pathlib import Path
@@ -91,6 +92,24 @@ def test_two_addresses_of_one_host_do_not_take_all_connections() -> None:
     assert enter_all("2001:db8::") == 25
     listener.enter(*listener.find_share("192.0.2.1"))
     listener.leave(listener.find_share("127.0.0.1")[0])
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_memory_is_returned_after_a_large_answer_also_if_its_client_leaves(stays: bool) -> None:
+    http, large = HttpSection(port=1), (b"200 OK", list[tuple[bytes, bytes]](), bytes(2**24))
+    listener = Listener(http, Security(SecuritySection()), lambda *_: large, Recorder(), Refusals(), path="/unused")
+    ours, theirs = socket.socketpair()
+    connection = listener._connect(ours, "")
+    theirs.sendall(b"GET /vms HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert connection.communicate()
+    assert connection.is_writing
+    assert not listener.sent_large
+    while stays and connection.is_writing:
+        theirs.recv(2**20)
+        connection.communicate()
+    theirs.close()
+    connection.close()
+    assert listener.sent_large
 
 
 def test_one_client_does_not_take_all_memory_for_requests_and_answers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import libvirt
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from lxml import etree
 
 from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.deviceevents import DeviceEvents
@@ -36,6 +38,7 @@ from tests.unit.test_hostbudget import (
     write_hugepages,
     write_nodes,
 )
+from tests.unit.test_hostbudget_odd import no_descriptors
 
 PAGES = "<memoryBacking><hugepages><page size='2' unit='MiB'/></hugepages></memoryBacking>"
 BACKINGS = ("", "", PAGES, STRICT.format("0"), STRICT.format("0-1"), PAGES + STRICT.format("1"))
@@ -325,3 +328,90 @@ def test_after_a_failed_look_all_vms_are_read(tmp_path: Path) -> None:
     with pytest.raises(AgentError):
         budget.look(FailingConnection(vm1, vm2), observe(vm2).domain)
     assert promised_of(budget, connection) == measure(vm1) + measure(vm2)
+
+
+class Hooked(FakeConnection):
+    """Does something once all VMs are listed, before they are read on."""
+
+    def __init__(self, *domains: FakeDomain) -> None:
+        super().__init__(*domains)
+        self.on_listed: Callable[[], object] = lambda: None
+
+    def listAllDomains(self, flags: int = 0) -> list[FakeDomain]:
+        listed = super().listAllDomains(flags)
+        self.on_listed()
+        return listed
+
+
+def put_on(vm: FakeDomain, pages: str) -> None:
+    """Have a VM in hugepages from now on, of the same size as before."""
+    vm.live.append(etree.fromstring(pages))
+
+
+def test_what_an_event_told_counts_after_a_look_that_failed_at_any_point(tmp_path: Path) -> None:
+    """Also where the look read all VMs, and only then a file could not be opened."""
+    started, changed = make_vm(1, 512), make_vm(2, 512)
+    started.power_cycle(start=False)
+    connection, now_s = Hooked(started, changed), [0.0]
+    budget = Budget(host_root=make_host(tmp_path), monotonic=lambda: now_s[0])
+    promised_of(budget, connection)
+    started.power_cycle()
+    put_on(changed, PAGES)
+    for vm in (started, changed):
+        budget.note_change(vm.UUIDString())
+    now_s[0] += 2 * BOUND_S
+    with ExitStack() as stack:
+        connection.on_listed = lambda: stack.enter_context(no_descriptors())
+        with pytest.raises(AgentError, match="Too many open files"):
+            budget.look(connection, observe(started).domain)
+    connection.on_listed = lambda: None
+    host = budget.view(connection)
+    assert host.promises.keys() == {started.UUIDString(), changed.UUIDString()}
+    assert {part.page_bytes for part in host.promises[changed.UUIDString()].parts} == {2 * MIB}
+
+
+def test_the_time_that_a_look_takes_counts(tmp_path: Path) -> None:
+    """Else what changes while it reads would count later than a second after it."""
+    vm = make_vm(1, 512)
+    connection, now_s = Hooked(vm), [0.0]
+
+    def pass_time() -> None:
+        now_s[0] += 2 * BOUND_S
+
+    budget = Budget(host_root=make_host(tmp_path), monotonic=lambda: now_s[0])
+    promised_of(budget, connection)
+    now_s[0] += 2 * BOUND_S
+    connection.on_listed = pass_time
+    budget.look(connection, observe(vm).domain)
+    connection.on_listed = lambda: None
+    grow(vm, 1024)
+    (pool,) = budget.look(connection, observe(vm).domain)
+    assert pool.promised_bytes == measure(vm)
+
+
+def test_nothing_is_kept_of_a_vm_that_ended_before_it_was_read(tmp_path: Path) -> None:
+    connection, now_s = FakeConnection(), [0.0]
+    budget = Budget(host_root=make_host(tmp_path), monotonic=lambda: now_s[0])
+    promised_of(budget, connection)
+    for n in range(1, 10):
+        begun = budget.begin()
+        budget.note(observe(make_vm(n, 512)), begun)
+        now_s[0] += 2 * BOUND_S
+        promised_of(budget, connection)
+        assert not budget._notes
+
+
+def test_after_lost_events_a_vm_is_not_taken_for_an_earlier_run_of_the_same_number(tmp_path: Path) -> None:
+    """A restarted libvirt counts from 1 again."""
+    vm = make_vm(1, 512)
+    connection, budget = FakeConnection(vm), Budget(host_root=make_host(tmp_path), monotonic=lambda: 0.0)
+    promised_of(budget, connection)
+    begun = budget.begin()
+    before = observe(vm)
+    vm.power_cycle()
+    vm.number = 1
+    put_on(vm, PAGES)
+    budget.note_gap()
+    budget.note(before, begun)
+    parts = budget.view(connection).promises[vm.UUIDString()].parts
+    assert {part.page_bytes for part in parts} == {2 * MIB}

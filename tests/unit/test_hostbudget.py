@@ -296,24 +296,22 @@ def test_a_libvirt_that_hangs_holds_up_no_task_s_end_and_what_ends_meanwhile_sti
 
 
 def test_a_task_that_ends_between_libvirt_s_answer_and_its_use_counts_with_what_it_plugged(root: Path) -> None:
-    class ArmingConnection(FakeConnection):
-        def listAllDomains(self, flags: int = 0) -> list[FakeDomain]:
-            found = super().listAllDomains(flags)
-            due.append("t1")
-            return found
+    class ReadAsTheTaskEnds(FakeDomain):
+        def XMLDesc(self, flags: int) -> str:
+            answer = super().XMLDesc(flags)
+            if due:
+                budget.release(due.pop())
+            return answer
 
-    def tell_time() -> float:
-        if due:
-            budget.release(due.pop())
-        return now_s[0]
-
-    vm, due, now_s = make_vm(1, 512), list[str](), [0.0]
-    budget = Budget(host_root=root, monotonic=tell_time)
+    due, now_s = list[str](), [0.0]
+    vm = ReadAsTheTaskEnds(make_vm(1, 512).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    budget = Budget(host_root=root, monotonic=lambda: now_s[0])
     budget.reserve(FakeConnection(vm), "t1", vm.UUIDString(), to(8 * GIB))
     grow(vm, 8 * 1024)
     budget.note_change(vm.UUIDString())
     now_s[0] += 10.0
-    promised_of(budget, ArmingConnection(vm))
+    due.append("t1")
+    promised_of(budget, FakeConnection(vm))
     assert not due
     assert promised_of(budget, FakeConnection(vm)) == measure_anew(root, vm)
 

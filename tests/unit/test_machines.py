@@ -88,6 +88,8 @@ def test_cores_of_all_clusters_of_a_die_are_counted() -> None:
         ("aarch64", "virt", 4, 1024),
         ("aarch64", "virt", 0.25, 512),
         ("riscv64", "virt", 4, 1024),
+        ("s390x", "s390-ccw-virtio", 1000, 1024),
+        ("s390x", "s390-ccw-virtio", 1500, 4096),
     ],
 )
 def test_a_guest_is_believed_no_larger_blocks_than_its_kernel_can_have(
@@ -95,6 +97,21 @@ def test_a_guest_is_believed_no_larger_blocks_than_its_kernel_can_have(
 ) -> None:
     """Source: Linux arch/x86/mm/init_64.c, probe_memory_block_size."""
     definition = define(arch, machine, memory_mib=int(boot_gib * 1024))
+    assert find_largest_block_bytes(definition) == most_mib << 20
+
+
+@pytest.mark.parametrize(
+    ("max_gib", "slots", "hole_gib", "most_mib"),
+    [(1000, 16, None, 2048), (960, 64, None, 2048), (64, 16, 1024, 2048), (512, 16, None, 512)],
+)
+def test_a_guest_whose_memory_may_lie_at_1_tib_is_believed_larger_blocks(
+    max_gib: int, slots: int, hole_gib: int | None, most_mib: int
+) -> None:
+    """An AMD vCPU has it there where the VM's addresses would reach 1012 GiB. Source: QEMU 7.1 hw/i386/pc.c."""
+    inside = f"<maxMemory slots='{slots}' unit='GiB'>{max_gib}</maxMemory>"
+    if hole_gib is not None:
+        inside += f"<devices><controller type='pci'><pcihole64 unit='GiB'>{hole_gib}</pcihole64></controller></devices>"
+    definition = define("x86_64", "pc-q35-7.2", memory_mib=8 * 1024, inside=inside)
     assert find_largest_block_bytes(definition) == most_mib << 20
 
 

@@ -1,5 +1,6 @@
 """A VM that came by live migration is known as such for the rest of its run, where nobody sees its QEMU."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,27 @@ def test_a_vm_that_does_not_run_yet_is_left_to_its_own_observation(tmp_path: Pat
     assert migrations.note(first, observed(seen, coming))
     migrations.hear(restored, *RESTORED)
     assert not migrations.note(first, observed(seen, restored))
+
+
+def test_a_look_overwrites_nothing_that_an_event_told_while_it_went_on(tmp_path: Path, seen: Facts) -> None:
+    """The VM ends and comes back by migration, after the look has listed its earlier run."""
+
+    class Returning(Daemon):
+        def getAllDomainStats(self, stats: int, flags: int) -> Any:
+            listed = [(copy(one), told) for one, told in super().getAllDomainStats(stats, flags)]
+            if self.heard_by is not None and self.domain_id == 7:
+                self.fire(STOPS)
+                self.domain_id = 8
+                self.fire(ARRIVES)
+            return listed
+
+    daemon = Returning(seen.domain.uuid)
+    daemon.reason = libvirt.VIR_DOMAIN_RUNNING_BOOTED
+    migrations = Migrations(host_root=make_host(tmp_path / "host"))
+    daemon.heard_by = migrations
+    migrations.find(daemon)
+    daemon.reason = libvirt.VIR_DOMAIN_RUNNING_UNPAUSED
+    assert migrations.note(daemon, with_run(seen, 8))
 
 
 @given(

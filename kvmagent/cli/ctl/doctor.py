@@ -24,6 +24,7 @@ from kvmagent.cli.ctl.local import target_of
 from kvmagent.hypervisor.probe import NO_CHANNEL, NOT_CONNECTED, Probe, Version, probe
 from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.guestuse import MOST_MOVABLE_RATIO
+from kvmagent.model.hostbudget import SLICE_LIMIT
 from kvmagent.model.units import format_size
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings
@@ -231,10 +232,9 @@ def examine_memory(memory: dict[str, Any] | None) -> Iterator[Finding]:
         return
     promised, budget = format_size(memory["promised"]), format_size(memory["budget"])
     if memory["overSince"] is not None:
-        own = max(0, memory["physical"] - memory["hugepages"] - memory["reserve"]) * memory["overcommit"]
-        # The ratio raises no limit of machine.slice.
         other = "host.memory_overcommit"
-        if memory["budget"] < int(own):
+        # An older agent does not tell. host.memory_overcommit does not raise machine.slice's limit.
+        if memory.get("budgetFrom") == SLICE_LIMIT:
             other = "the limit of machine.slice (systemctl set-property machine.slice MemoryMax=SIZE)"
         remedy = f"kvmagentctl reclaim --dry-run shows what VMs could give back; or raise {other}."
         yield Finding("memory", "warning", f"{promised} are promised to VMs, the budget is {budget}", remedy)

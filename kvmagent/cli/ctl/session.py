@@ -44,7 +44,7 @@ class Session:
         self.environment: dict[str, str] = {}
         #: How lists and answers are printed: "" for people, or wide, name, json, yaml.
         self.output = ""
-        #: Which of them each command on the line names: the root, the subcommand.
+        #: The output that each command level asked for.
         self.outputs: dict[str, str] = {}
         self.terminal = Terminal()
         #: What the call ends with where its output cannot be written: of a change what became of it.
