@@ -129,8 +129,9 @@ class Budget:
         Raises:
             AgentError: HOST_MEMORY_PROMISED, MEMORY_HARD_LIMIT, and nothing is reserved; libvirt's errors.
         """
+        asked_at = self._monotonic()
         with self._asking:
-            self._see(connection)
+            self._see(connection, asked_at)
             own = self._promised.get(uuid)
             if own is None or (grown := own.grown_to(reservation)) == own:
                 return
@@ -221,8 +222,9 @@ class Budget:
         Raises:
             AgentError: libvirt's errors.
         """
+        asked_at = self._monotonic()
         with self._asking:
-            self._see(connection)
+            self._see(connection, asked_at)
             own = self._promised.get(vm.uuid)
             if own is not None:
                 return self._find_pools(own)
@@ -242,8 +244,9 @@ class Budget:
             AgentError: libvirt's errors.
         """
         resident = self._read_resident(connection)
+        asked_at = self._monotonic()
         with self._asking:
-            self._see(connection)
+            self._see(connection, asked_at)
             capacity, promised = self._capacity, self._promised
             promises = {
                 one.uuid: msgspec.structs.replace(one, resident_bytes=resident.get(one.uuid))
@@ -291,8 +294,11 @@ class Budget:
         since = datetime.fromtimestamp(self._over_since.setdefault(kind, self._clock()), UTC)
         return msgspec.structs.replace(pool, over_since=f"{since:%Y-%m-%d %H:%M} UTC")
 
-    def _see(self, connection: libvirt.virConnect) -> None:
+    def _see(self, connection: libvirt.virConnect, asked_at: float) -> None:
         """Read what is due: all VMs, or those that have changed.
+
+        Who had to wait for somebody else's look takes it, however long it took: where libvirt is slow, each of those
+        who wait would read all VMs again.
 
         What is released while libvirt is asked still counts: what the task plugged may be missing in the answer.
         """
@@ -301,7 +307,7 @@ class Budget:
             observed, self._observed = self._observed, {}
             before = dict(self._reservations)
         now_s = self._monotonic()
-        is_all = _ALL in stale or now_s - self._looked_at > _LOOK_S
+        is_all = _ALL in stale or asked_at - self._looked_at > _LOOK_S
         if not (is_all or stale):
             return
         # What a task has plugged of the hugepages in use would count twice: as reserved, and as used by others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -273,6 +274,37 @@ def test_a_vm_that_is_observed_first_and_is_as_it_was_read_is_not_read_again(tmp
     connection.asked.clear()
     assert node.observe("vm1", frozenset({"memory", "budget"})).host.pools
     assert not connection.asked["lookupByUUIDString"]
+
+
+def test_whoever_waited_for_a_slow_look_does_not_look_again(tmp_path: Path) -> None:
+    """Else on a slow libvirt each task of many would read all VMs, one after the other."""
+    now_s, asking = 100.0, threading.Semaphore(0)
+
+    class SlowConnection(CountingConnection):
+        def listAllDomains(self, flags: int = 0) -> list[FakeDomain]:
+            nonlocal now_s
+            if not self.asked["listAllDomains"]:
+                for other in others:
+                    other.start()
+                for _ in others:
+                    assert asking.acquire(timeout=60)
+                now_s += 30
+            return super().listAllDomains(flags)
+
+    def tell_time() -> float:
+        if threading.current_thread() in others:
+            asking.release()
+        return now_s
+
+    vm = CountingDomain(make_vm(1, 512).XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+    connection = SlowConnection(vm)
+    budget, domain = Budget(host_root=make_host(tmp_path), monotonic=tell_time), observe(vm).domain
+    others = [threading.Thread(target=budget.look, args=(connection, domain), daemon=True) for _ in range(8)]
+    budget.look(connection, domain)
+    for other in others:
+        other.join(60)
+        assert not other.is_alive()
+    assert connection.asked["listAllDomains"] == 1
 
 
 def test_a_vm_counts_at_once_when_an_event_tells_of_it(tmp_path: Path) -> None:
