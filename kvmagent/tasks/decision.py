@@ -185,8 +185,14 @@ def _find_floor(goal: Goal, facts: Facts, before: Facts | None, resource: Resour
 
 
 def _find_unmet(facts: Facts, before: Facts | None) -> int:
-    """Return what the definition has of requests that the guest had not met before, and that are the same still."""
+    """Return what the definition has of requests that the guest had not met before, and that are the same still.
+
+    Where nobody knows what was before: of requests that it has not met now.
+    """
     unmet, live, config = 0, facts.domain.live, facts.domain.config
+    if before is None and live is not None and config is not None:
+        pairs = [(device, find_other_half(device, live)) for device in config.virtio_mems]
+        return sum(max(0, one.plugged_bytes - half.plugged_bytes) for one, half in pairs if half is not None)
     if before is None or before.domain.live is None or before.domain.config is None or config is None:
         return 0
     for device in before.domain.live.virtio_mems:

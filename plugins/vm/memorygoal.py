@@ -282,7 +282,9 @@ def _find_kept(resize: PlannedResize, device: MemoryDevice, facts: Facts) -> int
     if resize.target == "live" or not takes_back or live is None:
         return max(resize.requested_bytes, device.plugged_bytes)
     half = find_other_half(device, live)
-    return resize.requested_bytes if half is None else max(resize.requested_bytes, half.plugged_bytes)
+    if half is None:
+        return resize.requested_bytes
+    return min(device.plugged_bytes, max(resize.requested_bytes, half.plugged_bytes))
 
 
 def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:

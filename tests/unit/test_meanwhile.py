@@ -12,6 +12,8 @@ from typing import Any
 import libvirt
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmagent.hypervisor.domainxml import edit_requested, find_memory_xml, format_virtio_mem
 from kvmagent.model.command import Total
@@ -203,19 +205,42 @@ def test_the_way_back_takes_the_task_s_own_dimms_whatever_others_have_taken(
     assert left <= {"ua-x"}, reply
 
 
-def test_a_request_that_somebody_has_changed_meanwhile_is_theirs(tmp_path: Path) -> None:
-    domain = make_virtio_mem(size_mib=0)
-    ask_in_vain(domain)
-    domain.guest.virtio_mem_limit = 256 * MIB
-    agent = Agent(tmp_path, domain)
-    task = interrupt(agent, "step:done", "HotPlugMemory", memorySize=640 * MIB, method="dimm")
-    device: dict[str, Any] = {"model": "virtio-mem", "alias": "ua-vm", "node": 0, "size_bytes": 2048 * MIB}
-    xml = find_memory_xml(domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE), **device)
+def set_request(domain: FakeDomain, alias: str, size_mib: int, flags: int, *, most_mib: int = 512) -> None:
+    device: dict[str, Any] = {"model": "virtio-mem", "alias": alias, "node": 0, "size_bytes": most_mib * MIB}
+    xml = find_memory_xml(domain.XMLDesc(0 if flags == LIVE else libvirt.VIR_DOMAIN_XML_INACTIVE), **device)
     assert xml is not None
-    domain.updateDeviceFlags(edit_requested(xml, 512 * MIB), CONFIG)
-    reply = go_on(agent, task)
-    assert reply["success"], reply
-    assert requests_mib(domain) == [[256], [512]]
+    domain.updateDeviceFlags(edit_requested(xml, size_mib * MIB), flags)
+
+
+def interrupt_over_leftover(agent: Agent) -> Task:
+    """A plug by dimm has taken back in the running VM what was requested in vain, and not yet in the definition."""
+    ask_in_vain(agent.domain)
+    agent.domain.guest.virtio_mem_limit = 256 * MIB
+    return interrupt(agent, "step:done", "HotPlugMemory", memorySize=640 * MIB, method="dimm")
+
+
+def test_a_request_that_somebody_has_changed_meanwhile_is_theirs(tmp_path: Path) -> None:
+    agent = Agent(tmp_path, make_virtio_mem(size_mib=0))
+    task = interrupt_over_leftover(agent)
+    set_request(agent.domain, "ua-vm", 512, CONFIG, most_mib=2048)
+    assert go_on(agent, task)["success"]
+    assert requests_mib(agent.domain) == [[256], [512]]
+
+
+def test_a_leftover_is_taken_back_though_nobody_knows_what_was_before(tmp_path: Path) -> None:
+    agent = Agent(tmp_path, make_virtio_mem(size_mib=0))
+    task = interrupt_over_leftover(agent)
+    assert go_on(agent, msgspec.structs.replace(task, before=b'{"of": "long ago"}'))["success"]
+    assert requests_mib(agent.domain) == [[256], [256]]
+
+
+def test_the_definition_does_not_follow_what_others_request_of_the_running_vm(tmp_path: Path) -> None:
+    agent = Agent(tmp_path, make_virtio_mem(size_mib=0))
+    task = interrupt_over_leftover(agent)
+    agent.domain.guest.virtio_mem_limit = 1 << 60
+    set_request(agent.domain, "ua-vm", 1500, LIVE, most_mib=2048)
+    assert go_on(agent, task)["success"]
+    assert requests_mib(agent.domain) == [[1500], [768]]
 
 
 def test_what_leaves_the_definition_for_it_has_left_the_vm_takes_nothing_from_what_else_may_leave(
@@ -272,3 +297,89 @@ def test_a_smaller_dimm_is_one_that_the_guest_can_take_though_it_is_silent_by_th
     domain.guest.agent = agent_is
     go_on(agent, task)
     assert memory_mib(domain) == (512 + 128 + 256, 512 + 128 + 256)
+
+
+def set_requests(domain: FakeDomain, size_mib: int, flags: int) -> None:
+    for alias in ("ua-a", "ua-b"):
+        set_request(domain, alias, size_mib, flags)
+
+
+def let_go(domain: FakeDomain) -> None:
+    if domain.live.find("./devices/memory/alias[@name='ua-x']") is not None:
+        domain.let_go("ua-x")
+
+
+def leave_definition(domain: FakeDomain) -> None:
+    if domain.config.find("./devices/memory/alias[@name='ua-x']") is not None:
+        forget(domain, "ua-x", 128)
+
+
+def give(domain: FakeDomain) -> None:
+    if domain.live.find("./devices/memory/alias[@name='ua-y']") is None:
+        attach(domain, "ua-y", 128, LIVE)
+
+
+#: What befalls a VM while its task goes on.
+EVENTS: list[Callable[[FakeDomain], Any]] = [
+    reboot,
+    let_go,
+    leave_definition,
+    give,
+    FakeDomain.power_cycle,
+    *(
+        lambda domain, size_mib=size_mib, flags=flags: set_requests(domain, size_mib, flags)
+        for size_mib in (64, 300, 512)
+        for flags in (LIVE, CONFIG)
+    ),
+]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    command=st.sampled_from(["HotPlugMemory", "HotPlugCpuMemory", "HotUnplugMemory"]),
+    size_mib=st.integers(3, 14).map(lambda n: n * 128),
+    parts_of=st.tuples(*[st.integers(0, 4)] * 2),
+    unmet=st.booleans(),
+    point=st.sampled_from([f"step:{what}@{n}" for what in ("begun", "done") for n in (1, 2, 3)]),
+    events=st.lists(st.sampled_from(EVENTS), min_size=1, max_size=3),
+    fails=st.booleans(),
+    forgotten=st.booleans(),
+)
+def test_nothing_that_befalls_a_vm_makes_a_plan_of_ours_one_that_may_not_be_performed(
+    tmp_path_factory: pytest.TempPathFactory,
+    command: str,
+    size_mib: int,
+    parts_of: tuple[int, int],
+    unmet: bool,
+    point: str,
+    events: list[Callable[[FakeDomain], Any]],
+    fails: bool,
+    forgotten: bool,
+) -> None:
+    domain = make_domain(GuestSpec(name="vm1"), virt_type="kvm")
+    for alias, parts in zip(("ua-a", "ua-b"), parts_of, strict=True):
+        attach_virtio_mem(domain, alias, requested_mib=parts * 128)
+    attach(domain, "ua-x", 128)
+    if unmet:
+        reboot(domain)
+    agent = Agent(tmp_path_factory.mktemp("meanwhile"), domain)
+    told: list[str] = []
+    fields = {"cpuNum": 2} if command == "HotPlugCpuMemory" else {}
+    task = agent.accept(command, vmUuid="vm1", memorySize=size_mib * MIB, **fields, **QUICK)
+    agent.point = point
+    try:
+        agent.executor.run(task)
+    except Killed:
+        (task,) = agent.journal.unfinished()
+        for event in events:
+            event(domain)
+        if fails:
+            refuse_vcpus(domain)
+        if forgotten and fails:
+            task = msgspec.structs.replace(task, before=b'{"of": "long ago"}')
+        with failures() as told:
+            agent.executor.run(task)
+    agent.journal.stop()
+    reply = agent.reply()
+    assert reply["errorCode"] != "INTERNAL_ERROR", reply
+    assert told == []
