@@ -231,12 +231,11 @@ def _find_met(saved: MemoryDevice, before: Facts) -> MemoryDevice:
 
 def _has_left(step: AnyStep, facts: Facts, before: Facts | None) -> bool:
     """Whether a device leaves the definition that has left the running VM: others may have left it meanwhile, too."""
-    if not isinstance(step, ForgetMemory) or step.alias is None or before is None:
+    live = facts.domain.live
+    if not isinstance(step, ForgetMemory) or step.alias is None or live is None or live.find_device(step.alias):
         return False
-    was, now = before.domain.live, facts.domain.live
-    if was is None or now is None:
-        return False
-    return was.find_device(step.alias) is not None and now.find_device(step.alias) is None
+    was = None if before is None else before.domain.live
+    return before is None or (was is not None and was.find_device(step.alias) is not None)
 
 
 def _is_removal(goal: Goal, resource: Resource) -> bool:
