@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import msgspec
 
-from kvmagent.model.facts import Facts
+from kvmagent.model.facts import Definition, Facts, MemoryDevice
 from kvmagent.model.units import format_size
 
 Target = Literal["live", "config"]
@@ -381,14 +381,23 @@ class ResizeVirtioMem(Step, frozen=True, tag="ResizeVirtioMem", rename="camel"):
         return frozenset({self.target})
 
     def find_growth(self, facts: Facts, target: Target) -> int:
-        """Of a device that cannot be told from another, what it is for the one that grows most."""
+        """Of a device that cannot be told from another, what it is for the one that grows most.
+
+        A request that is lowered lets nothing grow, though the guest had not met it.
+        """
         definition = facts.find_definition(target)
-        devices = () if definition is None else definition.virtio_mems
+        devices = [] if definition is None else self.find_devices(definition)
+        lowered = [self.requested_bytes < device.promised_bytes for device in devices]
+        added = [self.requested_bytes - device.plugged_bytes for device in devices]
+        return max((min(0, a) if low else a for a, low in zip(added, lowered, strict=True)), default=0)
+
+    def find_devices(self, definition: Definition) -> list[MemoryDevice]:
+        """Return the device in a definition; several where they cannot be told apart."""
+        devices = definition.virtio_mems
         named = [device for device in devices if self.alias is not None and device.alias == self.alias]
         alike = [device for device in devices if (device.node, device.size_bytes) == (self.node, self.size_bytes)]
         placed = [device for device in alike if self.address is not None and device.address == self.address]
-        found = named or placed or alike
-        return max((self.requested_bytes - device.plugged_bytes for device in found), default=0)
+        return named or placed or alike
 
     @property
     def asks(self) -> str | None:

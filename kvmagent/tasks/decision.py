@@ -11,12 +11,22 @@ import msgspec
 
 from kvmagent.model.command import Affect, Command, Goal, VmRequest
 from kvmagent.model.errors import AgentError, Code
-from kvmagent.model.facts import Facts, find_other_half
+from kvmagent.model.facts import Facts, MemoryDevice, find_other_half
 from kvmagent.model.guestuse import amount_of
 from kvmagent.model.hostbudget import refuse_growth
 from kvmagent.model.ownerpolicy import check_owner_policy
 from kvmagent.model.reply import Problem
-from kvmagent.model.steps import CONFIG, LIVE, AnyStep, ForgetMemory, Resource, Step, Target
+from kvmagent.model.steps import (
+    CONFIG,
+    LIVE,
+    AnyStep,
+    DetachMemory,
+    ForgetMemory,
+    ResizeVirtioMem,
+    Resource,
+    Step,
+    Target,
+)
 from kvmagent.tasks.plugincalls import call
 
 _AFFECTED: dict[Affect, frozenset[Target]] = {"both": LIVE | CONFIG, "live": LIVE, "config": CONFIG}
@@ -48,13 +58,16 @@ def plan(
     failed: frozenset[str] = frozenset(),
     *,
     before: Facts | None,
+    late: bool = False,
 ) -> tuple[AnyStep, ...]:
     """Return what is left to do towards a goal; `before` is what was so when it was decided, None where unknown.
+
+    `late`, only by which steps the definition follows the running VM.
 
     Raises:
         AgentError: INTERNAL_ERROR, of the plugin's plan.
     """
-    steps = _ask(command, goal, facts, failed)
+    steps = tuple(step for step in _ask(command, goal, facts, failed) if step.follows or not late)
     _check_plan(command, request, goal, facts, steps, before=before)
     return steps
 
@@ -127,19 +140,19 @@ def _check_plan(
         for target in step.changes if step.resource is not None and not why else ():
             assert step.resource is not None
             added, one = step.find_growth(facts, target), (step.resource, target)
+            has = amount_of(facts, step.resource, target)
+            if has is None or _has_left(step, facts, before):
+                continue
             growth[one] += max(0, added)
             loss[one] += max(0, -added)
-            has = amount_of(facts, step.resource, target)
-            if has is None:
-                continue
             if added > 0 and growth[one] > _find_ceiling(goal, facts, *one) - has:
                 why = f"that is more {step.resource} than its goal has for the {_CALLED[target]}"
             elif (
                 added < 0
-                and not _has_left(step, facts, before)
+                and not (goal.failure is not None and _is_own(step, target, facts, before))
                 and loss[one] > has - _find_floor(goal, facts, before, *one)
             ):
-                why = f"that takes more {step.resource} from the {_CALLED[target]} than its goal does"
+                why = f"that takes more {step.resource} from the {_CALLED[target]} than its goal allows"
         if why:
             message = f"{command.name} plans {type(step).__name__}, but {why}"
             raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
@@ -154,23 +167,32 @@ def _find_ceiling(goal: Goal, facts: Facts, resource: Resource, target: Target) 
 def _find_floor(goal: Goal, facts: Facts, before: Facts | None, resource: Resource, target: Target) -> int:
     """Return what a plan has to leave: a removal its total, the way back what was there before; any other all of it.
 
-    A request of a virtio-mem device that its guest has not met is nothing that the VM has.
+    Memory requested of a virtio-mem device but not yet plugged is not counted. On a way back of which nobody knows any
+    longer what was there before, nothing can be judged.
     """
     has = amount_of(facts, resource, target) or 0
     if goal.failure is None and _is_removal(goal, resource):
         totals: list[int | None] = [getattr(total, target) for total in goal.totals if total.resource == resource]
         return min([has, *(amount for amount in totals if amount is not None)])
-    if goal.failure is not None and before is not None:
-        # A start of the VM deflates its balloon: what it holds then, no task has given.
-        is_other = resource == "balloon" and target == "live" and goal.run != facts.run
+    if goal.failure is not None:
+        if before is None:
+            return 0
+        # After another start of the VM it has what its definition had then, and its balloon holds nothing.
+        is_other = resource != "cpu" and target == "live" and goal.run != facts.run
         had = amount_of(before, resource, target)
         return has if is_other or had is None else min(has, had)
     return has - _find_unmet(facts, before) if (resource, target) == ("memory", "config") else has
 
 
 def _find_unmet(facts: Facts, before: Facts | None) -> int:
-    """Return what the definition has of requests that the guest had not met before, and that are the same still."""
+    """Return what the definition has of requests that the guest had not met before, and that are the same still.
+
+    Where nobody knows what was before: of requests that it has not met now.
+    """
     unmet, live, config = 0, facts.domain.live, facts.domain.config
+    if before is None and live is not None and config is not None:
+        pairs = [(device, find_other_half(device, live)) for device in config.virtio_mems]
+        return sum(max(0, one.plugged_bytes - half.plugged_bytes) for one, half in pairs if half is not None)
     if before is None or before.domain.live is None or before.domain.config is None or config is None:
         return 0
     for device in before.domain.live.virtio_mems:
@@ -183,14 +205,37 @@ def _find_unmet(facts: Facts, before: Facts | None) -> int:
     return unmet
 
 
+def _is_own(step: AnyStep, target: Target, facts: Facts, before: Facts | None) -> bool:
+    """Whether a way back takes what its task had given, whatever else the VM has got or lost meanwhile.
+
+    That is a device that was not there before, or what a virtio-mem device has grown by.
+    """
+    was, now = None if before is None else before.find_definition(target), facts.find_definition(target)
+    if before is None or was is None or now is None:
+        return False
+    if isinstance(step, DetachMemory | ForgetMemory):
+        alias = step.alias
+        return alias is not None and was.find_device(alias) is None and now.find_device(alias) is not None
+    if isinstance(step, ResizeVirtioMem):
+        had = (_find_met(device, before) if target == "config" else device for device in step.find_devices(was))
+        return step.requested_bytes >= max((device.plugged_bytes for device in had), default=0)
+    return False
+
+
+def _find_met(saved: MemoryDevice, before: Facts) -> MemoryDevice:
+    """Return a virtio-mem device of the definition; where the running VM had not met its request, what is there."""
+    half = None if before.domain.live is None else find_other_half(saved, before.domain.live)
+    is_unmet = half is not None and half.requested_bytes == saved.requested_bytes
+    return half if half is not None and is_unmet and half.plugged_bytes < saved.plugged_bytes else saved
+
+
 def _has_left(step: AnyStep, facts: Facts, before: Facts | None) -> bool:
     """Whether a device leaves the definition that has left the running VM: others may have left it meanwhile, too."""
-    if not isinstance(step, ForgetMemory) or step.alias is None or before is None:
+    live = facts.domain.live
+    if not isinstance(step, ForgetMemory) or step.alias is None or live is None or live.find_device(step.alias):
         return False
-    was, now = before.domain.live, facts.domain.live
-    if was is None or now is None:
-        return False
-    return was.find_device(step.alias) is not None and now.find_device(step.alias) is None
+    was = None if before is None else before.domain.live
+    return before is None or (was is not None and was.find_device(step.alias) is not None)
 
 
 def _is_removal(goal: Goal, resource: Resource) -> bool:

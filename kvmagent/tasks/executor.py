@@ -239,7 +239,7 @@ class Executor:
         assert run.after is not None
         if run.after.domain.live is None:
             return ()
-        return tuple(step for step in run.plan(failed) if step.follows)
+        return run.plan(failed)
 
     def _carry_out(self, task: Task) -> Ended:
         """Carry a task out as far as it goes, and say what came of it.

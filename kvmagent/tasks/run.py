@@ -79,7 +79,7 @@ class Run:
         """Return the steps that are left towards the goal, from the last facts."""
         assert self.goal is not None
         assert self.after is not None
-        return plan(self.command, self.request, self.goal, self.after, failed, before=self.before)
+        return plan(self.command, self.request, self.goal, self.after, failed, before=self.before, late=self.late)
 
     def end(self) -> Ending:
         return Ending(

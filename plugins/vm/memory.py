@@ -96,6 +96,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
         holds_balloon=holds_balloon,
         former_balloon_bytes=balloon_actual(facts, request.affect),
         dimms=dimms,
+        dimm_quantum_bytes=dimm_quantum(facts, request.node) if dimms else 0,
         one_by_one=one_by_one,
         resizes=resizes,
         virtio_mem=virtio_mem,
@@ -342,7 +343,8 @@ def _settle_others(found: Facts, settled: Facts, resizes: tuple[PlannedResize, .
     for target in TARGETS:
         for was, device in zip(_virtio_mems(found, target), _virtio_mems(settled, target), strict=True):
             if was != device and (target, device.alias, device.address) not in grow:
-                others.append(plan_resize(device, device.plugged_bytes, target))
+                resize = plan_resize(device, device.plugged_bytes, target)
+                others.append(msgspec.structs.replace(resize, found_bytes=was.requested_bytes))
     return tuple(others)
 
 

@@ -31,7 +31,6 @@ from kvmagent.model.steps import (
 from kvmagent.model.units import align_down, format_size
 
 from .guestmemory import listed_blocks, online_blocks, online_steps, spans_of
-from .reply import not_verified
 
 Size = TypeVar("Size")
 
@@ -54,7 +53,10 @@ class PlannedVirtioMem(PlannedDimm, frozen=True, rename="camel"):
 
 
 class PlannedResize(msgspec.Struct, frozen=True, rename="camel"):
-    """A virtio-mem device of one definition that a task resizes, and what was requested of it before."""
+    """A virtio-mem device of one definition that a task resizes, and what it had before.
+
+    `found_bytes` is the request that is to be taken back there.
+    """
 
     alias: str | None
     node: int | None
@@ -63,6 +65,7 @@ class PlannedResize(msgspec.Struct, frozen=True, rename="camel"):
     requested_bytes: int
     target: Target
     address: str | None = None
+    found_bytes: int | None = None
 
     def find(self, definition: Definition) -> MemoryDevice | None:
         """Return the device in its definition; libvirt's own aliases are not in the persistent one."""
@@ -75,6 +78,11 @@ class PlannedResize(msgspec.Struct, frozen=True, rename="camel"):
         )
         return named or (next(same, None) if self.target == "config" else None)
 
+    def is_somebody_s(self, device: MemoryDevice) -> bool:
+        """Whether the definition has another request by now than the one to be taken back: somebody has changed it."""
+        is_known = device.requested_bytes in (self.found_bytes, self.requested_bytes)
+        return self.target == "config" and self.found_bytes is not None and not is_known
+
 
 class MemoryGoal(Goal, frozen=True, rename="camel"):
     """A balloon target, virtio-mem sizes and dimms: absolute, so that reaching it twice changes nothing.
@@ -83,7 +91,8 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
     blocks of which only the guest knows the place. With `one_by_one` each dimm must be online in the guest before the
     next is attached: the guest has no room for all their page maps. `back_online` are blocks of dimms that were there
     before, where nothing is to be plugged: the guest has left them offline. With `holds_balloon` the balloon is only to
-    stay where it is: what was asked of it before is taken back, and the definition follows.
+    stay where it is: what was asked of it before is taken back, and the definition follows. `dimm_quantum_bytes` is
+    what the guest takes whole multiples of: it may not answer when a smaller dimm is enough.
     """
 
     balloon_bytes: int | None
@@ -100,6 +109,7 @@ class MemoryGoal(Goal, frozen=True, rename="camel"):
     one_by_one: bool = False
     back_online: tuple[int, ...] = ()
     holds_balloon: bool = False
+    dimm_quantum_bytes: int = 0
 
     @property
     def changes_live(self) -> bool:
@@ -148,8 +158,9 @@ def find_shortfall(goal: MemoryGoal, facts: Facts) -> AgentError | None:
         for target, name, is_asked in asked:
             definition = facts.find_definition(target)
             is_there = definition is not None and definition.find_device(device.alias) is not None
-            if is_asked and not is_there and (definition is None or lacks[target] > 0):
-                return not_verified(f"{device.alias} was attached, the {name} VM does not show it")
+            if is_asked and not is_there and lacks[target] > 0:
+                lack = f"the {format_size(lacks[target])} that the {name} VM still lacks"
+                return AgentError(Code.NOT_VERIFIED, f"{device.alias} was not attached: no such device can give {lack}")
     return find_stalled(_fit_resizes(goal, facts), goal.virtio_mem, facts) or _find_dead_balloon(goal, facts)
 
 
@@ -266,10 +277,14 @@ def _find_kept(resize: PlannedResize, device: MemoryDevice, facts: Facts) -> int
     """Return what a device comes to that was to have no more than is requested of it now: never below what it has."""
     live = facts.domain.live
     takes_back = resize.requested_bytes == resize.former_bytes
+    if resize.is_somebody_s(device):
+        return device.plugged_bytes
     if resize.target == "live" or not takes_back or live is None:
         return max(resize.requested_bytes, device.plugged_bytes)
     half = find_other_half(device, live)
-    return resize.requested_bytes if half is None else max(resize.requested_bytes, half.plugged_bytes)
+    if half is None:
+        return resize.requested_bytes
+    return min(device.plugged_bytes, max(resize.requested_bytes, half.plugged_bytes))
 
 
 def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
@@ -291,7 +306,10 @@ def _virtio_mem_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) ->
 
 
 def _attach_virtio_mem(goal: MemoryGoal, planned: PlannedVirtioMem, facts: Facts) -> tuple[AnyStep, ...]:
-    """Attach it where it lacks, and request what lacks to the total; what it can be at most others may have taken."""
+    """Attach it where it lacks, and request what lacks to the total.
+
+    Others may have used up part of its maximum size.
+    """
     steps, room = list[AnyStep](), _find_room(goal, facts)
     sizes = dict[Target, tuple[int, int]]()
     for target, definition in _find_lacking(planned, facts):
@@ -383,7 +401,8 @@ def _attach_steps(goal: MemoryGoal, dimms: tuple[PlannedDimm, ...], facts: Facts
         sizes = dict[Target, int]()
         for target, _ in _find_lacking(dimm, facts):
             most = max(0, room[target])
-            size = dimm.size_bytes if dimm.size_bytes <= most else align_down(most, dimm_quantum(facts, dimm.node))
+            quantum = max(goal.dimm_quantum_bytes, dimm_quantum(facts, dimm.node))
+            size = dimm.size_bytes if dimm.size_bytes <= most else align_down(most, quantum)
             room[target] -= size
             sizes |= {target: size} if size else {}
         for size, live, config in _group(sizes):

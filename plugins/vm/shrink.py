@@ -94,7 +94,8 @@ def plan_removal(device: MemoryDevice, facts: Facts, *, live: bool, config: bool
 
 def next_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[AnyStep, ...]:
     """Return what is left to do: virtio-mem, then each dimm, then the balloon, which takes what is online."""
-    resizes = tuple(resize for resize in goal.resizes if _has_more(resize, facts))
+    surplus = _find_surplus(goal, facts)
+    resizes = tuple(resize for resize in goal.resizes if _may_shrink(resize, facts, surplus))
     if steps := resize_steps(resizes, facts, failed, goal.timeout_sec):
         return steps
     removals, surplus = list[AnyStep](), _find_surplus(goal, facts)
@@ -103,10 +104,15 @@ def next_steps(goal: ShrinkGoal, facts: Facts, failed: frozenset[str]) -> tuple[
     return tuple(removals) or _balloon_steps(goal, facts, failed)
 
 
-def _has_more(resize: PlannedResize, facts: Facts) -> bool:
-    """Return whether a device has more than it is to come to, or may get it: somebody may have taken more meanwhile."""
+def _may_shrink(resize: PlannedResize, facts: Facts, surplus: dict[Target, int | None]) -> bool:
+    """Return whether a device has more than it is to come to, or may get it, and the VM keeps its total without.
+
+    Somebody may have taken more meanwhile, from this device or from another.
+    """
     device = resize.find(facts.get_live() if resize.target == "live" else facts.get_config())
-    return device is not None and device.promised_bytes > resize.requested_bytes
+    if device is None or device.promised_bytes <= resize.requested_bytes or resize.is_somebody_s(device):
+        return False
+    return _take(surplus, resize.target, max(0, device.plugged_bytes - resize.requested_bytes))
 
 
 def _is_left(removal: PlannedRemoval, goal: ShrinkGoal, facts: Facts) -> bool:
@@ -134,7 +140,7 @@ def _find_surplus(goal: ShrinkGoal, facts: Facts) -> dict[Target, int | None]:
 def _take(surplus: dict[Target, int | None], target: Target, size_bytes: int) -> bool:
     """Return whether so much may leave, and take it from the surplus."""
     left = surplus[target]
-    if left is not None and left < size_bytes:
+    if left is not None and size_bytes > max(0, left):
         return False
     surplus[target] = None if left is None else left - size_bytes
     return True
@@ -163,7 +169,8 @@ def _removal_steps(
             return ()
         steps += [offline, detach] if used and goal.guest_online else [detach]
     if removal.config and removal.find_config(facts.get_config()) is not None:
-        if not _take(surplus, "config", removal.size_bytes) and (device is not None or not removal.live):
+        has_left = removal.live and device is None
+        if not has_left and not _take(surplus, "config", removal.size_bytes):
             return tuple(steps)
         steps.append(
             ForgetMemory(alias=removal.alias, slot=removal.slot, node=removal.node, size_bytes=removal.size_bytes)
