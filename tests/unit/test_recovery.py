@@ -12,6 +12,7 @@ import pytest
 from lxml import etree
 
 from kvmagent.hypervisor.domainxml import edit_requested, find_memory_xml, format_virtio_mem
+from kvmagent.model.command import Command
 from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.faults import Fault
@@ -38,15 +39,17 @@ class Agent:
         self.journal = Journal(directory / "journal.sqlite", on_accepted=lambda task: None)
         self.journal.start()
         self.node = make_node(directory, self.domain)
-        self.executor = Executor(
-            self.node,
-            self.journal,
-            COMMANDS,
-            on_finished=lambda owed: None,
-            on_pending=lambda task_uuid: None,
-            libvirt_wait_s=5.0,
-            fault=self._fault,
-        )
+        self.executor = self.make_executor()
+
+    def make_executor(self, commands: dict[str, Command] = COMMANDS, **options: Any) -> Executor:
+        """An executor on this journal and node, as after a start of the agent."""
+        usual: dict[str, Any] = {
+            "on_finished": lambda owed: self.finished.append(owed.task_uuid),
+            "on_pending": lambda task_uuid: None,
+            "libvirt_wait_s": 5.0,
+            "fault": self._fault,
+        }
+        return Executor(self.node, self.journal, commands, **usual | options)
 
     def _fault(self, name: str) -> None:
         self.passed[name] = self.passed.get(name, 0) + 1
@@ -330,15 +333,7 @@ def go(directory: Path, way: Way, fault: Fault) -> Agent:
     agent.journal.start()
     task = agent.accept(way.command, vmUuid="vm1", **way.fields)
     began.set()
-    Executor(
-        agent.node,
-        agent.journal,
-        COMMANDS,
-        on_finished=lambda owed: agent.finished.append(owed.task_uuid),
-        on_pending=lambda task_uuid: None,
-        libvirt_wait_s=5.0,
-        fault=fault,
-    ).run(task)
+    agent.make_executor(fault=fault).run(task)
     return agent
 
 

@@ -30,7 +30,6 @@ from kvmagent.model.steps import (
     Shape,
     UnplugVcpus,
 )
-from kvmagent.tasks.executor import Executor
 from tests.fakes.agent import COMMANDS, MIB
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.unit.test_hostqueries import Unforeseen, raising, returning
@@ -75,15 +74,7 @@ def carry_out(directory: Path, command: Command, domain: FakeDomain | None = Non
     """Carry a command out that a plugin declares; the agent has what came of it."""
     agent = Agent(directory, domain)
     recorder = Counted()
-    agent.executor = Executor(
-        agent.node,
-        agent.journal,
-        {command.name: command},
-        on_finished=lambda owed: agent.finished.append(owed.task_uuid),
-        on_pending=lambda task_uuid: None,
-        libvirt_wait_s=0.0,
-        recorder=recorder,
-    )
+    agent.executor = agent.make_executor({command.name: command}, libvirt_wait_s=0.0, recorder=recorder)
     agent.executor.run(agent.accept(command.name, vmUuid="vm1", **fields))
     agent.journal.stop()
     task = agent.journal.find("t1")
@@ -398,15 +389,7 @@ def test_no_plan_that_adds_takes_from_a_vm_what_it_has_by_then(
 
     command = replace(planning(totals), next_steps=next_steps)
     agent = Agent(tmp_path_factory.mktemp("rogue"), make_full())
-    agent.executor = Executor(
-        agent.node,
-        agent.journal,
-        {command.name: command},
-        on_finished=lambda owed: agent.finished.append(owed.task_uuid),
-        on_pending=lambda task_uuid: None,
-        libvirt_wait_s=0.0,
-        fault=agent._fault,
-    )
+    agent.executor = agent.make_executor({command.name: command}, libvirt_wait_s=0.0)
     task = agent.accept(command.name, vmUuid="vm1", cpuNum=3)
     before = everything_of(agent.domain)
     if interrupted:

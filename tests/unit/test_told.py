@@ -11,7 +11,6 @@ import pytest
 from kvmagent.logs import Event, log_context, struct_fields
 from kvmagent.model.steps import AttachMemory, AwaitGuestVcpus, SetVcpus
 from kvmagent.recorder import Recorder
-from kvmagent.tasks.executor import Executor
 from kvmagent.tasks.journal import Journal, StepRecord, Task
 from kvmagent.tasks.lanes import Lanes
 from kvmagent.tasks.withdrawal import Withdrawal
@@ -42,15 +41,8 @@ class Told:
         self.recorder = Counted()
         self.pending: list[str] = []
         self._caplog = caplog
-        self.agent.executor = self.executor = Executor(
-            self.agent.node,
-            self.agent.journal,
-            COMMANDS,
-            on_finished=lambda owed: None,
-            on_pending=self.pending.append,
-            libvirt_wait_s=5.0,
-            recorder=self.recorder,
-            fault=self.agent._fault,
+        self.agent.executor = self.executor = self.agent.make_executor(
+            on_pending=self.pending.append, recorder=self.recorder
         )
 
     def run(self, command: str, **fields: Any) -> dict[str, Any]:

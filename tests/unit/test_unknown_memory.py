@@ -7,8 +7,7 @@ import libvirt
 import pytest
 
 from kvmagent.model.units import MIB
-from kvmagent.tasks.executor import Executor
-from tests.fakes.agent import COMMANDS, FakeAgent, make_domain, make_node
+from tests.fakes.agent import FakeAgent, make_domain, make_node
 from tests.fakes.libvirt import FakeDomain, qemu_error
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_cpu_undo import LOST
@@ -114,14 +113,7 @@ def test_the_task_that_was_cut_off_finds_its_own_virtio_mem_device_and_attaches_
             waiting.executor.run(task)
         waiting.node = make_node(tmp_path, domain)
         (task,) = waiting.journal.unfinished()
-        waiting.executor = Executor(
-            waiting.node,
-            waiting.journal,
-            COMMANDS,
-            on_finished=lambda owed: None,
-            on_pending=lambda task_uuid: None,
-            libvirt_wait_s=5.0,
-        )
+        waiting.executor = waiting.make_executor()
     waiting.executor.run(task)
     reply = waiting.reply()
     waiting.journal.stop()
