@@ -26,8 +26,10 @@ export SOURCE_DATE_EPOCH
 {
     echo "kvmagent ($version) unstable; urgency=medium"
     echo
-    # The newest section of CHANGELOG.md.
-    sed -n '/^## /,$p' CHANGELOG.md | sed '1d; /^## /,$d; /^$/d; s/^- /* /; s/^/  /' | fold --spaces --width 78 | sed 's/^[^ ]/    &/; s/ *$//'
+    # The newest section of CHANGELOG.md: a line for each entry, its headings in brackets, then folded.
+    sed -n '/^## /,$p' CHANGELOG.md | sed '1d; /^## /,$d; s/^##* \(.*\)/[ \1 ]/; s/^- /* /; s/^  */ /' |
+        awk '/^$/ || /^[*[]/ { if (text) print "  " text; text = "" } { text = text (text && !/^ / ? " " : "") $0 } END { if (text) print "  " text }' |
+        fold --spaces --width 76 | sed 's/^[^ ]/    &/; s/ *$//'
     echo
     echo " -- $(sed -n 's/^Maintainer: //p' conf/debian/control)  $(LC_ALL=C date --utc --rfc-email --date "@$SOURCE_DATE_EPOCH")"
 } >"$source/debian/changelog"
