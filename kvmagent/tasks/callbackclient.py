@@ -20,6 +20,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from contextvars import copy_context
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
@@ -125,7 +126,7 @@ class CallbackClient:
         Raises:
             AgentError: CALLBACK_NOT_ALLOWED.
         """
-        host, port = _host_and_port(url)
+        _, host, port = find_receiver(url)
         if any(rule.name == host and rule.port in (None, port) for rule in self._rules):
             return
         literal = _parse_address(host)
@@ -189,8 +190,8 @@ class Channel:
     def __init__(
         self, url: str, connect: Callable[[str, int, float], socket.socket], context: Callable[[], ssl.SSLContext]
     ) -> None:
-        host, port = _host_and_port(url)
-        kind = _HttpsConnection if urlsplit(url).scheme == "https" else _HttpConnection
+        scheme, host, port = find_receiver(url)
+        kind = _HttpsConnection if scheme == "https" else _HttpConnection
         self._connection = kind(host, port, open_socket=connect, get_context=context)
 
     def post(
@@ -442,8 +443,10 @@ class _Lookups:
         self._known[host] = (time.monotonic() + _RESOLVED_FOR_S, addresses)
 
 
-def _host_and_port(url: str) -> tuple[str, int]:
-    """Return where a URL leads to; a URL may come from a header that was checked, or from a body that was not.
+def find_receiver(url: str) -> tuple[str, str, int]:
+    """Return where a URL leads to: scheme, host and port, the same for each spelling of them.
+
+    A URL may come from a header that was checked, or from a body that was not.
 
     Raises:
         AgentError: BAD_CALLBACK_URL.
@@ -456,7 +459,10 @@ def _host_and_port(url: str) -> tuple[str, int]:
     plain = url.isascii() and url.isprintable() and " " not in url
     if parts.scheme not in _PORTS or not host or port == 0 or not plain or parts.username is not None:
         raise AgentError(Code.BAD_CALLBACK_URL, f"{shown_url(url)!r} is not an absolute http or https URL")
-    return host.lower().rstrip("."), port or _PORTS[parts.scheme]
+    host = host.rstrip(".")
+    with suppress(ValueError):
+        host = str(ipaddress.ip_address(host))
+    return parts.scheme, host, port or _PORTS[parts.scheme]
 
 
 def _parse_address(text: str) -> Address | None:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from kvmagent.backoff import Backoff
 from kvmagent.logs import Log, error_fields, log_context
@@ -26,7 +25,7 @@ from kvmagent.model.command import NO_CALLBACK
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.recorder import Recorder
 from kvmagent.shares import Shares
-from kvmagent.tasks.callbackclient import CallbackClient, Channel
+from kvmagent.tasks.callbackclient import CallbackClient, Channel, find_receiver
 from kvmagent.tasks.faults import Fault, no_fault
 from kvmagent.tasks.journal import Journal, State, Task, Undelivered
 
@@ -152,7 +151,7 @@ class Delivery:
             destination = self._destinations.get(key)
             if destination is None:
                 channel = self._callbacks.open(owed.callback_url, owed.client)
-                host = urlsplit(owed.callback_url).hostname or ""
+                _, host, _ = find_receiver(owed.callback_url)
                 destination = self._destinations[key] = _Destination(key, channel, owed.client, host)
                 if pause_s:
                     self._wait_until(time.monotonic() + pause_s, destination, None)
@@ -464,12 +463,14 @@ class Delivery:
 
 
 def _destination_of(owed: Undelivered) -> str:
-    """Return where a callback goes, and for whom.
+    """Return where a callback goes, and for whom; nothing where none was wanted.
 
     Where callbacks may go depends on the caller: a connection that is kept serves one client's tasks alone.
     """
-    parts = urlsplit(owed.callback_url)
-    return f"{parts.scheme}://{parts.netloc} of {owed.client}"
+    if owed.callback_url == NO_CALLBACK:
+        return ""
+    scheme, host, port = find_receiver(owed.callback_url)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port} of {owed.client}"
 
 
 def _payers(destination: _Destination) -> _Payers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import itertools
 import socket
 import ssl
@@ -12,9 +13,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmagent.settings import CallbackSection, parse_callback_rule
-from kvmagent.tasks.callbackclient import CallbackClient
+from kvmagent.tasks.callbackclient import CallbackClient, find_receiver
 from tests.lab.pki import Authority
 from tests.lab.receivers import KINDS, BadReceiver
 from tests.lab.server import ManagementServer
@@ -239,3 +242,28 @@ def test_a_connection_that_becomes_another_protocol_s_is_not_used_again(callback
 def test_a_receiver_that_sends_interim_answers_alone_keeps_no_processor(callbacks: CallbackClient) -> None:
     with Answering((INTERIM * 10_000,)) as receiver:
         assert exchange(callbacks, receiver.url) == [None]
+
+
+@st.composite
+def spellings(draw: st.DrawFn) -> tuple[str, tuple[str, str, int]]:
+    """A URL in any spelling, and where it leads."""
+    scheme, usual = draw(st.sampled_from([("http", 80), ("https", 443)]))
+    host = draw(st.from_regex(r"[a-z][a-z0-9-]{0,20}(\.[a-z0-9]{1,9}){0,3}", fullmatch=True))
+    port = draw(st.sampled_from([usual, 8080]))
+    ports = [f":{port}", f":0{port}", *(["", ":"] if port == usual else [])]
+    shown = f"{scheme}://{host}{draw(st.sampled_from(['', '.']))}"
+    cased = "".join(draw(st.sampled_from([one, one.upper()])) for one in shown)
+    path = draw(st.sampled_from(["", "/", "/Done?task=1"]))
+    return f"{cased}{draw(st.sampled_from(ports))}{path}", (scheme, host, port)
+
+
+@given(spelling=spellings())
+def test_a_receiver_is_the_same_however_it_is_spelled(spelling: tuple[str, tuple[str, str, int]]) -> None:
+    url, receiver = spelling
+    assert find_receiver(url) == receiver
+
+
+@given(address=st.ip_addresses(v=6))
+def test_an_ipv6_receiver_is_the_same_however_it_is_spelled(address: ipaddress.IPv6Address) -> None:
+    spelled = {find_receiver(f"http://[{text}]/") for text in (str(address), address.exploded, str(address).upper())}
+    assert spelled == {("http", str(address), 80)}

@@ -381,6 +381,18 @@ class Hanging:
         self.closed += 1
 
 
+def test_a_receiver_has_one_share_however_it_is_spelled(tmp_path: Path) -> None:
+    callbacks = Hanging()
+    sender = Sender(tmp_path, callbacks=callbacks)
+    urls = ["http://receiver/", "HTTP://Receiver:80/a", "http://receiver.", "http://receiver:/b?c"]
+    owed = [sender.finish(f"t{n}", url, vm=f"vm{n}") for n, url in enumerate(urls)]
+    sender.delivery.put_missing(owed)
+    (known,) = sender.delivery.backlog()
+    assert (known.destination, known.owed) == ("http://receiver:80 of 127.0.0.1", len(urls))
+    callbacks.go_on.set()
+    sender.close()
+
+
 def test_receivers_of_one_client_on_many_ports_leave_the_others_their_threads(
     tmp_path: Path, server: ManagementServer
 ) -> None:
