@@ -213,9 +213,10 @@ def _is_own(step: AnyStep, target: Target, facts: Facts, before: Facts | None) -
     was, now = None if before is None else before.find_definition(target), facts.find_definition(target)
     if before is None or was is None or now is None:
         return False
-    if isinstance(step, DetachMemory | ForgetMemory):
-        alias = step.alias
-        return alias is not None and was.find_device(alias) is None and now.find_device(alias) is not None
+    if not isinstance(step, DetachMemory | ForgetMemory | ResizeVirtioMem):
+        return False
+    if step.alias is not None and was.find_device(step.alias) is None:
+        return now.find_device(step.alias) is not None
     if isinstance(step, ResizeVirtioMem):
         had = (_find_met(device, before) if target == "config" else device for device in step.find_devices(was))
         return step.requested_bytes >= max((device.plugged_bytes for device in had), default=0)

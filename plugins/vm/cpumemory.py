@@ -121,7 +121,8 @@ def _saved_balloon_steps(goal: CpuMemoryGoal, facts: Facts) -> tuple[AnyStep, ..
 def _undo_memory(goal: MemoryGoal, facts: Facts, *, same_run: bool) -> ShrinkGoal:
     """Return the way back from a memory goal: what there is of its dimms leaves, sizes become the former ones.
 
-    The balloon goes back in the run alone in which it was there: a start deflates it.
+    A virtio-mem device that it attached is emptied, as with every removal. The balloon goes back in the run alone in
+    which it was there: a start deflates it.
     """
     live, config = facts.domain.live, facts.domain.config
     removals = []
@@ -130,12 +131,16 @@ def _undo_memory(goal: MemoryGoal, facts: Facts, *, same_run: bool) -> ShrinkGoa
         in_config = config.find_device(dimm.alias) if config is not None and dimm.config else None
         if device := in_live or in_config:
             removals.append(shrink.plan_removal(device, facts, live=in_live is not None, config=in_config is not None))
+    resizes = [
+        msgspec.structs.replace(resize, former_bytes=resize.requested_bytes, requested_bytes=resize.former_bytes)
+        for resize in goal.resizes
+    ]
+    for target, definition in ((name, facts.find_definition(name)) for name in memory.TARGETS):
+        attached = definition and goal.virtio_mem and definition.find_device(goal.virtio_mem.alias)
+        resizes += [memory.plan_resize(attached, 0, target)] if attached else []
     return ShrinkGoal(
         removals=tuple(removals),
-        resizes=tuple(
-            msgspec.structs.replace(resize, former_bytes=resize.requested_bytes, requested_bytes=resize.former_bytes)
-            for resize in goal.resizes
-        ),
+        resizes=tuple(resizes),
         balloon_bytes=goal.former_balloon_bytes if goal.balloon_bytes is not None else None,
         balloon_live=goal.balloon_live and same_run,
         balloon_config=False,

@@ -173,6 +173,34 @@ def test_the_way_back_takes_a_leftover_that_the_way_had_used(tmp_path: Path, lim
     assert memory_mib(domain) == (512, 512)
 
 
+@pytest.mark.parametrize("others_mib", [[], [896]])
+@pytest.mark.parametrize("limit_mib", [0, 256])
+def test_the_way_back_empties_a_virtio_mem_device_that_the_way_had_attached(
+    tmp_path: Path, limit_mib: int, others_mib: list[int]
+) -> None:
+    """The guest takes less than all; another device of that size may be there.
+
+    QEMU lets no empty device leave before 8.1, so it stays, as after every removal.
+    """
+    spec = GuestSpec(name="vm1", arch="aarch64", machine="virt-7.2", max_memory_mib=256 + 2 * 896)
+    domain = make_domain(spec, virt_type="kvm")
+    for size_mib in others_mib:
+        attach_virtio_mem(domain, "ua-other", size_mib, size_mib)
+    former = memory_mib(domain)
+    domain.guest.virtio_mem_limit = limit_mib * MIB
+    agent = Agent(tmp_path, domain)
+    size_bytes = (former[0] + 512) * MIB
+    task = agent.accept("HotPlugCpuMemory", vmUuid="vm1", cpuNum=1, memorySize=size_bytes, timeoutSec=1)
+    reply = go_on(agent, task)
+    assert (reply["outcome"], reply["errorCode"], reply["details"]) == (
+        "partial",
+        "VIRTIO_MEM_STALLED",
+        {"undone": False},
+    )
+    assert memory_mib(domain) == former
+    assert requests_mib(domain) == [[*others_mib, 0]] * 2
+
+
 def take_dimm(domain: FakeDomain) -> None:
     domain.let_go("ua-x")
     forget(domain, "ua-x", 128)
