@@ -21,7 +21,7 @@ import msgspec
 
 from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import GuestBlock, GuestOs, GuestVcpu
-from kvmagent.model.units import GIB, KIB, MIB
+from kvmagent.model.units import KIB, MIB
 from kvmagent.recorder import Recorder, phase
 
 # How long one answer may take. Onlining a chunk of memory blocks is given longer: the guest initialises them.
@@ -32,8 +32,8 @@ _BLOCKS_AT_ONCE = 64
 # The longest answer that is read: room for 65536 memory blocks. libvirt itself stops at 10 MiB.
 _LONGEST_ANSWER = 4 * MIB
 _MOST_CPUS, _MOST_BLOCKS = 8192, 65536
-# The smallest section of any architecture is 1 MiB; what the largest block is, model.machines says of each.
-_SMALLEST_BLOCK_BYTES, _LARGEST_BLOCK_BYTES = 1 * MIB, 4 * GIB
+# The smallest section of any architecture is 1 MiB; what the largest block is, model.machines says of each VM.
+_SMALLEST_BLOCK_BYTES = 1 * MIB
 # No architecture addresses more.
 _ADDRESS_BITS = 52
 _LONGEST_WORDS = 300
@@ -75,7 +75,7 @@ class _Block(_Answer, frozen=True, rename="kebab"):
 
 
 class _BlockInfo(_Answer, frozen=True, rename="kebab"):
-    size: Annotated[int, msgspec.Meta(ge=_SMALLEST_BLOCK_BYTES, le=_LARGEST_BLOCK_BYTES)]
+    size: Annotated[int, msgspec.Meta(ge=_SMALLEST_BLOCK_BYTES, le=1 << _ADDRESS_BITS)]
 
 
 class _BlockDone(_Answer, frozen=True, rename="kebab"):

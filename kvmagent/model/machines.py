@@ -10,7 +10,6 @@ Observed: QEMU 7.2; tests/guest/test_power.py, test_foreign.py.
 """
 
 from collections.abc import Iterator
-from math import inf
 from typing import Literal
 
 import msgspec
@@ -77,12 +76,13 @@ _S390X = Machine(
     balloon_page_bytes=4 * KIB,
 )
 _NONE = Machine(types=(), does=frozenset(), block_bytes=128 * MIB, balloon_page_bytes=64 * KIB)
-# From so much boot memory on the guest's kernel may have larger blocks, up to so much.
-# x86-64: 128 MiB (with 32 bits up to 512 MiB) where its boot memory ends below 64 GiB, of which up to 4 GiB are the
-# hole for PCI devices; else up to 2 GiB. Source: Linux arch/x86/mm/init_64.c, probe_memory_block_size; sparsemem.h.
-# s390x: the increment that the machine tells, 1 GiB up to 1020 GiB, then 2 and 4 GiB. Source: QEMU hw/s390x/sclp.c,
-# MAX_STORAGE_INCREMENTS; Linux arch/s390/mm/init.c, memory_block_size_bytes.
-_LARGE_BLOCKS = {"x86_64": (60 * GIB, 2 * GIB), "s390x": (1020 * GIB, 4 * GIB)}
+# x86-64: a block is 128 MiB (with 32 bits up to 512 MiB) where boot memory ends below 64 GiB, of which up to 4 GiB are
+# the hole for PCI devices; else up to 2 GiB. Source: Linux arch/x86/mm/init_64.c, probe_memory_block_size; sparsemem.h.
+_X86_LARGE_FROM_BYTES, _X86_LARGE_BYTES = 60 * GIB, 2 * GIB
+# s390x: a block is no smaller than the machine's increment, of which there are at most so many: 1 GiB up to 1020 GiB of
+# boot memory, 8 GiB up to 8160 GiB, and so on; machine types from 5.0 on have increments of 1 MiB.
+# Source: QEMU hw/s390x/sclp.c, MAX_STORAGE_INCREMENTS; Linux arch/s390/mm/init.c, memory_block_size_bytes.
+_S390X_INCREMENTS = 1020
 # QEMU moves the memory above 4 GiB of an AMD vCPU to 1 TiB where the highest address of the VM reaches 1012 GiB; with
 # that its boot memory ends far above 64 GiB. The bound leaves room for the PCI hole and what QEMU rounds up.
 # Source: QEMU 7.1 hw/i386/pc.c, pc_max_used_gpa, AMD_HT_START.
@@ -109,9 +109,12 @@ def find_largest_block_bytes(definition: Definition) -> int:
     A block is no larger than what the VM was started with, but may be as large as the architecture's usual block.
     """
     machine, boot = find_machine(definition), definition.boot_bytes
-    from_bytes, large_bytes = _LARGE_BLOCKS.get(definition.arch, (inf, 0))
-    is_large = boot >= from_bytes or (definition.arch == "x86_64" and _may_be_moved(definition))
-    return max(machine.block_bytes, min(boot, large_bytes if is_large else machine.largest_block_bytes))
+    most = machine.largest_block_bytes
+    if definition.arch == "x86_64" and (boot >= _X86_LARGE_FROM_BYTES or _may_be_moved(definition)):
+        most = _X86_LARGE_BYTES
+    elif definition.arch == "s390x":
+        most = max(most, 1 << (boot // (_S390X_INCREMENTS + 1)).bit_length())
+    return max(machine.block_bytes, min(boot, most))
 
 
 def _may_be_moved(definition: Definition) -> bool:

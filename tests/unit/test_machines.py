@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.model.checks import find_vcpu_limit
@@ -89,7 +91,9 @@ def test_cores_of_all_clusters_of_a_die_are_counted() -> None:
         ("aarch64", "virt", 0.25, 512),
         ("riscv64", "virt", 4, 1024),
         ("s390x", "s390-ccw-virtio", 1000, 1024),
-        ("s390x", "s390-ccw-virtio", 1500, 4096),
+        ("s390x", "s390-ccw-virtio", 1500, 2048),
+        ("s390x", "s390-ccw-virtio", 3000, 4096),
+        ("s390x", "s390-ccw-virtio", 5000, 8192),
     ],
 )
 def test_a_guest_is_believed_no_larger_blocks_than_its_kernel_can_have(
@@ -98,6 +102,24 @@ def test_a_guest_is_believed_no_larger_blocks_than_its_kernel_can_have(
     """Source: Linux arch/x86/mm/init_64.c, probe_memory_block_size."""
     definition = define(arch, machine, memory_mib=int(boot_gib * 1024))
     assert find_largest_block_bytes(definition) == most_mib << 20
+
+
+@given(boot_mib=st.integers(256, 64 << 20))
+def test_a_guest_on_s390x_is_believed_the_increment_of_its_machine(boot_mib: int) -> None:
+    """Source: QEMU hw/s390x/sclp.c, prepare: 1020 increments at most, each a power of two."""
+    increment_mib = 1
+    while boot_mib // increment_mib > 1020:
+        increment_mib *= 2
+    definition = define("s390x", "s390-ccw-virtio-4.2", memory_mib=boot_mib)
+    assert find_largest_block_bytes(definition) >> 20 == min(boot_mib, max(1024, increment_mib))
+
+
+def test_a_guest_of_many_tib_is_understood(tmp_path: Path) -> None:
+    spec = GuestSpec(name="vm1", memory_mib=5 << 20, arch="s390x", machine="s390-ccw-virtio-4.2", numa_cells=0)
+    domain = make_domain(spec, virt_type="kvm")
+    domain.guest.block_bytes = 8 << 30
+    facts = make_node(tmp_path, domain).observe("vm1", frozenset({"memory"}))
+    assert (facts.guest.block_bytes, facts.guest.refused) == (8 << 30, {})
 
 
 @pytest.mark.parametrize(
