@@ -198,4 +198,6 @@ def _read(path: str, key: str, *, others: int) -> str:
 
 def _refusal(key: str, path: object, error: Exception) -> AgentError:
     remedy = error.remedy if isinstance(error, OpenToOthers) else None
-    return AgentError(Code.BAD_CONFIGURATION, f"{key} {path}: {error}", remedy=remedy)
+    # Of a file that is open Python says its number.
+    words = error.strerror if isinstance(error, OSError) and isinstance(error.filename, int) else error
+    return AgentError(Code.BAD_CONFIGURATION, f"{key} {path}: {words}", remedy=remedy)

@@ -14,7 +14,7 @@ from tests.lab.domainxml import GuestSpec
 def node_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """libvirt's test driver with two VMs of ours, one of which can be given nothing."""
     specs = (GuestSpec(name="db-7"), GuestSpec(name="old", max_memory_mib=None, agent_channel=False))
-    return write_node(tmp_path_factory.mktemp("node"), *specs)
+    return write_node(tmp_path_factory.mktemp("node"), *specs, has_uuids=True)
 
 
 @pytest.fixture(scope="module")

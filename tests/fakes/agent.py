@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,10 +104,16 @@ def format_spec(spec: GuestSpec, virt_type: str) -> str:
     return format_domain(spec, image, virt_type=virt_type, console_log=Path("/log"), harness=Path("/sock"))
 
 
-def write_node(directory: Path, *specs: GuestSpec) -> str:
-    """Write a node of libvirt's test driver with these VMs; the URI that opens it."""
+def write_node(directory: Path, *specs: GuestSpec, has_uuids: bool = False) -> str:
+    """Write a node of libvirt's test driver with these VMs; the URI that opens it.
+
+    Without `has_uuids` the VMs are others, by their UUIDs, for each who opens it.
+    """
     file = directory / "node.xml"
-    file.write_text(f"<node>{''.join(format_spec(spec, 'test') for spec in specs)}</node>")
+    domains = [format_spec(spec, "test") for spec in specs]
+    if has_uuids:
+        domains = [xml.replace("</name>", f"</name><uuid>{uuid.uuid4()}</uuid>", 1) for xml in domains]
+    file.write_text(f"<node>{''.join(domains)}</node>")
     return f"test://{file}"
 
 

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import platform
-import re
 import signal
 import socket
 import subprocess
@@ -31,8 +30,9 @@ from kvmagent.cli.configfile import read_settings
 from kvmagent.cli.ctl.agentuser import find_agent_pid
 from kvmagent.cli.ctl.exits import CtlError, Exit
 from kvmagent.cli.ctl.session import Session, session_of, shared_options
+from kvmagent.hypervisor.shown import shown_definition, shown_log
 from kvmagent.model.errors import AgentError
-from kvmagent.model.facts import POLICY_NAMESPACE
+from kvmagent.model.urls import shown_json
 from kvmagent.settings import DEFAULT_PATH, Settings
 
 _TASKS, _LOG_LINES, _LOG_BYTES = 1000, 20000, 2**24
@@ -41,20 +41,6 @@ _LIBRARIES = ("cheroot", "cherrypy", "click", "libvirt-python", "lxml", "msgspec
 _UNIT = "kvmagent.service"
 # How long the agent may take to write its state to the log.
 _DUMP_S = 2.0
-# What may carry a password: libvirt shows none to a read-only connection, but where it does not know that it is one.
-# Attributes that say so, or whose value does, as a URL with a query; elements with free text, or for QEMU's command
-# line.
-_WORDS = r"(?:passw|passphrase|secret|token|key|psk|cookie|credential)"
-_SECRET_XML = re.compile(
-    rf"(?P<head>\b\w*(?:{_WORDS}\w*|query)\s*=\s*)(?P<quote>['\"])[^'\"]*(?P=quote)"
-    rf"|(?P<named>\b\w+\s*=\s*)(?P<mark>['\"])(?:[^'\"]*\?[^'\"]*|[^'\"]*{_WORDS}\w*=[^'\"]*)(?P=mark)"
-    r"|(?P<begin><(?P<tag>(?:\w+:)?(?:entry|arg|env|property|cmdline|cookie|session|dhCert|description|initarg|initenv)))"
-    r"\b[^<]*?(?P<end>/>|</(?P=tag)>)",
-    re.IGNORECASE | re.DOTALL,
-)
-# What others have written there, and the limits that the VM's owner has for the agent.
-_METADATA = re.compile(r"(<metadata\b[^>]*>).*(</metadata>)", re.DOTALL)
-_POLICY = re.compile(rf"<(?:[\w-]+:)?policy\b[^<>]*{re.escape(POLICY_NAMESPACE)}[^<>]*/>")
 
 
 @click.command(name="support-bundle")
@@ -72,22 +58,30 @@ def support_bundle(context: click.Context, file: str | None, config: str) -> Non
     path = Path(file or f"kvmagent-support-{host}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.tar.gz")
     parts = collect(session, Path(config))
     try:
-        # Never over another file, and for nobody else to read.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        _write(path, parts)
     except OSError as error:
         words = f"{path}: {error.strerror}"
         raise CtlError(Exit.FAILED, "NOT_WRITTEN", words, "Name another file with --file.") from error
-    with os.fdopen(descriptor, "wb") as out, tarfile.open(fileobj=out, mode="w:gz") as archive:
-        for name, text in parts.items():
-            content = text.encode(errors="replace")
-            entry = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/{name}")
-            entry.size, entry.mtime, entry.mode = len(content), int(time.time()), 0o600
-            archive.addfile(entry, io.BytesIO(content))
     missing = [line for line in parts["missing.txt"].splitlines() if line]
     if session.as_json:
         session.terminal.print_json({"file": str(path), "parts": list(parts), "missing": missing})
         return
     session.terminal.print(f"{path}: {len(parts)} files", *(f"  without {line}" for line in missing))
+
+
+def _write(path: Path, parts: dict[str, str]) -> None:
+    """Write the bundle: whole or not at all, never over another file, and for nobody else to read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as out, tarfile.open(fileobj=out, mode="w:gz") as archive:
+            for name, text in parts.items():
+                content = text.encode(errors="replace")
+                entry = tarfile.TarInfo(f"{path.name.removesuffix('.tar.gz')}/{name}")
+                entry.size, entry.mtime, entry.mode = len(content), int(time.time()), 0o600
+                archive.addfile(entry, io.BytesIO(content))
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def collect(session: Session, config: Path) -> dict[str, str]:
@@ -109,7 +103,7 @@ def collect(session: Session, config: Path) -> dict[str, str]:
     except AgentError as error:
         missing.append(f"settings.json: {error.message}")
     else:
-        add("settings.json", lambda: _json(msgspec.to_builtins(settings)))
+        add("settings.json", lambda: _json(shown_json(msgspec.to_builtins(settings))))
     try:
         _dump_state()
     except (OSError, CtlError) as error:
@@ -121,24 +115,12 @@ def collect(session: Session, config: Path) -> dict[str, str]:
     add("metrics.txt", lambda: session.agent.get_text("metrics"))
     add("doctor.json", lambda: _doctor(session, config))
     add("log.txt", lambda: _log(settings))
-    add("log-of-libvirt.txt", lambda: _run("journalctl", "--unit=libvirtd", "--unit=virtqemud", "--lines=2000"))
+    journal = ("journalctl", "--unit=libvirtd", "--unit=virtqemud", "--lines=2000")
+    add("log-of-libvirt.txt", lambda: shown_log(_run(*journal)))
     for name, make in _definitions(settings.libvirt.uri, missing):
         add(name, make)
     parts["missing.txt"] = "".join(f"{line}\n" for line in missing)
     return parts
-
-
-def without_secrets(xml: str) -> str:
-    """Return a definition without what may be a password, and without the metadata of others."""
-
-    def hide(found: re.Match[str]) -> str:
-        if head := found["head"] or found["named"]:
-            quote = found["quote"] or found["mark"]
-            return f"{head}{quote}hidden{quote}"
-        return f"{found['begin']}>hidden</{found['tag']}>"
-
-    xml = _METADATA.sub(lambda found: f"{found[1]}hidden{''.join(_POLICY.findall(found[0]))}{found[2]}", xml)
-    return _SECRET_XML.sub(hide, xml)
 
 
 def _definitions(uri: str, missing: list[str]) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -148,16 +130,17 @@ def _definitions(uri: str, missing: list[str]) -> Iterator[tuple[str, Callable[[
         return _run("virsh", "--readonly", "--connect", uri, *arguments)
 
     def dump(*arguments: str) -> str:
-        return without_secrets(virsh("dumpxml", *arguments))
+        return shown_definition(virsh("dumpxml", *arguments))
 
     try:
-        names = virsh("list", "--all", "--name").splitlines()
+        # Not by their names, which may be another's number, or look like an option.
+        uuids = virsh("list", "--all", "--uuid").split()
     except (OSError, subprocess.SubprocessError) as error:
         missing.append(f"definitions: {error}")
         return
-    for name in filter(None, names):
-        yield f"definitions/{name}.xml", partial(dump, name)
-        yield f"definitions/{name}-next-start.xml", partial(dump, "--inactive", name)
+    for uuid in uuids:
+        yield f"definitions/{uuid}.xml", partial(dump, uuid)
+        yield f"definitions/{uuid}-next-start.xml", partial(dump, "--inactive", uuid)
 
 
 def _dump_state() -> None:

@@ -26,6 +26,7 @@ from kvmagent.model.errors import CODES, AgentError, Code
 from kvmagent.model.guestuse import MOST_MOVABLE_RATIO
 from kvmagent.model.hostbudget import SLICE_LIMIT
 from kvmagent.model.units import format_size
+from kvmagent.model.urls import shown_url
 from kvmagent.plugins import load_plugins
 from kvmagent.settings import Settings
 
@@ -112,13 +113,15 @@ def _version_of(plugin: str) -> str:
 def examine_libvirt(uri: str) -> Iterator[Finding]:
     """Look whether libvirt lets this user in, and what is there."""
     try:
-        found = Asker(at_once=1).ask(lambda: probe(uri), timeout_s=_PROBE_S, about=f"asking libvirt at {uri}")
+        found = Asker(at_once=1).ask(
+            lambda: probe(uri), timeout_s=_PROBE_S, about=f"asking libvirt at {shown_url(uri)}"
+        )
     except AgentError as error:
         yield Finding("libvirt", "wrong", error.message, error.remedy)
         return
     running = f"{len(found.running)} of {found.vms} VMs run"
     user = getpass.getuser()
-    yield Finding("libvirt", "good", f"{uri} lets {user} in: libvirt {_dotted(found.libvirt)}, {running}")
+    yield Finding("libvirt", "good", f"{shown_url(uri)} lets {user} in: libvirt {_dotted(found.libvirt)}, {running}")
     yield from examine_versions(found)
     yield from examine_guests(found)
     yield from examine_memory_balance(found)
