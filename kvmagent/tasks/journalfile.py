@@ -1,7 +1,7 @@
 """The journal's file: its schema, and whoever writes it, one at a time. The only user of sqlite3.
 
     write_now    commit it, and all that has gathered, on the caller's own thread
-    write_later  hand a change in that nobody waits for: it goes with the next commit, at most LATER_S from now
+    write_later  hand a change in that nobody waits for: it goes with the next commit, or with its own after LATER_S
 
     a commit     BEGIN, all changes that have gathered, COMMIT (WAL, synchronous=FULL)
                    on disk: `then` of each, in order, then whoever waits for it
@@ -146,7 +146,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 # At most so many writes share a commit, so that the first of them does not wait for an endless batch.
 _BATCH = 256
-# What nobody waits for waits no longer than this for a commit to go with.
+# What nobody waits for waits so long for another's commit to go with. Counted from when it came: a writer that looked
+# every so often made 0.4 commits more for each command, and whoever had something to commit waited behind them.
 LATER_S = 0.02
 # After a commit that failed, the next try without anyone asking for it.
 _BACKOFF = Backoff(0.1, 2.0)
@@ -176,7 +177,7 @@ class _LostLogError(sqlite3.DatabaseError):
 
 @dataclass(frozen=True)
 class _Write:
-    """A change on its way; `context` is the log context of who made it."""
+    """A change on its way; `context` is the log context of who made it, `due_at` when it waits no longer."""
 
     name: str
     change: Change
@@ -184,6 +185,7 @@ class _Write:
     done: Future[Any]
     then: Callable[[Any], None] | None
     context: Context
+    due_at: float
 
 
 def check_file(path: Path) -> list[str]:
@@ -223,7 +225,6 @@ class JournalFile:
         self._fault = fault
         self._changed = threading.Condition()
         self._writes: list[_Write] = []
-        self._hurried = False
         self._asleep = False
         self._closed = True
         # Held by whoever commits.
@@ -420,7 +421,7 @@ class JournalFile:
         if self._closed:
             raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: closed")
         done: Future[Any] = Future()
-        self._writes.append(_Write(name, change, keep, done, then, copy_context()))
+        self._writes.append(_Write(name, change, keep, done, then, copy_context(), time.monotonic() + LATER_S))
         return done
 
     # -- the writer's thread
@@ -439,14 +440,19 @@ class JournalFile:
         self._close_db()
 
     def _await_writes(self, pause_s: float | None) -> bool:
-        """Wait until there is something to commit, after a failure `pause_s` at most; return whether it is the last."""
+        """Wait until a change has waited long enough, after a failure for `pause_s`; return whether it is the last."""
         with self._changed:
-            is_hurried = self._changed.wait_for(lambda: self._hurried or self._closed, pause_s or LATER_S)
-            if pause_s is None and not is_hurried and not self._writes:
-                self._asleep = True
-                self._changed.wait_for(lambda: self._writes or self._closed or self.failure is not None)
-                self._asleep = False
-            self._hurried = False
+            if pause_s is not None:
+                self._changed.wait_for(lambda: self._closed, pause_s)
+            while self.failure is None and not self._closed:
+                if not self._writes:
+                    self._asleep = True
+                    self._changed.wait()
+                    self._asleep = False
+                elif (left_s := self._writes[0].due_at - time.monotonic()) > 0:
+                    self._changed.wait(left_s)
+                else:
+                    break
             return self._closed
 
     # -- commits, of whoever has the turn
@@ -455,7 +461,6 @@ class JournalFile:
         """Commit what has gathered; return whether the file took it."""
         with self._changed:
             batch, self._writes = self._writes[:_BATCH], self._writes[_BATCH:]
-            self._hurried = self._hurried or bool(self._writes)
         if not batch and self.failure is None:
             return True
         self._busy_since = started = time.monotonic()
@@ -476,7 +481,8 @@ class JournalFile:
         """Make all changes in one transaction; return why the file would not take them."""
         if self.failure is not None:
             done: Future[Any] = Future()
-            batch = [*batch, _Write("survey", self._survey, False, done, self._on_surveyed, copy_context())]
+            survey = _Write("survey", self._survey, False, done, self._on_surveyed, copy_context(), time.monotonic())
+            batch = [*batch, survey]
         try:
             outcomes = self._transact(batch)
         except (sqlite3.Error, OSError) as error:
