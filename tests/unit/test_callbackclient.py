@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmagent.settings import CallbackSection, parse_callback_rule
@@ -267,3 +267,35 @@ def test_a_receiver_is_the_same_however_it_is_spelled(spelling: tuple[str, tuple
 def test_an_ipv6_receiver_is_the_same_however_it_is_spelled(address: ipaddress.IPv6Address) -> None:
     spelled = {find_receiver(f"http://[{text}]/") for text in (str(address), address.exploded, str(address).upper())}
     assert spelled == {("http", str(address), 80)}
+
+
+def test_a_connection_that_the_receiver_closes_is_opened_anew(callbacks: CallbackClient) -> None:
+    last = TAKEN.replace(b"Length: 2", b"Length: 2\r\nConnection: close")
+    with Answering((last, 0.2, NOT_TAKEN)) as receiver:
+        assert exchange(callbacks, receiver.url, times=2) == [200, 200]
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
+def test_an_answer_that_is_cut_off_is_none(callbacks: CallbackClient, head: bytes) -> None:
+    with Answering((b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n2\r\n{}",)) as receiver:
+        assert exchange(callbacks, receiver.url) == [None]
+
+
+def test_a_header_arrives_as_it_is_or_nothing_is_sent(callbacks: CallbackClient) -> None:
+    """Whatever a report of a plugin says: it is no other header, and no other request."""
+    with ManagementServer() as server:
+        channel = callbacks.open(server.url, "127.0.0.1")
+
+        @settings(max_examples=50, deadline=None)
+        @given(st.text(max_size=20))
+        def check(value: str) -> None:
+            before = len(server.callbacks("t"))
+            status, _ = channel.post(server.url, b"{}", {"taskuuid": "t", "commandpath": value}, 60.0)
+            came = server.callbacks("t")[before:]
+            assert status == (200 if came else None)
+            if came:
+                assert [one.headers["commandpath"] for one in came] == [value.strip(" ")]
+                assert came[0].headers["host"] == f"127.0.0.1:{server.port}"
+
+        check()
+        channel.close()
