@@ -457,7 +457,9 @@ class Agent:
     def _make_preparations(self, node: Node, intake: Intake) -> Preparations:
         command = next((one for one in self._commands.values() if one.prepares is not None), None)
         if command is None:
-            raise AgentError(Code.BAD_CONFIGURATION, "prepare.on_define is true, and no plugin prepares VMs")
+            raise AgentError(
+                Code.BAD_CONFIGURATION, "prepare.on_define is true, but no plugin of agent.plugins prepares VMs"
+            )
         prepare = self._settings.prepare
 
         def hand_in(command: Command, task_uuid: str, body: bytes) -> None:

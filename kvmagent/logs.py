@@ -359,10 +359,10 @@ def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     else:
-        Log(__name__).failure("ended by an error that nothing expected", error)
+        Log(__name__).failure("ended with an unexpected error", error)
 
 
 def _log_uncaught_in_thread(uncaught: threading.ExceptHookArgs) -> None:
     if uncaught.exc_value is not None:
         name = uncaught.thread.name if uncaught.thread else None
-        Log(__name__).failure("thread ended by an error that nothing expected", uncaught.exc_value, thread=name)
+        Log(__name__).failure("thread ended with an unexpected error", uncaught.exc_value, thread=name)

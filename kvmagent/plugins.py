@@ -55,7 +55,7 @@ def _check_unique(plugins: Iterable[Plugin]) -> None:
             if {one.name, one.path} & taken:
                 raise AgentError(
                     Code.BAD_CONFIGURATION,
-                    f"agent.plugins: {plugin.name!r}: {one.name} at {one.path} is there already",
+                    f"agent.plugins: {plugin.name!r}: another plugin has already declared {one.name} or {one.path}",
                     remedy="Name each plugin once in agent.plugins, or leave one of two out.",
                 )
             taken |= {one.name, one.path}

@@ -188,7 +188,7 @@ def _read(path: str, key: str, *, others: int) -> str:
             if found.st_mode & others:
                 raise AgentError(
                     Code.BAD_CONFIGURATION,
-                    f"{key} {path} is open to others ({stat.S_IMODE(found.st_mode):04o}), it must be 0600",
+                    f"{key} {path} is accessible to others ({stat.S_IMODE(found.st_mode):04o}), it must be 0600",
                     remedy=f"chmod 0600 {path}",
                 )
             return file.read()

@@ -166,7 +166,7 @@ class Framing:
             end = self._buffer.find(b"\r\n", 0, _MAX_CHUNK_LINE)
             if end < 0:
                 if len(self._buffer) >= _MAX_CHUNK_LINE:
-                    raise AgentError(Code.BAD_HTTP, "a chunk's first line does not end")
+                    raise AgentError(Code.BAD_HTTP, "a chunk's size line is too long")
                 return False
             match = _CHUNK_SIZE.fullmatch(self._buffer, 0, end)
             if match is None:

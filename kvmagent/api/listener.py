@@ -219,7 +219,7 @@ class Listener(cheroot.server.HTTPServer):
             self._held.take(key, places=now)
             held, free = self._held.taken(key), self._held.free
         if not has_room:
-            message = f"{held} bytes of requests and answers are kept for {key}, {free} are left for all"
+            message = f"{held} bytes of requests and answers are buffered for {key}; {free} are free for all clients"
             raise AgentError(Code.TOO_MANY_CONNECTIONS, message)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
@@ -500,4 +500,4 @@ def _open_to_group(path: str, group: str) -> None:
         os.chown(path, -1, grp.getgrnam(group).gr_gid)
         os.chmod(path, 0o660)
     except (KeyError, PermissionError) as error:
-        log.info("socket open to root and the agent's user alone", path=path, group=group, error=str(error))
+        log.info("only root and the agent's user can open the socket", path=path, group=group, error=str(error))

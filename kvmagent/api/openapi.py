@@ -82,7 +82,7 @@ def build_openapi(declared: Iterable[Command | Query], own: Iterable[OwnPath]) -
             "description": "Live CPU and memory hotplug of KVM guests. Commands answer at once; the reply is posted "
             "to the callback URL. No command restarts or migrates a VM; a change that needs a restart says so.",
         },
-        "servers": [{"url": "/", "description": "The agent that answers this"}],
+        "servers": [{"url": "/", "description": "This agent"}],
         "tags": [{"name": name, "description": words} for name, words in _TAGS.items()],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": _SCHEMES},
@@ -166,7 +166,7 @@ def _operation(command: Command | Query) -> dict[str, Any]:
                         "requestBody": {"required": True, "content": _json(command.reply)},
                         "responses": {
                             "2XX": {"description": "Taken"},
-                            "404": {"description": "The task is unknown: it is not sent again"},
+                            "404": {"description": "The receiver does not know the task: the agent does not retry"},
                         },
                     }
                 }
@@ -198,7 +198,7 @@ def _own(own: OwnPath, vm: type[msgspec.Struct], schemas: dict[str, Any]) -> dic
         refusals["503"] = {"description": "Not ready", "content": {"application/json": {"schema": {"anyOf": both}}}}
     if is_list := "fields" in own.query:
         content[FIELDS_TYPE] = {"schema": _tell_chosen(content["application/json"]["schema"], schemas)}
-        refusals["304"] = {"description": "It is as it was in the answer with that ETag"}
+        refusals["304"] = {"description": "Unchanged since the answer with that ETag"}
     return {
         "operationId": own.operation,
         "tags": ["reads" if own.method == "get" else "commands"],
@@ -226,7 +226,7 @@ def _tell_chosen(listed: dict[str, Any], schemas: dict[str, Any]) -> dict[str, A
     whole = entry["$ref"].rpartition("/")[2]
     key = next(key for key in ("taskUuid", "vmUuid") if key in schemas[whole]["properties"])
     chosen = f"{whole}Fields"
-    words = f"Those fields of a {whole} that were asked for."
+    words = f"Those fields of a {whole} that were requested."
     schemas[chosen] = schemas[whole] | {"title": chosen, "description": words, "required": [key]}
     items = {"anyOf": [{"$ref": _REF.format(name=chosen)}, *others]} if others else {"$ref": _REF.format(name=chosen)}
     return {
@@ -236,7 +236,7 @@ def _tell_chosen(listed: dict[str, Any], schemas: dict[str, Any]) -> dict[str, A
     }
 
 
-_ETAG = {"ETag": {"description": "Of this answer, for If-None-Match", "schema": {"type": "string"}}}
+_ETAG = {"ETag": {"description": "The answer's ETag; send it back as If-None-Match", "schema": {"type": "string"}}}
 
 
 def _answer(answer: type[msgspec.Struct] | str, vm: type[msgspec.Struct]) -> dict[str, Any]:

@@ -35,12 +35,12 @@ class Page(NamedTuple):
 #: The query parameters of a list.
 LIST_QUERY: Mapping[str, Any] = MappingProxyType(
     {
-        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "description": "So many entries at most"},
-        "cursor": {"type": "string", "description": "`next` of the page before; what it is made of may change"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "description": "Maximum number of entries"},
+        "cursor": {"type": "string", "description": "`next` of the previous page; its format may change"},
         "fields": {
             "type": "string",
             "pattern": f"^{_FIELDS.pattern}$",
-            "description": "The fields of each entry, beside its id: names with a comma between them",
+            "description": "Fields of each entry besides its id, separated by commas",
         },
     }
 )
@@ -54,15 +54,15 @@ def read_page(query: Mapping[str, str], *, cursor: re.Pattern[str], fields: Coll
     """
     limit, after, chosen = query.get("limit"), query.get("cursor"), query.get("fields")
     if limit is not None and not (_NUMBER.fullmatch(limit) and int(limit) <= MAX_LIMIT):
-        raise AgentError(Code.BAD_QUERY, f"limit is {limit!r}, needed is 1 to {MAX_LIMIT}")
+        raise AgentError(Code.BAD_QUERY, f"limit must be 1 to {MAX_LIMIT}, got {limit!r}")
     if after is not None and not cursor.fullmatch(after):
-        raise AgentError(Code.BAD_QUERY, f"cursor is {after!r}, which is no page's `next`")
+        raise AgentError(Code.BAD_QUERY, f"cursor must be the `next` of a page, got {after!r}")
     if chosen is None:
         return Page(None if limit is None else int(limit), after, None)
     names = frozenset(chosen.split(","))
     if unknown := sorted(names - set(fields)):
         raise AgentError(
-            Code.BAD_QUERY, f"fields has {unknown[0]!r}, which no entry has; known are {', '.join(sorted(fields))}"
+            Code.BAD_QUERY, f"no field is named {unknown[0]!r}; the fields are {', '.join(sorted(fields))}"
         )
     return Page(None if limit is None else int(limit), after, names)
 

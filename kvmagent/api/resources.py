@@ -85,7 +85,7 @@ OWN_PATHS = (
             "caller": {"type": "string"},
             "since": {"type": "number", "description": "Accepted then or later, seconds since the epoch"},
             "until": {"type": "number", "description": "Accepted before then, seconds since the epoch"},
-            "id": {"type": "string", "description": "What the task's id begins with"},
+            "id": {"type": "string", "description": "The beginning of the task's id"},
             **_NEWEST_QUERY,
         },
     ),

@@ -129,7 +129,7 @@ class Server:
             thread.start()
             log.info("listening", url=listener.url)
         if not self._opens_tcp:
-            log.info("nothing listens by TCP", reason="[security] lets nobody in: SECURITY.md says how to")
+            log.info("no TCP listener", reason="[security] admits no TCP client, see SECURITY.md")
 
     def set_limits(self, http: HttpSection) -> None:
         """Have the limits of a section, which is of the same address."""
@@ -173,7 +173,7 @@ class _Application:
             request.run(asked.method, asked.path, asked.query, f"HTTP/1.{asked.minor}", (), None)
             return response.output_status, response.header_list, b"".join(response.body)
         except Exception as error:
-            log.failure("request failed before it was one", error, client=peer.address)
+            log.failure("request failed before it was dispatched", error, client=peer.address)
             body = encode_error(AgentError(Code.INTERNAL_ERROR, type(error).__name__, expected=False))
             headers = [(b"Content-Type", JSON_TYPE.encode()), (b"Content-Length", str(len(body)).encode())]
             return b"500 Internal Server Error", headers, body
@@ -231,7 +231,7 @@ class _Dispatcher:
             log.debug("request refused", **about, **error_fields(error))
             answer = _refusal(error)
         except Exception as error:
-            log.failure("request failed in a way that nothing expected", error, **about)
+            log.failure("request failed with an unexpected error", error, **about)
             answer = _refusal(AgentError(Code.INTERNAL_ERROR, f"{type(error).__name__}: {error}", expected=False))
         response.status = answer.status
         response.headers.update({**_HEADERS, **answer.headers})

@@ -45,7 +45,7 @@ def parse_task_uuid(value: str | None) -> str:
     if not value:
         raise AgentError(Code.MISSING_TASK_UUID, "the request has no taskuuid header")
     if not _TASK_UUID.fullmatch(value):
-        raise AgentError(Code.BAD_TASK_UUID, f"taskuuid is {_shown(value)}")
+        raise AgentError(Code.BAD_TASK_UUID, f"taskuuid must be 1 to 64 of A-Za-z0-9-_, got {_shown(value)}")
     return value
 
 
@@ -63,12 +63,14 @@ def parse_callback_url(value: str | None) -> str:
         parts = urlsplit(value)
         port = parts.port
     except ValueError as error:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(shown_url(value))}: not a URL") from error
+        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl must be a URL, got {_shown(shown_url(value))}") from error
     plain = value.isascii() and value.isprintable() and " " not in value
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain or len(value) > _MAX_URL:
-        raise AgentError(Code.BAD_CALLBACK_URL, f"callbackurl is {_shown(shown_url(value))}")
+        raise AgentError(
+            Code.BAD_CALLBACK_URL, f"callbackurl must be an http or https URL, got {_shown(shown_url(value))}"
+        )
     if parts.username is not None or parts.password is not None or parts.fragment:
-        raise AgentError(Code.BAD_CALLBACK_URL, "callbackurl holds a user name, a password or a fragment")
+        raise AgentError(Code.BAD_CALLBACK_URL, "callbackurl contains a user name, a password or a fragment")
     return value
 
 
@@ -123,7 +125,9 @@ def _parse(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise AgentError(Code.BAD_JSON, f"the body is not UTF-8: byte {error.start}") from error
     if text.startswith(_MORE_MARKS):
-        raise AgentError(Code.BAD_JSON, "the body begins with more than one byte order mark, or with one that is text")
+        raise AgentError(
+            Code.BAD_JSON, "the body begins with more than one byte order mark, or with one that was encoded twice"
+        )
     if _depth(text) > _MAX_DEPTH:
         raise AgentError(Code.BAD_JSON, f"the body is nested deeper than {_MAX_DEPTH}")
     try:
@@ -144,7 +148,7 @@ def _parse(body: bytes) -> Any:
 def _check_lengths(name: str, value: Any) -> None:
     """Refuse a field in which a string is longer than any may be, however deep it stands."""
     if isinstance(value, str) and len(value) > _LONGEST_STRING:
-        message = f"{name} has a string of {len(value)} characters, the longest that is taken has {_LONGEST_STRING}"
+        message = f"{name} has a string of {len(value)} characters, at most {_LONGEST_STRING} are accepted"
         raise AgentError(Code.OUT_OF_RANGE, message, details={"field": name})
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in parts:
@@ -162,7 +166,7 @@ def _depth(text: str) -> int:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise AgentError(Code.NOT_A_JSON_NUMBER, f"the body holds {name}")
+    raise AgentError(Code.NOT_A_JSON_NUMBER, f"the body contains {name}")
 
 
 def _finite(digits: str) -> float:

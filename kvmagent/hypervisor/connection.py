@@ -212,7 +212,7 @@ class Connection:
             if failure is not None and self._failure is None:
                 log.warning("libvirt cannot be reached", uri=self._uri, error=failure)
             elif failure is None and (self._failure is not None or self._lost):
-                log.info("libvirt is there again", uri=self._uri)
+                log.info("libvirt is back", uri=self._uri)
             self._failure, self._lost, self._opening_since = failure, False, None
             self._changed.notify_all()
 

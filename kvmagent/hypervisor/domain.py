@@ -223,7 +223,7 @@ class VmHandle:
 
     def is_active(self) -> bool:
         """Return whether the VM runs, or is paused."""
-        with libvirt_errors("looking whether the VM runs"):
+        with libvirt_errors("checking whether the VM runs"):
             return bool(self._domain.isActive())
 
     def attach_dimm(self, *, alias: str, size_bytes: int, node: int | None, live: bool, config: bool) -> None:

@@ -366,7 +366,7 @@ def _policy(document: _Document) -> Policy:
         return Policy()
     element, mistakes = elements[0], list[str]()
     if len(elements) > 1 or etree.QName(element).localname != "policy" or len(element) or (element.text or "").strip():
-        mistakes.append("it is not one empty <policy> element")
+        mistakes.append("it must be one empty <policy> element")
     unknown = sorted(str(name) for name in element.attrib if name not in _POLICY)
     mistakes += [f"{name[:40]!r} is no attribute of it" for name in unknown]
     is_whole = not mistakes
@@ -387,7 +387,7 @@ _LARGEST_CEILING = 2**53 - 1
 def _switch(element: etree._Element, name: str, mistakes: list[str]) -> bool:
     value = element.get(name, "on")
     if value not in ("on", "off"):
-        mistakes.append(f"{name} is {value[:40]!r}, neither on nor off, and counts as off")
+        mistakes.append(f"{name} is {value[:40]!r}, which is neither on nor off; it counts as off")
     return value == "on"
 
 
@@ -398,7 +398,7 @@ def _ceiling(element: etree._Element, name: str, mistakes: list[str]) -> int | N
     digits = len(str(_LARGEST_CEILING))
     if value.isascii() and value.isdigit() and len(value) <= digits and int(value) <= _LARGEST_CEILING:
         return int(value)
-    mistakes.append(f"{name} is {value[:40]!r}, not a whole number, and counts as 0")
+    mistakes.append(f"{name} is {value[:40]!r}, which is not a whole number; it counts as 0")
     return 0
 
 

@@ -236,7 +236,7 @@ class GuestAgent:
             wanted = [{"phys-index": index, "online": online} for index in asked]
             answers = self._call(_BLOCKS_DONE, command, {"mem-blks": wanted}, timeout_s=ONLINE_TIMEOUT_S)
             if not {answer.phys_index for answer in answers} <= set(asked):
-                raise invalid(command, "it is about blocks that were not asked for")
+                raise invalid(command, "it has blocks that were not requested")
             for answer in answers:
                 if answer.response != "success":
                     errno = "" if answer.error_code is None else f" (errno {answer.error_code})"
@@ -310,7 +310,7 @@ class GuestAgent:
             answer = decoder.decode(command, text)
         except NOT_TEXT as error:
             self._recorder.guest_called(Code.GUEST_AGENT_INVALID)
-            raise invalid(command, "text that is no UTF-8") from error
+            raise invalid(command, "text that is not UTF-8") from error
         except GuestSilent as failure:
             self._recorder.guest_called(failure.code)
             raise

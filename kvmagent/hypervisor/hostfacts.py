@@ -89,7 +89,7 @@ def _read_firmware(connection: libvirt.virConnect, root: Path) -> dict[str, str]
     try:
         return told | parse_sysinfo(connection.getSysinfo(0))
     except libvirt.libvirtError as error:
-        log.debug("libvirt tells nothing of the firmware", error=str(error))
+        log.debug("libvirt does not report the firmware", error=str(error))
         return told
 
 

@@ -63,7 +63,7 @@ def _read(path: str | Path) -> str:
 
 def _check_passing(error: OSError) -> None:
     if error.errno in _PASSING:
-        raise AgentError(Code.INTERNAL_ERROR, f"the host cannot be read now: {error}", expected=False) from error
+        raise AgentError(Code.INTERNAL_ERROR, f"/proc or /sys cannot be read: {error}", expected=False) from error
 
 
 def read_fields(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which VMs came to this host by live migration, in their present run: known for the rest of it.
+"""Which VMs was live-migrated to this host, in their present run: known for the rest of it.
 
     find   libvirt connected     how each running VM came: its reason to run, its QEMU's command line where it is seen
     hear   an event of libvirt   a VM starts or runs on by migration, is restored, or stops
@@ -151,7 +151,7 @@ class Migrations:
                 if stats.get("state.state") == libvirt.VIR_DOMAIN_RUNNING:
                     reasons.append((domain, stats.get("state.reason")))
         except libvirt.libvirtError as error:
-            log.info("VMs that came by live migration are found at the next look", error=str(error))
+            log.info("VMs that were migrated could not be found, the next look tries again", error=str(error))
         incoming = find_incoming(self._host_root)
         for domain, reason in reasons:
             if reason in MIGRATED | _RESTORED or domain.UUIDString() not in incoming:

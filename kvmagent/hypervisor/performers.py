@@ -100,7 +100,7 @@ def _await_guest_vcpus(vm: VmHandle, step: AwaitGuestVcpus) -> None:
     if not _wait(is_listed, step.timeout_sec):
         raise AgentError(
             Code.GUEST_CPU_NOT_SEEN,
-            f"after {step.timeout_sec:g} s the guest does not list {step.added} CPUs beside {format_ids(step.known)}",
+            f"after {step.timeout_sec:g} s the guest does not list {step.added} CPUs besides {format_ids(step.known)}",
         )
 
 
@@ -146,7 +146,7 @@ def _await_guest_blocks(vm: VmHandle, step: AwaitGuestBlocks) -> None:
     if not _wait(are_listed, step.timeout_sec):
         raise AgentError(
             Code.GUEST_MEMORY_NOT_SEEN,
-            f"after {step.timeout_sec:g} s the guest lists {listed} memory blocks, it was to list {step.count}",
+            f"after {step.timeout_sec:g} s the guest lists {listed} memory blocks instead of {step.count}",
         )
 
 
@@ -176,7 +176,7 @@ def _await_balloon(vm: VmHandle, step: AwaitBalloon) -> None:
         shown = "unknown" if actual is None else format_size(actual)
         raise AgentError(
             Code.BALLOON_NOT_ANSWERING,
-            f"after {step.timeout_sec:g} s the balloon is at {shown}, asked for {format_size(step.size_bytes)}",
+            f"after {step.timeout_sec:g} s the balloon is at {shown} instead of {format_size(step.size_bytes)}",
         )
 
 
@@ -208,10 +208,10 @@ def _unplug_vcpus(vm: VmHandle, step: UnplugVcpus) -> None:
 def _removal_failure(code: Code, have: int, asked: float, step: UnplugVcpus, why: str) -> AgentError:
     begin = f"the guest refused to give up {why}:" if code is Code.CPU_REMOVAL_REFUSED else why
     unasked = int(asked) - step.count
-    end = f"; it was not asked for {unasked} of them" if unasked else ""
+    end = f"; the guest was not asked for {unasked} of them" if unasked else ""
     return AgentError(
         code,
-        f"{begin} the VM still has {have} vCPUs, it was to have {step.count}{end}",
+        f"{begin} the VM still has {have} vCPUs instead of {step.count}{end}",
         details={"askedCpuNum": int(asked)} if unasked else {},
     )
 

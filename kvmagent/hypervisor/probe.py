@@ -133,7 +133,7 @@ def _ping(domain: libvirt.virDomain) -> str:
     except libvirt.libvirtError as error:
         return f"the guest agent does not answer: {clean(error.get_error_message() or '')}"
     except NOT_TEXT:
-        return "the guest agent answers with text that is no UTF-8"
+        return "the guest agent answers with text that is not UTF-8"
     return ""
 
 

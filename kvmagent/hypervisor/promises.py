@@ -88,7 +88,7 @@ def _read(domain: libvirt.virDomain, known: ReadVm | None, page_bytes: int | Non
         problem = translate(error, "reading a VM") if isinstance(error, libvirt.libvirtError) else None
         if problem is not None and problem.code is Code.LIBVIRT_UNAVAILABLE:
             raise problem from error
-        log.warning("definition of a VM cannot be read, it counts with its maximum", vm=name, error=str(error))
+        log.warning("definition of a VM cannot be read, its maximum counts", vm=name, error=str(error))
         # With all that libvirt says it has: it fails the budget of no other.
         part = Part(0, NORMAL_PAGES, frozenset(), maximum_kib * KIB)
         return ReadVm(number, sizes, Promise(uuid, name, (part,), vcpus=vcpus))

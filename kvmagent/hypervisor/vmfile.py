@@ -29,7 +29,9 @@ class VmFile(Generic[Entry]):
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.MsgspecError) as error:
-            log.warning("what was remembered of VMs is forgotten", about=self._about, path=self._path, error=str(error))
+            log.warning(
+                "saved state of VMs cannot be read and is ignored", about=self._about, path=self._path, error=str(error)
+            )
             return {}
         return entries
 
@@ -39,9 +41,7 @@ class VmFile(Generic[Entry]):
             write_file(self._path, msgspec.json.encode(entries))
         except OSError as error:
             if not self._has_failed:
-                log.warning(
-                    "what is remembered of VMs cannot be kept", about=self._about, path=self._path, error=str(error)
-                )
+                log.warning("state of VMs cannot be saved", about=self._about, path=self._path, error=str(error))
             self._has_failed = True
         else:
             self._has_failed = False

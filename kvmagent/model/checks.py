@@ -165,7 +165,8 @@ def check_cpu(facts: Facts, affect: Affect, cpu_num: int) -> Iterator[Blocker]:
             if product != definition.vcpu_maximum:
                 yield blocker(
                     Code.CPU_TOPOLOGY_MISMATCH,
-                    f"the {name} definition's topology makes {product} vCPUs, its maximum is {definition.vcpu_maximum}",
+                    f"the {name} definition's topology makes {product} vCPUs, but the maximum is "
+                    f"{definition.vcpu_maximum}",
                     needs_restart=True,
                 )
 
@@ -295,7 +296,7 @@ def check_device_room(
         if node is not None and node not in nodes and (nodes or not find_machine(definition).needs_cells):
             has = format_ids(nodes) if nodes else "no guest NUMA cell"
             yield blocker(
-                Code.NUMA_NODE_NOT_FOUND, f"guest NUMA node {node} was asked for, the {name} definition has {has}"
+                Code.NUMA_NODE_NOT_FOUND, f"guest NUMA node {node} was requested, but the {name} definition has {has}"
             )
         if definition.max_memory_bytes is None:
             continue
@@ -337,8 +338,8 @@ def check_host(facts: Facts, added_bytes: int, node: int | None = None) -> Itera
     if is_pinned and lockable is not None and needed > lockable and not host.libvirt_is_privileged:
         yield blocker(
             Code.MEMORY_LOCK_LIMIT,
-            f"{format_size(needed)} must be locked, RLIMIT_MEMLOCK of the QEMU process is {format_size(lockable)} and "
-            "an unprivileged libvirt cannot raise it",
+            f"{format_size(needed)} must be locked, but RLIMIT_MEMLOCK of the QEMU process is {format_size(lockable)}, "
+            "which an unprivileged libvirt cannot raise",
         )
     nodes = _guest_nodes(live, node)
     sizes = {find_page_bytes(facts, one) for one in nodes}
@@ -369,15 +370,15 @@ def _check_available(host: Host, sources: frozenset[int], added_bytes: int) -> I
     if available is not None and added_bytes + HOST_RESERVE_BYTES > available:
         yield blocker(
             Code.HOST_MEMORY_SHORT,
-            f"{format_size(added_bytes)} are needed and {format_size(HOST_RESERVE_BYTES)} kept free, "
-            f"the host has {format_size(available)} available",
+            f"{format_size(added_bytes)} is needed, with {format_size(HOST_RESERVE_BYTES)} kept free, "
+            f"but the host has {format_size(available)} available",
         )
     bound = [one for one in host.nodes if one.id in sources]
     if bound and sum(one.free_bytes for one in bound) < added_bytes:
         yield blocker(
             Code.HOST_NODE_MEMORY_SHORT,
-            f"{format_size(added_bytes)} are needed from host NUMA nodes {format_ids(sources)}, "
-            f"they have {format_size(sum(one.free_bytes for one in bound))} free",
+            f"{format_size(added_bytes)} is needed from host NUMA nodes {format_ids(sources)}, "
+            f"but they have {format_size(sum(one.free_bytes for one in bound))} free",
         )
 
 
@@ -392,7 +393,7 @@ def _check_hard_limit(name: str, definition: Definition, added_bytes: int) -> It
     if definition.hard_limit_bytes is not None and needed > definition.hard_limit_bytes:
         yield blocker(
             Code.MEMORY_HARD_LIMIT,
-            f"{format_size(needed)} are needed, the hard_limit of the {name} definition is "
+            f"{format_size(needed)} is needed, but the hard_limit of the {name} definition is "
             f"{format_size(definition.hard_limit_bytes)}",
         )
 
@@ -418,7 +419,7 @@ def _check_hugepages(host: Host, size: int, sources: frozenset[int], added_bytes
         yield blocker(
             Code.HOST_HUGEPAGES_SHORT,
             f"{-(-added_bytes // size)} hugepages of {format_size(size)} are needed, "
-            f"{free} are free on host NUMA nodes {format_ids(frozenset(node.id for node in nodes))}",
+            f"but {free} are free on host NUMA nodes {format_ids(frozenset(node.id for node in nodes))}",
         )
 
 
@@ -430,7 +431,7 @@ def check_balloon(facts: Facts, affect: Affect, size_bytes: int) -> Iterator[Blo
         if size_bytes > definition.balloon_total_bytes:
             yield blocker(
                 Code.BALLOON_ABOVE_TOTAL,
-                f"{format_size(size_bytes)} were asked for by balloon, the {name} definition has "
+                f"{format_size(size_bytes)} were requested by balloon, but the {name} definition has "
                 f"{format_size(definition.balloon_total_bytes)}",
             )
 

@@ -512,7 +512,7 @@ class Facts(msgspec.Struct, frozen=True):
 
     @property
     def restart_required(self) -> bool:
-        """Whether the persistent definition has what the running VM lacks until it is powered off and on."""
+        """Whether the persistent definition has something that the running VM lacks until it is powered off and on."""
         live, config = self.domain.live, self.domain.config
         if live is None or config is None:
             return False

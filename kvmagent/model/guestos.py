@@ -43,17 +43,17 @@ def find_limits(os: GuestOs | None, *, dimm: bool, virtio_mem: bool) -> list[Pro
     """Return what may keep the guest from using memory of these kinds, without having to."""
     found = []
     if os is not None and os.family == "windows" and dimm:
-        message = f"{os.name} acknowledges a plugged dimm and may not bring it online by itself"
-        remedy = "Look in the guest whether it uses the memory; restart the guest if it does not."
+        message = f"{os.name} acknowledges a plugged dimm, but may not bring it online by itself"
+        remedy = "Check in the guest whether it uses the memory; if it does not, restart the guest."
         found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
     if os is not None and os.family == "windows" and virtio_mem:
-        message = f"{os.name} takes virtio-mem with a driver of its own"
+        message = f"{os.name} needs a driver for virtio-mem"
         remedy = "Install the viomem driver of virtio-win in the guest."
         found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
     old = os is not None and os.kernel is not None and _VIRTIO_MEM_FROM <= os.kernel < _VIRTIO_MEM_ADVISED
     if os is not None and os.kernel is not None and os.family == "linux" and old and virtio_mem:
-        message = f"{os.name} runs Linux {_words(os.kernel)}, for virtio-mem 5.16 is advised"
-        remedy = "Run a newer kernel in the guest where virtio-mem does not come to its size."
+        message = f"{os.name} runs Linux {_words(os.kernel)}, 5.16 or newer is recommended for virtio-mem"
+        remedy = "If virtio-mem does not reach its size, run a newer kernel in the guest."
         found.append(Problem(code=Code.GUEST_OS_LIMITED, message=message, remedy=remedy))
     return found
 
@@ -62,7 +62,7 @@ def find_unknown(os: GuestOs | None) -> list[Problem]:
     """Return that nobody knows whether the guest takes the virtio-mem devices that it is to have."""
     if os is not None and os.family is not None:
         return []
-    message = "it is not known whether the guest takes virtio-mem: it does not tell which system it runs"
+    message = "it is unknown whether the guest supports virtio-mem: it does not report its operating system"
     remedy = (
         "Before the restart, make sure that the guest runs Linux 5.8 or newer, or Windows with the viomem driver of "
         "virtio-win: any other guest can then be given no memory while it runs."

@@ -169,7 +169,7 @@ def find_cpu_warnings(
 
 def migration_warnings(facts: Facts) -> list[Problem]:
     """Return that the VM was migrated, where libvirt knows it. Observed by users: cubecos 1269."""
-    words = f"VM {facts.domain.name} came to this host by live migration"
+    words = f"VM {facts.domain.name} was live-migrated to this host"
     return [warning(Code.VM_MIGRATED, words)] if facts.domain.migrated else []
 
 
@@ -181,7 +181,9 @@ def idle_warnings(vcpus: tuple[GuestVcpu, ...], count: int, known: frozenset[int
     offline = frozenset(cpu.id for cpu in vcpus if not cpu.online)
     if offline and sum(cpu.online for cpu in vcpus) < count:
         kept = offline & known
-        whose = f"; {format_ids(kept)} were so before and are left to the guest's owner" if kept else ""
+        whose = (
+            f"; {format_ids(kept)} were offline before, and stay so until the guest's owner changes it" if kept else ""
+        )
         found.append(warning(Code.GUEST_CPU_OFFLINE, f"CPUs {format_ids(offline)} are offline in the guest{whose}"))
     return found
 
@@ -201,7 +203,7 @@ def find_imbalance(facts: Facts, os: GuestOs | None) -> list[Problem]:
         plugged -= len(pick_blocks(fixed, spans)) * guest.block_bytes
     if plugged <= MOST_MOVABLE_RATIO * live.boot_bytes:
         return []
-    words = f"{format_size(plugged)} are plugged that may be movable, more than {MOST_MOVABLE_RATIO} times the"
+    words = f"{format_size(plugged)} of plugged memory may be movable, more than {MOST_MOVABLE_RATIO} times the"
     return [warning(Code.GUEST_MEMORY_IMBALANCED, f"{words} {format_size(live.boot_bytes)} of boot memory")]
 
 

@@ -341,7 +341,7 @@ def _refuse(pool: MemoryPool, added_bytes: int) -> AgentError:
         f"{format_size(added_bytes)} more of {kind}{where} is requested; {format_size(pool.promised_bytes)} of "
         f"{format_size(pool.capacity_bytes)} is promised to running VMs and tasks"
         + (f", most to {most}" if most else "")
-        + (f", more than there is since {pool.over_since}" if pool.over_since else "")
+        + (f", above the budget since {pool.over_since}" if pool.over_since else "")
         + f"; {format_size(pool.capacity_bytes)} is {pool.made_of}; "
         + (f"guests could give back: {idle}" if idle else "no guest is known to have any to give back"),
         remedy=_find_remedy(pool),

@@ -299,7 +299,7 @@ def _find_unfinished(ending: Ending, current: int, cpu_num: int) -> AgentError |
         return None
     return AgentError(
         Code.CPU_REMOVAL_UNFINISHED,
-        f"the VM has {current} vCPUs instead of {cpu_num}; the guest was only asked to come down to {asked} in time",
+        f"the VM has {current} vCPUs instead of {cpu_num}; time ran out after the guest was asked to go to {asked}",
     )
 
 
@@ -314,13 +314,13 @@ def _find_left_offline(ending: Ending) -> list[Problem]:
     if guest.vcpus is not None:
         cpus &= frozenset(cpu.id for cpu in guest.vcpus if not cpu.online)
     if cpus:
-        words = f"CPUs {format_ids(cpus)} were taken offline for their removal, and are not known to be used again"
+        words = f"CPUs {format_ids(cpus)} were taken offline for a removal, and may still be offline"
         found.append(warning(Code.GUEST_CPU_OFFLINE, words))
     blocks = frozenset(n for step in taken if isinstance(step, OfflineGuestMemory) for n in step.blocks)
     if guest.blocks is not None:
         blocks &= frozenset(block.index for block in guest.blocks if not block.online)
     if blocks:
-        words = f"memory blocks {format_ids(blocks)} were taken offline for their removal, and are not known to be used"
+        words = f"memory blocks {format_ids(blocks)} were taken offline for a removal, and may still be offline"
         found.append(warning(Code.GUEST_MEMORY_OFFLINE, words))
     return found
 
@@ -335,7 +335,9 @@ def _not_verified(resource: Resource, name: str, wanted: int, has: int | None) -
 
     what = {"cpu": "", "memory": " of memory", "balloon": " by balloon"}[resource]
     found = "gone" if has is None else f"at {words(has)}"
-    return AgentError(Code.NOT_VERIFIED, f"{words(wanted)}{what} were set, the {name} VM is {found}", expected=False)
+    return AgentError(
+        Code.NOT_VERIFIED, f"{words(wanted)}{what} were set, but the {name} VM is {found}", expected=False
+    )
 
 
 def _tell_undo(failure: Problem, *, undone: bool) -> AgentError:
@@ -364,7 +366,7 @@ def _find_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
         words = now.message if way is None or way.message == now.message else f"{now.message}; {way.message}"
         told[now.code] = msgspec.structs.replace(now, message=words)
     if ending.goal is not None and ending.after is not None and _is_same_run(ending) is False and not ending.late:
-        words = f"VM {ending.after.domain.name} was powered off, or has left this host, while the task went on"
+        words = f"VM {ending.after.domain.name} was powered off, or left this host, while the task ran"
         told[Code.VM_RESTARTED] = warning(Code.VM_RESTARTED, words)
     return found + list(told.values())
 
@@ -405,7 +407,7 @@ def _guest_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
         found += [problem for problem in one if problem.code not in [known.code for known in found]]
     if outcome == "plugged" and not found:
         missing = sum(_count_unused_blocks(ending, total.resource) for total in goal.totals)
-        words = f"the guest has taken {missing} memory blocks less into use than the VM was given"
+        words = f"the guest uses {missing} memory blocks fewer than the VM was given"
         found.append(warning(Code.GUEST_MEMORY_NOT_SEEN, words))
     return found
 
@@ -414,7 +416,7 @@ def _planned_warnings(ending: Ending) -> list[Problem]:
     """Say that a plan for a running VM goes on; one for a definition is whole."""
     if ending.request.affect == "config" or not any(_touches_vm(step) for step in ending.planned or ()):
         return []
-    return [warning(Code.PLAN_NOT_WHOLE, "more steps may follow from what the guest shows after these")]
+    return [warning(Code.PLAN_NOT_WHOLE, "more steps may follow, depending on what the guest does after these")]
 
 
 def _saved_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:

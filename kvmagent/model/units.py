@@ -87,7 +87,7 @@ def parse_count(text: str) -> int:
         ValueError: it is none.
     """
     if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"{text.strip()!r} is no number of 1 or more")
+        raise ValueError(f"{text.strip()!r} is not a whole number of 1 or more")
     return int(text)
 
 

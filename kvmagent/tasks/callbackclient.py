@@ -441,7 +441,7 @@ class _Lookups:
         try:
             addresses = [address for text in self._resolve(host) if (address := _parse_address(text))]
         except (OSError, ValueError) as error:
-            log.info("callback host is not known now", host=host, error=str(error))
+            log.info("callback host cannot be resolved now", host=host, error=str(error))
             addresses = None
         with self._changed:
             self._forget(host, client)

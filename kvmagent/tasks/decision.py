@@ -91,7 +91,7 @@ def find_way_back(command: Command, goal: Goal, seen: Facts, facts: Facts, error
         for target in _CALLED:
             wanted, most = getattr(total, target), _find_most(goal, facts, total.resource, target)
             if wanted is not None and wanted > max(most, amount_of(seen, total.resource, target) or 0):
-                message = f"{command.name} would go back to more {total.resource} than it was to have"
+                message = f"{command.name} would roll back to more {total.resource} than its goal had"
                 raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
     return back
 
@@ -119,7 +119,7 @@ def _ask(command: Command, goal: Goal, facts: Facts, failed: frozenset[str]) -> 
     steps = tuple(call(command.next_steps, goal, facts, failed))
     for step in steps:
         if not isinstance(step, Step):
-            raise TypeError(f"{command.name} plans a {type(step).__name__}, which is no step")
+            raise TypeError(f"{command.name} plans a {type(step).__name__}, which is not a step")
     return steps
 
 

@@ -318,7 +318,7 @@ class Delivery:
             except AgentError as error:
                 log.warning("callback waits for the journal", task=task_uuid, vm=lane, **error_fields(error))
             except Exception as error:
-                log.failure("delivery failed in a way that nothing expected", error, task=task_uuid, vm=lane)
+                log.failure("delivery failed with an unexpected error", error, task=task_uuid, vm=lane)
             self._put_back(destination, lane, task_uuid, settled, pause_s, answered)
 
     def _take(self) -> tuple[_Destination, str, str] | None:

@@ -226,10 +226,10 @@ class Executor:
         except NotYet:
             raise
         except AgentError as error:
-            log.info("pending removal cannot be looked at now", **error_fields(error))
+            log.info("pending removal cannot be checked now", **error_fields(error))
             return
         except Exception as error:
-            log.failure("pending removal cannot be looked at", error)
+            log.failure("pending removal cannot be checked", error)
             return
         ended = Ended(reply, outcome, judgement.error, totals=totals, facts=run.after)
         self._endings.tell_late(task, ended, owed)
@@ -324,7 +324,7 @@ class Executor:
                 hooked=True,
             )
         except msgspec.MsgspecError as unreadable:
-            log.error("nothing of the task can be read", error=str(unreadable))
+            log.error("task cannot be read at all", error=str(unreadable))
             return None
 
     def _pursue_through_outages(self, task: Task, run: Run) -> None:
@@ -387,12 +387,12 @@ class Executor:
             return
         self._turns.wait_for(other, task)
         if self._journal.find_goal_of(vm.uuid) == other:
-            log.info("task waits for the end of another on its VM", other=other)
+            log.info("task waits for another task of its VM", other=other)
             raise NotYet
         self._take_turn(task, run, vm)
 
     def _wait_for_libvirt(self, until: float) -> bool:
-        """Return whether libvirt is there again in time.
+        """Return whether libvirt is back in time.
 
         Raises:
             AgentError: STOPPING.
@@ -483,11 +483,11 @@ class Executor:
                 return
             _refuse_repetition(confirmed, steps)
             if steps == last:
-                message = f"{run.command.name} plans again what had no effect"
+                message = f"{run.command.name} plans again a step that had no effect"
                 raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
             self._perform_round(task, run, vm, steps, failed, confirmed)
             run.after = self._observe(vm, run.command.observe_guest)
-        raise AgentError(Code.INTERNAL_ERROR, f"still not done after {_MAX_ROUNDS} rounds", expected=False)
+        raise AgentError(Code.INTERNAL_ERROR, f"not finished after {_MAX_ROUNDS} rounds", expected=False)
 
     def _perform_round(
         self, task: Task, run: Run, vm: OpenVm, steps: tuple[AnyStep, ...], failed: set[str], confirmed: set[AnyStep]
@@ -555,7 +555,7 @@ class Executor:
             failure = make_error(error)
             if failure.code in _NO_WAY_BACK:
                 raise
-            log.warning("the request to the guest cannot be taken back", **error_fields(failure))
+            log.warning("the request to the guest cannot be withdrawn", **error_fields(failure))
             self._look_again(run)
 
     def _observe(self, vm: OpenVm, parts: frozenset[str]) -> Facts:
@@ -589,7 +589,7 @@ class Executor:
         facts = self._observe(vm, run.command.observe_guest)
         if step in plan(run.command, run.request, run.goal, facts, failed, before=run.before):
             return False
-        log.info("step failed and its effect is there", step=type(step).__name__, error=error.message)
+        log.info("step failed but took effect", step=type(step).__name__, error=error.message)
         return True
 
     def _perform(self, task: Task, run: Run, vm: OpenVm, step: AnyStep) -> Problem | None:

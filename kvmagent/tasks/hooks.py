@@ -171,7 +171,7 @@ class Hooks:
         if status == 0:
             return None
         if status is None:
-            return f"the time of the hooks, {self.timeout_s:g} s, ran out"
+            return f"the hooks took longer than {self.timeout_s:g} s"
         return _last_line(output) or (f"exit status {status}" if status > 0 else f"ended by signal {-status}")
 
     def _execute(self, hook: Path, document: bytes, until: float) -> tuple[int | None, bytes]:

@@ -90,9 +90,9 @@ class HostQueries:
         except Exception as error:
             failure = make_error(error)
             if failure.expected:
-                log.info("question cannot be answered", command=query.name, **error_fields(failure))
+                log.info("query cannot be answered", command=query.name, **error_fields(failure))
             else:
-                log.failure("question cannot be answered", failure, command=query.name, error_code=failure.code)
+                log.failure("query cannot be answered", failure, command=query.name, error_code=failure.code)
             return _fail(query, failure)
 
     def _tell_ignored(self, query: Query, request: Any) -> None:

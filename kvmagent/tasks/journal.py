@@ -726,7 +726,7 @@ def _given_up_in_time(what: str) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        message = f"the disk has not taken {what} in {_ACCEPT_WAIT_S:g} s"
+        message = f"{what} could not be written to disk within {_ACCEPT_WAIT_S:g} s"
         raise AgentError(Code.JOURNAL_UNAVAILABLE, message, expected=False) from error
 
 

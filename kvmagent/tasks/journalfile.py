@@ -260,7 +260,7 @@ class JournalFile:
         except OSError as error:
             holder = _find_holder(os.fstat(descriptor).st_ino)
             os.close(descriptor)
-            raise AgentError(Code.STATE_DIR_IN_USE, f"{self._path.parent} is held by process {holder}") from error
+            raise AgentError(Code.STATE_DIR_IN_USE, f"{self._path.parent} is in use by process {holder}") from error
         self._lock_fd = descriptor
 
     def unlock(self) -> None:
@@ -544,7 +544,7 @@ class JournalFile:
             try:
                 write.then(result)
             except Exception as error:
-                log.failure("what follows a journal write failed", error, write=write.name)
+                log.failure("action after a journal write failed", error, write=write.name)
 
     # -- the file
 
@@ -634,7 +634,7 @@ class JournalFile:
                 self._drop_log()
             else:
                 self._restore_log()
-        log.error("journal's WAL was removed while the agent ran, and begun anew", path=self._log_path)
+        log.error("journal's WAL was removed while the agent ran, and has been restored", path=self._log_path)
 
     def _restore_log(self) -> None:
         assert self._log_fd is not None
@@ -749,7 +749,7 @@ def _attempt(write: _Write, db: Database) -> tuple[Any, Exception | None]:
     except Exception as error:
         if isinstance(error, sqlite3.Error) and not isinstance(error, _OWN_ERRORS):
             raise
-        log.failure("journal write failed in a way that nothing expected", error, write=write.name)
+        log.failure("journal write failed with an unexpected error", error, write=write.name)
         return None, AgentError(Code.INTERNAL_ERROR, f"journal: {write.name}: {error}", expected=False)
 
 

@@ -255,7 +255,7 @@ class Lanes:
                 waits = True
             except Exception as error:
                 with log_context(**task.log_fields):
-                    log.failure("task ended in an error that nothing expected", error)
+                    log.failure("task ended with an unexpected error", error)
             self._release(task, waits=waits)
 
     def _take(self) -> Task | None:

@@ -32,7 +32,7 @@ class ManagementServerFile:
         except FileNotFoundError:
             return
         except (OSError, msgspec.MsgspecError) as error:
-            log.warning("the management server is forgotten", path=self._path, error=str(error))
+            log.warning("the saved management server cannot be read", path=self._path, error=str(error))
 
     def get(self) -> ManagementServer | None:
         """Return the management server that connected last."""

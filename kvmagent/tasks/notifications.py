@@ -35,7 +35,7 @@ News = TypeVar("News")
 
 
 class Notifications:
-    """Thread-safe. `get_server` returns who gets the reports, None while nobody has connected."""
+    """Thread-safe. `get_server` returns who gets the reports, None while no management server has connected."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Notifications:
         return next((report for report in self._waiting if _lane(report) not in self._busy), None)
 
     def _send(self, report: Report, connection: "_Connection") -> None:
-        error = "nobody has connected"
+        error = "no management server has connected"
         for attempt in range(_TRIES):
             server = self._get_server()
             if server is None or (attempt and self._stopping.wait(_BACKOFF.pause_s(attempt))):
@@ -136,7 +136,7 @@ class Notifications:
             channel = connection.open(server)
             status, error = channel.post(server.send_command_url, body, headers, self.timeout_s)
             if status == 404 and report.optional:
-                log.info("report not known to this server", path=report.command_path, vm=report.body.get("vmUuid"))
+                log.info("this server does not know the report", path=report.command_path, vm=report.body.get("vmUuid"))
                 return
             if status is not None and 200 <= status < 300:
                 log.info("reported", path=report.command_path, vm=report.body.get("vmUuid"))

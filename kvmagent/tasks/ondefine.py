@@ -1,7 +1,7 @@
 """Prepares VMs without a request, if the operator wants it (prepare.on_define).
 
     libvirt: defined, started     -> note      -+
-    start; libvirt is there again -> note_all  -+-> thread: observe the VM once, and the command's own decision
+    start; libvirt is back -> note_all  -+-> thread: observe the VM once, and the command's own decision
                                                     refused: reported once, in log and audit trail; no task
                                                     nothing to change: nothing
                                                     else a task is handed in, as any caller would
@@ -182,7 +182,7 @@ class Preparations:
             try:
                 pause_s = self.look()
             except Exception as error:
-                log.failure("VMs cannot be looked at", error)
+                log.failure("VMs cannot be observed", error)
                 pause_s = _LONG_PAUSE_S
 
     def look(self) -> float | None:
@@ -193,7 +193,7 @@ class Preparations:
             if self._all_noted:
                 self._list_all()
         except AgentError as error:
-            log.debug("VMs cannot be looked at now", **error_fields(error))
+            log.debug("VMs cannot be observed now", **error_fields(error))
             return _LONG_PAUSE_S
         with self._lock:
             due = {uuid: new for uuid, new in self._noted.items() if self._look_at_s.get(uuid, now) <= now}
@@ -250,7 +250,7 @@ class Preparations:
         except Exception as error:
             failure = make_error(error)
             if failure.code is not Code.VM_NOT_FOUND:
-                log.warning("VM cannot be looked at", uuid=uuid, **error_fields(failure))
+                log.warning("VM cannot be observed", uuid=uuid, **error_fields(failure))
             return _LONG_PAUSE_S if failure.code in _PASSING else None
         config = facts.domain.config
         failed = self._failed.get(uuid)
@@ -266,7 +266,7 @@ class Preparations:
         self._told.pop(uuid, None)
         if not steps:
             return None
-        log.info("definition is to be prepared", **told)
+        log.info("definition will be prepared", **told)
         if not self._offer(uuid, config, request, told):
             return _LONG_PAUSE_S
         self._prepared_at[uuid] = [*prepared_at, now]

@@ -25,7 +25,7 @@ def call(function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     except AgentError as error:
         if error.code not in _AGENTS_OWN:
             raise
-        message = f"a plugin says {error.code}: {error.message}"
+        message = f"a plugin raised {error.code}: {error.message}"
         raise AgentError(Code.INTERNAL_ERROR, message, expected=False) from error
     except Exception:
         raise

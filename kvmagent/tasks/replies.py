@@ -47,7 +47,7 @@ def make_reply(command: Command, ending: Ending) -> tuple[bytes, Judgement]:
         return _encode(command, ending, judgement, own=True), judgement
     except Exception as error:
         failure = make_error(error)
-        log.failure("the command cannot add its fields", failure, error_code=failure.code)
+        log.failure("the command's own fields failed", failure, error_code=failure.code)
         performed = any(report.problem is None for report in ending.reports)
         judgement = judge(replace(ending, error=ending.error or failure))
         outcome = "partial" if performed else judgement.outcome
@@ -71,7 +71,7 @@ def make_failed_answer(query: Query, error: AgentError) -> bytes:
     try:
         return encode_answer(query, call(query.fail, f"{error.message}. {error.remedy}"))
     except Exception as raised:
-        log.failure("the query cannot say that it failed", make_error(raised), command=query.name)
+        log.failure("the query's own error reply failed", make_error(raised), command=query.name)
         return msgspec.json.encode(_bare_fields(error, "refused"))
 
 
@@ -108,7 +108,7 @@ def _encode(command: Command, ending: Ending, judgement: Judgement, *, own: bool
         added = dict(call(command.reply_fields, replace(ending, error=judgement.error, judgement=judgement)))
         fields["warnings"] += call(list, added.pop("warnings", []))
         if taken := sorted(_JUDGED & added.keys()):
-            raise TypeError(f"reply_fields of {command.name} sets {', '.join(taken)}, which the judge alone does")
+            raise TypeError(f"reply_fields of {command.name} sets {', '.join(taken)}, which only the judge may set")
         fields |= added
     if command.remedies_in_error is not None and (error := judgement.error) is not None:
         remedy = command.remedies_in_error.get(error.code, error.remedy)

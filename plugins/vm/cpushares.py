@@ -70,7 +70,7 @@ def explain_shares(ending: Ending) -> list[Problem]:
         return []
     if any(own.cpu_shares is not None for _, own in _definitions(before, request.affect)):
         return []
-    return [warning(Code.CPU_SHARES_NOT_SET, f"VM {before.domain.name} has no CPU shares of its own: none were scaled")]
+    return [warning(Code.CPU_SHARES_NOT_SET, f"VM {before.domain.name} has no CPU shares set, so none were scaled")]
 
 
 def _definitions(facts: Facts, affect: Affect) -> list[tuple[Target, Definition]]:

@@ -136,8 +136,8 @@ def split_for_guest(
             if not piece or not online:
                 raise AgentError(
                     Code.GUEST_MEMORY_SHORT,
-                    f"{format_size(sum(sizes_bytes))} more need {format_size(sum(sizes_bytes) // MAP_DIVISOR)} for the "
-                    f"guest's page map and {format_size(GUEST_RESERVE_BYTES)} kept free, the guest has "
+                    f"{format_size(sum(sizes_bytes))} more needs {format_size(sum(sizes_bytes) // MAP_DIVISOR)} for "
+                    f"the guest's page map, with {format_size(GUEST_RESERVE_BYTES)} kept free, but the guest has "
                     f"{format_size(available)} available"
                     + ("" if online else f", and {explain_not_asked(facts).message}"),
                 )
@@ -149,8 +149,8 @@ def split_for_guest(
     if len(sizes_bytes) <= free_slots < len(pieces):
         raise AgentError(
             Code.GUEST_MEMORY_SHORT,
-            f"the guest has {format_size(available)} available and takes {format_size(sum(sizes_bytes))} more only in "
-            f"{len(pieces)} pieces, for which {free_slots} memory slots are free",
+            f"with {format_size(available)} available the guest can take {format_size(sum(sizes_bytes))} more only in "
+            f"{len(pieces)} pieces, but {free_slots} memory slots are free",
         )
     return pieces, True
 
@@ -166,7 +166,7 @@ def check_guest_can_spare(facts: Facts, taken_bytes: int) -> None:
         raise AgentError(
             Code.GUEST_MEMORY_SHORT,
             f"{format_size(taken_bytes)} would be taken from the guest, which must keep "
-            f"{format_size(GUEST_RESERVE_BYTES)} free and has {format_size(available)} available",
+            f"{format_size(GUEST_RESERVE_BYTES)} free and has only {format_size(available)} available",
         )
 
 

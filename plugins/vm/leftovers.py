@@ -44,7 +44,7 @@ def explain_leftovers(ending: Ending) -> list[Problem]:
     target, actual = find_balloon_leftover(facts), facts.domain.balloon_bytes
     told = []
     if target is not None and actual is not None:
-        told.append(f"the balloon had been asked for {format_size(target)} and is at {format_size(actual)}")
+        told.append(f"the balloon's target was {format_size(target)}, but it is at {format_size(actual)}")
     told += [
         f"{device.alias} had been asked for {format_size(device.requested_bytes or 0)} and is at "
         f"{format_size(device.plugged_bytes)}"

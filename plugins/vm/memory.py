@@ -491,8 +491,8 @@ def _split(added_bytes: int, dimm_bytes: int | None, quantum: int, most: int) ->
     if (count := -(-added_bytes // dimm_bytes)) > most:
         raise AgentError(
             Code.SLOTS_EXHAUSTED,
-            f"{count} dimms of {format_size(dimm_bytes)} are requested, a VM has at most {most} memory slots",
-            remedy="Request larger dimms, or none of a certain size.",
+            f"{count} dimms of {format_size(dimm_bytes)} requested, but a VM has at most {most} memory slots",
+            remedy='Request larger dimms, or leave "dimmSize" out.',
         )
     whole, rest = divmod(added_bytes, dimm_bytes)
     return [dimm_bytes] * whole + ([rest] if rest else [])

@@ -160,7 +160,9 @@ def find_shortfall(goal: MemoryGoal, facts: Facts) -> AgentError | None:
             is_there = definition is not None and definition.find_device(device.alias) is not None
             if is_asked and not is_there and lacks[target] > 0:
                 lack = f"the {format_size(lacks[target])} that the {name} VM still lacks"
-                return AgentError(Code.NOT_VERIFIED, f"{device.alias} was not attached: no such device can give {lack}")
+                return AgentError(
+                    Code.NOT_VERIFIED, f"{device.alias} was not attached: no device of its kind can give {lack}"
+                )
     return find_stalled(_fit_resizes(goal, facts), goal.virtio_mem, facts) or _find_dead_balloon(goal, facts)
 
 
@@ -376,7 +378,7 @@ def _dimm_steps(goal: MemoryGoal, facts: Facts, failed: frozenset[str]) -> tuple
         if dimm is not goal.dimms[-1] and count_missing(online_blocks(facts.guest), _dimm_blocks((dimm,), facts)):
             raise AgentError(
                 Code.GUEST_MEMORY_SHORT,
-                f"{dimm.alias} is not online in the guest, which has no room for the page map of more before it is",
+                f"{dimm.alias} is not online in the guest, and the page map of further dimms must lie in it",
             )
     return ()
 

@@ -95,7 +95,7 @@ def explain_preparation(goal: PrepareGoal | None, facts: Facts, *, planned: bool
         return []
     shape, found = goal.shape, list[Problem]()
     if planned and goal.changes and not facts.host.has_domain_schema:
-        words = "the prepared definition was not held against /usr/share/libvirt/schemas/domain.rng: it is not there"
+        words = "the prepared definition was not checked: /usr/share/libvirt/schemas/domain.rng does not exist"
         found.append(warning(Code.DEFINITION_NOT_CHECKED, words))
     sockets = shape.vcpu_maximum if shape.topology is None else shape.topology[0]
     if shape.virtio_mems:
@@ -208,7 +208,11 @@ def _plan_memory(
 
 def _explain_bits(facts: Facts, config: Definition, bits: int, ceiling: int, slots: int) -> str:
     is_known = config.phys_bits is not None or facts.host.phys_bits is not None
-    have = f"the vCPUs have {bits} physical address bits" if is_known else f"of the vCPUs {bits} address bits are known"
+    have = (
+        f"the vCPUs have {bits} physical address bits"
+        if is_known
+        else f"the vCPUs have at least {bits} physical address bits"
+    )
     return f"{have}, which leave {format_size(ceiling)} with {slots} slots"
 
 
@@ -245,7 +249,7 @@ def _plan_slots(
     while slots > fewest and _addressable_bytes(config, bits, slots) < former_bytes + find_machine(config).block_bytes:
         slots = max(fewest, slots // 2)
     if slots != asked and bits > _UNREACHING_BITS:
-        why = f"each slot costs 1 GiB of the addresses that {bits} bits give"
+        why = f"each slot needs 1 GiB of an address space of {bits} bits"
         clamped.append(Clamp(field="slots", asked=asked, prepared=slots, why=why))
     return slots
 

@@ -149,7 +149,7 @@ def _find_restart(facts: Facts) -> list[Problem]:
     """Return that the running VM lacks what its definition would start it with: no blocker, and easily forgotten."""
     if not facts.restart_required:
         return []
-    words = f"the persistent definition of VM {facts.domain.name} has what the running VM lacks"
+    words = f"the persistent definition of VM {facts.domain.name} has something that the running VM lacks"
     return [warning(Code.RESTART_REQUIRED, words)]
 
 

@@ -186,7 +186,7 @@ class ReadinessReply(VmReply, kw_only=True, rename="camel"):
     `atMaximum`: it would not, and nothing is wrong: the VM has all that it can have without a restart. `confirmable`:
     the guest can say whether it uses what is plugged; else a warning with the code GUEST_AGENT_... says why.
     `guestFellSilent`: its agent spoke before in this run of the VM, and does not now; a guest without one never did.
-    `restartRequired`: the persistent definition has what the running VM lacks until it is powered off and on;
+    `restartRequired`: the persistent definition has something that the running VM lacks until it is powered off and on;
     `restartRequiredSince` is when that was first seen, in seconds since the epoch.
     `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline,
     and what the guest's operating system is known not to do; `guestOs` is what it says of itself.

@@ -131,7 +131,7 @@ def _refuse_unremovable(facts: Facts, cpu_num: int) -> None:
     if cpu_num < fixed:
         raise AgentError(
             Code.CPU_NOT_REMOVABLE,
-            f"{cpu_num} vCPUs requested, {fixed} of VM {facts.domain.name}'s cannot be removed while it runs",
+            f"{cpu_num} vCPUs requested, but {fixed} vCPUs of VM {facts.domain.name} cannot be removed while it runs",
             details={"least": fixed},
         )
     leaving = leaving_ids(live, cpu_num)

@@ -235,7 +235,7 @@ def _not_removable(facts: Facts, definition: Definition, usable: int, target: in
     totals = _reachable(facts, definition, usable, target)
     return AgentError(
         Code.MEMORY_NOT_REMOVABLE,
-        f"no memory device of VM {facts.domain.name} fits into the {format_size(usable - target)} that are to leave",
+        f"VM {facts.domain.name} has no memory device as small as the {format_size(usable - target)} to be removed",
         remedy=f"Request a total of {' or '.join(map(str, totals))} bytes." if totals else None,
         details={"reachable": totals},
     )
@@ -249,8 +249,8 @@ def _not_exact(ending: Ending) -> Problem:
     return Problem(
         code=Code.MEMORY_SIZE_NOT_REACHABLE,
         message=f"{format_size(request.memory_size)} requested, "
-        f"{format_size(ending.goal.total_bytes)} is the nearest above that the VM's devices make",
-        remedy=f"Request a total of {' or '.join(map(str, totals))} bytes to have it exactly."
+        f"{format_size(ending.goal.total_bytes)} is the nearest total above it that the VM's devices can make",
+        remedy=f"Request a total of {' or '.join(map(str, totals))} bytes for an exact total."
         if totals
         else CODES[Code.MEMORY_SIZE_NOT_REACHABLE].remedy,
     )

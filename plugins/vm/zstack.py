@@ -113,7 +113,7 @@ _REMEDIES: dict[Code, str] = {
     Code.CPU_NOT_WHOLE_CORE: "Choose an offering whose CPUs are a multiple of the threads of one core.",
     Code.CPU_REMOVAL_UNSAFE: _STOP_AND_START,
     Code.CPU_NOT_REMOVABLE: _STOP_AND_START,
-    Code.TARGET_BELOW_CURRENT: "Less than the VM has now takes a stop: stop the VM, change the offering, start it.",
+    Code.TARGET_BELOW_CURRENT: "To make the VM smaller, stop it, change the offering, and start it.",
     Code.MEMORY_ABOVE_MAXIMUM: _STOP_AND_START,
     Code.SLOTS_EXHAUSTED: "Stop the VM and start it again with the new offering: all of its memory slots are taken.",
     Code.NO_MAX_MEMORY: _NUMA,

@@ -46,7 +46,7 @@ class TestStart:
             command = [*find_command(), "--config", str(first.config_file), "--set", f"http.port={find_free_port()}"]
             second = subprocess.run([*command, "--set", state], capture_output=True, text=True, timeout=20, check=False)
             assert second.returncode == 1
-            assert f"STATE_DIR_IN_USE: {first.directory / 'state'} is held by process {first.pid}" in second.stderr
+            assert f"STATE_DIR_IN_USE: {first.directory / 'state'} is in use by process {first.pid}" in second.stderr
             assert first.get("/healthz").status == 200
 
     def test_it_refuses_also_where_every_file_but_the_journal_was_removed(self, node_uri: str) -> None:
@@ -57,7 +57,7 @@ class TestStart:
             command = [*find_command(), "--config", str(first.config_file), "--set", f"http.port={find_free_port()}"]
             second = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
             assert second.returncode == 1
-            assert f"is held by process {first.pid}" in second.stderr
+            assert f"is in use by process {first.pid}" in second.stderr
 
     def test_a_port_that_is_taken_stops_the_start_before_any_vm_is_touched(
         self, node_uri: str, server: ManagementServer

@@ -224,7 +224,7 @@ def test_status_says_what_the_agent_is_at(ctl: Ctl, agent: AgentProcess) -> None
 def test_what_could_come_back_is_shown_and_nothing_taken(ctl: Ctl) -> None:
     assert ctl("reclaim").status == 2, "without --dry-run it would look as if it took something"
     done = ctl("reclaim", "--dry-run")
-    assert done.out.splitlines()[0].split() == ["VM", "PROMISED", "RESIDENT", "UNUSED", "COULD", "LEAVE", "BY"]
+    assert done.out.splitlines()[0].split() == ["VM", "PROMISED", "RESIDENT", "UNUSED", "REMOVABLE", "BY"]
     assert re.search(r"^db-7 +[0-9.]+ MiB +\S+.* -$", done.out, re.MULTILINE)
     assert {vm["name"]: vm["reclaimable"] for vm in ctl("reclaim", "--dry-run", "--json").json["vms"]}["db-7"] == 0
 

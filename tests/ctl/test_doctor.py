@@ -58,7 +58,10 @@ def test_a_host_without_illness_is_healthy(ctl: Ctl, agent: AgentProcess) -> Non
     assert done.status == 0, done.out
     assert f"good     configuration: {agent.config_file}" in done.out.splitlines()
     assert f"good     agent: {agent.url} is ready, version" in done.out
-    assert "note     guest agents: 2 of 2 running VMs have no guest agent: no plug into them is confirmed" in done.out
+    assert (
+        "note     guest agents: 2 of 2 running VMs have no guest agent, so no plug into them can be confirmed"
+        in done.out
+    )
     told = ctl("doctor", "--config", str(agent.config_file), "--json").json
     assert told["healthy"] is True
     assert {finding["check"] for finding in told["findings"]} == {
@@ -129,15 +132,15 @@ def test_what_root_may_and_the_agent_s_user_may_not_is_told_by_a_look_as_that_us
     other = ill_of(Identity("nobody", nobody.pw_uid, nobody.pw_gid, (nobody.pw_gid,)))
     assert other.keys() == {"certificates", "state_dir"}
     assert "Permission denied" in other["certificates"]
-    assert "may not be made by the agent's user" in other["state_dir"]
+    assert "cannot be created by the agent's user" in other["state_dir"]
 
 
 @pytest.mark.parametrize(
     ("lines", "named"),
     [
         ("[hooks]\ndirectory = {tmp}/none", ["hooks.directory", "{tmp}/none"]),
-        ("[log]\nfile = {tmp}/none/kvmagent.log", ["log.file", "there is not a directory {tmp}/none"]),
-        ("[log]\nfile = {tmp}", ["log.file", "is no regular file"]),
+        ("[log]\nfile = {tmp}/none/kvmagent.log", ["log.file", "no directory {tmp}/none"]),
+        ("[log]\nfile = {tmp}", ["log.file", "is not a regular file"]),
         ("[agent]\nstate_dir = {tmp}/kvmagent.conf/state", ["agent.state_dir", "is not a directory"]),
         ("[libvirt]\nuri = qemuu:///system", ["line 2", "libvirt.uri", "'qemuu'", "did you mean qemu?"]),
         ("[libvirt]\nuri = qemu:///sytem", ["line 2", "libvirt.uri", "did you mean system?"]),
@@ -145,7 +148,7 @@ def test_what_root_may_and_the_agent_s_user_may_not_is_told_by_a_look_as_that_us
         ('[agent]\nplugins = ["vm", "host"]', ["line 2", "agent.plugins is a list with commas", '["vm", "host"]']),
         (
             "[agent]\nplugins = vm, host, vm",
-            ["agent.plugins", "'vm'", "HotPlugCpu at /vm/hotplug/cpu is there already"],
+            ["agent.plugins", "'vm'", "another plugin has already declared HotPlugCpu or /vm/hotplug/cpu"],
         ),
         ("[http]\nsocket = {tmp}", ["http.socket {tmp} exists and is not a socket"]),
         (
@@ -249,7 +252,7 @@ def test_kvm_that_is_absent_closed_or_broken_is_told(tmp_path: Path) -> None:
 
 def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path: Path) -> None:
     tmp_path.chmod(0o750)
-    assert ("warning", f"{tmp_path} is open to others (0750)") in found(examine_state_dir(tmp_path), "state_dir")
+    assert ("warning", f"{tmp_path} is accessible to others (0750)") in found(examine_state_dir(tmp_path), "state_dir")
     file = tmp_path / "file"
     file.touch()
     assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is not a directory")]
@@ -264,7 +267,7 @@ def test_the_journal_is_checked_wholly_while_an_agent_uses_it(tmp_path: Path) ->
     task = Task(task_uuid="task-1", command="C", lane="vm1", request=b"{}", callback_url="none", client="")
     journal.accept(task)
     ((level, message),) = found(examine_journal(tmp_path), "journal")
-    assert (level, message.startswith(f"{path} is whole")) == ("good", True)
+    assert (level, message.startswith(f"{path} is intact")) == ("good", True)
     journal.stop()
     # Its id in the index of ids becomes another: which only a whole check sees.
     path.write_bytes(path.read_bytes().replace(b"task-1", b"task-X", 1))
@@ -292,7 +295,7 @@ def test_hooks_are_told_and_those_that_the_agent_would_not_run_at_all(tmp_path: 
 def test_a_full_disk_is_told() -> None:
     full = [one for one in examine_state_dir(Path("/proc")) if "left" in one.message]
     assert [one.level for one in full] == ["wrong"]
-    assert full[0].remedy.startswith("Make room")
+    assert full[0].remedy.startswith("Free space")
 
 
 def test_certificates_are_told_before_they_expire_and_after(tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_guests_without_an_agent_are_counted_and_one_that_hangs_is_named() -> No
     probe = Probe(libvirt=(9, 0, 0), hypervisor=(7, 2, 0), driver="QEMU", offers_kvm=False, running=running, vms=200)
     assert found(examine_guests(probe), "guest agents") == [
         ("good", "2 of 196 answer"),
-        ("note", "193 of 196 running VMs have no guest agent: no plug into them is confirmed"),
+        ("note", "193 of 196 running VMs have no guest agent, so no plug into them can be confirmed"),
         ("warning", f"{HANGS}: vm193"),
     ]
     told = found(examine_versions(probe), "qemu")

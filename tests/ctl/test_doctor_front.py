@@ -71,14 +71,14 @@ def test_a_node_as_the_manual_makes_it_is_healthy(agent: AgentProcess, original:
 def test_a_token_that_the_agent_does_not_know_is_found(agent: AgentProcess, original: int) -> None:
     with Haproxy(kvmagent=agent.port, original=original, token="another") as front:
         (message,) = ill(examine_front(read_settings(agent.config_file), front.config))
-        assert "does not accept the front's token" in message
+        assert "does not accept haproxy's token" in message
 
 
 def test_an_agent_that_is_away_is_found_and_so_is_the_original(agent: AgentProcess) -> None:
     with Haproxy(kvmagent=1, original=1, token=TOKEN) as front:
         messages = ill(examine_front(read_settings(agent.config_file), front.config))
-    assert f"haproxy sends hotplug to 127.0.0.1:1, the agent listens on 127.0.0.1:{agent.port}" in messages
-    assert "haproxy reaches no agent at 127.0.0.1:1" in messages
+    assert f"haproxy sends hotplug to 127.0.0.1:1, but the agent listens on 127.0.0.1:{agent.port}" in messages
+    assert "haproxy cannot reach an agent at 127.0.0.1:1" in messages
     assert any("ZStack's own agent does not answer" in message for message in messages)
 
 
@@ -86,7 +86,7 @@ def test_a_front_that_does_not_run_or_lets_nobody_in_is_found(agent: AgentProces
     settings = read_settings(agent.config_file)
     with Haproxy(kvmagent=agent.port, original=original, token=TOKEN, servers="# none yet") as front:
         (message,) = ill(examine_front(settings, front.config))
-        assert "names no management server: nobody gets through" in message
+        assert "names no management server: haproxy lets nobody through" in message
         kept = front.config.read_text()
     config = agent.directory / "stopped.cfg"
     config.write_text(kept)

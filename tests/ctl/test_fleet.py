@@ -160,7 +160,7 @@ def test_an_option_wins_over_what_a_named_agent_has(named: tuple[Ctl, Front], tm
 
 def test_a_name_that_no_file_has_is_told(named: tuple[Ctl, Front], tmp_path: Path) -> None:
     for text, words in (
-        ("http://127.0.0.1:9\ngamma\n", "no agent is named 'gamma'; named are: alpha, beta"),
+        ("http://127.0.0.1:9\ngamma\n", "no agent is named 'gamma'; known: alpha, beta"),
         ("alpha\nother ftp://127.0.0.1:9\n", "'ftp://127.0.0.1:9' is not an agent's URL"),
     ):
         (hosts := tmp_path / "hosts").write_text(text)
@@ -195,7 +195,7 @@ def test_ctrl_c_says_what_is_known_and_begins_with_no_vm_more(ctl: Ctl, agent: A
     told = json.loads(out)
     assert (child.returncode, told["interrupted"], len(told["vms"])) == (130, True, 1)
     assert told["vms"][0]["plans"], "what was begun is said whole"
-    assert err == "kvmagentctl: interrupted: 1 of 2 VMs were asked, and no more are\n"
+    assert err == "kvmagentctl: interrupted: 1 of 2 VMs\n"
 
 
 def test_a_second_ctrl_c_waits_for_no_agent_that_hangs(ctl: Ctl, agent: AgentProcess) -> None:
@@ -210,7 +210,7 @@ def test_a_second_ctrl_c_waits_for_no_agent_that_hangs(ctl: Ctl, agent: AgentPro
         goes_on.set()
     assert child.returncode == 130
     assert "Traceback" not in err
-    assert "0 of 2 VMs were asked, and no more are; not waited for: " in err
+    assert "0 of 2 VMs; not finished: " in err
     assert err.endswith("a task that was sent continues\n")
 
 

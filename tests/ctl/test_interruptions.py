@@ -55,7 +55,7 @@ def test_an_answer_that_is_lost_is_asked_for_again_as_the_same_task(ctl: Ctl, ag
     with Front(decide) as front:
         done = ctl("--url", front.url, "plug-cpu", "db-7", "2", "--json")
     assert done.json["after"]["cpuNum"] == 2
-    assert done.err.count("the connection was lost: closed without an answer; the same task is sent again") == 2
+    assert done.err.count("the connection was lost: closed without an answer; sending the same task again") == 2
     sent = {(post.headers["taskuuid"], post.headers["callbackurl"], post.body) for post in front.posts()}
     assert (len(front.posts()), len(sent)) == (3, 1)
     newest = agent.get("/tasks?limit=2").body["tasks"]
@@ -71,7 +71,7 @@ def test_an_agent_that_takes_no_tasks_now_is_asked_again(ctl: Ctl, agent: AgentP
     with Front(decide) as front:
         done = ctl("--url", front.url, "plug-cpu", "db-7", "2")
     assert done.status in (0, 3)
-    assert "the agent takes no tasks now: the agent is stopping; the same task is sent again" in done.err
+    assert "the agent accepts no tasks now: the agent is stopping; sending the same task again" in done.err
 
 
 def test_an_agent_that_restarts_is_waited_for(ctl: Ctl, agent: AgentProcess) -> None:
@@ -87,7 +87,7 @@ def test_an_agent_that_restarts_is_waited_for(ctl: Ctl, agent: AgentProcess) -> 
     with Front(decide) as front:
         done = ctl("--url", front.url, "plug-cpu", "db-7", "2")
     assert done.status == 0
-    assert "the task is on its disk and goes on when it is back" in done.err
+    assert "the task is on the agent's disk and continues when the agent is back" in done.err
 
 
 def test_an_agent_whose_callbacks_may_go_elsewhere_alone_is_asked_all_the_same(node_uri: str) -> None:
@@ -120,7 +120,7 @@ def test_ctrl_c_says_that_the_task_goes_on_and_how_to_look_at_it(ctl: Ctl) -> No
     assert (done.status, done.out) == (130, "")
     assert done.err == (
         f"kvmagentctl: INTERRUPTED: interrupted; the task continues in the agent as {task}; "
-        f"remedy: Look at it with: kvmagentctl task {task}\n"
+        f"remedy: Run: kvmagentctl task {task}\n"
     )
 
 

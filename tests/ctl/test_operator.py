@@ -283,7 +283,7 @@ def test_named_agents_are_asked_by_name(ctl: Ctl, agent: AgentProcess, tmp_path:
     assert bare("--host", "gone", "--url", agent.url, "status").status == 0, "an option wins"
     assert bare("--host", "here", "status", environment={"KVMAGENT_URL": "http://127.0.0.1:9"}).status == 0
     unknown = bare("--host", "elsewhere", "status")
-    assert (unknown.status, "no agent is named 'elsewhere'; named are: gone, here" in unknown.err) == (2, True)
+    assert (unknown.status, "no agent is named 'elsewhere'; known: gone, here" in unknown.err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_named_agents_are_asked_by_name(ctl: Ctl, agent: AgentProcess, tmp_path:
         ("[agent a]\nurll = x\n", "ctl.conf, line 2: unknown key 'urll'; did you mean url?"),
         ("[agent a]\nca = x\n", "ctl.conf, line 1: [agent a] has no url"),
         ("[agents]\n", "ctl.conf, line 1: section [agents]; allowed are [default] and [agent NAME]"),
-        ("[default]\nagent = b\n", "no agent is named 'b'; named are: none"),
+        ("[default]\nagent = b\n", "no agent is named 'b'; known: none"),
         ("url = x\n", "ctl.conf"),
     ],
 )

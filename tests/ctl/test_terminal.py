@@ -96,5 +96,5 @@ def test_the_warning_comes_whichever_way_the_host_was_named(token_file: Path, tm
         }
         done = Ctl({})(*arguments[way], "--token-file", str(token_file))
         assert front.requests
-    assert "is plain HTTP: the token can be read on the way" in done.out + done.err
+    assert "is plain HTTP: others on the network can read the token" in done.out + done.err
     assert token_file.read_text() not in done.out + done.err

@@ -56,8 +56,8 @@ def test_certificates_come_from_options_on_either_side(given: dict[str, str]) ->
 @pytest.mark.parametrize(
     ("change", "code", "remedy"),
     [
-        ({"KVMAGENT_CERT": ""}, "TLS_REFUSED", "Show a certificate that the agent's client_ca has signed"),
-        ({"KVMAGENT_CA": ""}, "AGENT_NOT_TRUSTED", "Name the CA that signed its certificate with --ca"),
+        ({"KVMAGENT_CERT": ""}, "TLS_REFUSED", "Give a certificate that the agent's client_ca has signed"),
+        ({"KVMAGENT_CA": ""}, "AGENT_NOT_TRUSTED", "Give the CA that signed its certificate with --ca"),
     ],
 )
 def test_who_is_not_trusted_is_told_what_to_show(

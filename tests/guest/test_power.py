@@ -132,7 +132,7 @@ def test_a_guest_that_is_paused_gives_its_vcpus_up_later(
     task = new_task_uuid()
     reply = send("/vm/hotunplug/cpu", guest, cpuNum=1, timeoutSec=1, lateCallback=True, task=task)
     assert (reply["outcome"], reply["errorCode"], reply["cpuNum"]) == ("pending", "CPU_REMOVAL_PENDING", 3), reply
-    assert ("it was not asked for 1 of them" in reply["error"]) != all_asked
+    assert ("the guest was not asked for 1 of them" in reply["error"]) != all_asked
     with guest.domain() as domain:
         domain.resume()
     left = "0" if all_asked else "0-1"

@@ -108,7 +108,8 @@ def test_a_secret_that_others_can_read_stops_the_start(node_uri: str, tmp_path: 
     secret.chmod(mode)
     (tmp_path / "cert").touch(mode=0o644)
     section = {key: str(secret), **({"tls_cert": str(tmp_path / "cert")} if key == "tls_key" else {})}
-    with pytest.raises(RuntimeError, match=rf"security.{key} .* is open to others \({mode:04o}\), it must be 0600"):
+    words = rf"security.{key} .* is accessible to others \({mode:04o}\), it must be 0600"
+    with pytest.raises(RuntimeError, match=words):
         AgentProcess(uri=node_uri, settings={"security": section}).__enter__()
 
 

@@ -137,7 +137,7 @@ def test_the_manual_s_steps_make_a_node_and_its_way_back_unmakes_it(
     done = machine.run(
         "sh", "-euc", f"cd {CONTROLLER}\n{steps.replace('kvmagentctl doctor', 'kvmagentctl doctor || true')}"
     )
-    assert f"good     front: port {node.port} leads hotplug to this agent" in done, done
+    assert f"good     front: port {node.port} forwards hotplug to this agent" in done, done
     wait_for(lambda: node.post("/host/echo", {})[0] == 200, timeout_s=30, what="the front")
     node.is_served()
     assert machine.run("stat", "--format=%U %a", "/etc/default/haproxy", "/etc/kvmagent/tokens").splitlines() == [

@@ -230,7 +230,7 @@ def full_host() -> list[ReadinessReply | dict[str, Any]]:
         {"at_maximum": True, "cpus": (8, 8, 8), "memory": (16 * GIB, 0, 16 * GIB)},
         {"warnings": ((Code.GUEST_AGENT_ABSENT, f"{SILENT}the VM has no guest-agent channel"),), "cpus": (2, None, 8)},
         {"warnings": (no_agent,), "cpus": (2, None, 8), "memory": (4 * GIB, None, 16 * GIB)},
-        {"warnings": ((Code.RESTART_REQUIRED, "the persistent definition has what the running VM lacks"),)},
+        {"warnings": ((Code.RESTART_REQUIRED, "the persistent definition has something that the running VM lacks"),)},
         {"blockers": ((Code.NO_MAX_MEMORY, "each definition has no <maxMemory>"),), "memory": (2 * GIB, 0, None)},
         {"state": "shutoff", "cpus": (2, None, 8), "memory": (4 * GIB, None, 16 * GIB)},
         {"ballooned": GIB},

@@ -441,7 +441,7 @@ def test_what_the_agent_left_offline_is_known_after_a_restart_and_without_its_ta
     domain.guest.online_cpus[1] = False
     reply = agent.run("HotPlugCpu", "t3", vmUuid="vm1", cpuNum=3).reply
     assert (reply["outcome"], domain.guest.online_cpus) == ("unchanged", {0: True, 1: False, 2: True})
-    assert "1 were so before" in reply["warnings"][0]["message"]
+    assert "1 were offline before" in reply["warnings"][0]["message"]
     agent.stop()
     agent = make(domain)
     assert agent.run("HotPlugCpu", "t4", vmUuid="vm1", cpuNum=3).reply["outcome"] == "unchanged"

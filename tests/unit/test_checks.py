@@ -20,7 +20,7 @@ def facts_with(tmp_path: Path, **changes: Any) -> Facts:
 def test_a_topology_that_is_not_the_maximum_is_a_blocker(tmp_path: Path) -> None:
     (blocker,) = check_cpu(facts_with(tmp_path, topology=(2, 1, 1, 1)), "live", 2)
     assert (blocker.code, blocker.needs_restart) == ("CPU_TOPOLOGY_MISMATCH", True)
-    assert "makes 2 vCPUs, its maximum is 4" in blocker.message
+    assert "makes 2 vCPUs, but the maximum is 4" in blocker.message
 
 
 def test_cells_that_leave_out_a_vcpu_are_a_blocker(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_what_was_never_asked_for_is_told_and_is_not_waited_for(tmp_path: Path) 
     try:
         reply = agent.run("HotUnplugCpu", "late", vmUuid="vm1", cpuNum=1, timeoutSec=1).reply
         assert (reply["outcome"], reply["errorCode"]) == ("pending", "CPU_REMOVAL_PENDING")
-        assert "it was not asked for 2 of them" in reply["error"]
+        assert "the guest was not asked for 2 of them" in reply["error"]
         agent.journal.record_delivery("late", "delivered", None)
         domain.leaving[3] = 1
         domain.vcpusFlags(1)
@@ -104,7 +104,7 @@ def test_what_the_guest_refuses_is_used_again(tmp_path: Path, version: int) -> N
     assert (reply["outcome"], reply["errorCode"]) == ("partial", "CPU_REMOVAL_REFUSED"), reply
     assert "refused to give up vcpu2" in reply["error"]
     assert all(domain.guest.online_cpus.values()), domain.guest.online_cpus
-    assert ("it was not asked for 1 of them" in reply["error"]) == (version < AT_ONCE)
+    assert ("the guest was not asked for 1 of them" in reply["error"]) == (version < AT_ONCE)
     assert reply["cpuNum"] == reply["after"]["configCpuNum"] == reply["after"]["guestCpuNum"]
 
 
@@ -132,7 +132,7 @@ def test_where_it_cannot_be_put_back_the_reply_says_so(tmp_path: Path) -> None:
     reply = remove(tmp_path, domain)
     assert (reply["success"], reply["outcome"], reply["after"]["guestCpuNum"]) == (False, "partial", 1), reply
     (told,) = [one for one in reply["warnings"] if one["code"] == "GUEST_CPU_OFFLINE"]
-    assert "1-3 were taken offline for their removal" in told["message"]
+    assert "1-3 were taken offline for a removal" in told["message"]
 
 
 def test_memory_that_libvirt_will_not_detach_is_used_again(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ NONSENSE: dict[str, str | bytes] = {
     "a number without end": '{"return": [{"logical-id": 1' + "0" * 5000 + ', "online": true}]}',
     "one twice": '{"return": [{"logical-id": 1, "phys-index": 1, "online": true},'
     ' {"logical-id": 1, "phys-index": 1, "online": false}]}',
-    "text that is no UTF-8": b'{"return": "\xff\xfe"}',
+    "text that is not UTF-8": b'{"return": "\xff\xfe"}',
     "half a surrogate": '{"return": "\\ud800"}',
     "what Python takes for bytes": '{"return": "\udc80"}',
     "5 MB": '{"return": "' + "x" * (5 * MIB) + '"}',

@@ -19,7 +19,7 @@ def told(facts: Facts, os: GuestOs | None = LINUX) -> list[str]:
 def test_what_exceeds_three_times_the_boot_memory_is_told_with_the_parameters_that_help() -> None:
     facts = make_facts(device("dimm", 1664, at_mib=0), boot_bytes=512 * MIB)
     assert told(facts) == [
-        "GUEST_MEMORY_IMBALANCED: 1664 MiB are plugged that may be movable, "
+        "GUEST_MEMORY_IMBALANCED: 1664 MiB of plugged memory may be movable, "
         "more than 3 times the 512 MiB of boot memory"
     ]
     remedy = find_imbalance(facts, LINUX)[0].remedy

@@ -176,7 +176,7 @@ def test_a_host_that_is_over_its_budget_says_since_when(root: Path) -> None:
     budget.note_change(vm.UUIDString())
     assert budget.view(connection).host.over_since == 100.0
     assert budget.view(connection).host.over_since == 100.0
-    with pytest.raises(AgentError, match=r"of 15 GiB is promised .*, more than there is since 1970-01-01 00:01 UTC;"):
+    with pytest.raises(AgentError, match=r"of 15 GiB is promised .*, above the budget since 1970-01-01 00:01 UTC;"):
         budget.reserve(connection, "t1", vm.UUIDString(), to(21 * GIB))
     budget.reserve(connection, "t2", vm.UUIDString(), to(20 * GIB))  # what it has already is refused to nobody
     grow(vm, 512)

@@ -259,7 +259,7 @@ def test_a_host_that_cannot_be_read_now_has_neither_no_memory_nor_all_of_it(tmp_
         budget.note_change("")
         with no_descriptors(), pytest.raises(AgentError) as refused:
             budget.reserve(connection, "t1", vm.UUIDString(), wanted)
-        assert "the host cannot be read now" in refused.value.message
+        assert "/proc or /sys cannot be read" in refused.value.message
         with pytest.raises(AgentError, match="is promised to running VMs") as refused:
             budget.reserve(connection, "t1", vm.UUIDString(), wanted)
         assert refused.value.details["capacity"] == (1 if what == "limits" else 2) * GIB

@@ -66,7 +66,7 @@ MISDEEDS: dict[str, Callable[..., Any]] = {
     "answers no JSON": returning(object()),
     "answers what has no JSON in it": returning(AskReply(words=object())),
     "answers a number": returning(7),
-    "answers text that is no UTF-8": returning(AskReply(words="\ud800")),
+    "answers text that is not UTF-8": returning(AskReply(words="\ud800")),
 }  # fmt: skip
 CALLS = ("notice", "remember", "answer", "fail")
 #: Each write of a task's way.

@@ -482,7 +482,7 @@ class TestLock:
     def test_a_second_one_is_refused_and_told_who_has_it(self, path: Path) -> None:
         first, second = (Journal(path, on_accepted=lambda task: None) for _ in range(2))
         first.lock()
-        with pytest.raises(AgentError, match=f"is held by process {os.getpid()}") as caught:
+        with pytest.raises(AgentError, match=f"is in use by process {os.getpid()}") as caught:
             second.lock()
         assert caught.value.code is Code.STATE_DIR_IN_USE
         first.start()

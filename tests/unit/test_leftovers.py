@@ -185,7 +185,7 @@ def test_a_plug_takes_back_what_anybody_asked_of_the_balloon_and_says_so(
     assert (reply["success"], reply["applied"], reply["aligned"]) == (True, total_mib * MIB, total_mib * MIB)
     assert reply["outcome"] == ("configured" if outcome == "unchanged" and is_saved else outcome)
     (told,) = [warning for warning in reply["warnings"] if warning["code"] == "LEFTOVER_TAKEN_BACK"]
-    assert "asked for 200 MiB and is at 256 MiB" in told["message"]
+    assert "target was 200 MiB, but it is at 256 MiB" in told["message"]
     domain.load_balloon_driver()
     assert balloon_mib(domain) == total_mib
     assert int(domain.config.findtext("currentMemory")) == total_mib * 1024

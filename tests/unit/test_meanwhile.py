@@ -308,7 +308,9 @@ def test_what_is_less_than_a_dimm_can_have_is_told(tmp_path: Path) -> None:
     attach_virtio_mem(agent.domain, "ua-v", requested_mib=130)
     reply = go_on(agent, task)
     assert not reply["success"]
-    assert "was not attached: no such device can give the 126 MiB that the running VM still lacks" in reply["error"]
+    assert (
+        "was not attached: no device of its kind can give the 126 MiB that the running VM still lacks" in reply["error"]
+    )
     assert memory_mib(agent.domain) == (386, 386)
 
 

@@ -184,7 +184,7 @@ def test_what_cannot_be_asked_or_kept_costs_no_more_than_that(
     daemon.fire(ARRIVES)
     for _ in range(3):
         nowhere.save()
-    assert len([record for record in caplog.records if "cannot be kept" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "cannot be saved" in record.getMessage()]) == 1
     (tmp_path / "missing").mkdir()
     nowhere.save()
     assert VmFile(tmp_path / "missing" / "migrations.json", str, "").load() == {daemon.uuid: "7@boot-1"}

@@ -186,7 +186,7 @@ def test_a_guest_that_takes_more_in_pieces_than_there_are_slots_is_sent_to_no_re
     assert piece["verdict"] == "live"
     assert (whole["verdict"], [one["code"] for one in whole["reasons"]]) != ("restart", ["SLOTS_EXHAUSTED"])
     assert whole["reasons"][0]["code"] == "GUEST_MEMORY_SHORT"
-    assert "pieces, for which 1 memory slots are free" in whole["reasons"][0]["message"]
+    assert "pieces, but 1 memory slots are free" in whole["reasons"][0]["message"]
 
 
 def test_a_silent_guest_is_unconfirmed_with_why(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_field_that_is_a_url_hides_secrets_with_blanks_and_quotes_in_them(secr
 def test_a_callback_url_that_is_none_is_refused_without_its_secrets(scheme: str, user: str, query: str) -> None:
     with pytest.raises(AgentError) as caught:
         parse_callback_url(f"{scheme}{user}h/done{query}")
-    assert_hidden(caught.value.message.replace("callbackurl holds", ""))
+    assert_hidden(caught.value.message.replace("URL", ""))
 
 
 @given(QUERY)

@@ -106,12 +106,12 @@ def look_as(
         hung = True
     findings, at = _read(out)
     if hung:
-        remedy = "Find what it waits for: systemctl status libvirtd virtqemud; ps -o pid,stat,wchan,args -C python3."
+        remedy = "Find out what blocks it: systemctl status libvirtd virtqemud; ps -o pid,stat,wchan,args -C python3."
         findings.append(Finding(at, "wrong", f"no answer within {timeout_s:g} s", remedy))
     elif child.returncode:
         last = (err.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
-        message = f"the look ended with status {child.returncode}: {last}"
-        remedy = "See that the agent's user may read what is installed; report it with this line."
+        message = f"the check ended with status {child.returncode}: {last}"
+        remedy = "Make sure that the agent's user may read the installed files. If it may, report this line."
         findings.append(Finding(at, "wrong", message, remedy))
     return findings
 

@@ -73,8 +73,8 @@ def _with_totals(session: Session, values: dict[str, Any]) -> dict[str, Any]:
         live, config = _NUMBERS[name]
         has = now.get(live) if now.get(live) is not None and values.get("affect") != "config" else now.get(config)
         if has is None:
-            words = f"it is not known how much {values['vm_uuid']} has"
-            raise CtlError(Exit.FAILED, "NOT_KNOWN", words, f"Look: kvmagentctl ready {values['vm_uuid']}")
+            words = f"the current size of {values['vm_uuid']} is unknown"
+            raise CtlError(Exit.FAILED, "NOT_KNOWN", words, f"Run: kvmagentctl ready {values['vm_uuid']}")
         totals[name] = has + amount
         if values.get(f"expected_{name}") is None and now.get(live) is not None and values.get("affect") != "config":
             totals[f"expected_{name}"] = has

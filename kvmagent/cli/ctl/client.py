@@ -72,7 +72,9 @@ class Agent:
         self._headers = {"Authorization": f"Bearer {_read_token(target.token_file)}"} if target.token_file else {}
         shows_token = bool(target.token_file) and parts.scheme == "http" and not _is_loopback(self._host)
         #: What whoever asks is to know before the first request; empty for nothing.
-        self.warning = f"{shown_url(self.url)} is plain HTTP: the token can be read on the way" if shows_token else ""
+        self.warning = (
+            f"{shown_url(self.url)} is plain HTTP: others on the network can read the token" if shows_token else ""
+        )
 
     def get(self, *segments: str, query: str = "", timeout_s: float = _READ_S) -> Any:
         """Return what a GET path answers; /healthz also where it answers that the agent is not ready.
@@ -182,7 +184,7 @@ class Agent:
                     return str(reply.body["state"])
                 if reply.status != 503:
                     raise _refusal(reply)
-                trouble = f"the agent takes no tasks now: {reply.body.get('error')}"
+                trouble = f"the agent accepts no tasks now: {reply.body.get('error')}"
             except (OSError, http.client.HTTPException) as error:
                 if (refusal := self._find_refusal(error)) is not None:
                     raise self._unreachable(refusal) from error
@@ -200,7 +202,7 @@ class Agent:
                     task_uuid=task_uuid,
                 )
             is_first = False
-            tell(f"{trouble}; the same task is sent again")
+            tell(f"{trouble}; sending the same task again")
             time.sleep(pause_s)
 
     def _request(
@@ -219,7 +221,7 @@ class Agent:
         raise CtlError(
             Exit.UNREACHABLE,
             "NOT_AN_AGENT",
-            f"{self.url}: answered HTTP {status}, but not as an agent does",
+            f"{self.url}: answered HTTP {status}, but is not a kvmagent",
             "Give the agent's own address with --url, without a proxy in between.",
         )
 
@@ -292,19 +294,21 @@ def _explain(url: str, error: Exception) -> CtlError:
         remedy = "Run it as root, join the socket's group (ls -l shows it), or name an address with --url."
         return CtlError(Exit.UNREACHABLE, "SOCKET_NOT_ALLOWED", f"{url}: {_words(error)}", remedy)
     if isinstance(error, ssl.SSLCertVerificationError):
-        remedy = "Name the CA that signed its certificate with --ca or KVMAGENT_CA, and the agent as it is named there."
+        remedy = (
+            "Give the CA that signed its certificate with --ca or KVMAGENT_CA, and a name of that certificate in --url."
+        )
         return CtlError(Exit.UNREACHABLE, "AGENT_NOT_TRUSTED", f"{url}: {error.verify_message}", remedy)
     if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
         return CtlError(Exit.UNREACHABLE, "NOT_TLS", f"{url}: it does not use TLS", "Use http:// in the URL.")
     if isinstance(error, ssl.SSLError):
-        remedy = "Show a certificate that the agent's client_ca has signed: --cert and --key."
+        remedy = "Give a certificate that the agent's client_ca has signed: --cert and --key."
         return CtlError(Exit.UNREACHABLE, "TLS_REFUSED", f"{url}: {_words(error)}", remedy)
     return CtlError(Exit.UNREACHABLE, "AGENT_UNREACHABLE", f"{url}: {_words(error)}", _UNREACHABLE)
 
 
 def _refusal(reply: Reply) -> CtlError:
     body = reply.body
-    code, message = body.get("errorCode") or f"HTTP_{reply.status}", body.get("error") or "refused without a word"
+    code, message = body.get("errorCode") or f"HTTP_{reply.status}", body.get("error") or "refused without a reason"
     return CtlError(Exit.FAILED, str(code), str(message), str(body.get("remedy") or ""))
 
 
@@ -348,7 +352,7 @@ def _make_context(target: Target) -> ssl.SSLContext:
             context.load_cert_chain(target.cert, target.key or None, password=_refuse_passphrase)
     except (OSError, ValueError) as error:
         files = ", ".join(filter(None, (target.ca, target.cert, target.key)))
-        remedy = "Name PEM files that can be read here, the key without a passphrase."
+        remedy = "Give readable PEM files; the key must have no passphrase."
         raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", f"{files}: {_words(error)}", remedy) from error
     return context
 
@@ -362,9 +366,9 @@ def _read_token(path: str) -> str:
         lines = read_private(path, "--token-file").split()
     except AgentError as error:
         is_plain = error.remedy == CODES[error.code].remedy  # the one for the agent's own configuration
-        remedy = "Name a file that holds the token and can be read here." if is_plain else error.remedy
+        remedy = "Give a readable file that contains the token." if is_plain else error.remedy
         raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", error.message, remedy) from error
     if len(lines) != 1:
-        remedy = "Write the token alone into it, the second line that kvmagent --new-token printed."
+        remedy = "Write only the token into it: the second line that kvmagent --new-token printed."
         raise CtlError(Exit.USAGE, "BAD_CREDENTIALS", f"--token-file {path} holds {len(lines)} words", remedy)
     return lines[0]

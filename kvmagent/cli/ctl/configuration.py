@@ -37,15 +37,15 @@ def check_log(settings: Settings) -> None:
         return
     path = Path(settings.log.file)
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise _bad(f"log.file {path} is no regular file", f"Move it away: mv {path} {path}.old")
+        raise _bad(f"log.file {path} is not a regular file", f"Move it away: mv {path} {path}.old")
     if path.exists():
         if not os.access(path, os.W_OK):
-            raise _bad(f"log.file {path} may not be written by the agent's user", f"chown kvmagent: {path}")
+            raise _bad(f"log.file {path} cannot be written by the agent's user", f"chown kvmagent: {path}")
     elif not path.parent.is_dir():
         make = f"install -d -o kvmagent -g kvmagent -m 0700 {path.parent}"
-        raise _bad(f"log.file {path}: there is not a directory {path.parent}", make)
+        raise _bad(f"log.file {path}: no directory {path.parent}", make)
     elif not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _bad(f"log.file {path} may not be made by the agent's user", f"chown kvmagent: {path.parent}")
+        raise _bad(f"log.file {path} cannot be created by the agent's user", f"chown kvmagent: {path.parent}")
 
 
 def check_state_dir(settings: Settings) -> None:
@@ -64,8 +64,8 @@ def check_state_dir(settings: Settings) -> None:
     if not is_directory:
         raise _bad(f"agent.state_dir {path}: {nearest} is not a directory", f"Move it away, then: {make}")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        can = "written" if nearest == path else "made"
-        raise _bad(f"agent.state_dir {path} may not be {can} by the agent's user", make)
+        can = "written" if nearest == path else "created"
+        raise _bad(f"agent.state_dir {path} cannot be {can} by the agent's user", make)
 
 
 def check_addresses(settings: Settings) -> None:

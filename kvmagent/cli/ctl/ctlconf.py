@@ -46,7 +46,7 @@ class CtlConf(NamedTuple):
         raise CtlError(
             Exit.USAGE,
             "UNKNOWN_AGENT",
-            f"no agent is named {name!r}; named are: {known}",
+            f"no agent is named {name!r}; known: {known}",
             f"Write a section [agent {name}] with its url into {user_file(os.environ)}.",
         )
 

@@ -71,7 +71,7 @@ class Total(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         """Return the total, or More."""
         if isinstance(value, str) and value.startswith("+"):
             if not self.adds:
-                self.fail(f"{value} would add: write the total to come down to", param, ctx)
+                self.fail(f"{value} would add: give the total that is to remain", param, ctx)
             return More(int(self.kind.convert(value[1:], param, ctx)))
         return self.kind.convert(value, param, ctx)
 

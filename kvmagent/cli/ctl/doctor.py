@@ -78,19 +78,21 @@ def _examine_user(identity: Identity | None) -> Finding:
     """Tell as whom was looked: what root may do, the agent may not."""
     own, user = getpass.getuser(), find_user()
     if identity is not None:
-        return Finding("user", "good", f"looked as {identity.name}, the agent's user")
+        return Finding("user", "good", f"checked as {identity.name}, the agent's user")
     if user is None:
         remedy = "Make it: systemd-sysusers with conf/kvmagent.sysusers, as the package does."
-        return Finding("user", "note", f"looked as {own}: there is no user {USER} for the agent", remedy)
+        return Finding("user", "note", f"checked as {own}: there is no user {USER} for the agent", remedy)
     if user.pw_name == own:
-        return Finding("user", "good", f"looked as {own}, the agent's user")
-    return Finding("user", "warning", f"looked as {own}, the agent runs as {user.pw_name}", "sudo kvmagentctl doctor")
+        return Finding("user", "good", f"checked as {own}, the agent's user")
+    return Finding("user", "warning", f"checked as {own}, the agent runs as {user.pw_name}", "sudo kvmagentctl doctor")
 
 
 def examine_alerts(settings: Settings) -> Iterator[Finding]:
     """Look whether what alerts and the dashboard need is on."""
     if settings.metrics.sample_sec == 0:
-        message = "metrics.sample_sec is 0: what guests use is known after commands only; KvmagentVmUnreadable fires"
+        message = (
+            "metrics.sample_sec is 0: the agent learns what guests use only after commands; KvmagentVmUnreadable fires"
+        )
         yield Finding("alerts", "warning", message, "Set metrics.sample_sec = 300, then: systemctl restart kvmagent.")
     elif settings.metrics.sample_sec > _SAMPLE_S:
         message = f"metrics.sample_sec is {settings.metrics.sample_sec}: alerts on guests look at the last 15 minutes"
@@ -136,12 +138,14 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
     libvirt, qemu = _dotted(found.libvirt), _dotted(found.hypervisor)
     if found.libvirt < _OLDEST_LIBVIRT or found.hypervisor < _OLDEST_QEMU:
         oldest = f"libvirt {_dotted(_OLDEST_LIBVIRT)} and QEMU {_dotted(_OLDEST_QEMU)}"
-        remedy = "Update them: plugging and taking away was never tried on older ones."
+        remedy = "Update them: hotplug was never tested on older versions."
         yield Finding("qemu", "warning", f"libvirt {libvirt} and QEMU {qemu} are older than {oldest}", remedy)
     else:
         yield Finding("qemu", "good", f"QEMU {qemu}")
     if found.hypervisor < _VIRTIO_MEM_UNPLUG:
-        message = f"QEMU {qemu} cannot detach a virtio-mem device: it can be shrunk to nothing, its slot stays taken"
+        message = (
+            f"QEMU {qemu} cannot detach a virtio-mem device: it can be shrunk to nothing, but its slot stays in use"
+        )
         yield Finding("qemu", "note", message, "Update to QEMU 8.2 if VMs run out of slots.")
     if found.libvirt < _VIRTIO_MEM_NO_SLOT:
         message = f"libvirt {libvirt} counts a virtio-mem device against the memory slots"
@@ -153,9 +157,7 @@ def examine_versions(found: Probe) -> Iterator[Finding]:
         yield Finding("qemu", "warning", "libvirt offers no KVM: VMs are emulated", remedy)
     emulated = [vm.name for vm in found.running if vm.hypervisor == "qemu"]
     if emulated:
-        message = (
-            f"{_names(emulated)}: emulated, without KVM; vCPUs can be added and not be taken away again while running"
-        )
+        message = f"{_names(emulated)}: emulated, without KVM; vCPUs can be added but not removed while they run"
         yield Finding("qemu", "note", message, "If this host supports KVM, define VMs with <domain type='kvm'>.")
 
 
@@ -169,7 +171,9 @@ def examine_guests(found: Probe) -> Iterator[Finding]:
     if answering:
         yield Finding("guest agents", "good", f"{len(answering)} of {len(found.running)} answer")
     if without:
-        message = f"{without} of {len(found.running)} running VMs have no guest agent: no plug into them is confirmed"
+        message = (
+            f"{without} of {len(found.running)} running VMs have no guest agent, so no plug into them can be confirmed"
+        )
         remedy = "kvmagentctl ready VM says what one lacks: the channel, or qemu-guest-agent in the guest."
         yield Finding("guest agents", "note", message, remedy)
     for silence, names in names_by_silence.items():
@@ -188,7 +192,7 @@ def examine_memory_balance(found: Probe) -> Iterator[Finding]:
 def _examine_agent(target: Target) -> Iterator[Finding]:
     agent = Agent(target)
     if agent.warning:
-        yield Finding("agent", "warning", agent.warning, "Name it as https://, or run doctor on its host.")
+        yield Finding("agent", "warning", agent.warning, "Use https:// in its URL, or run doctor on its host.")
     try:
         health = agent.get("healthz")
     except CtlError as error:
@@ -196,7 +200,7 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
             remedy = "Give doctor --ca, --cert and --key, or --token-file."
             yield Finding("agent", "note", f"it is running but rejected our credentials: {error.message}", remedy)
         elif error.code == "AGENT_UNREACHABLE":
-            remedy = "Start it: systemctl start kvmagent; where it ends at once: journalctl -u kvmagent says why."
+            remedy = "Start it: systemctl start kvmagent. If it stops at once, journalctl -u kvmagent says why."
             yield Finding("agent", "wrong", error.message, remedy)
         else:
             yield Finding("agent", "wrong", error.message, error.remedy)
@@ -206,13 +210,13 @@ def _examine_agent(target: Target) -> Iterator[Finding]:
     if health["ready"]:
         yield Finding("agent", "good", f"{agent.url} is ready, version {health['version']}")
     if health["version"] != __version__:
-        message = f"the agent that runs is {health['version']}, installed is {__version__}"
+        message = f"the running agent is {health['version']}, the installed one {__version__}"
         yield Finding("agent", "warning", message, "systemctl restart kvmagent: running tasks are finished first.")
     yield from _examine_page(agent)
     yield from examine_memory(health.get("memory"))
     if owed := health["owedCallbacks"]:
-        remedy = "kvmagentctl tasks --state finished says to whom; see that those servers can be reached."
-        yield Finding("agent", "note", f"{owed} callbacks wait for their servers", remedy)
+        remedy = "kvmagentctl tasks --state finished lists them; make sure that this host can reach their servers."
+        yield Finding("agent", "note", f"{owed} callbacks are undelivered", remedy)
 
 
 def _examine_page(agent: Agent) -> Iterator[Finding]:
@@ -223,7 +227,7 @@ def _examine_page(agent: Agent) -> Iterator[Finding]:
         if status == 200 and kind.startswith(expected):
             yield Finding(check, "good", f"{agent.url}/{path} answers")
         else:
-            remedy = "See that nothing stands between: no proxy, no other program on this port."
+            remedy = "Make sure that no proxy or other program answers on this port."
             yield Finding(
                 check, "warning", f"{agent.url}/{path} answers HTTP {status} with {kind or 'nothing'}", remedy
             )

@@ -197,9 +197,9 @@ def _ask_side_by_side(
                 words = f"interrupted: waiting for {', '.join(left)}; Ctrl-C again does not wait"
                 session.terminal.tell(printable(f"kvmagentctl: {words}"))
             wait(future for future in asked if not future.cancelled())
-        words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs were asked, and no more are"
+        words = f"interrupted: {progress.done} of {max(progress.known, progress.done)} VMs"
         if left := progress.under_way():
-            words += f"; not waited for: {', '.join(left)}; a task that was sent continues"
+            words += f"; not finished: {', '.join(left)}; a task that was sent continues"
         session.terminal.tell(printable(f"kvmagentctl: {words}"))
     finally:
         session.terminal.clear()
@@ -235,7 +235,7 @@ def _answer(work: "queue.SimpleQueue[tuple[_Future, Agent]]", question: Question
 
 def _not_understood(agent: Agent, error: Exception) -> CtlError:
     words = f"{agent.url}: its answer cannot be understood ({type(error).__name__}: {error})"
-    remedy = "See that the URL is an agent's, and that kvmagentctl --version is no older than the agent's."
+    remedy = "Check that the URL is an agent's and that kvmagentctl is not older than the agent."
     return CtlError(Exit.UNREACHABLE, "NOT_UNDERSTOOD", words, remedy)
 
 
@@ -245,7 +245,9 @@ def ask_each(vms: list[Json], progress: Progress, ask: Callable[[Json], tuple[Js
     gone: CtlError | None = None
     progress.expect(len(vms))
     for vm in progress.each(vms):
-        failure = gone and CtlError(gone.status, "NOT_ASKED", f"its agent is gone: {gone.message}", gone.remedy)
+        failure = gone and CtlError(
+            gone.status, "NOT_ASKED", f"its agent no longer answers: {gone.message}", gone.remedy
+        )
         if failure is None:
             try:
                 answered.append(ask(vm))

@@ -62,10 +62,10 @@ def find_front(text: str) -> Front | None:
 def _examine_settings(settings: Settings, front: Front) -> Iterator[Finding]:
     here = f"{settings.http.host}:{settings.http.port}"
     if front.agent != here:
-        message = f"haproxy sends hotplug to {front.agent}, the agent listens on {here}"
+        message = f"haproxy sends hotplug to {front.agent}, but the agent listens on {here}"
         yield Finding("front", "wrong", message, f"Set http.port = {front.agent.rpartition(':')[2]} in kvmagent.conf.")
     if "host" in settings.agent.plugins:
-        message = "agent.plugins has host: ZStack's own agent answers for the host"
+        message = "agent.plugins contains host, but ZStack's own agent answers for the host"
         yield Finding("front", "warning", message, "Set agent.plugins = vm in kvmagent.conf.")
     if not settings.security.tokens_file:
         message = "security.tokens_file is not set: every user of this host could plug"
@@ -87,7 +87,9 @@ def _examine_servers(front: Front) -> Iterator[Finding]:
         yield Finding("front", "note", message, remedy)
         return
     if not any(line and not line.startswith("#") for line in lines):
-        message = f"{front.servers_file or 'the acl from_server'} names no management server: nobody gets through"
+        message = (
+            f"{front.servers_file or 'the acl from_server'} names no management server: haproxy lets nobody through"
+        )
         yield Finding("front", "wrong", message, "Write their addresses, one per line, then: systemctl reload haproxy.")
 
 
@@ -103,15 +105,17 @@ def _ask_this_agent(front: Front) -> Iterator[Finding]:
         return
     code = body.get("errorCode", "") if isinstance(body, dict) else ""
     if code == "MISSING_TASK_UUID":
-        yield Finding("front", "good", f"port {front.port} leads hotplug to this agent, which knows the front")
+        yield Finding(
+            "front", "good", f"port {front.port} forwards hotplug to this agent, which accepts haproxy's token"
+        )
     elif code.startswith("CREDENTIALS") or code == "ROLE_MISSING":
-        message = f"the agent does not accept the front's token: {body['error']}"
+        message = f"the agent does not accept haproxy's token: {body['error']}"
         remedy = (
             "Put the token into /etc/default/haproxy and its line into security.tokens_file, then: systemctl restart "
         )
         yield Finding("front", "wrong", message, f"{remedy}kvmagent haproxy.")
     elif status == http.HTTPStatus.SERVICE_UNAVAILABLE:
-        message = f"haproxy reaches no agent at {front.agent}"
+        message = f"haproxy cannot reach an agent at {front.agent}"
         yield Finding("front", "wrong", message, "Start it: systemctl start kvmagent.")
     else:
         message = f"a hotplug command on port {front.port} is answered by HTTP {status}, not by this agent"

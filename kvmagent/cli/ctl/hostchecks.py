@@ -43,7 +43,7 @@ def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
         yield Finding("kvm", "warning", f"{device} does not exist: VMs can only be emulated", remedy)
         return
     except PermissionError:
-        remedy = "Run doctor as root to have it examined; QEMU opens it as its own user."
+        remedy = "Run doctor as root to check it; QEMU opens it as its own user."
         yield Finding("kvm", "note", f"{device} cannot be opened by this user", remedy)
         return
     except OSError as error:
@@ -83,18 +83,20 @@ def examine_state_dir(path: Path) -> Iterator[Finding]:
         return
     faults = 0
     if mode := stat.S_IMODE(found.st_mode) & 0o077:
-        yield Finding("state_dir", "warning", f"{path} is open to others ({mode | 0o700:04o})", f"chmod 0700 {path}")
+        yield Finding(
+            "state_dir", "warning", f"{path} is accessible to others ({mode | 0o700:04o})", f"chmod 0700 {path}"
+        )
         faults += 1
     owner, user = _user_name(found.st_uid), find_user()
     if user is not None and found.st_uid != user.pw_uid:
         remedy = f"chown -R {USER}: {path}"
-        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, the agent's user is {USER}", remedy)
+        yield Finding("state_dir", "warning", f"{path} belongs to {owner}, but the agent's user is {USER}", remedy)
         faults += 1
     free_bytes = room.f_bavail * room.f_frsize
     few_inodes = bool(room.f_files) and room.f_favail < _FEW_INODES
     if free_bytes < _LITTLE_ROOM_BYTES or few_inodes:
         message = f"{path} has {format_size(free_bytes)} and {room.f_favail} inodes left"
-        remedy = "Make room: without it no task is accepted, and none is lost."
+        remedy = "Free space there: until then the agent accepts no task, but loses none."
         is_full = few_inodes or free_bytes < _NO_ROOM_BYTES
         yield Finding("state_dir", "wrong" if is_full else "warning", message, remedy)
         faults += 1
@@ -128,7 +130,7 @@ def examine_journal(state_dir: Path) -> Iterator[Finding]:
         )
         yield Finding("journal", "wrong", f"{path} is damaged: {fault}", remedy)
     if not faults:
-        yield Finding("journal", "good", f"{path} is whole, {format_size(size_bytes)}")
+        yield Finding("journal", "good", f"{path} is intact, {format_size(size_bytes)}")
 
 
 def examine_hooks(settings: HooksSection) -> Iterator[Finding]:
@@ -158,7 +160,7 @@ def examine_certificates(settings: Settings, now: datetime) -> Iterator[Finding]
     }
     if not any(files.values()):
         words = "tokens" if security.tokens_file else "neither certificates nor tokens"
-        where = f"plain HTTP on {settings.http.host}" if security.opens_tcp else "nothing listens by TCP"
+        where = f"plain HTTP on {settings.http.host}" if security.opens_tcp else "no TCP listener"
         yield Finding("certificates", "note", f"none: {where}, {words}")
     for key, name in files.items():
         if name:
@@ -171,7 +173,7 @@ def _examine_file(key: str, path: Path, now: datetime) -> Iterator[Finding]:
     try:
         certificates = read_certificates(path)
     except (OSError, ValueError) as error:
-        remedy = f"Put PEM certificates there, or another file into {key}."
+        remedy = f"Put PEM certificates there, or name another file in {key}."
         yield Finding("certificates", "wrong", f"{key} {path}: {error}", remedy)
         return
     for one in certificates:
@@ -201,7 +203,7 @@ def _examine_names(path: Path, host: str) -> Iterator[Finding]:
     if not leaf.names or (not is_any and host.lower() not in leaf.names):
         names = ", ".join(sorted(leaf.names)) or "nothing"
         message = f"security.tls_cert is for {names}, the agent listens on {host}"
-        remedy = "Issue it for the names and addresses that clients use, as subjectAltName; curl and others refuse it."
+        remedy = "Issue one whose subjectAltName has the names and addresses that clients use; they reject this one."
         yield Finding("certificates", "warning", message, remedy)
 
 
@@ -223,7 +225,7 @@ def examine_clock(state_dir: Path, now: datetime, ask_clock: Callable[[], int] =
         yield Finding("clock", "wrong", message, f"Set the clock: {sync}")
     elif ask_clock() == _TIME_ERROR:
         message = f"it is {now:%Y-%m-%d %H:%M} UTC, and the kernel's clock is not synchronised"
-        yield Finding("clock", "warning", message, f"Have it kept right: {sync}")
+        yield Finding("clock", "warning", message, f"Keep it synchronised: {sync}")
     else:
         yield Finding("clock", "good", f"synchronised, {now:%Y-%m-%d %H:%M} UTC")
 

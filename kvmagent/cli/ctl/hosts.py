@@ -82,7 +82,7 @@ def _read_inventory(path: Path, conf: CtlConf) -> list[Host]:
         words = " ".join(done.stderr.split())[:300]
         found = json.loads(done.stdout) if done.returncode == 0 else None
     except subprocess.TimeoutExpired:
-        words = f"ansible-inventory does not end within {_INVENTORY_S:g} s"
+        words = f"ansible-inventory did not end within {_INVENTORY_S:g} s"
     except (OSError, ValueError) as error:
         words = words or f"ansible-inventory: {error}"
     if not isinstance(found, dict):

@@ -57,7 +57,7 @@ class Moment(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         try:
             moment = datetime.fromisoformat(value)
         except ValueError:
-            self.fail(f"{value!r} is no time: write 2h, 3d, 2026-11-27 or 2026-11-27T03:00", param, ctx)
+            self.fail(f"{value!r} is not a time: write 2h, 3d, 2026-11-27 or 2026-11-27T03:00", param, ctx)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
@@ -78,12 +78,17 @@ def status(context: click.Context) -> int:
 
 
 @click.command()
-@click.option("--dry-run", is_flag=True, required=True, help="Required: the command only shows, and takes nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    required=True,
+    help="Required: the command only shows what could be removed, and removes nothing.",
+)
 @click.pass_context
 def reclaim(context: click.Context, dry_run: bool) -> None:
     """Show how much memory VMs could give back to the host.
 
-    It is memory that their guests do not use. UNUSED is what the guest reports as available. COULD LEAVE BY lists each
+    It is memory that their guests do not use. UNUSED is what the guest reports as available. REMOVABLE BY lists each
     way, with what it could give back on its own. To take memory back, use `kvmagentctl unplug-memory VM TOTAL`.
     """
     session = session_of(context)

@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _tell_lost(session.outcome, error)
         if os.environ.get("KVMAGENTCTL_DEBUG"):
             traceback.print_exc()
-        remedy = "Report it with what KVMAGENTCTL_DEBUG=1 shows."
+        remedy = "Report it, with the output of KVMAGENTCTL_DEBUG=1."
         failure = CtlError(Exit.FAILED, "INTERNAL_ERROR", f"{type(error).__name__}: {error}", remedy)
     return _tell(failure, "" if wanted is None else "yaml" if "yaml" in wanted[0] else "json")
 
@@ -132,7 +132,7 @@ def _tell_lost(status: int, error: OSError) -> int:
     if isinstance(error, BrokenPipeError):
         return status
     words = f"standard output cannot be written: {error.strerror}"
-    return _tell(CtlError(Exit(status), "OUTPUT_LOST", words, "Make room there, or write it elsewhere."), "")
+    return _tell(CtlError(Exit(status), "OUTPUT_LOST", words, "Free space there, or write to another file."), "")
 
 
 def _tell(failure: CtlError, wanted: str) -> int:

@@ -73,7 +73,7 @@ def render_reclaimable(answer: Json) -> list[str]:
     ]
     if not rows:
         return ["no VM is running"]
-    return format_table(("VM", ">PROMISED", ">RESIDENT", ">UNUSED", "COULD LEAVE BY"), rows)
+    return format_table(("VM", ">PROMISED", ">RESIDENT", ">UNUSED", "REMOVABLE BY"), rows)
 
 
 def render_vms(vms: Iterable[Json], *, wide: bool = False) -> list[str]:
@@ -150,7 +150,7 @@ def _prepare_hints(vm: str, prepares: list[Json]) -> list[str]:
         # On a line of its own, to be copied.
         hints.append(f"    kvmagentctl ready {vm} --prepare{cpus}{memory} --diff")
     if len(requests) < len(prepares):
-        hints.append('  before a restart that is to take away: the request under "prepare" in the plan\'s --json')
+        hints.append('  before a restart that removes something: the request under "prepare" in the plan\'s --json')
     return hints
 
 

@@ -41,7 +41,7 @@ class Submission:
         try:
             self._agent.post(path, body, task_uuid=task_uuid, callback_url=NO_CALLBACK, tell=self._tell)
         except KeyboardInterrupt:
-            remedy = f"Ask it: kvmagentctl task {task_uuid}"
+            remedy = f"Run: kvmagentctl task {task_uuid}"
             message = "interrupted while the command was sent; the agent may or may not have received the task"
             raise CtlError(Exit.INTERRUPTED, "INTERRUPTED", message, remedy, task_uuid=task_uuid) from None
         try:
@@ -67,7 +67,7 @@ class Submission:
                     raise
                 if away_at is None:
                     away_at = time.monotonic()
-                    self._tell(f"{error.message}; the task is on its disk and goes on when it is back")
+                    self._tell(f"{error.message}; the task is on the agent's disk and continues when the agent is back")
                 if time.monotonic() - away_at >= _AWAY_S:
                     raise _left(Exit.UNREACHABLE, error.message, task_uuid) from error
                 continue
@@ -98,6 +98,6 @@ def _left(status: Exit, why: str, task_uuid: str) -> CtlError:
         status,
         status.name,
         f"{why}; the task continues in the agent as {task_uuid}",
-        f"Look at it with: kvmagentctl task {task_uuid}",
+        f"Run: kvmagentctl task {task_uuid}",
         task_uuid=task_uuid,
     )

@@ -161,7 +161,7 @@ class Agent:
                     raise trouble
             if now - began_at >= wait_s:
                 message = f"no outcome after {wait_s} s; the task continues in the agent as {task_uuid}"
-                raise AgentError("UNFINISHED", message, f"Look at it with: kvmagentctl task {task_uuid}")
+                raise AgentError("UNFINISHED", message, f"Run: kvmagentctl task {task_uuid}")
 
     def _post(self, path, request, task_uuid):
         """Send a command, always as the same task, until it is answered."""
@@ -201,7 +201,7 @@ class Agent:
         except ValueError:
             told = None
         if not isinstance(told, dict):
-            raise AgentError("NOT_AN_AGENT", f"{self.url} answered HTTP {status}, but not as an agent does")
+            raise AgentError("NOT_AN_AGENT", f"{self.url} answered HTTP {status}, but is not a kvmagent")
         return status, told
 
     def _unreachable(self, error):

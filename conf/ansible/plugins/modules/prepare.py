@@ -72,7 +72,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 restart_required:
-  description: Whether the persistent definition has what the running VM lacks until it is powered off and on.
+  description: Whether the persistent definition has something that the running VM lacks until it is powered off and on.
   returned: success
   type: bool
 changes:
