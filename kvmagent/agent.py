@@ -29,6 +29,7 @@ from kvmagent.api.server import Answer, Call, Handler, Route, Server
 from kvmagent.api.wire import encode
 from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.definitions import Definitions
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.host import read_boot_id
@@ -122,7 +123,12 @@ class Agent:
         self._notifications = Notifications(
             plugins, self._server_file.get, self._callback_client, timeout_s=settings.callback.timeout_sec
         )
-        self._budget = Budget(reserve_bytes=settings.host.memory_reserve, overcommit=settings.host.memory_overcommit)
+        definitions = Definitions()
+        self._budget = Budget(
+            reserve_bytes=settings.host.memory_reserve,
+            overcommit=settings.host.memory_overcommit,
+            definitions=definitions,
+        )
         device_events = DeviceEvents(
             lambda uuid, alias: self._pending.note_refusal(uuid, alias), on_event=self._budget.note_change
         )
@@ -137,6 +143,7 @@ class Agent:
             restarts=self._restarts,
             budget=self._budget,
             migrations=self._migrations,
+            definitions=definitions,
         )
         self._journal = Journal(
             self._state_dir / JOURNAL,
@@ -210,7 +217,7 @@ class Agent:
         vm_events = VmEvents(
             self._notifications.tell_event,
             on_definition=None if preparations is None else preparations.note,
-            hear=(self._migrations.hear, self._budget.hear),
+            hear=(self._migrations.hear, self._budget.hear, definitions.hear),
         )
         self._events = EventConnection(
             settings.libvirt.uri,

@@ -34,6 +34,7 @@ from pathlib import Path
 import libvirt
 import msgspec
 
+from kvmagent.hypervisor.definitions import Definitions
 from kvmagent.hypervisor.host import read_capacity, read_cgroups, read_limits
 from kvmagent.hypervisor.libvirterrors import libvirt_errors
 from kvmagent.hypervisor.promises import ReadVm, find_vm, make_read, read_vms
@@ -86,12 +87,14 @@ class Budget:
         reserve_bytes: int = 0,
         overcommit: float = 1.0,
         host_root: Path = Path("/"),
+        definitions: Definitions | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reserve_bytes = reserve_bytes
         self._overcommit = overcommit
         self._host_root = host_root
+        self._definitions = definitions or Definitions()
         self._clock = clock
         self._monotonic = monotonic
         # Who asks libvirt has the one; what is kept is touched under the other, for a moment.
@@ -322,9 +325,12 @@ class Budget:
                 known = {uuid: vm for uuid, vm in self._known.items() if _ANEW not in stale and uuid not in stale}
                 # Those that have ended are read as None.
                 former = self._known.keys() | stale - {_ALL, _ANEW}
-                read = dict.fromkeys(former) | read_vms(connection, known, page_bytes)
+                read = dict.fromkeys(former) | read_vms(connection, known, page_bytes, self._definitions)
             else:
-                read = {uuid: observed.get(uuid) or find_vm(connection, uuid, page_bytes) for uuid in stale}
+                read = {
+                    uuid: observed.get(uuid) or find_vm(connection, uuid, page_bytes, self._definitions)
+                    for uuid in stale
+                }
             if is_all or any(vm is not None and vm.number not in self._cgroups for vm in read.values()):
                 self._cgroups = read_cgroups(self._host_root)
         except BaseException:

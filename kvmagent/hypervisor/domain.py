@@ -15,6 +15,7 @@ from typing import Any, Literal
 import libvirt
 import msgspec
 
+from kvmagent.hypervisor.definitions import Definitions
 from kvmagent.hypervisor.deviceevents import DeviceEvent, DeviceEvents, has_vcpu_removals
 from kvmagent.hypervisor.domainxml import (
     edit_requested,
@@ -22,7 +23,6 @@ from kvmagent.hypervisor.domainxml import (
     format_dimm,
     format_virtio_mem,
     parse_definition,
-    parse_live,
     read_written_bytes,
 )
 from kvmagent.hypervisor.guestagent import CommandRefused, GuestAgent, GuestSilent, Send
@@ -68,7 +68,7 @@ _JOBS_BESIDE = frozenset({libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP})
 @dataclass(frozen=True)
 class Means:
     """What a handle needs beside libvirt: the agent's transport, device events, where former XML is kept, recorder,
-    and libvirt's schema of domains.
+    libvirt's schema of domains, and the definitions that were parsed before.
     """
 
     send_to_agent: Send
@@ -79,6 +79,7 @@ class Means:
     former_xml_dir: Path
     recorder: Recorder
     domain_schema: Path
+    definitions: Definitions
 
 
 class VmHandle:
@@ -107,7 +108,8 @@ class VmHandle:
             live_xml = None if state in _OFF else self._domain.XMLDesc(0)
             persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
-        live, connected = parse_live(live_xml) if live_xml else (None, None)
+        definitions = self._means.definitions
+        live, connected = definitions.read_live(self.uuid, live_xml) if live_xml else (None, None)
         balloon_bytes, balloon_unused = self.read_balloon() if live_xml and ask_balloon else (None, None)
         if live is not None and live.balloon and (balloon_bytes or 0) > live.balloon_total_bytes:
             self._means.suspects.add(self.uuid)
@@ -121,7 +123,7 @@ class VmHandle:
             uuid=self.uuid,
             state=state,
             live=live,
-            config=parse_definition(config_xml) if config_xml else None,
+            config=definitions.read_config(self.uuid, config_xml) if config_xml else None,
             balloon_bytes=balloon_bytes if live_xml and ask_balloon else told,
             balloon_unused=balloon_unused,
             job=self.find_job() if live_xml and ask_job else None,
@@ -267,7 +269,7 @@ class VmHandle:
         """Return a slot that is free in QEMU and in both definitions; None where libvirt may choose, or has to fail:
         QEMU has nothing that libvirt does not know, or has this very device."""
         with libvirt_errors("reading the VM"):
-            live = self._add_unknown(parse_definition(self._domain.XMLDesc(0)))
+            live = self._add_unknown(self._read_live())
             config = parse_definition(self.config_xml()) if self._domain.isPersistent() else live
         unknown = {device.alias for device in live.devices if not device.known}
         if not unknown or alias in unknown:
@@ -352,12 +354,15 @@ class VmHandle:
     def find_live_device(self, alias: str) -> MemoryDevice | None:
         """Return a memory device of the running VM as it is now."""
         with libvirt_errors("reading the VM"):
-            return parse_definition(self._domain.XMLDesc(0)).find_device(alias)
+            return self._read_live().find_device(alias)
+
+    def _read_live(self) -> Definition:
+        return self._means.definitions.read_live(self.uuid, self._domain.XMLDesc(0))[0]
 
     def vcpu_quantum(self) -> int:
         """Return how many vCPUs of the running VM are plugged and removed at once at least."""
         with libvirt_errors("reading the vCPUs"):
-            return parse_definition(self._domain.XMLDesc(0)).vcpu_quantum
+            return self._read_live().vcpu_quantum
 
     def live_vcpus(self) -> int:
         """Return how many vCPUs the running VM has now."""

@@ -29,9 +29,6 @@ _SHORT_MODELS |= dict.fromkeys(("pentium2", "pentium3", "athlon", "kvm32"), _PSE
 USER_ALIAS = "ua-"
 # Far more than any machine type of QEMU takes.
 _MAX_CPUS = 65536
-# Texts whose facts are kept. A task on a VM begins with those that the one before it ended with, and parsing one takes
-# 0.3 ms, as much as asking libvirt for it. A few kB each, with hundreds of devices 100.
-_KEPT = 64
 _AGENT_CHANNEL = "devices/channel/target[@type='virtio'][@name='org.qemu.guest_agent.0']"
 
 
@@ -57,7 +54,6 @@ def parse_definition(xml: str) -> Definition:
     return parse_live(xml)[0]
 
 
-@functools.lru_cache(_KEPT)
 def parse_live(xml: str) -> tuple[Definition, bool | None]:
     """Return the facts of a running domain's XML, and what `is_agent_connected` says of it.
 
@@ -113,7 +109,7 @@ def _read_definition(document: _Document) -> Definition:
     return Definition(
         vcpu_current=current,
         vcpu_maximum=maximum,
-        vcpus=_vcpus(document, current, maximum),
+        vcpus=_share_vcpus(_vcpus(document, current, maximum)),
         topology=_topology(document),
         total_bytes=total,
         current_bytes=total if ballooned in (0, written) else ballooned,
@@ -298,6 +294,12 @@ def _vcpus(document: _Document, current: int, maximum: int) -> tuple[Vcpu, ...]:
     )
 
 
+@functools.lru_cache(256)
+def _share_vcpus(vcpus: tuple[Vcpu, ...]) -> tuple[Vcpu, ...]:
+    """Have definitions whose vCPUs are alike share them: they are most of what one takes that is kept."""
+    return vcpus
+
+
 def _hugepages(document: _Document) -> tuple[Hugepages, ...]:
     if document.find("memoryBacking/hugepages") is None:
         return ()
@@ -419,6 +421,7 @@ def _parse_cell(element: etree._Element, position: int, rounded: _Rounded) -> Nu
     )
 
 
+@functools.lru_cache(256)  # and so definitions share the sets
 def _parse_ids(text: str) -> frozenset[int]:
     """Return the ids of a libvirt set such as "0-3,^2,8"."""
     ids: set[int] = set()

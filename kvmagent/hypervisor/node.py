@@ -12,6 +12,7 @@ import msgspec
 
 from kvmagent.hypervisor.budget import Budget, BudgetView
 from kvmagent.hypervisor.connection import Connection
+from kvmagent.hypervisor.definitions import Definitions
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.domain import Means, VmHandle, find_vm
 from kvmagent.hypervisor.domainxml import parse_vcpu_limit
@@ -48,7 +49,8 @@ class Node:
 
     `events` are what an EventConnection reports. `former_xml_dir` is where definitions that are replaced are kept,
     `host_root` where the kernel's files of the host are, `domain_schema` what a dry run is held against.
-    `removes_emulated`: see Host. `restarts` remembers since when VMs wait for one, `migrations` which came by one.
+    `removes_emulated`: see Host. `restarts` remembers since when VMs wait for one, `migrations` which came by one,
+    `definitions` what was parsed of each.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Node:
         removes_emulated: bool = False,
         restarts: RestartMemory | None = None,
         migrations: Migrations | None = None,
+        definitions: Definitions | None = None,
     ) -> None:
         #: The names of the VMs that were seen.
         self.names = VmNames()
@@ -73,6 +76,7 @@ class Node:
         self._connection = connection
         self._removes_emulated = removes_emulated
         self._recorder = recorder or Recorder()
+        self._definitions = definitions or Definitions()
         self._means = Means(
             send_to_agent=send_to_agent,
             ask_qemu=ask_qemu,
@@ -81,9 +85,10 @@ class Node:
             former_xml_dir=former_xml_dir,
             recorder=self._recorder,
             domain_schema=domain_schema,
+            definitions=self._definitions,
         )
         self._host_root = host_root
-        self._budget = budget or Budget(host_root=host_root)
+        self._budget = budget or Budget(host_root=host_root, definitions=self._definitions)
         self._versions: WeakKeyDictionary[libvirt.virConnect, int] = WeakKeyDictionary()
         self._vcpu_limits: dict[tuple[str, str, str], int | None] = {}
         self._host: tuple[float, Host | None] = (0.0, None)
@@ -106,7 +111,7 @@ class Node:
     def list_vms(self) -> list[str]:
         """Return the UUIDs of all VMs of this host, running or not."""
         # Before the look: what comes meanwhile is not in the list, and is there.
-        memories = (self._migrations, self._restarts, self._silent_guests)
+        memories = (self._migrations, self._restarts, self._silent_guests, self._definitions)
         known = [(memory, memory.known()) for memory in memories if memory is not None]
         with self._connection.lease() as connection, libvirt_errors("listing VMs"):
             domains = connection.listAllDomains()

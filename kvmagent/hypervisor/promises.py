@@ -3,7 +3,7 @@
 import libvirt
 import msgspec
 
-from kvmagent.hypervisor.domainxml import parse_definition
+from kvmagent.hypervisor.definitions import Definitions
 from kvmagent.hypervisor.libvirterrors import libvirt_errors, translate
 from kvmagent.logs import Log
 from kvmagent.model.errors import Code
@@ -28,7 +28,10 @@ class ReadVm(msgspec.Struct, frozen=True, gc=False):
 
 
 def read_vms(
-    connection: libvirt.virConnect, known: dict[str, ReadVm], default_page_bytes: int | None
+    connection: libvirt.virConnect,
+    known: dict[str, ReadVm],
+    default_page_bytes: int | None,
+    definitions: Definitions,
 ) -> dict[str, ReadVm | None]:
     """Return every running VM, None for one that ends meanwhile. One of the same run and sizes is as it was `known`.
 
@@ -38,10 +41,15 @@ def read_vms(
     with libvirt_errors("reading the VMs' memory"):
         found = connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
     uuids = [domain.UUIDString() for domain in found]
-    return {uuid: _read(domain, known.get(uuid), default_page_bytes) for uuid, domain in zip(uuids, found, strict=True)}
+    return {
+        uuid: _read(domain, known.get(uuid), default_page_bytes, definitions)
+        for uuid, domain in zip(uuids, found, strict=True)
+    }
 
 
-def find_vm(connection: libvirt.virConnect, uuid: str, default_page_bytes: int | None) -> ReadVm | None:
+def find_vm(
+    connection: libvirt.virConnect, uuid: str, default_page_bytes: int | None, definitions: Definitions
+) -> ReadVm | None:
     """Return one VM, its definition read; None if it does not run.
 
     Raises:
@@ -53,7 +61,7 @@ def find_vm(connection: libvirt.virConnect, uuid: str, default_page_bytes: int |
         if _is_ended(error):
             return None
         raise translate(error, "reading a VM") from error
-    return _read(domain, None, default_page_bytes) if domain.ID() >= 0 else None
+    return _read(domain, None, default_page_bytes, definitions) if domain.ID() >= 0 else None
 
 
 def make_read(domain: Domain, live: Definition, default_page_bytes: int | None) -> ReadVm:
@@ -62,7 +70,9 @@ def make_read(domain: Domain, live: Definition, default_page_bytes: int | None) 
     return ReadVm(live.domain_id or 0, _UNTOLD, promise)
 
 
-def _read(domain: libvirt.virDomain, known: ReadVm | None, page_bytes: int | None) -> ReadVm | None:
+def _read(
+    domain: libvirt.virDomain, known: ReadVm | None, page_bytes: int | None, definitions: Definitions
+) -> ReadVm | None:
     """Return a running VM; as it was known if neither run nor sizes have changed. None if it has ended.
 
     Raises:
@@ -80,7 +90,7 @@ def _read(domain: libvirt.virDomain, known: ReadVm | None, page_bytes: int | Non
         return known
     uuid, name = domain.UUIDString(), domain.name()
     try:
-        live = parse_definition(domain.XMLDesc(0))
+        live, _ = definitions.read_live(uuid, domain.XMLDesc(0))
         promise = make_promise(uuid, name, live, default_page_bytes=page_bytes)
     except (libvirt.libvirtError, ValueError) as error:
         if _is_ended(error):

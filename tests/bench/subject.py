@@ -14,7 +14,8 @@ from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec, format_domain
 from tests.lab.image import Image
 
-MAX_VCPUS = 16
+#: As many as libvirt's test driver gives.
+MAX_VCPUS = 32
 #: What setup.py installs with the agent, as it is imported.
 LIBRARIES = (
     "cherrypy",
