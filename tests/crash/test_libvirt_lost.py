@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from tests.crash.conftest import StartAgent, find_dimms
@@ -137,6 +138,43 @@ def test_vms_that_hang_occupy_their_own_lanes_and_no_other(
         assert all(one["seconds"] >= 5 for one in health.body["running"])
     for task in tasks.values():
         assert server.wait(task, 60)["cpuNum"] == 2
+
+
+def test_vms_that_were_started_while_no_event_came_are_promised_what_they_have(
+    lab: Any, define: Callable[..., Guest], make_agent: StartAgent
+) -> None:
+    """A libvirtd that restarts gives out its numbers again: the VM with number 1 is another run by then."""
+    lab.restart()
+    first, asking = define(GuestSpec(name="first")), define(GuestSpec(name="asking"))
+    agent = make_agent(lab.uri, settings={"host": {"memory_reserve": str(1 << 50)}})
+
+    def promised_to() -> str:
+        """The VMs that have most of the host's memory, as the refusal of any more names them."""
+        found = wait_for(
+            lambda: (told := agent.get("/vms/asking")).status == 200 and told, timeout_s=60, what="libvirt to be back"
+        )
+        return str([one["message"] for one in found.body["blockers"] if one["code"] == "HOST_MEMORY_PROMISED"])
+
+    assert "most to first " in promised_to()
+    with first.domain() as domain:
+        number = domain.ID()
+    with stopped([agent.pid]):
+        ends = [find_qemu(guest.name) for guest in (first, asking)]
+        lab.kill()
+        for process in ends:
+            os.kill(process, signal.SIGKILL)
+        lab.start()
+        wait_for(lambda: not first.is_running() and not asking.is_running(), timeout_s=60, what="the VMs to be off")
+        lab.restart()
+        with first.domain() as domain:
+            domain.rename("second")
+            domain.createWithFlags(libvirt.VIR_DOMAIN_START_PAUSED)
+            assert domain.ID() == number
+        asking.start_paused()
+    try:
+        wait_for(lambda: "most to second " in promised_to(), timeout_s=60, what="all VMs to be read anew")
+    finally:
+        first.name = "second"
 
 
 def find_qemu(name: str) -> int:
