@@ -179,7 +179,7 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
         """Boot memory and what the devices give: the size that the VM is configured with."""
         return self.boot_bytes + sum(device.plugged_bytes for device in self.devices)
 
-    @property
+    @cached_property
     def balloon_total_bytes(self) -> int:
         """What a fully deflated balloon leaves to the guest. Source: libvirt leaves virtio-mem out of it."""
         return self.boot_bytes + sum(device.size_bytes for device in self.devices if device.model == "dimm")
@@ -213,7 +213,7 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
         """The ids of the vCPUs that it has."""
         return frozenset(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
 
-    @property
+    @cached_property
     def virtio_mems(self) -> tuple[MemoryDevice, ...]:
         """The virtio-mem devices that can be resized."""
         return tuple(device for device in self.devices if device.model == "virtio-mem" and device.known)
@@ -230,10 +230,6 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
     def find_host_nodes(self, node: int) -> frozenset[int]:
         """Return the host NUMA nodes that a guest node's memory must come from; empty: any."""
         return dict(self.cell_host_nodes).get(node, self.host_nodes)
-
-    def find_device_host_nodes(self, device: MemoryDevice) -> frozenset[int]:
-        """Return the host NUMA nodes that a memory device must come from; empty: any."""
-        return device.host_nodes or self.find_host_nodes(device.node or 0)
 
     def find_device(self, alias: str) -> MemoryDevice | None:
         """Return the memory device of that alias."""

@@ -10,6 +10,7 @@
 What is free at the moment is no measure: memory that was plugged and not touched yet still counts as available there.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cached_property
 
@@ -203,26 +204,22 @@ class HostCapacity(msgspec.Struct, frozen=True):
 
 def make_promise(uuid: str, name: str, live: Definition, *, default_page_bytes: int | None) -> Promise:
     """Return what a running VM may have: of each guest NUMA node what its memory is backed with."""
-    sizes = [(cell.id, cell.memory_bytes) for cell in live.cells] or [(0, live.boot_bytes)]
-    parts = [
-        Part(node, find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node), size)
-        for node, size in sizes
-    ]
-    parts += [
-        Part(
-            device.node or 0,
-            find_page_bytes(live, device.node or 0, default_page_bytes)
-            if device.page_bytes is None
-            else device.page_bytes,
-            live.find_device_host_nodes(device),
-            device.promised_bytes,
-        )
-        for device in live.devices
-    ]
+    boot = [(cell.id, cell.memory_bytes) for cell in live.cells] or [(0, live.boot_bytes)]
+    nodes = {node for node, _ in boot} | {device.node or 0 for device in live.devices}
+    backings = {node: (find_page_bytes(live, node, default_page_bytes), live.find_host_nodes(node)) for node in nodes}
+    # One part for all that is backed alike: a VM may have hundreds of dimms, and each look at the host counts parts.
+    sizes = Counter[tuple[int, int, frozenset[int]]]()
+    for node, size_bytes in boot:
+        sizes[node, *backings[node]] += size_bytes
+    for device in live.devices:
+        node = device.node or 0
+        page_bytes, host_nodes = backings[node]
+        page_bytes = page_bytes if device.page_bytes is None else device.page_bytes
+        sizes[node, page_bytes, device.host_nodes or host_nodes] += device.promised_bytes
     return Promise(
         uuid=uuid,
         name=name,
-        parts=tuple(parts),
+        parts=tuple(Part(*kind, size_bytes) for kind, size_bytes in sizes.items()),
         ballooned_bytes=max(0, live.memory_bytes - live.current_bytes) if live.balloon_gives_back else 0,
         vcpus=live.vcpu_current,
         removable=find_removable(live),

@@ -6,6 +6,7 @@ there. Observed: behind an nvdimm of 258 MiB, or a virtio-mem device of 514 MiB,
 hotplug range"); libvirt and QEMU say nothing.
 """
 
+from bisect import insort
 from collections.abc import Iterator
 
 from kvmagent.model.checks import block_bytes, blocker, find_changed, find_page_bytes
@@ -41,11 +42,11 @@ def check_placement(facts: Facts, affect: Affect, sizes_bytes: tuple[int, ...], 
                     f"{format_size(quantum)}",
                 )
                 break
-            spans.append((base, base + size, None))
+            _put(spans, (base, base + size, None))
 
 
 def find_spans(definition: Definition) -> tuple[int, list[_Span]]:
-    """Return where the region for devices begins, and what lies in it.
+    """Return where the region for devices begins, and what lies in it, in order.
 
     The place of a device that libvirt does not tell is where QEMU would have put it behind the others.
     """
@@ -53,10 +54,15 @@ def find_spans(definition: Definition) -> tuple[int, list[_Span]]:
     known = [device for device in devices if device.base is not None]
     start = _find_start(definition, [device.base or 0 for device in known])
     spans: list[_Span] = [(device.base or 0, (device.base or 0) + _extent(device), device) for device in known]
+    spans.sort(key=_place)
+    # Gaps only fill up: of devices alike, each next one lies behind the one before.
+    lowest: dict[tuple[int, int], int] = {}
     for device in devices:
         if device.base is None:
-            base, _ = find_gap(start, spans, _extent(device), max(_ALIGNMENT_BYTES, device.block_bytes or 0))
-            spans.append((base, base + _extent(device), device))
+            kind = _extent(device), max(_ALIGNMENT_BYTES, device.block_bytes or 0)
+            base, _ = find_gap(lowest.get(kind, start), spans, *kind)
+            lowest[kind] = base
+            _put(spans, (base, base + _extent(device), device))
     return start, spans
 
 
@@ -74,14 +80,22 @@ def _find_start(definition: Definition, bases: list[int]) -> int:
 
 
 def find_gap(start: int, spans: list[_Span], size: int, alignment: int) -> tuple[int, MemoryDevice | None]:
-    """Return the place of a device of that size, and which device lies right before it."""
+    """Return the place of a device of that size among spans in order, and which device lies right before it."""
     base, before = align_up(start, alignment), None
-    for first, end, device in sorted(spans, key=lambda span: span[:2]):
+    for first, end, device in spans:
         if base + size <= first:
             break
         if end > base:
             base, before = align_up(end, alignment), device
     return base, before
+
+
+def _put(spans: list[_Span], span: _Span) -> None:
+    insort(spans, span, key=_place)
+
+
+def _place(span: _Span) -> tuple[int, int]:
+    return span[:2]
 
 
 def _extent(device: MemoryDevice) -> int:

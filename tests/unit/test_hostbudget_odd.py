@@ -22,10 +22,12 @@ from lxml import etree
 from kvmagent.hypervisor.budget import Budget
 from kvmagent.hypervisor.domainxml import parse_definition
 from kvmagent.model.errors import AgentError
+from kvmagent.model.facts import MemoryDevice
 from kvmagent.model.hostbudget import NORMAL_PAGES, Promise, estimate_overhead, make_promise
 from kvmagent.model.units import GIB, KIB, MIB
-from tests.fakes.agent import make_host
+from tests.fakes.agent import format_spec, make_host
 from tests.fakes.libvirt import FakeConnection, FakeDomain
+from tests.lab.domainxml import GuestSpec
 from tests.unit.test_hostbudget import STRICT, make_backed_vm, make_vm, scope, to, write, write_hugepages, write_nodes
 
 PAGE = mmap.PAGESIZE // KIB
@@ -310,3 +312,13 @@ def test_a_vm_of_two_nodes_with_a_full_balloon_leaves_neither_to_another(tmp_pat
     with pytest.raises(AgentError, match="of host NUMA nodes 0 is requested"):
         budget.reserve(FakeConnection(vm1, vm2), "t1", vm2.UUIDString(), to(2 * GIB))
     budget.reserve(FakeConnection(vm1, vm2), "t1", vm2.UUIDString(), to(1 * GIB))
+
+
+def test_dimms_that_are_backed_alike_are_one_part_however_many_they_are() -> None:
+    """Each look at the host counts the parts of all VMs."""
+    spec = GuestSpec(name="vm1", memory_mib=512, max_memory_mib=16384, slots=64)
+    definition = parse_definition(format_spec(spec, "qemu"))
+    dimms = tuple(MemoryDevice(model="dimm", size_bytes=128 * MIB, node=0, alias=f"ua-{n}") for n in range(60))
+    grown = msgspec.structs.replace(definition, devices=dimms)
+    (part,) = make_promise("", "", grown, default_page_bytes=None).parts
+    assert part.size_bytes == (512 + 60 * 128) * MIB
