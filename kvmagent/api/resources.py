@@ -93,8 +93,8 @@ OWN_PATHS = (
     OwnPath(
         "cancelTask",
         "/tasks/{taskUuid}/cancel",
-        "Cancel a task that has not changed its VM yet: it ends as refused with code CANCELLED, and its callback "
-        "is sent; if it is too late: 409 and what the task is doing",
+        "Cancel a task that has not changed its VM yet: it ends as refused with code CANCELLED, and its callback is "
+        "sent; if it is too late: 409 and what the task is doing",
         "caller",
         Accepted,
         method="post",

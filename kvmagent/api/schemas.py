@@ -47,7 +47,7 @@ EXTENSIONS = (
 
 
 class UnreadableVm(msgspec.Struct, kw_only=True, rename="camel"):
-    """A VM that could not be read in time, in its place in the list."""
+    """Stands in the list for a VM that could not be read in time."""
 
     vm_uuid: str
     success: bool
@@ -58,7 +58,7 @@ class UnreadableVm(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class DeliveryState(msgspec.Struct, rename="camel"):
-    """How the callback of a task is doing."""
+    """How far the delivery of a task's callback has come."""
 
     url: str
     attempts: int
@@ -86,14 +86,14 @@ class TaskEntry(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class TaskList(msgspec.Struct, rename="camel"):
-    """Tasks, newest first; `next` is the cursor of those that follow, where there are more."""
+    """Tasks, newest first. `next`: the cursor of the next page, if any."""
 
     tasks: list[TaskEntry]
     next: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class WholeTask(TaskEntry, kw_only=True, rename="camel"):
-    """All that is known of one task: request, goal and reply are its command's own."""
+    """Everything known about one task; request, goal and reply have the types of its command."""
 
     request: dict[str, Any]
     goal: dict[str, Any] | None
@@ -102,7 +102,7 @@ class WholeTask(TaskEntry, kw_only=True, rename="camel"):
 
 
 class VmNumbers(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True):
-    """What a VM had: its vCPUs and memory, and what else a task changed; a number that is not known is left out."""
+    """A VM's vCPUs and memory, and whatever else the task changed; unknown numbers are absent."""
 
     cpu_num: int | None = None
     memory_size: int | None = None
@@ -114,9 +114,9 @@ class VmNumbers(msgspec.Struct, kw_only=True, rename="camel", omit_defaults=True
 
 
 class HistoryEntry(msgspec.Struct, kw_only=True, rename="camel"):
-    """A task that changed a VM, or failed to: who, when, what was asked, from what to what.
+    """A task that changed a VM, or failed to: who, when, what was requested, from what to what.
 
-    `vm` is what the VM was called then; `caller` is who proved to have sent it, `client` from where.
+    `vm` is the VM's name at that time; `caller` is the authenticated sender, `client` its address.
     """
 
     task_uuid: str
@@ -135,14 +135,14 @@ class HistoryEntry(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class History(msgspec.Struct, rename="camel"):
-    """What changed a VM, newest first; entries stay for longer than their tasks. `next` is as that of tasks."""
+    """Changes of a VM, newest first, kept longer than their tasks. `next`: the cursor of the next page, if any."""
 
     changes: list[HistoryEntry]
     next: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class RunningTask(msgspec.Struct, rename="camel"):
-    """A task that runs now, and for how many seconds."""
+    """A running task, and for how many seconds it has run."""
 
     vm: str
     task_uuid: str
@@ -166,14 +166,14 @@ class Health(msgspec.Struct, kw_only=True, rename="camel"):
 
 
 class ReclaimableMemory(msgspec.Struct, rename="camel"):
-    """What running VMs do not use, most first, beside the host's budget."""
+    """Memory that running VMs do not use, the most first, and the host's budget."""
 
     host: HostMemory
     vms: list[Reclaimable]
 
 
 class WhoAmI(msgspec.Struct, rename="camel"):
-    """Who the caller is to the agent; `vms` are the patterns of those that its roles are for, null: all."""
+    """How the agent identifies the caller; `vms`: patterns of the VMs that its roles cover, null for all."""
 
     caller: str
     client: str

@@ -281,8 +281,7 @@ CODES: dict[Code, CodeInfo] = {
         401,
         "The request carries no credentials.",
         "Send a token from security.tokens_file in an Authorization: Bearer header, or use a client certificate "
-        "signed by "
-        "security.client_ca.",
+        "signed by security.client_ca.",
     ),
     Code.CREDENTIALS_WRONG: CodeInfo(
         401,
@@ -339,8 +338,7 @@ CODES: dict[Code, CodeInfo] = {
         503,
         "The task journal cannot be written, so no task can be accepted.",
         "Check free space and permissions of agent.state_dir; the agent recovers by itself once it can write. Then "
-        "send "
-        "the command again with the same taskuuid: it runs only once.",
+        "send the command again with the same taskuuid: it runs only once.",
     ),
     Code.TASK_UNREADABLE: CodeInfo(
         500,
@@ -351,8 +349,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.ADDRESS_NOT_FREE: CodeInfo(
         500,
         "The agent cannot listen on its address: another program uses it, or this host does not have it. systemd "
-        "starts "
-        "the agent again.",
+        "starts the agent again.",
         "Stop the other program, or set another http.host, http.port or http.socket.",
     ),
     Code.STATE_DIR_IN_USE: CodeInfo(
@@ -499,8 +496,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.CPU_ABOVE_MAXIMUM: CodeInfo(
         400,
         "The requested number of vCPUs is above the VM's maximum.",
-        "Request no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and "
-        "power the VM off and on.",
+        "Request no more than the maximum, or raise <vcpu> (and the topology) in the persistent definition and power "
+        "the VM off and on.",
     ),
     Code.CPU_TOPOLOGY_MISMATCH: CodeInfo(
         400, "sockets x dies x cores x threads does not equal the vCPU maximum.", _PREPARE
@@ -562,8 +559,7 @@ CODES: dict[Code, CodeInfo] = {
         400,
         "All memory slots are in use.",
         "Raise the slots of <maxMemory> in the persistent definition and power the VM off and on. Larger dimms need "
-        "fewer "
-        "slots.",
+        "fewer slots.",
     ),
     Code.NO_NUMA_CELL: CodeInfo(400, "The VM has no guest NUMA cell, which memory hotplug needs.", _USE_PREPARE),
     Code.NUMA_CELLS_INCOMPLETE: CodeInfo(400, "The guest NUMA cells do not cover all possible vCPUs.", _USE_PREPARE),
@@ -589,10 +585,9 @@ CODES: dict[Code, CodeInfo] = {
     Code.HOST_MEMORY_PROMISED: CodeInfo(
         400,
         "The plug would promise the VMs more memory than the host has. All the memory that a VM may use counts, "
-        "whether "
-        "the VM uses it now or not.",
-        "Unplug memory from an idle VM (kvmagentctl reclaim --dry-run shows candidates), migrate one away, or "
-        "raise host.memory_overcommit.",
+        "whether the VM uses it now or not.",
+        "Unplug memory from an idle VM (kvmagentctl reclaim --dry-run shows candidates), migrate one away, or raise "
+        "host.memory_overcommit.",
     ),
     Code.HOST_NODE_MEMORY_SHORT: CodeInfo(
         400,
@@ -642,8 +637,8 @@ CODES: dict[Code, CodeInfo] = {
     Code.MEMORY_REMOVAL_PENDING: CodeInfo(
         200,
         "The guest has neither released a memory device nor refused to. It may still release it later.",
-        "Check the guest (is it running, busy, still booting?) and read the VM again later. To get a second "
-        "callback when "
+        "Check the guest (is it running, busy, still booting?) and read the VM again later. To get a second callback "
+        "when "
         'the removal ends, use "lateCallback": true.',
     ),
     Code.VIRTIO_MEM_STALLED: CodeInfo(
@@ -667,8 +662,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.BALLOON_NOT_ANSWERING: CodeInfo(
         500,
         "The balloon did not reach its target: the guest has no balloon driver, or cannot give up the memory. The "
-        "target "
-        "was set back.",
+        "target was set back.",
         "Load the virtio_balloon driver in the guest, or free memory there, then send the command again.",
     ),
     Code.BALLOON_BELOW_FLOOR: CodeInfo(
@@ -691,8 +685,7 @@ CODES: dict[Code, CodeInfo] = {
     Code.GUEST_AGENT_INVALID: CodeInfo(
         503,
         "The guest agent sent an answer with an invalid format or impossible numbers. The agent ignores what this "
-        "guest "
-        "reports until its answers are valid.",
+        "guest reports until its answers are valid.",
         "Check which program runs as the guest agent; reinstall qemu-ga and restart it.",
     ),
     Code.GUEST_AGENT_FROZEN: CodeInfo(
@@ -742,9 +735,8 @@ CODES: dict[Code, CodeInfo] = {
     ),
     Code.GUEST_FREE_SHOWS_LESS: CodeInfo(
         200,
-        "The guest's free command shows less memory than the VM has. Firmware, the kernel, its page map (about 1.6 "
-        "%) and "
-        "a crash kernel are not part of MemTotal.",
+        "The guest's free command shows less memory than the VM has. Firmware, the kernel, its page map (about 1.6 %) "
+        "and a crash kernel are not part of MemTotal.",
         "Nothing needs to be done. Compare how much the total grew, not the totals.",
     ),
     Code.GUEST_MEMORY_IMBALANCED: CodeInfo(
@@ -772,14 +764,13 @@ CODES: dict[Code, CodeInfo] = {
     Code.LEFTOVER_TAKEN_BACK: CodeInfo(
         200,
         "An earlier request to the guest (a balloon target or a virtio-mem size) was never reached, and the guest "
-        "could "
-        "have followed it at any time. The plug set that request to what the guest has.",
+        "could have followed it at any time. The plug set that request to what the guest has.",
         "Nothing needs to be done. To shrink the VM, use the unplug path.",
     ),
     Code.GUEST_STILL_ASKED: CodeInfo(
         200,
-        "The task asked the guest for an amount, did not see it reached, and could not take the request back: libvirt "
-        "was away, or refused. The guest may still follow it at any time.",
+        "The task requested an amount from the guest that was not reached, and could not withdraw the request because "
+        "libvirt was down or refused. The guest may still follow it at any time.",
         "Send HotPlugMemory with the total that the VM has: it sets each request to what the guest has.",
     ),
     Code.DRIFT: CodeInfo(

@@ -338,7 +338,7 @@ class GuestBlock(msgspec.Struct, frozen=True):
 
 
 class GuestOs(msgspec.Struct, frozen=True):
-    """The guest's operating system: its own name, and where it is known its family and the kernel's first numbers."""
+    """The guest's operating system: the name that it reports, and, if known, its family and kernel version."""
 
     name: str
     family: Literal["linux", "windows", "freebsd"] | None = None

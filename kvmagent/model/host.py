@@ -91,7 +91,7 @@ class HostInventory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostLoad(msgspec.Struct, frozen=True, rename="camel"):
-    """What the compute node has left: bytes; `load` is the mean of tasks that ran or waited over the last minute."""
+    """What the compute node has free, in bytes; `load` is its load average over the last minute."""
 
     name: str
     cpus: int | None
@@ -103,9 +103,9 @@ class HostLoad(msgspec.Struct, frozen=True, rename="camel"):
 class HostMemory(msgspec.Struct, frozen=True, rename="camel"):
     """The host's memory as a budget, in bytes: (physical - hugepages - reserve) x overcommit = budget.
 
-    `promised` is what running VMs may have, `reserved` of it what tasks under way are about to plug; `resident` is what
-    the VMs' QEMUs have now. `over_since` is the UNIX time since when more is promised than there is; None: it is not.
-    `budget_from` says in words what the budget is: that sum, or the limit of machine.slice where that is less.
+    `promised`: what running VMs may use; `reserved`: the part of it that running tasks are about to plug; `resident`:
+    what the VMs' QEMU processes use now. `over_since`: since when `promised` has exceeded the budget, in seconds since
+    the epoch; None if it does not. `budget_from`: that calculation in words, or the limit of machine.slice if lower.
     """
 
     physical: int

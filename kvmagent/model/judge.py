@@ -171,7 +171,7 @@ def _find_left_asked(ending: Ending) -> list[Problem]:
         return []
     how = "may still be" if ending.after is None else "is still"
     amounts = " and ".join(step.request for step in asked)
-    return [warning(Code.GUEST_STILL_ASKED, f"the guest {how} asked for {amounts}")]
+    return [warning(Code.GUEST_STILL_ASKED, f"the request for {amounts} {how} pending in the guest")]
 
 
 def _is_same(ending: Ending) -> bool:

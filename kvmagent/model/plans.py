@@ -20,9 +20,9 @@ Verdict = Literal["live", "live-unconfirmed", "live-rounded", "live-partial", "r
 class PlanTarget(
     msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True, omit_defaults=True
 ):
-    """Totals to come to, up or down, as the commands take them; what is left out is as their fields' defaults.
+    """Totals to plan for, above or below the current ones, with the fields and defaults of the commands.
 
-    `method`, `node`, `dimmSize` and `strict` are of memory that is added.
+    `method`, `node`, `dimmSize` and `strict` apply to memory that is added.
     """
 
     cpu_num: CpuNum | None = None
@@ -47,22 +47,22 @@ class PlanTarget(
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """One VM, and what it might be brought to."""
+    """A VM, and the totals to plan for."""
 
     vm_uuid: VmName
     targets: Annotated[tuple[PlanTarget, ...], msgspec.Meta(min_length=1, max_length=MOST_TARGETS)]
 
 
 class Reason(Problem, frozen=True, rename="camel", omit_defaults=True):
-    """Why a verdict is what it is, with the one thing to do about it."""
+    """The reason for a verdict, with its remedy."""
 
     needs_restart: bool = False
 
 
 class PlannedCommand(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """A command to send, and what it would do; the steps as far as they are known before.
+    """A command to send, and its steps as far as they can be known in advance.
 
-    `diff` is that of the persistent XML, where the command edits it.
+    `diff`: how the persistent XML would change, if the command edits it.
     """
 
     command: str
@@ -73,14 +73,14 @@ class PlannedCommand(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Reserved(msgspec.Struct, frozen=True, rename="camel"):
-    """What a plan takes: memory slots of the running VM, and bytes of the host's memory, QEMU's tables included."""
+    """What a plan needs: memory slots of the running VM, and bytes of host memory, those for QEMU itself included."""
 
     slots: int
     host_memory: int
 
 
 class Took(msgspec.Struct, frozen=True, rename="camel"):
-    """How long such steps took on this host lately, in milliseconds, over so many tasks."""
+    """How long such steps recently took on this host, in milliseconds, and in how many tasks."""
 
     median_ms: float
     worst_ms: float
@@ -90,10 +90,10 @@ class Took(msgspec.Struct, frozen=True, rename="camel"):
 class Plan(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What one target would mean.
 
-    `cpuNum` and `memorySize` are what the VM would have then, null for what is not to change or cannot be had.
-    `outcome` is what the command would answer if all goes well, null where it would be refused. `commands` are to be
-    sent now, or after `prepare` and a restart; there are several where no single command does it. `took` is null where
-    fewer than three such tasks are known.
+    `cpuNum` and `memorySize` are what the VM would have afterwards, null if unchanged or impossible. `outcome` is what
+    the command would reply with if all goes well, null if it would be refused. Send `commands` now, or after `prepare`
+    and a restart; there are several if no single command does it. `took` is null if fewer than three such tasks are
+    known.
     """
 
     target: PlanTarget
@@ -109,7 +109,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class PlanReply(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """The plans, in the order of their targets, all of one look at the VM. Nothing was changed or reserved."""
+    """The plans in the order of their targets, from one observation of the VM. Nothing was changed or reserved."""
 
     vm_uuid: str
     name: str

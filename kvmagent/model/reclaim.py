@@ -23,17 +23,17 @@ class Removable(msgspec.Struct, frozen=True, gc=False):
 
 
 class Way(msgspec.Struct, frozen=True, rename="camel"):
-    """How much could leave by one means: at most so many bytes."""
+    """How many bytes one way could remove at most."""
 
     means: Means
     size: int
 
 
 class Reclaimable(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One running VM: what it may have, what its QEMU has now, what its guest does not use, what could leave; bytes.
+    """One running VM, in bytes: what it may use, what QEMU uses, what its guest leaves unused, what could be removed.
 
-    `unused` is None where the guest tells nothing. `reclaimable` is the most that could leave by any of `ways`, which
-    overlap: each is what could leave by it alone.
+    `unused` is None if the guest does not report it. `reclaimable` is the largest of `ways`, which overlap: each
+    is what that way alone could remove.
     """
 
     vm_uuid: str

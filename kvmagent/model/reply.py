@@ -13,9 +13,9 @@ SUCCESSFUL: frozenset[Outcome] = frozenset({"online", "plugged", "configured", "
 
 
 class Problem(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A warning, or something that stands in the way, with the one thing to do about it.
+    """A warning or an error, with its remedy.
 
-    `asked_cpu_num` is what a guest was asked to come down to, where it was asked for less than all that was to leave.
+    `asked_cpu_num`: how many vCPUs the guest was asked to keep, if time ran out before it was asked to remove the rest.
     """
 
     code: Code
@@ -31,9 +31,9 @@ class Problem(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
 
 
 class Blocker(msgspec.Struct, frozen=True, rename="camel"):
-    """One thing that stands in the way of hotplug.
+    """One thing that prevents hotplug.
 
-    `definitions` are those that it stands in; empty where it is of the guest, the host or the VM as a whole.
+    `definitions` are the definitions that have it; empty if the guest, the host or the VM as a whole does.
     """
 
     code: Code
@@ -44,11 +44,11 @@ class Blocker(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Numbers(msgspec.Struct, frozen=True, rename="camel"):
-    """A VM's numbers at one moment; null where unknown. Sizes are bytes.
+    """A VM's numbers at one moment; null means unknown. Sizes are bytes.
 
-    cpuNum and memorySize are the running VM's, config... its persistent definition's, guest... what the guest says.
-    memorySize is boot memory plus plugged devices; balloonSize what the balloon leaves of it; guestMemorySize is
-    MemTotal in the guest.
+    cpuNum and memorySize are those of the running VM, config... those of its persistent definition, guest... what the
+    guest reports. memorySize is boot memory plus plugged devices; balloonSize is what the balloon leaves of it;
+    guestMemorySize is MemTotal in the guest.
     """
 
     cpu_num: int | None = None
@@ -64,7 +64,7 @@ class Numbers(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Stage(msgspec.Struct, frozen=True, rename="camel"):
-    """How far a change has come, and when: vCPUs or bytes in all, milliseconds since the task was started.
+    """How far a change has come, as a total of vCPUs or bytes, and how many milliseconds after the task's start.
 
     plugged: the hypervisor has it; visible: the guest lists it; online: the guest uses it.
     """
@@ -98,11 +98,11 @@ class Judgement:
 
 
 class VmReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What every command on a VM answers.
+    """The fields that every command on a VM replies with.
 
-    `recovered` is there, and true, where an agent's restart lay between; `late` where the task had answered `pending`
-    before. `sameRun`: at the end the VM still is in the run that it was in at the beginning, neither powered off nor
-    migrated; no command ever does either. Null where that is not known, and for a VM that is off.
+    `recovered`: the task was resumed after the agent restarted. `late`: the task had replied `pending` before.
+    `sameRun`: the VM was neither powered off nor migrated while the task ran (no command does either); null if that is
+    unknown, and for a VM that is off.
     """
 
     success: bool

@@ -9,17 +9,17 @@ import msgspec
 
 
 class HostRequest(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """What every request to a host may carry."""
+    """The fields that every request about the host may have."""
 
     host_uuid: str | None = None
 
 
 class EchoRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Nothing: is the agent there?"""
+    """An empty request, to check that the agent answers."""
 
 
 class ConnectRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
-    """The server takes the host into its care. What it asks of the host besides is not done."""
+    """The server connects the host. Settings of the host that it sends along are ignored."""
 
     host_uuid: str
     send_command_url: str
@@ -32,27 +32,27 @@ class ConnectRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
 
 
 class UpdateConfigurationRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
-    """The server has moved."""
+    """The server has a new address."""
 
     host_uuid: str
     send_command_url: str
 
 
 class VmListRequest(HostRequest, frozen=True, kw_only=True, rename="camel"):
-    """A question about these VMs."""
+    """The VMs that the query is about."""
 
     vm_uuids: list[str] | None = None
 
 
 class HostReply(msgspec.Struct, kw_only=True, rename="camel"):
-    """What every answer has."""
+    """The fields that every answer has."""
 
     success: bool = True
     error: str = ""
 
 
 class EchoReply(HostReply, kw_only=True):
-    """The agent is there."""
+    """The agent answers."""
 
 
 class ConnectReply(HostReply, kw_only=True, rename="camel"):
@@ -63,7 +63,7 @@ class ConnectReply(HostReply, kw_only=True, rename="camel"):
 
 
 class PingReply(HostReply, kw_only=True, rename="camel"):
-    """Who connected last, nothing before; the server connects again where it is another."""
+    """The server that connected last, empty if none has; another server then connects again."""
 
     host_uuid: str | msgspec.UnsetType = msgspec.UNSET
     send_command_url: str | msgspec.UnsetType = msgspec.UNSET
@@ -79,7 +79,7 @@ class VirtualizerInfo(msgspec.Struct, kw_only=True):
 
 
 class VirtualizerReply(HostReply, kw_only=True, rename="camel"):
-    """The hypervisor of this host and of each VM asked for."""
+    """The hypervisor of this host and of each requested VM."""
 
     host_info: VirtualizerInfo | None = None
     vm_info_list: list[VirtualizerInfo] = []
@@ -88,7 +88,7 @@ class VirtualizerReply(HostReply, kw_only=True, rename="camel"):
 class FactReply(HostReply, kw_only=True, rename="camel"):
     """The host; "unknown" if it is not known.
 
-    `hvmCpuFlag` and `eptFlag` are left out where the processor has none: the server then refuses the host by itself.
+    `hvmCpuFlag` and `eptFlag` are absent if the processor lacks them: the server then rejects the host.
     """
 
     os_distribution: str = "unknown"
@@ -123,7 +123,7 @@ class FactReply(HostReply, kw_only=True, rename="camel"):
 
 
 class CapacityReply(HostReply, kw_only=True, rename="camel"):
-    """How much the host has, and how much of it running VMs take. Speeds are MHz."""
+    """How much CPU and memory the host has, and how much of it running VMs use. Speeds are MHz."""
 
     cpu_num: int = 0
     cpu_speed: int = 0
@@ -135,7 +135,7 @@ class CapacityReply(HostReply, kw_only=True, rename="camel"):
 
 
 class VmStatesReply(HostReply, kw_only=True, rename="camel"):
-    """The state of each VM by its id, and which of them are on their way down."""
+    """The state of each VM by its id, and which of them are shutting down."""
 
     states: dict[str, str] = {}
     vm_in_shutdowns: list[str] = []

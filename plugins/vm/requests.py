@@ -84,7 +84,7 @@ class HotUnplugMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel
 
 
 class ReadyForHotplugRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=True):
-    """Ask what stands in the way of hotplug, up to the given totals; with `prepare` make the next start ready."""
+    """Check what prevents hotplug up to the given totals; with `prepare` make the VM ready at its next start."""
 
     cpu_num: CpuNum | None = None
     memory_size: MemorySize | None = None
@@ -117,11 +117,11 @@ class MemoryReply(VmReply, kw_only=True, rename="camel"):
 
 
 class Headroom(msgspec.Struct, frozen=True, rename="camel"):
-    """How far a VM can grow now, without a restart, and how far come down: vCPUs, bytes, slots.
+    """How far a VM can grow or shrink now, without a restart: vCPUs, bytes, slots.
 
-    What is added up to cpuNum and memorySize would be accepted now, and one more vCPU or block would not.
+    A command that adds up to cpuNum and memorySize would be accepted now; one more vCPU or block would be refused.
 
-    `memoryGranularity` is what added memory must be a multiple of; `memoryMethods` are those that can add any.
+    Added memory must be a multiple of `memoryGranularity`; `memoryMethods` are the methods that can add some.
     """
 
     cpu_num: int
@@ -142,7 +142,7 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class Clamp(msgspec.Struct, frozen=True):
-    """One amount that prepare could not take as asked, and why."""
+    """A requested amount that prepare had to change, and why."""
 
     field: str
     asked: int
@@ -151,9 +151,9 @@ class Clamp(msgspec.Struct, frozen=True):
 
 
 class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
-    """What the running VM has and its guest does not use: vCPUs, bytes; null if the guest does not report it.
+    """vCPUs and bytes that the running VM has but its guest does not use; null if the guest does not report it.
 
-    `ballooned` is no trouble: it is what the balloon holds back of the memory, which was asked of it.
+    `ballooned` is no fault: it is memory that the balloon was told to hold.
     """
 
     cpu_num: int | None = None
@@ -162,7 +162,7 @@ class PluggedOffline(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Device(msgspec.Struct, frozen=True, rename="camel"):
-    """One memory device of a VM, in bytes; null where unknown, or of another model.
+    """One memory device of a VM, in bytes; null means unknown, or that its model has no such field.
 
     `online` is how much of it the guest uses.
     """
@@ -180,16 +180,16 @@ class Device(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class ReadinessReply(VmReply, kw_only=True, rename="camel"):
-    """Whether a VM can be hot-plugged now, and after a restart; if not, all that stands in the way.
+    """Whether a VM can be hot-plugged now, and after a restart; if not, everything that prevents it.
 
-    `ready`: a command to the totals that were asked for would be accepted now; where none were, one that adds anything.
-    `atMaximum`: it would not, and nothing is wrong: the VM has all that it can have without a restart. `confirmable`:
-    the guest can say whether it uses what is plugged; else a warning with the code GUEST_AGENT_... says why.
-    `guestFellSilent`: its agent spoke before in this run of the VM, and does not now; a guest without one never did.
+    `ready`: a command to the requested totals would be accepted now; without totals, one that adds anything.
+    `atMaximum`: the VM is not ready, but nothing is wrong: it has all that it can have without a restart.
+    `confirmable`: the guest can report whether it uses what is plugged; if not, a warning GUEST_AGENT_... says why.
+    `guestFellSilent`: the guest's agent answered before, since the VM was powered on, but no longer does.
     `restartRequired`: the persistent definition has something that the running VM lacks until it is powered off and on;
-    `restartRequiredSince` is when that was first seen, in seconds since the epoch.
-    `name` is the domain's name, however the VM was asked for. `warnings` say what is plugged and offline,
-    and what the guest's operating system is known not to do; `guestOs` is what it says of itself.
+    `restartRequiredSince`: when the agent first observed that, in seconds since the epoch.
+    `name`: the domain's name, also if the request has its UUID. `warnings` say what is plugged but offline, and what
+    the guest's operating system is known not to support; `guestOs`: how it identifies itself.
     """
 
     name: str | None = None

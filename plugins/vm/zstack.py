@@ -47,9 +47,9 @@ class IncreaseMemoryRequest(
 
 
 class ChangeCpuMemoryRequest(VmRequest, frozen=True, kw_only=True, rename="camel", forbid_unknown_fields=False):
-    """Raise a VM's vCPUs and memory to totals, as older servers ask for both at once.
+    """Raise a VM's vCPUs and memory to totals, as older servers request both at once.
 
-    A server that has no number sends none, or 0, and waits for the callback.
+    A server that has no number sends 0 or leaves the field out, and waits for the callback.
     """
 
     cpu_num: Annotated[int, msgspec.Meta(ge=0, le=8192, description="Total number of vCPUs")] | None = None

@@ -131,7 +131,7 @@ def test_a_request_that_libvirt_s_loss_left_behind_is_told_and_the_next_plug_tak
     reply = agent.run(command, "t1", vmUuid="vm1", timeoutSec=1, **fields).reply
     assert (reply["outcome"], reply["errorCode"]) == ("partial", "LIBVIRT_UNAVAILABLE")
     (told,) = [warning for warning in reply["warnings"] if warning["code"] == "GUEST_STILL_ASKED"]
-    assert f"may still be asked for {asked}" in told["message"]
+    assert f"the request for {asked} may still be pending" in told["message"]
     come_back[0]()
     has = 256 * MIB if command == "HotUnplugMemory" else 320 * MIB
     reply = agent.run("HotPlugMemory", "t2", vmUuid="vm1", memorySize=has).reply
@@ -148,7 +148,7 @@ def test_what_cannot_be_taken_back_is_told(tmp_path: Path) -> None:
     domain.fail_next[f"setMemoryFlags({256 * 1024}, {LIVE})"] = qemu_error(1, "no")
     reply = carry_out(make_node(tmp_path, domain), "HotUnplugMemory", vmUuid="vm1", memorySize=200 * MIB, timeoutSec=1)
     (told,) = [warning for warning in reply["warnings"] if warning["code"] == "GUEST_STILL_ASKED"]
-    assert told["message"] == "the guest is still asked for 200 MiB by balloon"
+    assert told["message"] == "the request for 200 MiB by balloon is still pending in the guest"
 
 
 @pytest.mark.parametrize("killed_at", ["step:done@1", "step:begun@2"])
