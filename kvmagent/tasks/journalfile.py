@@ -225,6 +225,8 @@ class JournalFile:
         self._fault = fault
         self._changed = threading.Condition()
         self._writes: list[_Write] = []
+        #: Counts the changes that were handed in.
+        self.handed_in = 0
         self._asleep = False
         self._closed = True
         # Held by whoever commits.
@@ -421,6 +423,7 @@ class JournalFile:
         if self._closed:
             raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{self._path}: closed")
         done: Future[Any] = Future()
+        self.handed_in += 1
         self._writes.append(_Write(name, change, keep, done, then, copy_context(), time.monotonic() + LATER_S))
         return done
 

@@ -58,6 +58,23 @@ def test_a_connection_is_used_again_and_never_by_two_at_once(connection: Connect
     assert sum(opened.alive for opened in daemon.opened) <= 16
 
 
+def test_connections_that_nobody_needs_are_closed_but_for_one(daemon: Libvirt) -> None:
+    made = Connection("fake:///", open_libvirt=daemon.open, unused_s=0.01)
+    made.start()
+    with made.lease() as used:
+        with ExitStack() as held:
+            for _ in range(8):
+                held.enter_context(made.lease())
+        wait_for(lambda: sum(one.alive for one in daemon.opened) == 2, timeout_s=60, what="the others to be closed")
+        assert used in [one for one in daemon.opened if one.alive]
+    for _ in range(100):
+        with ExitStack() as held:
+            leased = [held.enter_context(made.lease()) for _ in range(3)]
+            assert all(one.isAlive() for one in leased), "none is closed that somebody has"
+    wait_for(lambda: sum(one.alive for one in daemon.opened) == 1, timeout_s=60, what="the others to be closed")
+    made.stop()
+
+
 def test_a_dead_connection_is_replaced(connection: Connection, daemon: Libvirt) -> None:
     daemon.opened[0].alive = False
     with connection.lease() as one:

@@ -173,6 +173,31 @@ class TestPruning:
         wait_for(lambda: running.journal.find("settled") is None, timeout_s=5, what="the pruning")
         assert [task.task_uuid for task in running.journal.newest(limit=9)] == ["owed", "accepted"]
 
+    def test_where_nothing_is_written_nobody_goes_through_all_entries_again_and_again(self, path: Path) -> None:
+        looks: list[str] = []
+        running = Running(path, fault=lambda point: looks.append(point) if point == "journal.prune:written" else None)
+
+        def look_for(seconds: int, *, keep_tasks: int = 9) -> int:
+            """How often the entries are looked at, by an agent that would look each second."""
+            before = len(looks)
+            for _ in range(seconds):
+                running.pass_time(1)
+                running.journal.prune(keep_tasks=keep_tasks, keep_s=5000, keep_changes_s=1e9)
+            running.flush()
+            return len(looks) - before
+
+        running.finish("t1")
+        assert 1 <= look_for(100) <= 2
+        assert look_for(300) <= 1, "the one that the flush before is owed"
+        running.finish("t2")
+        assert look_for(20) >= 1
+        assert look_for(20, keep_tasks=1) >= 1, "other limits"
+        assert running.journal.find("t1") is None
+        for _ in range(10):
+            look_for(600)
+        assert running.journal.find("t2") is None, "it came of age meanwhile"
+        running.journal.stop()
+
 
 class TestClocks:
     """The clock may be set by whoever likes; the agent's own time goes on with it."""
