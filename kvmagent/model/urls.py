@@ -22,6 +22,8 @@ def shown_url(url: str) -> str:
 
 def shown_text(text: str) -> str:
     """Return a text, each URL in it without its secrets."""
+    if "://" not in text:  # almost every text; the expression takes 1.5 us to find that out
+        return text
     return _URL.sub(lambda match: match["scheme"] + _shown_rest(match["rest"]), text)
 
 
