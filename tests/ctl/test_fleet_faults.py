@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import socketserver
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmagent.cli.ctl.client import Agent, Target
+from kvmagent.cli.ctl.exits import CtlError
 from tests.ctl.ctl import Ctl, Done, interrupt
 from tests.ctl.front import Answer, Front, Request
 from tests.lab.agent import LOOPBACK, AgentProcess, find_free_port
@@ -54,6 +60,94 @@ def test_what_answers_as_no_agent_does_is_told_and_fails_no_other(bare: Ctl, tmp
     assert [(vm["host"], vm["name"]) for vm in done.json["vms"]] == [("good", "db")]
     assert [(one["host"], one["errorCode"]) for one in done.json["failures"]] == [("bad", "NOT_UNDERSTOOD")]
     assert done.status == 4
+
+
+def endless(request: Request) -> Answer:
+    return Answer(200, {"vms": [{"vmUuid": "a"}], "next": "a"})
+
+
+def odd(vm: Any) -> Answer:
+    return Answer(200, {"vms": [{"vmUuid": "a", **vm}]})
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        endless,
+        lambda request: Answer(200, {"vms": [], "next": "a"}),
+        lambda request: Answer(200, {"vms": [{"vmUuid": 5}]}),
+        lambda request: Answer(304, {}),
+        lambda request: odd({"after": {"maxMemorySize": 10**400}}),
+        lambda request: odd({"after": {"maxMemorySize": [1]}}),
+        lambda request: odd({"after": "x", "blockers": 5}),
+    ],
+)
+def test_a_host_that_answers_nonsense_hides_no_other(
+    bare: Ctl, tmp_path: Path, decide: Callable[[Request], Answer]
+) -> None:
+    with Front(decide) as other, agent_of("db", plan=planned) as good:
+        (file := tmp_path / "hosts").write_text(f"bad {other.url}\ngood {good.url}\n")
+        done = bare("vms", "--hosts", str(file))
+    assert re.search(r"good +db", done.out), done.err
+    assert "bad: NOT_" in done.err
+    assert done.status == 4
+
+
+@pytest.mark.parametrize("answer", [b"[" * 200_000, b'{"vms":[' + b" " * 2**20])
+def test_a_host_that_sends_what_is_no_answer_hides_no_other(bare: Ctl, tmp_path: Path, answer: bytes) -> None:
+    with raw_server(answer) as url, agent_of("db", plan=planned) as good:
+        (file := tmp_path / "hosts").write_text(f"bad {url}\ngood {good.url}\n")
+        done = bare("vms", "--hosts", str(file))
+    assert re.search(r"good +db", done.out), done.err
+    assert "bad: NOT_AN_AGENT" in done.err
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+def test_an_answer_that_comes_byte_by_byte_is_given_up(head: bytes) -> None:
+    with raw_server(head, drip=True) as url, pytest.raises(CtlError) as raised:
+        Agent(Target(url)).get("healthz", timeout_s=1.5)
+    assert (raised.value.code, "no answer in time" in raised.value.message) == ("AGENT_UNREACHABLE", True)
+
+
+def test_an_answer_without_an_end_is_given_up() -> None:
+    with raw_server(b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 2**27) as url, pytest.raises(CtlError) as raised:
+        Agent(Target(url)).get("healthz")
+    assert "more than 64 MiB" in raised.value.message
+
+
+def test_half_an_answer_is_none() -> None:
+    with raw_server(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}") as url, pytest.raises(CtlError) as raised:
+        Agent(Target(url)).get("healthz")
+    assert raised.value.code == "AGENT_UNREACHABLE"
+
+
+@contextmanager
+def raw_server(answer: bytes, *, drip: bool = False) -> Iterator[str]:
+    """A server that sends these bytes to whoever asks; `drip`: and then one more now and then, as long as it can."""
+    ended = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                self.request.recv(2**16)
+                if not answer.startswith(b"HTTP"):
+                    self.request.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                self.request.sendall(answer)
+                while drip and not ended.wait(0.2):
+                    self.request.sendall(b" ")
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server((LOOPBACK, 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://{LOOPBACK}:{server.server_address[1]}"
+        finally:
+            ended.set()
+            server.shutdown()
+            thread.join()
 
 
 def test_plans_that_are_not_those_of_the_targets_are_not_shown(bare: Ctl, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 Every answer is JSON. What cannot be reached, or not be trusted, ends in a CtlError with the one thing to do about it.
 """
 
+import errno
 import http.client
 import ipaddress
 import json
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode, urlsplit
@@ -23,6 +26,8 @@ from kvmagent.secretfiles import read_private
 _CONNECT_S, _READ_S = 5.0, 30.0
 # So many VMs are asked for at once: each page is answered in time, whatever the host has.
 _PAGE = 100
+# More than any agent has or says: what goes on for longer is none.
+_MOST_VMS, _MOST_BYTES = 100_000, 2**26
 # How long a server that refuses a client's certificate may take to say so.
 _ALERT_S = 2.0
 # How long a POST whose answer was lost is sent again, and with what pauses at first and at most.
@@ -88,7 +93,7 @@ class Agent:
             reply = self._request("GET", path, None, {"If-None-Match": known_tag} if known_tag else {}, timeout_s)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
-        if reply.status == 304:
+        if reply.body is None:
             return known
         if reply.tag:
             self._known[path] = reply.tag, reply.body
@@ -103,18 +108,36 @@ class Agent:
             CtlError: no answer; a refusal.
         """
         query = {"limit": _PAGE} | ({"fields": fields} if fields else {})
-        found: list[Any] = []
+        found: dict[str, Any] = {}
         try:
             while True:
                 body = self.get("vms", query=urlencode(query), timeout_s=timeout_s)
-                found += body["vms"]
+                known = len(found)
+                found |= self._read_vms(body)
                 if "next" not in body:
-                    return found
+                    return list(found.values())
+                if len(found) == known or len(found) > _MOST_VMS:
+                    raise self.not_understood("its list of VMs does not end")
                 query["cursor"] = body["next"]
         except CtlError as error:
             if error.code != "BAD_QUERY" or found:
                 raise
-            return list(self.get("vms", timeout_s=timeout_s)["vms"])
+            return list(self._read_vms(self.get("vms", timeout_s=timeout_s)).values())
+
+    def _read_vms(self, body: Any) -> dict[str, Any]:
+        """Return the VMs of a list by their UUIDs."""
+        vms = body.get("vms")
+        if not isinstance(vms, list) or not all(
+            isinstance(vm, dict) and isinstance(vm.get("vmUuid"), str) for vm in vms
+        ):
+            raise self.not_understood("what it lists are no VMs")
+        return {vm["vmUuid"]: vm for vm in vms}
+
+    def not_understood(self, words: str) -> CtlError:
+        """Return the error of an agent, or what is taken for one, whose answer has not the shape of one."""
+        words = f"{self.url}: its answer cannot be understood ({words})"
+        remedy = "See that the URL is an agent's, and that kvmagentctl --version is no older than the agent's."
+        return CtlError(Exit.UNREACHABLE, "NOT_UNDERSTOOD", words, remedy)
 
     def ask(self, path: str, body: Mapping[str, Any], *, timeout_s: float = _READ_S) -> Any:
         """Return the answer of a POST that changes nothing.
@@ -210,13 +233,13 @@ class Agent:
     ) -> Reply:
         """Raises OSError and HTTPException where no whole answer came."""
         status, told, text = self._exchange(method, path, content, headers, timeout_s)
-        if status == 304:
+        if status == 304 and "If-None-Match" in headers:
             return Reply(status, None)
         try:
             answer = json.loads(text)
             if isinstance(answer, dict):
                 return Reply(status, answer, told.get("ETag", ""))
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         raise CtlError(
             Exit.UNREACHABLE,
@@ -228,15 +251,34 @@ class Agent:
     def _exchange(
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], timeout_s: float
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        """Return status, headers and body. Raises OSError and HTTPException where no whole answer came."""
+        """Return status, headers and body. Raises OSError and HTTPException where no whole answer came in time."""
         connection = self._open()
+        is_late = threading.Event()
+        timer = None
         try:
             connection.connect()
+            # Of each read by itself: who sends a byte now and then would never be late.
             connection.sock.settimeout(timeout_s)
+            timer = threading.Timer(timeout_s, _cut, (connection.sock, is_late))
+            timer.daemon = True
+            timer.start()
             connection.request(method, self._prefix + path, content, {**self._headers, **headers})
             response = connection.getresponse()
-            return response.status, response.headers, response.read()
+            body = response.read(_MOST_BYTES)
+            if is_late.is_set():
+                raise TimeoutError
+            if response.length:
+                raise http.client.IncompleteRead(body, response.length)
+            if len(body) == _MOST_BYTES:
+                raise OSError(errno.EFBIG, f"an answer of more than {_MOST_BYTES // 2**20} MiB")
+            return response.status, response.headers, body
+        except (OSError, http.client.HTTPException) as error:
+            if is_late.is_set():
+                raise TimeoutError from error
+            raise
         finally:
+            if timer is not None:
+                timer.cancel()
             connection.close()
 
     def _open(self) -> http.client.HTTPConnection:
@@ -273,6 +315,13 @@ class Agent:
 
     def _unreachable(self, error: Exception) -> CtlError:
         return _explain(self.url, self._find_refusal(error) or error)
+
+
+def _cut(connection: socket.socket, is_late: threading.Event) -> None:
+    """End a connection that another thread reads from; without TLS's word of farewell, which would wait for it."""
+    is_late.set()
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -119,19 +119,22 @@ def hosts_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def ask_hosts(session: Session, hosts_file: str | None, question: Question) -> Answers:
-    """Return what the agents answer: this session's alone, or those of a file of hosts, side by side."""
+def ask_hosts(session: Session, hosts_file: str | None, question: Question, view: View) -> Answers:
+    """Return what the agents answer: this session's alone, or those of a file of hosts, side by side.
+
+    `view` is how it will be shown.
+    """
     if hosts_file is None:
         progress = Progress()
         answers = Answers([], [], [], [])
-        _ask_side_by_side(session, {Host("", ""): session.agent}, question, progress, answers)
+        _ask_side_by_side(session, {Host("", ""): session.agent}, question, view, progress, answers)
         if answers.failures and isinstance(error := answers.failures[0]["raised"], CtlError):
             raise error
         return answers
     answers = Answers([], [], [], [])
     hosts = read_hosts(Path(hosts_file), session.conf)
     agents, names = _connect(session, hosts, answers)
-    _ask_side_by_side(session, agents, question, Progress(), answers)
+    _ask_side_by_side(session, agents, question, view, Progress(), answers)
     for told in (answers.vms, answers.failures):
         told += [{**one, "host": name} for name, first in names for one in told if one["host"] == first]
     for failure in answers.failures:
@@ -172,7 +175,12 @@ def _connect(
 
 
 def _ask_side_by_side(
-    session: Session, agents: dict[Host, Agent], question: Question, progress: Progress, answers: Answers
+    session: Session,
+    agents: dict[Host, Agent],
+    question: Question,
+    view: View,
+    progress: Progress,
+    answers: Answers,
 ) -> None:
     asked: dict[_Future, Host] = {Future(): host for host in agents}
     work = queue.SimpleQueue[tuple[_Future, Agent]]()
@@ -180,7 +188,7 @@ def _ask_side_by_side(
         work.put((future, agent))
     for _ in range(min(_SIDE_BY_SIDE, len(agents))):
         # Daemons: whoever presses Ctrl-C twice waits for no agent that hangs.
-        threading.Thread(target=_answer, args=(work, question, progress), daemon=True).start()
+        threading.Thread(target=_answer, args=(work, question, view, progress), daemon=True).start()
     open_futures = set(asked)
     try:
         while open_futures:
@@ -218,7 +226,9 @@ def _ask_side_by_side(
             answers.statuses.append(status)
 
 
-def _answer(work: "queue.SimpleQueue[tuple[_Future, Agent]]", question: Question, progress: Progress) -> None:
+def _answer(
+    work: "queue.SimpleQueue[tuple[_Future, Agent]]", question: Question, view: View, progress: Progress
+) -> None:
     while not work.empty():
         try:
             future, agent = work.get_nowait()
@@ -226,17 +236,16 @@ def _answer(work: "queue.SimpleQueue[tuple[_Future, Agent]]", question: Question
             return
         if future.set_running_or_notify_cancel():
             try:
-                future.set_result(question(agent, progress))
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                future.set_exception(_not_understood(agent, error))
+                found = question(agent, progress)
+                # What cannot be shown of one agent hides no other.
+                view(printable([{"host": "", **vm} for vm, _ in found]))
+                future.set_result(found)
+            except CtlError as error:
+                future.set_exception(error)
+            except Exception as error:
+                future.set_exception(agent.not_understood(f"{type(error).__name__}: {error}"))
             except BaseException as error:
                 future.set_exception(error)
-
-
-def _not_understood(agent: Agent, error: Exception) -> CtlError:
-    words = f"{agent.url}: its answer cannot be understood ({type(error).__name__}: {error})"
-    remedy = "Check that the URL is an agent's and that kvmagentctl is not older than the agent."
-    return CtlError(Exit.UNREACHABLE, "NOT_UNDERSTOOD", words, remedy)
 
 
 def ask_each(vms: list[Json], progress: Progress, ask: Callable[[Json], tuple[Json, Exit]]) -> list[tuple[Json, Exit]]:
@@ -274,7 +283,7 @@ def print_answers(session: Session, answers: Answers, view: View) -> Exit:
     """Print what the hosts answered, whole, and return the worst of their statuses."""
     _tell_failures(session.terminal, answers.failures)
     if session.output == "name":
-        names = [str(vm.get("name") or vm["vmUuid"]) for vm in answers.vms]
+        names = [str(vm.get("name") or vm.get("vmUuid")) for vm in answers.vms]
         session.terminal.print(*printable(sorted(names)))
         return answers.status
     if session.as_json:
@@ -327,11 +336,12 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: b
         progress.expect(len(found))
         return [(vm, Exit.REACHED) for vm in progress.each(found)]
 
+    view = partial(render_vms, wide=session.is_wide)
+
     def ask() -> Answers:
-        answers = ask_hosts(session, hosts, question)
+        answers = ask_hosts(session, hosts, question, view)
         return _choose(answers, pending_restart=pending_restart, not_ready=not_ready) if answers.vms else answers
 
-    view = partial(render_vms, wide=session.is_wide)
     if watch:
         _watch(session, ask, view)
     return print_answers(session, ask(), view)
@@ -487,12 +497,11 @@ def _ready_all(session: Session, hosts: str | None, values: Json, types: dict[st
             for vm in progress.each(found)
         ]
 
-    answers = ask_hosts(session, hosts, question)
+    view: View = partial(render_preparations, with_diff=diff) if prepares else render_vms
+    answers = ask_hosts(session, hosts, question, view)
     if apply:
         session.outcome = answers.status
-    return print_answers(
-        session, answers, (lambda vms: render_preparations(vms, with_diff=diff)) if prepares else render_vms
-    )
+    return print_answers(session, answers, view)
 
 
 class _Silent(Terminal):

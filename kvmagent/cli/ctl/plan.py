@@ -76,7 +76,7 @@ def plan(
         found = agent.list_vms(fields="name,after", timeout_s=_VMS_S)
         return ask_each(found, progress, lambda vm: (ask(agent, vm), Exit.REACHED))
 
-    return print_answers(session, ask_hosts(session, hosts, question), render_plans)
+    return print_answers(session, ask_hosts(session, hosts, question, render_plans), render_plans)
 
 
 def make_targets(
