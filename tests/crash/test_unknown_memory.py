@@ -85,3 +85,37 @@ def test_a_virtio_mem_device_is_not_attached_twice_either(
     assert [one["data"]["id"] for one in ask_qemu(guest, "query-memory-devices")] == [alias], reply
     assert ("MEMORY_UNKNOWN_TO_LIBVIRT" in codes) is has_device, reply
     assert reply["errorCode"] == ("LIBVIRT_REFUSED" if has_device else "VIRTIO_MEM_STALLED"), reply
+
+
+def test_a_virtio_mem_device_in_the_port_of_the_next_one_is_named_and_nothing_is_lost(
+    lab: Any, define: Any, make_agent: StartAgent, server: ManagementServer
+) -> None:
+    """libvirt takes the port for free, and QEMU refuses it; dimms need none."""
+    guest: Guest = define(GuestSpec(name="port"))
+    with guest.domain() as domain:
+        devices = etree.fromstring(domain.XMLDesc()).find("devices")
+    taken = {int(address.get("bus"), 16) for address in devices.iterfind(".//address[@type='pci']")}
+    ports = devices.findall("./controller[@model='pcie-root-port']")
+    port = next(one.find("alias").get("name") for one in ports if int(one.get("index")) not in taken)
+    backend = {"qom-type": "memory-backend-ram", "id": f"mem{ALIAS}", "size": 256 * MIB}
+    ask_qemu(guest, "object-add", **backend)
+    ask_qemu(guest, "device_add", driver="virtio-mem-pci", id=ALIAS, memdev=f"mem{ALIAS}", node=0, bus=port)
+    lab.restart()
+    agent, objects = make_agent(lab.uri), ask_qemu(guest, "qom-list", path="/objects")
+    former = guest.persistent_xml()
+    # The first finds out that there is one on its way, and tells a slot less afterwards; the second knows before.
+    for method, outcome in (("virtio-mem", "partial"), ("virtio-mem", "refused"), ("dimm", "plugged")):
+        task = new_task_uuid()
+        body = {"vmUuid": "port", "memorySize": 384 * MIB, "method": method}
+        assert agent.post("/vm/hotplug/memory", body, task_uuid=task, callback_url=server.url).status == 200
+        reply = server.wait(task, 60)
+        assert reply["outcome"] == outcome, reply
+        (warning,) = (one for one in reply["warnings"] if one["code"] == "MEMORY_UNKNOWN_TO_LIBVIRT")
+        assert f"{ALIAS} (256 MiB)" in warning["message"]
+        assert "Power the VM off and on" in warning["remedy"]
+        if outcome == "refused":
+            assert f"in use by virtio-mem-pci,id={ALIAS}" in reply["error"]
+        if method == "virtio-mem":
+            assert (reply["errorCode"], guest.persistent_xml()) == ("LIBVIRT_REFUSED", former)
+            assert ask_qemu(guest, "qom-list", path="/objects") == objects
+    assert find_dimms(guest) == ([f"ua-kvmagent-{task}-0"],) * 2
