@@ -421,9 +421,12 @@ class FakeDomain:
                     libvirt.VIR_ERR_INVALID_ARG, "invalid argument: cannot set memory higher than max memory"
                 )
             if name == "live":
-                self.held_kib = self._balloon_total_kib() - size_kib
-            if name == "persistent" or self.guest.balloon_driver:
+                # Source: QEMU, virtio_balloon_to_target: no more than there is, virtio-mem left out.
+                self.held_kib = max(0, self._balloon_total_kib() - size_kib)
+            if name == "persistent":
                 root.find("currentMemory").text = str(size_kib)
+            elif self.guest.balloon_driver:
+                self.load_balloon_driver()
 
     def load_balloon_driver(self) -> None:
         """The guest's driver is there, and follows what was asked of it before."""
@@ -433,7 +436,7 @@ class FakeDomain:
 
     def balloon_pages(self) -> tuple[int, int]:
         """What the balloon's registers say: pages that were asked for, pages that the guest has given."""
-        given = self._balloon_total_kib() - int(self._running().findtext("currentMemory"))
+        given = max(0, self._balloon_total_kib() - int(self._running().findtext("currentMemory")))
         return (given if self.held_kib is None else self.held_kib) // 4, given // 4
 
     def _balloon_total_kib(self) -> int:

@@ -6,6 +6,7 @@ The task goes on by what it finds then, or leaves it alone; a way back takes all
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,30 @@ def test_what_leaves_the_definition_for_it_has_left_the_vm_takes_nothing_from_wh
     assert memory_mib(domain)[0] == 512
 
 
+def test_a_definition_that_others_lowered_ends_as_if_they_had_come_first(tmp_path: Path) -> None:
+    """They took a dimm from the definition alone, and what leaves the running VM leaves the definition, too.
+
+    So it ends below the total of the running VM, and the reply says so.
+    """
+    ends = []
+    for place in ("first", "meanwhile"):
+        domain = make_domain(GuestSpec(name="vm1"), virt_type="kvm")
+        attach(domain, "ua-x", 128)
+        attach(domain, "ua-y", 256)
+        if place == "first":
+            forget(domain, "ua-x", 128)
+        (tmp_path / place).mkdir()
+        agent = Agent(tmp_path / place, domain)
+        task = interrupt(agent, "step:done", "HotUnplugMemory", memorySize=384 * MIB)
+        if place == "meanwhile":
+            forget(domain, "ua-x", 128)
+        reply = go_on(agent, task)
+        assert (reply["outcome"], memory_mib(domain)) == ("online", (384, 256)), reply
+        ends.append((reply["memorySize"], reply["after"], reply["drift"]))
+    assert ends[0] == ends[1]
+    assert {"field": "memorySize", "live": 384 * MIB, "config": 256 * MIB} in ends[0][2]
+
+
 def test_a_late_look_is_held_to_what_it_performs(tmp_path: Path) -> None:
     """It does not touch the running VM, whatever a plan has for it."""
     domain = make_domain(GuestSpec(name="vm1"), virt_type="kvm")
@@ -349,67 +374,108 @@ def give(domain: FakeDomain) -> None:
         attach(domain, "ua-y", 128, LIVE)
 
 
+def set_balloon(domain: FakeDomain, size_mib: int | None, flags: int) -> None:
+    """To that size, or empty."""
+    most = int((domain.live if flags == LIVE else domain.config).findtext("memory"))
+    domain.setMemoryFlags(most if size_mib is None else min(most, size_mib * 1024), flags)
+
+
+def limit(domain: FakeDomain, size_mib: int) -> None:
+    domain.guest.virtio_mem_limit = size_mib * MIB
+
+
+def load_driver(domain: FakeDomain) -> None:
+    domain.load_balloon_driver()
+
+
 #: What befalls a VM while its task goes on.
 EVENTS: list[Callable[[FakeDomain], Any]] = [
     reboot,
     let_go,
     leave_definition,
     give,
+    load_driver,
     FakeDomain.power_cycle,
+    *(partial(set_requests, size_mib=size_mib, flags=flags) for size_mib in (64, 300, 512) for flags in (LIVE, CONFIG)),
     *(
-        lambda domain, size_mib=size_mib, flags=flags: set_requests(domain, size_mib, flags)
-        for size_mib in (64, 300, 512)
+        partial(set_balloon, size_mib=size_mib, flags=flags)
+        for size_mib in (128, 200, None)
         for flags in (LIVE, CONFIG)
     ),
+    *(partial(limit, size_mib=size_mib) for size_mib in (0, 200, 4096)),
 ]
+events = st.lists(st.sampled_from(EVENTS), max_size=3)
 
 
 @settings(max_examples=30, deadline=None)
 @given(
+    arch=st.sampled_from(["x86_64", "x86_64", "aarch64"]),
     command=st.sampled_from(["HotPlugMemory", "HotPlugCpuMemory", "HotUnplugMemory"]),
-    size_mib=st.integers(3, 14).map(lambda n: n * 128),
+    affect=st.sampled_from(["both", "both", "live", "config"]),
+    method=st.sampled_from(["auto", "auto", "dimm", "virtio-mem", "balloon"]),
+    change_mib=st.integers(0, 8).map(lambda n: n * 128),
     parts_of=st.tuples(*[st.integers(0, 4)] * 2),
-    unmet=st.booleans(),
-    point=st.sampled_from([f"step:{what}@{n}" for what in ("begun", "done") for n in (1, 2, 3)]),
-    events=st.lists(st.sampled_from(EVENTS), min_size=1, max_size=3),
+    saved_mib=st.sampled_from([256, 256, 128, 384]),
+    balloon_driver=st.booleans(),
+    point=st.sampled_from([f"step:{what}@{n}" for what in ("begun", "done") for n in (1, 2, 3, 4)]),
+    first=events,
+    then=events,
     fails=st.booleans(),
     forgotten=st.booleans(),
 )
 def test_nothing_that_befalls_a_vm_makes_a_plan_of_ours_one_that_may_not_be_performed(
     tmp_path_factory: pytest.TempPathFactory,
+    arch: str,
     command: str,
-    size_mib: int,
+    affect: str,
+    method: str,
+    change_mib: int,
     parts_of: tuple[int, int],
-    unmet: bool,
+    saved_mib: int,
+    balloon_driver: bool,
     point: str,
-    events: list[Callable[[FakeDomain], Any]],
+    first: list[Callable[[FakeDomain], Any]],
+    then: list[Callable[[FakeDomain], Any]],
     fails: bool,
     forgotten: bool,
 ) -> None:
-    domain = make_domain(GuestSpec(name="vm1"), virt_type="kvm")
+    """Whatever the VM is, whatever is requested, and wherever the agent dies."""
+    machine = "virt-7.2" if arch == "aarch64" else "q35"
+    domain, saved = (
+        make_domain(GuestSpec(name="vm1", arch=arch, machine=machine, memory_mib=size_mib), virt_type="kvm")
+        for size_mib in (256, saved_mib)
+    )
+    domain.config = saved.config
+    domain.guest.balloon_driver = balloon_driver
     for alias, parts in zip(("ua-a", "ua-b"), parts_of, strict=True):
         attach_virtio_mem(domain, alias, requested_mib=parts * 128)
     attach(domain, "ua-x", 128)
-    if unmet:
-        reboot(domain)
+    for event in first:
+        event(domain)
     agent = Agent(tmp_path_factory.mktemp("meanwhile"), domain)
-    told: list[str] = []
-    fields = {"cpuNum": 2} if command == "HotPlugCpuMemory" else {}
-    task = agent.accept(command, vmUuid="vm1", memorySize=size_mib * MIB, **fields, **QUICK)
+    has_mib = memory_mib(domain)[affect == "config"]
+    if method == "balloon":
+        has_mib = int((domain.config if affect == "config" else domain.live).findtext("currentMemory")) // 1024
+    size_mib = has_mib - change_mib if command == "HotUnplugMemory" else has_mib + change_mib
+    fields: dict[str, Any] = {"affect": affect, "memorySize": max(1, size_mib) * MIB}
+    fields |= {"cpuNum": 1 if arch == "aarch64" else 2} if command == "HotPlugCpuMemory" else {}
+    fields |= {"method": method} if command == "HotPlugMemory" else {}
+    task = agent.accept(command, vmUuid="vm1", **fields, **QUICK)
     agent.point = point
-    try:
-        agent.executor.run(task)
-    except Killed:
-        (task,) = agent.journal.unfinished()
-        for event in events:
-            event(domain)
-        if fails:
-            refuse_vcpus(domain)
-        if forgotten:
-            task = msgspec.structs.replace(task, before=b'{"of": "long ago"}')
-        with failures() as told:
+    with failures() as told:
+        try:
+            agent.executor.run(task)
+        except Killed:
+            (task,) = agent.journal.unfinished()
+            for event in then:
+                event(domain)
+            if fails:
+                refuse_vcpus(domain)
+            if forgotten:
+                task = msgspec.structs.replace(task, before=b'{"of": "long ago"}')
             agent.executor.run(task)
     agent.journal.stop()
     reply = agent.reply()
     assert reply["errorCode"] != "INTERNAL_ERROR", reply
+    assert then or reply["errorCode"] != "NOT_VERIFIED", reply
     assert told == []
