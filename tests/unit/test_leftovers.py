@@ -108,7 +108,7 @@ def lose_libvirt(domain: FakeDomain) -> Callable[[], None]:
         (
             "HotPlugMemory",
             {"memorySize": 512 * MIB, "method": "virtio-mem"},
-            "256 MiB of virtio-mem device ua-kvmagent-",
+            "256 MiB of virtio-mem device ua-kvmagent-t1-0",
         ),
     ],
 )
