@@ -122,6 +122,7 @@ def _read_definition(document: _Document) -> Definition:
         acpi=document.find("features/acpi") is not None,
         balloon=balloon is not None and balloon.get("model") != "none",
         balloon_deflates=balloon is not None and balloon.get("autodeflate") == "on",
+        balloon_tells=document.find("devices/memballoon/stats") is not None,
         free_page_reporting=balloon is not None and balloon.get("freePageReporting") == "on",
         agent_channel=document.find(_AGENT_CHANNEL) is not None,
         machine=os_type.get("machine", ""),

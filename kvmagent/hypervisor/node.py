@@ -33,7 +33,7 @@ from kvmagent.model.errors import AgentError, Code
 from kvmagent.model.facts import Definition, Domain, Facts, Host
 from kvmagent.model.host import HostLoad, HostMemory, HostView, VmStats
 from kvmagent.model.reclaim import Reclaimable, find_reclaimable
-from kvmagent.model.steps import AnyStep, DefineShape
+from kvmagent.model.steps import AnyStep, AttachMemory, DefineShape
 from kvmagent.recorder import Recorder, phase
 
 # Source: libvirt 9.5 stopped to count virtio-mem among the slots; 10.10 adds an IOMMU with EIM when a VM of more than
@@ -211,7 +211,7 @@ class Node:
                 handle = find_vm(connection, vm, self._means)
             yield OpenVm(
                 handle,
-                lambda parts, ask_job: self._observe(connection, handle, parts, ask_job=ask_job),
+                lambda parts, ask_job, done: self._observe(connection, handle, parts, ask_job=ask_job, done=done),
                 lambda task_uuid, reservation: self._budget.reserve(connection, task_uuid, handle.uuid, reservation),
                 lambda: self._budget.note_change(handle.uuid),
             )
@@ -235,12 +235,21 @@ class Node:
             return held.perform(step)
 
     def _observe(
-        self, connection: libvirt.virConnect, handle: VmHandle, parts: frozenset[str], *, ask_job: bool
+        self,
+        connection: libvirt.virConnect,
+        handle: VmHandle,
+        parts: frozenset[str],
+        *,
+        ask_job: bool,
+        done: AnyStep | None,
     ) -> Facts:
-        """Return what is so of a VM, of its guest and of its host."""
+        """Return what is so of a VM, of its guest and of its host; `done` is the step that has just had its effect."""
         begun = self._budget.begin()
         domain, connected = handle.read(
-            ask_balloon="memory" in parts, ask_target="balloon target" in parts, ask_job=ask_job
+            ask_balloon="memory" in parts,
+            ask_target="balloon target" in parts,
+            ask_job=ask_job,
+            is_balloon_told=isinstance(done, AttachMemory) and done.live,
         )
         guest = handle.ask_guest(domain, connected, parts)
         self.names.note(domain.uuid, domain.name)
@@ -316,15 +325,15 @@ class Node:
 class OpenVm:
     """One VM as a task sees it while it works on it, by one thread.
 
-    `observe` returns what is so of the VM and of the parts that are asked for; if told to, also the job that excludes
-    changes: nobody decides about that after the first step. `reserve` reserves memory of the host for a task, and
-    `note_change` is called after each step.
+    `observe` returns what is so of the VM and of the parts that are asked for, after the step that was done last; if
+    told to, also the job that excludes changes: nobody decides about that after the first step. `reserve` reserves
+    memory of the host for a task, and `note_change` is called after each step.
     """
 
     def __init__(
         self,
         handle: VmHandle,
-        observe: Callable[[frozenset[str], bool], Facts],
+        observe: Callable[[frozenset[str], bool, AnyStep | None], Facts],
         reserve: Callable[[str, Reservation], None],
         note_change: Callable[[], None],
     ) -> None:
@@ -333,6 +342,7 @@ class OpenVm:
         self._reserve = reserve
         self._note_change = note_change
         self._is_changed = False
+        self._done: AnyStep | None = None
 
     @property
     def uuid(self) -> str:
@@ -348,7 +358,7 @@ class OpenVm:
             AgentError: VM_NOT_FOUND; LIBVIRT_UNAVAILABLE and other libvirt errors.
         """
         with phase("libvirt"):
-            return self._observe(parts, not self._is_changed)
+            return self._observe(parts, not self._is_changed, self._done)
 
     def reserve(self, task_uuid: str, reservation: Reservation) -> None:
         """Reserve what of the host's memory a task may bring the running VM to, until `release`.
@@ -365,10 +375,12 @@ class OpenVm:
         Raises:
             AgentError: what went wrong; what is so after it must be observed.
         """
-        self._is_changed = True
+        self._is_changed, self._done = True, None
         with phase("libvirt"):
             try:
-                return perform(self._handle, step)
+                output = perform(self._handle, step)
+                self._done = step
+                return output
             except AgentError as error:
                 # libvirt gives one code to a QEMU that ended and to some host errors.
                 if error.code is Code.VM_CRASHED and self._handle.is_active():

@@ -131,7 +131,7 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
     what the whole VM weighs (None: the host's default). `domain_id` is libvirt's number of a running VM, another after
     every start. `policy` is what this definition's owner allows. With `free_page_reporting` the
     balloon gives back to the host what the guest frees; one that `deflates` by itself gives the guest what it holds
-    when that is short of memory.
+    when that is short of memory; of one that `tells` libvirt asks what the guest does not use.
     """
 
     vcpu_current: int
@@ -168,6 +168,7 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
     policy: Policy = Policy()
     free_page_reporting: bool = False
     balloon_deflates: bool = False
+    balloon_tells: bool = False
 
     @cached_property
     def boot_bytes(self) -> int:

@@ -19,6 +19,7 @@ from kvmagent.hypervisor.connection import Connection
 from kvmagent.hypervisor.deviceevents import DeviceEvents
 from kvmagent.hypervisor.eventconnection import EventConnection
 from kvmagent.hypervisor.node import Node
+from kvmagent.hypervisor.qemumemory import AskQemu
 from kvmagent.hypervisor.schema import DOMAIN_SCHEMA
 from kvmagent.model.command import Command
 from kvmagent.model.plans import PlanRequest
@@ -131,6 +132,7 @@ def make_node(
     removes_emulated: bool = False,
     budget: Budget | None = None,
     connection: FakeConnection | None = None,
+    ask: AskQemu = ask_qemu,
     **host: int,
 ) -> Node:
     """A Node on these domains, or this connection, on a host of `make_host`, whose files are in `directory`/host."""
@@ -143,7 +145,7 @@ def make_node(
         events=events,
         former_xml_dir=directory / "former-xml",
         send_to_agent=send_to_agent,
-        ask_qemu=ask_qemu,
+        ask_qemu=ask,
         host_root=make_host(directory / "host", **host),
         domain_schema=domain_schema,
         removes_emulated=removes_emulated,

@@ -14,14 +14,15 @@ import pytest
 from kvmagent.hypervisor.budget import Budget
 from kvmagent.model.units import GIB, MIB
 from tests.fakes.agent import carry_out, format_spec, make_guest, make_node
-from tests.fakes.libvirt import FakeConnection, FakeDomain
+from tests.fakes.libvirt import FakeConnection, FakeDomain, ask_qemu
 from tests.lab.domainxml import GuestSpec
 
 #: What libvirt's client answers by itself.
 LOCAL = {"name", "UUIDString", "ID", "connect", "getType", "isAlive"}
 LOOK = Counter(state=1, XMLDesc=2, isPersistent=1)
 FIRST_LOOK = Counter(lookupByName=1, jobStats=1, hasManagedSaveImage=1) + LOOK
-ASKED_BALLOON = Counter(memoryStats=1)
+# Each of them a question to QEMU, which takes as long as ten to libvirt.
+ASKED_BALLOON, ASKED_TARGET = Counter(memoryStats=1), Counter(qemuMonitorCommand=2)
 
 
 class Counting:
@@ -74,10 +75,10 @@ class CountedConnection(Counting, FakeConnection):
         (
             "HotPlugMemory",
             {"memorySize": 1 * GIB, "method": "dimm"},
-            FIRST_LOOK + ASKED_BALLOON + Counter(attachDeviceFlags=1) + LOOK + ASKED_BALLOON,
+            FIRST_LOOK + ASKED_TARGET + Counter(attachDeviceFlags=1) + LOOK,
         ),
         ("HotPlugCpu", {"cpuNum": 2}, FIRST_LOOK),
-        ("HotPlugMemory", {"memorySize": 512 * MIB}, FIRST_LOOK + ASKED_BALLOON),
+        ("HotPlugMemory", {"memorySize": 512 * MIB}, FIRST_LOOK + ASKED_TARGET),
         ("HotPlugCpu", {"cpuNum": 3, "dryRun": True}, FIRST_LOOK),
         ("ReadyForHotplug", {}, FIRST_LOOK + ASKED_BALLOON),
     ],
@@ -90,7 +91,12 @@ def test_a_command_asks_libvirt_what_it_needs_to_know_and_that_once(
     asked: Counter[str] = Counter()
     vm = CountedDomain(format_spec(spec, "qemu"), guest=make_guest(spec), asked=asked)
     budget = Budget(host_root=tmp_path / "host", monotonic=lambda: 0.0)
-    node = make_node(tmp_path, connection=CountedConnection(vm, asked=asked), budget=budget)
+
+    def ask(domain: Any, request: str, flags: int) -> str:
+        asked["qemuMonitorCommand"] += 1
+        return ask_qemu(domain, request, flags)
+
+    node = make_node(tmp_path, connection=CountedConnection(vm, asked=asked), budget=budget, ask=ask)
     node.view_budget()
     assert carry_out(node, "HotPlugCpu", "t1", vmUuid="vm1", cpuNum=2)["outcome"] == "plugged"
     node.release("t1")
