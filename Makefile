@@ -25,7 +25,7 @@ help:
 	@echo "make test-foreign  guests of POWER, s390x and Arm, and the newest QEMU and libvirt; ten minutes"
 	@echo "make test-on       the gate on another Debian, in a directory: SUITE=trixie ARGS='tests/unit'"
 	@echo "make test-pythons  the fast tests on Python 3.11 to 3.14; ARGS='--on 3.12' for one"
-	@echo "make check   the fast gate: lint, types, floors, golden plans, unit tests; under two minutes"
+	@echo "make check   the fast gate: lint, types, floors, golden plans, documents, unit tests; some minutes"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   how fast and how small it is: every target with the ratio to it; build/bench.json"
 	@echo "make fuzz    what takes bytes from outside, led by coverage; SECONDS=600 for each target"
@@ -85,7 +85,7 @@ WORKERS ?= $(shell echo $$(($$(nproc) + 2)))
 COMPILE = $(BIN)/python -m compileall -q kvmagent plugins
 
 test: setup
-	@echo "==> all tests, real guests, browsers and packages too: some 25 minutes on two cores, and ten more the first time; make check takes two"
+	@echo "==> all tests, real guests, browsers and packages too: some 25 minutes on two cores, and ten more the first time; make check takes a few"
 	@$(COMPILE)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -105,7 +105,7 @@ test-pythons: setup
 
 check: $(STAMP)
 	@$(COMPILE)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/unit
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" tests/test_lint.py tests/test_floors.py tests/golden tests/docs/test_docs.py tests/unit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
