@@ -192,10 +192,11 @@ def check_file(path: Path) -> list[str]:
     """Check a journal wholly, also while an agent uses it, and change nothing; return what is wrong with it.
 
     Raises:
-        AgentError: JOURNAL_UNAVAILABLE, when it cannot be read.
+        AgentError: JOURNAL_UNAVAILABLE, when it cannot be read, or a newer agent wrote it.
     """
     try:
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            _read_version(db, path)
             return _find_damage(db, f"integrity_check({_MOST_FAULTS})")
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError):
@@ -705,6 +706,22 @@ def _find_damage(db: Database, pragma: str) -> list[str]:
     return [row[0] for row in rows if row[0] != "ok"]
 
 
+def _read_version(db: Database, path: Path) -> int:
+    """Return the version of a file's schema.
+
+    Raises:
+        AgentError: JOURNAL_UNAVAILABLE: a newer agent wrote it.
+    """
+    found: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if found > len(MIGRATIONS):
+        raise AgentError(
+            Code.JOURNAL_UNAVAILABLE,
+            f"{path}: schema version {found}, this agent knows up to {len(MIGRATIONS)}",
+            remedy="Run the newer agent version that wrote it, or move the file away.",
+        )
+    return found
+
+
 def _find_inode(path: Path) -> tuple[int, int] | None:
     """Return what a name leads to; None where it leads nowhere, whatever keeps it from that."""
     try:
@@ -758,13 +775,7 @@ def _attempt(write: _Write, db: Database) -> tuple[Any, Exception | None]:
 
 def _migrate(db: Database, path: Path) -> None:
     """Bring a file to the present schema, one version at a time, each in one transaction."""
-    found: int = db.execute("PRAGMA user_version").fetchone()[0]
-    if found > len(MIGRATIONS):
-        raise AgentError(
-            Code.JOURNAL_UNAVAILABLE,
-            f"{path}: schema version {found}, this agent knows up to {len(MIGRATIONS)}",
-            remedy="Run the newer agent version that wrote it, or move the file away.",
-        )
+    found = _read_version(db, path)
     for version, statements in enumerate(MIGRATIONS[found:], start=found + 1):
         db.execute("BEGIN IMMEDIATE")
         for statement in statements:

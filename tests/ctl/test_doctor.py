@@ -4,8 +4,10 @@ import json
 import os
 import pwd
 import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -257,6 +259,39 @@ def test_a_state_directory_that_others_can_read_or_that_is_none_is_told(tmp_path
     file.touch()
     assert found(examine_state_dir(file), "state_dir") == [("wrong", f"{file} is not a directory")]
     assert found(examine_state_dir(tmp_path / "none"), "state_dir")[0][0] == "warning"
+    assert found(examine_state_dir(file / "below"), "state_dir") == [("wrong", f"{file}/below: Not a directory")]
+    (loop := tmp_path / "loop").symlink_to("loop")
+    assert found(examine_state_dir(loop), "state_dir")[0][0] == "wrong"
+
+
+def test_a_state_directory_on_a_read_only_file_system_is_told(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    room = [*os.statvfs(tmp_path)]
+    room[8] = os.ST_RDONLY
+    told = [(one.level, one.message) for one in examine_state_dir(tmp_path, look_at=lambda _: os.statvfs_result(room))]
+    assert told == [("wrong", f"{tmp_path} is on a file system that is read-only")]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Path.mkdir, "is not a file"),
+        (os.mkfifo, "is not a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+        (lambda path: path.symlink_to("/nowhere/at/all"), "No such file"),
+        (lambda path: path.symlink_to(path.name), "Too many levels"),
+        (lambda path: path.write_bytes(b"no database at all" * 99), "is damaged"),
+        (lambda path: (path.touch(), path.with_name(f"{path.name}-wal").mkdir()), "journal.sqlite: "),
+        (lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 99"), "schema version 99"),
+    ],
+)
+def test_a_journal_with_which_no_agent_starts_is_wrong(
+    tmp_path: Path, make: Callable[[Path], object], words: str
+) -> None:
+    make(tmp_path / "journal.sqlite")
+    ((level, message),) = found(examine_journal(tmp_path), "journal")
+    assert level == "wrong"
+    assert words in message
 
 
 def test_the_journal_is_checked_wholly_while_an_agent_uses_it(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Each check is told where to look and what time it is, and changes nothing.
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import pwd
@@ -32,6 +33,7 @@ _TIME_ERROR, _TIMEX_BYTES = 5, 256
 _LITTLE_ROOM_BYTES, _NO_ROOM_BYTES, _FEW_INODES = 512 * MIB, 64 * MIB, 100
 _SOON = timedelta(days=30)
 _STEPPED_S = 60.0
+_AS_AGENT = "Run doctor as root or as the agent's user."
 
 
 def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
@@ -66,20 +68,27 @@ def examine_kvm(device: Path = Path("/dev/kvm")) -> Iterator[Finding]:
         yield Finding("kvm", "good", f"{device} works")
 
 
-def examine_state_dir(path: Path) -> Iterator[Finding]:
+def examine_state_dir(path: Path, *, look_at: Callable[[Path], os.statvfs_result] = os.statvfs) -> Iterator[Finding]:
     """Look whether tasks can be kept there, and by the agent alone."""
     make = f"install -d -o {USER} -g {USER} -m 0700 {path}"
     try:
-        found, room = path.stat(), os.statvfs(path)
+        found, room = path.stat(), look_at(path)
     except FileNotFoundError:
         check_state_dir(Settings(agent=AgentSection(state_dir=str(path))))
         yield Finding("state_dir", "warning", f"{path} does not exist yet; the agent creates it at its start", make)
         return
+    except PermissionError as error:
+        yield Finding("state_dir", "note", f"{path}: {error.strerror}", _AS_AGENT)
+        return
     except OSError as error:
-        yield Finding("state_dir", "note", f"{path}: {error.strerror}", "Run doctor as root or as the agent's user.")
+        yield Finding("state_dir", "wrong", f"{path}: {error.strerror}", "Set agent.state_dir to a directory.")
         return
     if not stat.S_ISDIR(found.st_mode):
         yield Finding("state_dir", "wrong", f"{path} is not a directory", f"Move it away, then: {make}")
+        return
+    if room.f_flag & os.ST_RDONLY:
+        remedy = "See dmesg for errors of its disk, then: mount -o remount,rw."
+        yield Finding("state_dir", "wrong", f"{path} is on a file system that is read-only", remedy)
         return
     faults = 0
     if mode := stat.S_IMODE(found.st_mode) & 0o077:
@@ -115,13 +124,25 @@ def examine_journal(state_dir: Path) -> Iterator[Finding]:
     """Check the whole journal, which an agent that starts does only where it is small."""
     path = state_dir / JOURNAL
     try:
-        size_bytes = path.stat().st_size
-    except OSError:
-        return  # of a new agent; of one whose directory may not be read that is told already
-    try:
+        names = os.listdir(state_dir)
+        found = path.stat() if JOURNAL in names else None
+        if found is None:
+            return  # of a new agent
+        if not stat.S_ISREG(found.st_mode):
+            yield Finding("journal", "wrong", f"{path} is not a file", "Move it away, then: systemctl start kvmagent.")
+            return
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         faults = check_file(path)
+    except PermissionError as error:
+        yield Finding("journal", "note", f"{path}: {error.strerror}", _AS_AGENT)
+        return
+    except OSError as error:
+        if state_dir.is_dir():  # what is wrong with the directory is told already
+            yield Finding("journal", "wrong", f"{path}: {error.strerror}", "See dmesg for errors of its disk.")
+        return
     except AgentError as error:
-        yield Finding("journal", "note", error.message, "Run doctor as root or as the agent's user.")
+        yield Finding("journal", "wrong", error.message, error.remedy)
         return
     for fault in faults:
         remedy = (
@@ -130,7 +151,7 @@ def examine_journal(state_dir: Path) -> Iterator[Finding]:
         )
         yield Finding("journal", "wrong", f"{path} is damaged: {fault}", remedy)
     if not faults:
-        yield Finding("journal", "good", f"{path} is intact, {format_size(size_bytes)}")
+        yield Finding("journal", "good", f"{path} is intact, {format_size(found.st_size)}")
 
 
 def examine_hooks(settings: HooksSection) -> Iterator[Finding]:
