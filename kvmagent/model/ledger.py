@@ -15,6 +15,9 @@ from kvmagent.model.hostbudget import ANYWHERE, NORMAL_PAGES, Claim, HostCapacit
 # How many of the VMs that have most, and of those that could do without some, are named in a refusal.
 _NAMED = 3
 
+# So many sets of host NUMA nodes that overlap are all looked at.
+_MOST_SETS = 64
+
 # Bytes, name and UUID of a VM.
 _Share = tuple[int, str, str]
 
@@ -143,36 +146,118 @@ def measure_pool(
     return ledger.count(MemoryPool(page_bytes, nodes, size, 0, made_of=made_of), asking)
 
 
-def find_pools(capacity: HostCapacity, ledger: Ledger, own: Promise, limits: dict[str, int]) -> tuple[MemoryPool, ...]:
+def find_pools(
+    capacity: HostCapacity, ledger: Ledger, own: Promise, limits: dict[str, int], *, most_sets: int = _MOST_SETS
+) -> tuple[MemoryPool, ...]:
     """Return the pools that a VM's memory comes from.
 
     Each kind of pages in all, and from the nodes that it is bound to, alone and together with others that VMs share
     with these: what is bound to two nodes may fill the one. `limits` are those of cgroups.
+    From more than `most_sets` sets of nodes it is those with the least room.
     """
-    kinds = {(NORMAL_PAGES, ANYWHERE)}
+    kinds: dict[tuple[int, frozenset[int]], int] = {(NORMAL_PAGES, ANYWHERE): 0}
     for claim in own.claims:
-        kinds |= {(claim.page_bytes, nodes) for nodes in (ANYWHERE, *_widen(claim, ledger))}
-    pools = [
-        measure_pool(capacity, ledger, page_bytes, nodes, own.uuid)
-        for page_bytes, nodes in sorted(kinds, key=lambda kind: (kind[0], sorted(kind[1])))
-    ]
+        found = {ANYWHERE: 0} | (_widen(claim, own, capacity, ledger, most_sets) if claim.nodes else {})
+        for nodes, at_least in found.items():
+            kind = claim.page_bytes, nodes
+            kinds[kind] = max(at_least, kinds.get(kind, 0))
+    pools = []
+    for page_bytes, nodes in sorted(kinds, key=lambda kind: (kind[0], sorted(kind[1]))):
+        pool = measure_pool(capacity, ledger, page_bytes, nodes, own.uuid)
+        promised = max(pool.promised_bytes, kinds[page_bytes, nodes])
+        pools.append(msgspec.structs.replace(pool, promised_bytes=promised))
     for cgroup in (one for one in own.cgroups if one in limits):
         pool = MemoryPool(NORMAL_PAGES, ANYWHERE, limits[cgroup], 0, cgroup=cgroup, made_of="its memory.max")
         pools.append(ledger.count(pool, own.uuid))
     return tuple(pools)
 
 
-def _widen(claim: Claim, ledger: Ledger) -> set[frozenset[int]]:
-    """Return the sets of nodes in which a claim can be short of room: its own, and those that overlap with it.
+def _widen(
+    claim: Claim, own: Promise, capacity: HostCapacity, ledger: Ledger, most_sets: int
+) -> dict[frozenset[int], int]:
+    """Return the sets of nodes in which a claim can be short of room, and what is promised of each at least.
 
+    That is its own, and those that overlap with it; where these are too many, those with the least room.
     Source: Hall's theorem: each VM has its place if no set of nodes is promised to more than it holds.
     """
-    if not claim.nodes:
-        return set()
     found = {claim.nodes}
     for other in sorted(ledger.find_node_sets(claim.page_bytes), key=sorted):
         found |= {nodes | other for nodes in found if nodes & other}
-    return found
+        if len(found) > most_sets:
+            break
+    else:
+        return dict.fromkeys(found, 0)
+    # The VM may grow by others of its claims at the same time.
+    unions, bound = {claim.nodes}, {one.nodes for one in own.claims if one.page_bytes == claim.page_bytes and one.nodes}
+    for other in sorted(bound, key=sorted):
+        unions |= {nodes | other for nodes in unions}
+        if len(unions) > _MOST_SETS:
+            unions = {claim.nodes, frozenset().union(*bound)}
+            break
+    demands = _sum_demands(claim, ledger)
+    tightest = (_find_tightest(nodes, claim.page_bytes, capacity, demands) for nodes in unions)
+    sums = {nodes: sum(size for kind, size in demands.items() if kind <= nodes) for nodes in tightest}
+    return dict.fromkeys(unions, 0) | sums
+
+
+def _sum_demands(claim: Claim, ledger: Ledger) -> Counter[frozenset[int]]:
+    """Return what is promised of each set of nodes alone, of those that overlap with a claim's or with such a set.
+
+    Of a VM that is bound to several, its balloon may hold what is of another: each counts with the most that it can be.
+    """
+    near, kinds = claim.nodes, ledger.find_node_sets(claim.page_bytes)
+    while (wider := near.union(*(nodes for nodes in kinds if nodes & near))) != near:
+        near = wider
+    demands: Counter[frozenset[int]] = Counter()
+    for promise in ledger.promises():
+        sizes: Counter[frozenset[int]] = Counter()
+        for one in promise.claims:
+            if one.page_bytes == claim.page_bytes and one.nodes & near:
+                sizes[one.nodes] += one.size_bytes
+        most = promise.size_bytes - promise.claims[-1].size_bytes
+        demands.update({nodes: min(size, most) for nodes, size in sizes.items()})
+    return demands
+
+
+def _find_tightest(
+    own: frozenset[int], page_bytes: int, capacity: HostCapacity, demands: Counter[frozenset[int]]
+) -> frozenset[int]:
+    """Return of all sets with these nodes in them the one with the least room.
+
+    A maximum flow: what is bound to nodes outside is put there, and moved on to others of its own where a node is full.
+    Where something finds no place, all nodes that could be made free for it are full, and belong to the set.
+    """
+    outside = frozenset[int]().union(*demands) - own
+    room = {node: capacity.measure(page_bytes, frozenset({node}))[0] for node in outside}
+    placed: dict[int, Counter[frozenset[int]]] = {node: Counter() for node in outside}
+    tight = own
+    for kind, size in demands.items():
+        left = size if kind - own else 0
+        while left:
+            # Each node with what would be moved to it, and from where.
+            reached: dict[int, tuple[int, frozenset[int]] | None] = dict.fromkeys(kind - own)
+            queue = list(reached)
+            for node in queue:
+                if room[node]:
+                    break
+                for other in +placed[node]:
+                    new = other - own - set(reached)
+                    reached |= dict.fromkeys(new, (node, other))
+                    queue += new
+            else:
+                tight |= set(reached)
+                break
+            moves, amount, last = list[tuple[int, int, frozenset[int]]](), min(left, room[node]), node
+            while (move := reached[node]) is not None:
+                moves.append((node, *move))
+                node, amount = move[0], min(amount, placed[move[0]][move[1]])
+            room[last] -= amount
+            for to, origin, other in moves:
+                placed[origin][other] -= amount
+                placed[to][other] += amount
+            placed[node][kind] += amount
+            left -= amount
+    return tight
 
 
 def _name(shares: Iterable[_Share]) -> tuple[tuple[str, int], ...]:
