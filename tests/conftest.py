@@ -19,6 +19,7 @@ from tests.lab.guest import Guest
 from tests.lab.image import Image, build_image
 from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.orphans import reaping_orphans
+from tests.lab.server import ManagementServer
 
 Boot = Callable[[GuestSpec], Guest]
 
@@ -98,6 +99,13 @@ def lab() -> Iterator[PrivateLibvirtd]:
     """A private libvirtd. A test that kills or pauses it starts or resumes it again."""
     with PrivateLibvirtd() as daemon:
         yield daemon
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ManagementServer]:
+    """The management server that takes the callbacks."""
+    with ManagementServer() as running:
+        yield running
 
 
 @pytest.fixture

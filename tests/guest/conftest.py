@@ -21,13 +21,6 @@ def agent(lab: PrivateLibvirtd) -> Iterator[AgentProcess]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ManagementServer]:
-    """Takes the callbacks."""
-    with ManagementServer() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def send(agent: AgentProcess, server: ManagementServer) -> Send:
     """Sends a command for a guest and returns what its callback says."""
 

@@ -3,7 +3,7 @@
 What the guest has is read in the guest, over its serial port: the agent under test has no part in it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ from kvmagent.model.errors import MOVABLE_PARAMETERS
 from tests.lab.agent import AgentProcess, new_task_uuid
 from tests.lab.domainxml import GuestSpec
 from tests.lab.guest import Guest
-from tests.lab.libvirtd import PrivateLibvirtd
 from tests.lab.server import ManagementServer
 
 pytestmark = pytest.mark.guest
@@ -32,18 +31,6 @@ class Caller:
         reply = self.agent.post(f"/vm/hotplug/{command}", body, task_uuid=task, callback_url=self.server.url)
         assert reply == (200, {"taskUuid": task, "state": "accepted"})
         return self.server.wait(task, 120)
-
-
-@pytest.fixture(scope="module")
-def agent(lab: PrivateLibvirtd) -> Iterator[AgentProcess]:
-    with AgentProcess(uri=lab.uri) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ManagementServer]:
-    with ManagementServer() as running:
-        yield running
 
 
 def test_the_guest_itself_has_what_the_callback_says(

@@ -5,14 +5,6 @@ import pytest
 from tests.fakes.agent import write_node
 from tests.lab.agent import AgentProcess
 from tests.lab.domainxml import GuestSpec
-from tests.lab.server import ManagementServer
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ManagementServer]:
-    """The management server that takes the callbacks."""
-    with ManagementServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

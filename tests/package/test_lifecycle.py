@@ -4,7 +4,7 @@ import http.client
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,6 @@ class Machine:
     def log(self) -> str:
         """What the agent has said, over all its starts."""
         return (self.tree.path / "var/log/kvmagent/stderr").read_text()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ManagementServer]:
-    """Takes the callbacks."""
-    with ManagementServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

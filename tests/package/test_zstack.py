@@ -48,12 +48,6 @@ def original() -> Iterator[int]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ManagementServer]:
-    with ManagementServer() as running:
-        yield running
-
-
 class Node:
     """A booted machine, and a server's way to it."""
 

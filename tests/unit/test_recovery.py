@@ -63,6 +63,14 @@ class Agent:
         task = Task(task_uuid="t1", command=command, lane="vm1", request=request, callback_url=url, client="127.0.0.1")
         return self.journal.accept(task)[0]
 
+    def kill(self, task: Task, *, at: str) -> Task:
+        """Run a task until the agent is killed at a point; return it as the next agent finds it."""
+        self.point = at
+        with pytest.raises(Killed):
+            self.executor.run(task)
+        (left,) = self.journal.unfinished()
+        return left
+
     def reply(self) -> dict[str, Any]:
         task = self.journal.find("t1")
         assert task is not None
@@ -78,11 +86,9 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
 
 
 def test_what_an_earlier_run_did_is_told_as_done_and_not_as_unchanged(agent: Agent) -> None:
-    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2, affect="live", guestOnline=False)
-    agent.point = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(
+        agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2, affect="live", guestOnline=False), at="step:done"
+    )
     agent.executor.run(left)
     reply = agent.reply()
     assert (reply["recovered"], reply["before"]["cpuNum"], reply["after"]["cpuNum"]) == (True, 1, 2)
@@ -91,14 +97,10 @@ def test_what_an_earlier_run_did_is_told_as_done_and_not_as_unchanged(agent: Age
 
 
 def test_a_task_that_has_its_goal_goes_on_though_the_owner_opts_out_meanwhile(agent: Agent) -> None:
-    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
-    agent.point = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2), at="step:done")
     for root in (agent.domain.live, agent.domain.config):
         xml = f"<metadata><policy xmlns='{POLICY_NAMESPACE}' hotplug='off'/></metadata>"
         root.append(etree.fromstring(xml))
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     reply = agent.reply()
     assert (reply["outcome"], reply["after"]["cpuNum"], reply["after"]["configCpuNum"]) == ("online", 2, 2)
@@ -114,22 +116,14 @@ def test_a_task_is_not_refused_by_its_own_effect(agent: Agent) -> None:
         "expectedCpuNum": 1,
         "expectedMemorySize": 256 * MIB,
     }
-    task = agent.accept("HotPlugCpuMemory", **fields)
-    agent.point = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(agent.accept("HotPlugCpuMemory", **fields), at="step:done")
     agent.executor.run(left)
     reply = agent.reply()
     assert (reply["outcome"], reply["cpuNum"], reply["memorySize"]) == ("online", 2, 384 * MIB)
 
 
 def test_facts_that_another_version_recorded_are_unknown_and_stop_nothing(agent: Agent) -> None:
-    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2)
-    agent.point = "step:begun"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=2), at="step:begun")
     agent.executor.run(msgspec.structs.replace(left, before=b'{"of": "long ago"}'))
     reply = agent.reply()
     assert (reply["outcome"], reply["before"]["cpuNum"], reply["after"]["cpuNum"]) == ("online", None, 2)
@@ -181,12 +175,9 @@ def reserved(agent: Agent) -> int:
 
 def test_memory_is_reserved_before_the_first_step_and_over_a_restart_and_free_with_the_end(agent: Agent) -> None:
     task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, dimmSize=256 * MIB, guestOnline=False)
-    agent.point = "step:begun"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(task, at="step:begun")
     agent.node.release(task.task_uuid)  # as the death of an agent does
     assert reserved(agent) == 0
-    (left,) = agent.journal.unfinished()
     agent.executor.recall(left)
     assert reserved(agent) == 1024 * MIB * 513 // 512
     agent.executor.run(left)
@@ -218,10 +209,7 @@ def test_a_vm_that_ends_in_the_middle_of_its_task_leaves_no_reservation(
         return called(*arguments)
 
     task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, guestOnline=False)
-    agent.point = "step:begun"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(task, at="step:begun")
     setattr(agent.domain, call, end_then_call)
     agent.executor.run(left)
     reply = agent.reply()
@@ -429,10 +417,7 @@ def test_no_point_of_a_task_s_way_is_left_out(tmp_path: Path, way: Way) -> None:
 @pytest.mark.parametrize("boots_with_mib", [256, 640, 2048])
 def test_on_another_boot_only_what_lacks_to_the_total_is_plugged(agent: Agent, boots_with_mib: int) -> None:
     fields = {"memorySize": 1280 * MIB, "dimmSize": 128 * MIB, "method": "dimm", "guestOnline": False}
-    task = agent.accept("HotPlugMemory", vmUuid="vm1", **fields)
-    agent.point = "step:done@3"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept("HotPlugMemory", vmUuid="vm1", **fields), at="step:done@3")
     for root in (agent.domain.live, agent.domain.config):
         for device in root.findall("./devices/memory"):
             device.getparent().remove(device)
@@ -443,7 +428,6 @@ def test_on_another_boot_only_what_lacks_to_the_total_is_plugged(agent: Agent, b
         cell.set("memory", str(boots_with_mib * 1024))
         cell.set("unit", "KiB")
     agent.domain.power_cycle()
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     after = agent.reply()["after"]
     expected = max(1280, boots_with_mib) * MIB
@@ -459,13 +443,9 @@ def test_a_total_that_somebody_helps_to_reach_meanwhile_is_reached(
 ) -> None:
     """Of what a task was to attach it attaches what still lacks: a smaller dimm, or none."""
     fields = {"cpuNum": 2} if command == "HotPlugCpuMemory" else {"method": method}
-    task = agent.accept(command, vmUuid="vm1", memorySize=512 * MIB, **fields)
-    agent.point = "step:begun"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept(command, vmUuid="vm1", memorySize=512 * MIB, **fields), at="step:begun")
     target = f"<target><size unit='MiB'>{size_mib}</size><node>0</node></target>"
     agent.domain.attachDeviceFlags(f"<memory model='dimm'>{target}<alias name='ua-x'/></memory>", definitions)
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     reply, has = agent.reply(), numbers_of(agent.domain)
     assert (reply["success"], reply["errorCode"]) == (True, None), reply
@@ -484,15 +464,14 @@ def test_a_virtio_mem_device_grows_by_what_lacks_where_somebody_plugged_meanwhil
         "<requested unit='KiB'>0</requested></target><alias name='ua-room'/></memory>"
     )
     agent.domain.attachDeviceFlags(device, 3)
-    task = agent.accept("HotPlugCpuMemory" if more else "HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, **more)
-    agent.point = f"step:begun@{nth}"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(
+        agent.accept("HotPlugCpuMemory" if more else "HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, **more),
+        at=f"step:begun@{nth}",
+    )
     target = "<target><size unit='KiB'>131072</size><node>0</node></target>"
     dimm = f"<memory model='dimm'>{target}<alias name='ua-x'/></memory>"
     agent.domain.attachDeviceFlags(dimm, 3)
     had = numbers_of(agent.domain)
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     reply, has = agent.reply(), numbers_of(agent.domain)
     assert reply["success"], reply
@@ -502,14 +481,10 @@ def test_a_virtio_mem_device_grows_by_what_lacks_where_somebody_plugged_meanwhil
 
 @pytest.mark.parametrize("point", ["step:begun", "step:done"])
 def test_another_vm_of_the_same_name_keeps_the_vcpus_of_its_definition(agent: Agent, point: str) -> None:
-    task = agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=3)
-    agent.point = point
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept("HotPlugCpu", vmUuid="vm1", cpuNum=3), at=point)
     agent.domain._uuid = "99999999-2222-3333-4444-555555555555"
     agent.domain.config.find("vcpu").set("current", "4")
     before = definitions_of(agent.domain)
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     assert agent.reply()["errorCode"] == "VM_REPLACED"
     assert definitions_of(agent.domain) == before
@@ -521,15 +496,14 @@ def test_another_vm_of_the_same_name_keeps_the_vcpus_of_its_definition(agent: Ag
 
 
 def test_another_vm_of_the_same_name_is_not_touched(agent: Agent) -> None:
-    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, dimmSize=128 * MIB, guestOnline=False)
-    agent.point = "step:done@3"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(
+        agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, dimmSize=128 * MIB, guestOnline=False),
+        at="step:done@3",
+    )
     agent.domain._uuid = "99999999-2222-3333-4444-555555555555"
     for device in agent.domain.live.findall("./devices/memory"):
         device.getparent().remove(device)
     calls = list(agent.domain.calls)
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     reply = agent.reply()
     assert (reply["outcome"], reply["errorCode"], reply["success"]) == ("partial", "VM_REPLACED", False)
@@ -597,15 +571,11 @@ def test_a_plug_that_goes_on_lowers_nothing_that_the_vm_has_by_then(
     """Somebody gave it more meanwhile, or it was started anew, with a balloon that holds nothing."""
     make, fields, give_more = PLUGS[name]
     agent = Agent(tmp_path, make())
-    task = agent.accept("HotPlugMemory", vmUuid="vm1", **fields)
-    agent.point = point
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept("HotPlugMemory", vmUuid="vm1", **fields), at=point)
     give_more(agent.domain)
     if starts_anew:
         agent.domain.power_cycle()
     before = has_memory(agent)
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     agent.journal.stop()
     reply = agent.reply()
@@ -619,14 +589,10 @@ def test_a_removal_that_goes_on_gives_back_nothing_that_has_left_by_then(
     tmp_path: Path, point: str, starts_anew: bool
 ) -> None:
     agent = Agent(tmp_path, make_virtio_mem())
-    task = agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=700 * MIB)
-    agent.point = point
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=700 * MIB), at=point)
     set_virtio_mem(agent.domain, 100)
     if starts_anew:
         agent.domain.power_cycle()
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     agent.journal.stop()
     assert agent.reply()["success"]
@@ -637,11 +603,7 @@ def test_a_removal_that_goes_on_gives_back_nothing_that_has_left_by_then(
 def test_a_removal_that_goes_on_takes_nothing_more_once_others_have_taken_as_much(tmp_path: Path, point: str) -> None:
     agent = Agent(tmp_path)
     assert carry_out(agent.node, "HotPlugMemory", vmUuid="vm1", memorySize=512 * MIB, dimmSize=128 * MIB)["success"]
-    task = agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=384 * MIB)
-    agent.point = point
-    with pytest.raises(Killed):
-        agent.executor.run(task)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(agent.accept("HotUnplugMemory", vmUuid="vm1", memorySize=384 * MIB), at=point)
     aliases = [one.get("name") for one in agent.domain.live.findall("./devices/memory/alias")]
     kept = next(one for one in aliases if one.encode() not in (left.goal or b""))
     agent.domain.detachDeviceAlias(kept, libvirt.VIR_DOMAIN_AFFECT_LIVE)
@@ -659,12 +621,10 @@ def test_a_removal_that_goes_on_takes_nothing_more_once_others_have_taken_as_muc
 def test_a_task_for_the_definition_that_goes_on_leaves_new_blocks_of_the_guest_alone(tmp_path: Path) -> None:
     """The VM was started anew meanwhile, with what the task gave it, and its guest has not brought that online."""
     agent = Agent(tmp_path, make_virtio_mem())
-    task = agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, affect="config")
-    agent.point = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(
+        agent.accept("HotPlugMemory", vmUuid="vm1", memorySize=1280 * MIB, affect="config"), at="step:done"
+    )
     agent.domain.power_cycle()
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     agent.journal.stop()
     reply = agent.reply()
@@ -675,14 +635,10 @@ def test_a_task_for_the_definition_that_goes_on_leaves_new_blocks_of_the_guest_a
 @pytest.mark.parametrize("starts_anew", [False, True])
 def test_the_way_back_of_both_takes_no_more_than_the_way_had_given(tmp_path: Path, starts_anew: bool) -> None:
     agent = Agent(tmp_path, make_ballooned())
-    task = agent.accept("HotPlugCpuMemory", vmUuid="vm1", cpuNum=3, memorySize=800 * MIB)
-    agent.point = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(task)
+    left = agent.kill(agent.accept("HotPlugCpuMemory", vmUuid="vm1", cpuNum=3, memorySize=800 * MIB), at="step:done")
     if starts_anew:
         agent.domain.power_cycle()
     agent.domain.fail_next["setVcpusFlags"] = qemu_error(1, "no")
-    (left,) = agent.journal.unfinished()
     agent.executor.run(left)
     agent.journal.stop()
     assert not agent.reply()["success"]

@@ -69,6 +69,14 @@ class Agent:
         task = Task(task_uuid=task_uuid, command="HotPlugCpu", lane=vm, request=request, callback_url=url, client="::1")
         return self.journal.accept(task)[0]
 
+    def kill(self, task: Task) -> Task:
+        """Run a task until the agent is killed after a step; return it as the next agent finds it."""
+        self.kill_at = "step:done"
+        with pytest.raises(Killed):
+            self.executor.run(task)
+        (left,) = self.journal.unfinished()
+        return left
+
     def find(self, task_uuid: str) -> Task:
         task = self.journal.find(task_uuid)
         assert task is not None
@@ -100,11 +108,7 @@ def agent(tmp_path: Path) -> Iterator[Agent]:
 
 
 def test_who_waits_for_a_goal_of_an_earlier_agent_leaves_the_only_thread_to_it(agent: Agent) -> None:
-    first = agent.accept("t1", "vm1", 2)
-    agent.kill_at = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(first)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(agent.accept("t1", "vm1", 2))
     for n, spelling in enumerate(SPELLINGS[1:], 3):
         agent.lanes.put(agent.accept(f"t{n}", spelling, n))
     agent.wait_parked("t3", "t4")
@@ -117,10 +121,7 @@ def test_who_waits_for_a_goal_of_an_earlier_agent_leaves_the_only_thread_to_it(a
 
 
 def test_a_dry_run_waits_for_nobody(agent: Agent) -> None:
-    first = agent.accept("t1", "vm1", 2)
-    agent.kill_at = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(first)
+    agent.kill(agent.accept("t1", "vm1", 2))
     agent.executor.run(agent.accept("t2", UUID, 3, dryRun=True))
     assert agent.reply("t2")["outcome"] == "planned"
 
@@ -142,28 +143,20 @@ def test_who_waits_for_a_task_that_runs_goes_on_once_it_has_ended_and_other_vms_
 
 
 def test_one_that_waits_can_be_taken_back_and_its_lane_goes_on(agent: Agent) -> None:
-    first = agent.accept("t1", "vm1", 2)
-    agent.kill_at = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(first)
+    left = agent.kill(agent.accept("t1", "vm1", 2))
     waits, next_one = agent.accept("t2", UUID, 3), agent.accept("t3", UUID, 4)
     agent.lanes.put(waits)
     agent.lanes.put(next_one)
     agent.wait_parked("t2")
     agent.journal.cancel("t2", b"{}", "refused", then=lambda owed: agent.lanes.withdraw(waits))
     agent.wait_parked("t3")
-    (left, _) = agent.journal.unfinished()
     agent.lanes.put(left)
     assert agent.reply("t3")["before"]["cpuNum"] == 2
 
 
 def test_one_whose_goal_can_never_be_pursued_holds_nobody_up(agent: Agent) -> None:
     """Its plugin is gone: it ends without ever having had its VM."""
-    first = agent.accept("t1", "vm1", 2)
-    agent.kill_at = "step:done"
-    with pytest.raises(Killed):
-        agent.executor.run(first)
-    (left,) = agent.journal.unfinished()
+    left = agent.kill(agent.accept("t1", "vm1", 2))
     agent.lanes.put(agent.accept("t2", UUID, 3))
     agent.wait_parked("t2")
     agent.lanes.put(msgspec.structs.replace(left, command="Gone"))
