@@ -122,12 +122,13 @@ def test_each_library_has_one_owner(module: str) -> None:
 def test_model_and_planners_are_pure(module: str) -> None:
     touched = {imported.partition(".")[0] for imported in imports(module)} & IMPURE
     assert not touched, f"{module} imports {sorted(touched)}"
-    calls = {
-        node.func.id
-        for node in ast.walk(ast.parse(MODULES[module].read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
+    tree = ast.parse(MODULES[module].read_text())
+    calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not calls & {"open", "print", "input", "exec", "eval"}, module
+    assert not any(isinstance(node, ast.Global | ast.Nonlocal) for node in ast.walk(tree)), f"{module} remembers"
+    named = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    named |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert not named & {"cache", "lru_cache"}, f"{module} remembers"
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("plugins")])

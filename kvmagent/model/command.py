@@ -176,6 +176,14 @@ def find_asked(reports: Iterable[StepReport]) -> tuple[AnyStep, ...]:
     return tuple(asked.values())
 
 
+Once = Callable[[object, Callable[[], Any]], Any]
+
+
+def find_anew(about: object, find: Callable[[], Any]) -> Any:
+    """What is done where nobody remembers answers."""
+    return find()
+
+
 @dataclass(frozen=True)
 class Ending:
     """Everything that a reply can be made from.
@@ -184,7 +192,8 @@ class Ending:
     `after` when it could not be read again. `planned` holds the steps of a dry run, `preview` what they would tell.
     `judgement` is what came of it, made before `reply_fields`; `error` is then the judgement's.
     `recovered`: an earlier agent left the task unfinished; `reports` then begin with that agent's. `late`: what was
-    pending when the task answered has come to an end since.
+    pending when the task answered has come to an end since. `once(about, find)` returns what `find` returns, or what it
+    returned for an equal `about` before: for what costs much, and is the same for many VMs.
     """
 
     request: Any
@@ -198,6 +207,7 @@ class Ending:
     recovered: bool = False
     late: bool = False
     judgement: Judgement | None = None
+    once: Once = find_anew
 
     @property
     def is_done(self) -> bool:

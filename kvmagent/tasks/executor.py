@@ -46,6 +46,7 @@ from kvmagent.model.hostbudget import find_reservation
 from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep
 from kvmagent.recorder import Recorder, phase
+from kvmagent.tasks.alike import Alike
 from kvmagent.tasks.decision import decide, find_way_back, plan, resume
 from kvmagent.tasks.endings import Ended, Endings, named
 from kvmagent.tasks.faults import Fault, no_fault
@@ -148,6 +149,7 @@ class Executor:
         self._endings = Endings(journal, on_finished=on_finished, recorder=recorder or Recorder(), free=node.release)
         self._left = OfflineCpus(journal)
         self._turns = VmTurns(wake)
+        self._alike = Alike()
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -196,8 +198,8 @@ class Executor:
             AgentError: when the VM cannot be read.
         """
         facts = self._left.add(self._node.observe(request.vm_uuid, command.observe_guest))
-        goal = call(command.decide, request, facts, "")
-        ending = Ending(request, goal, before=facts, after=facts, reports=(), error=None)
+        goal, once = call(command.decide, request, facts, ""), self._alike.once
+        ending = Ending(request, goal, before=facts, after=facts, reports=(), error=None, once=once)
         return msgspec.Raw(make_reply(command, ending)[0])
 
     def _look_late(self, task: Task) -> None:
@@ -274,7 +276,7 @@ class Executor:
             if not run.error.expected:
                 log.failure("task failed", run.error, error_code=run.error.code)
             self._look_again(run)
-        reply, judgement = make_reply(run.command, run.end())
+        reply, judgement = make_reply(run.command, run.end(self._alike.once))
         totals = tell_totals(judgement)
         made = _find_change(run, judgement.outcome, judgement.error, totals)
         return Ended(reply, judgement.outcome, judgement.error, run.hooked, totals, made, run.after or run.before)

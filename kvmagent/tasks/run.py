@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from kvmagent.logs import Log
-from kvmagent.model.command import Command, Ending, Goal, StepReport, VmRequest
+from kvmagent.model.command import Command, Ending, Goal, Once, StepReport, VmRequest, find_anew
 from kvmagent.model.errors import AgentError
 from kvmagent.model.facts import Facts
 from kvmagent.model.reply import Problem, VmReply
@@ -81,7 +81,8 @@ class Run:
         assert self.after is not None
         return plan(self.command, self.request, self.goal, self.after, failed, before=self.before, late=self.late)
 
-    def end(self) -> Ending:
+    def end(self, once: Once = find_anew) -> Ending:
+        """Return what the reply is made from; `once`: see Ending."""
         return Ending(
             request=self.request,
             goal=self.goal,
@@ -93,6 +94,7 @@ class Run:
             preview=self.preview,
             recovered=self.recovered,
             late=self.late,
+            once=once,
         )
 
 

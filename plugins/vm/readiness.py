@@ -18,7 +18,7 @@ from kvmagent.model.reply import Problem
 from kvmagent.model.steps import AnyStep, DefineShape
 from kvmagent.model.units import format_size
 
-from .capacity import Growth, find_headroom, is_ready, judge_readiness
+from .capacity import Growth, ask_once, find_headroom, is_ready, judge_readiness
 from .guestmemory import find_online_bytes
 from .prepare import PrepareGoal, explain_preparation, is_prepared, plan_preparation
 from .requests import Device, PluggedOffline, ReadinessReply, ReadyForHotplugRequest
@@ -59,7 +59,7 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
     facts, goal, request = ending.after, ending.goal, ending.request
     if facts is None or ending.error is not None:
         return {}
-    silence, room = _find_silence(facts), find_headroom(request, facts)
+    silence, room = _find_silence(facts), ask_once(ending.once, find_headroom, request, facts)
     growth = Growth(cpu=bool(room and room.cpu_num), memory=bool(room and room.memory_size))
     now = judge_readiness(request, facts, growth)
     return {
@@ -73,7 +73,7 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
         "at_maximum": now.at_maximum,
         "guest_fell_silent": facts.fell_silent,
         "confirmable": facts.domain.live is not None and not silence,
-        "ready_after_restart": _is_ready_after_restart(request, facts),
+        "ready_after_restart": _is_ready_after_restart(ending, facts),
         "blockers": list(now.blockers),
         "headroom": room,
         "devices": _find_devices(facts),
@@ -127,15 +127,16 @@ def _find_warnings(facts: Facts) -> list[Problem]:
     ]
 
 
-def _is_ready_after_restart(request: ReadyForHotplugRequest, facts: Facts) -> bool:
+def _is_ready_after_restart(ending: Ending, facts: Facts) -> bool:
     """Return whether the same totals would be accepted once the VM was powered off and on.
 
     With a managed save image the next start has another definition than the persistent one.
     """
+    request = ending.request
     if facts.domain.config is None or facts.domain.saved:
         return False
     same = ReadyForHotplugRequest(vm_uuid=request.vm_uuid, cpu_num=request.cpu_num, memory_size=request.memory_size)
-    return is_ready(same, foresee_restart(facts))
+    return ask_once(ending.once, is_ready, same, foresee_restart(facts))
 
 
 def _find_diff(ending: Ending) -> str | None:

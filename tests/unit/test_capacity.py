@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,14 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
-from kvmagent.model.command import Affect
+from kvmagent.model.command import Affect, find_anew
 from kvmagent.model.facts import POLICY_NAMESPACE
 from kvmagent.model.hostbudget import foresee_restart
 from kvmagent_plugins.vm import cpu, memory
-from kvmagent_plugins.vm.capacity import find_headroom, find_largest, is_ready
+from kvmagent_plugins.vm.capacity import ask_once, find_headroom, find_largest, is_ready
 from kvmagent_plugins.vm.readiness import READY_FOR_HOTPLUG
 from kvmagent_plugins.vm.requests import ReadyForHotplugRequest
-from tests.fakes.agent import MIB, carry_out, make_domain, make_guest, make_node
+from tests.fakes.agent import MIB, FakeAgent, carry_out, make_domain, make_guest, make_node
 from tests.fakes.libvirt import FakeDomain
 from tests.lab.domainxml import GuestSpec
 from tests.unit.test_planners_properties import BLOCK_MIB, Vm, vms
@@ -223,7 +222,7 @@ def test_what_is_said_of_vms_that_are_alike_is_what_would_be_said_of_each_alone(
     request = ReadyForHotplugRequest(vm_uuid="vm1", affect=affect)
     for find in (find_headroom, is_ready):
         for seen in (facts, facts if facts.domain.config is None else foresee_restart(facts)):
-            assert find(request, seen) == inspect.unwrap(find)(request, seen)
+            assert ask_once(find_anew, find, request, seen) == find(request, seen)
 
 
 def count_decisions(act: Callable[[], object]) -> int:
@@ -250,9 +249,10 @@ def test_the_planners_are_asked_once_for_all_vms_of_a_kind(tmp_path: Path) -> No
         domain = make_domain(spec, make_guest(spec), virt_type="kvm")
         domain._uuid, domain.number = f"00000000-0000-0000-0000-{n:012}", n + 1
         domains.append(domain)
-    node = make_node(tmp_path, *domains)
-    asks = [partial(carry_out, node, "ReadyForHotplug", f"t{n}", vmUuid=f"vm{n}") for n in range(len(domains))]
+    agent = FakeAgent(tmp_path, *domains)
+    asks = [partial(agent.run, "ReadyForHotplug", f"t{n}", vmUuid=f"vm{n}") for n in range(len(domains))]
     counts = [count_decisions(ask_one) for ask_one in asks]
+    agent.stop()
     assert [count > 0 for count in counts] == [True, False, False, True, False, False]
 
 
