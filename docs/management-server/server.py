@@ -87,17 +87,17 @@ class Sender(threading.Thread):
 
     def _send(self, task: str, path: str, request: str) -> bool:
         """Send one command; return false if the agent cannot take the next one either."""
-        asked = urllib.request.Request(self._agent + path, request.encode(), {**self._headers, "taskuuid": task})
+        post = urllib.request.Request(self._agent + path, request.encode(), {**self._headers, "taskuuid": task})
         try:
-            OPENER.open(asked, timeout=TIMEOUT_S).read()
+            OPENER.open(post, timeout=TIMEOUT_S).read()
             self._note(task, None, self._ask_again_s)
             return True
         except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
+            answer = error.read().decode(errors="replace")
             if error.code in FINAL:
-                self._store.run(("UPDATE commands SET outcome = ? WHERE id = ? AND outcome IS NULL", (told, task)))
+                self._store.run(("UPDATE commands SET outcome = ? WHERE id = ? AND outcome IS NULL", (answer, task)))
                 return True
-            self._note(task, told, RETRY_S)
+            self._note(task, answer, RETRY_S)
             return error.code != 503
         except (OSError, http.client.HTTPException) as error:
             self._note(task, str(error), RETRY_S)
@@ -140,23 +140,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         """A command: {"agent": "http://node1:7070", "path": "/vm/hotplug/cpu", "request": {...}}."""
-        task, told = self.path.removeprefix("/commands/"), json.loads(self._body())
+        task, body = self.path.removeprefix("/commands/"), json.loads(self._body())
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", task):
             return self._answer(404, {})
-        command = (told["agent"], told["path"], json.dumps(told["request"]))
+        command = (body["agent"], body["path"], json.dumps(body["request"]))
         new = "INSERT INTO commands (id, agent, path, request, send_at) VALUES (?, ?, ?, ?, 0) ON CONFLICT DO NOTHING"
         self.server.store.run((new, (task, *command)))
         (known,), _ = self.server.store.run(("SELECT agent, path, request FROM commands WHERE id = ?", (task,)))
-        self.server.wake(told["agent"])
+        self.server.wake(body["agent"])
         return self._answer(202 if known == command else 409, {"id": task})
 
     def do_GET(self) -> None:
         """The state of a command: its last error, and its outcome if there is one."""
-        asked = "SELECT trouble, outcome, late FROM commands WHERE id = ?"
-        rows, _ = self.server.store.run((asked, (self.path.removeprefix("/commands/"),)))
+        query = "SELECT trouble, outcome, late FROM commands WHERE id = ?"
+        rows, _ = self.server.store.run((query, (self.path.removeprefix("/commands/"),)))
         for trouble, outcome, late in rows:
-            told = {"outcome": json.loads(outcome or "null"), "late": json.loads(late or "null")}
-            return self._answer(200, {"trouble": trouble, **told})
+            outcomes = {"outcome": json.loads(outcome or "null"), "late": json.loads(late or "null")}
+            return self._answer(200, {"trouble": trouble, **outcomes})
         return self._answer(404, {})
 
     def do_POST(self) -> None:
@@ -184,8 +184,8 @@ class Handler(BaseHTTPRequestHandler):
             raise ConnectionError("the sender closed the connection early")
         return body.decode()
 
-    def _answer(self, status: int, told: dict) -> None:
-        body = json.dumps(told).encode()
+    def _answer(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -1,4 +1,4 @@
-"""Which VMs was live-migrated to this host, in their present run: known for the rest of it.
+"""Which VMs were live-migrated to this host, in their present run: known for the rest of it.
 
     find   libvirt connected     how each running VM came: its reason to run, its QEMU's command line where it is seen
     hear   an event of libvirt   a VM starts or runs on by migration, is restored, or stops

@@ -451,7 +451,7 @@ class Delivery:
                 return True, 0.0, status is not None
             self._journal.record_attempt(task_uuid, attempts, error)
             self._recorder.callback_failed()
-            log.warning("callback not taken", url=url, attempts=attempts, error=error)
+            log.warning("callback not accepted", url=url, attempts=attempts, error=error)
             return False, self._backoff.pause_s(attempts), status is not None
 
     def _settle(self, task: Task, state: State, error: str | None, attempts: int | None) -> None:

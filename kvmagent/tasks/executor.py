@@ -526,7 +526,7 @@ class Executor:
             goal = find_way_back(run.command, run.goal, seen, run.after, error)
             if goal is None:
                 return
-            log.info("task retreats", **error_fields(error))
+            log.info("task rolls back", **error_fields(error))
             run.goal, run.interrupted = goal, True
             if steps := run.plan():
                 self._record_goal(task, run, steps)

@@ -96,7 +96,7 @@ def test_no_task_starts_before_it_is_accepted_and_nothing_is_an_object_s_repr(no
         with ThreadPoolExecutor(8) as clients:
             list(clients.map(send, range(len(tasks))))
         wait_for(lambda: agent.log().count("task finished") == len(tasks), timeout_s=60, what="all of them")
-        wait_for(lambda: "callback not taken" in agent.log(), timeout_s=60, what="an attempt")
+        wait_for(lambda: "callback not accepted" in agent.log(), timeout_s=60, what="an attempt")
         for task in tasks:
             told = [line for line in agent.log().splitlines() if f"task={task}" in line]
             assert "audit event=accepted" in told[0]
@@ -140,7 +140,7 @@ def test_a_signal_dumps_stacks_and_what_runs_waits_and_is_owed_to_the_log_file(
         file = agent.directory / "own.log"
         task, dead = new_task_uuid(), f"http://127.0.0.1:{find_free_port()}/done"
         agent.post(CPU, {"vmUuid": "vm1", "cpuNum": 2}, task_uuid=task, callback_url=dead)
-        wait_for(lambda: "callback not taken" in file.read_text(), timeout_s=20, what="the first attempt")
+        wait_for(lambda: "callback not accepted" in file.read_text(), timeout_s=20, what="the first attempt")
         file.rename(file.with_suffix(".1"))
         wait_for(file.exists, timeout_s=10, what="the agent to follow")
         os.kill(agent.pid, number)
