@@ -519,6 +519,10 @@ def list_settings(settings: Settings) -> list[tuple[str, str, str, bool]]:
     return listed
 
 
+# Of a key without a maximum a larger number means the same, and is none that SQLite or a metric can take.
+_MOST = 2**63 - 1
+
+
 def _read_value(section: str, key: str, text: str) -> Any:
     """Return a key's value.
 
@@ -536,9 +540,10 @@ def _read_value(section: str, key: str, text: str) -> Any:
             raise ValueError(f"{name} is a list with commas, as in: a, b; got {text!r}")
         return tuple(parts)
     try:
-        return msgspec.convert(text, field.type, strict=False)
+        value = msgspec.convert(text, field.type, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"{name} must be {_allowed(field.type)}, got {text!r}") from error
+    return min(value, _MOST) if type(value) is int else value
 
 
 def _is_bracketed(parts: list[str]) -> bool:

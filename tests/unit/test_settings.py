@@ -27,6 +27,14 @@ def test_keys_are_typed_and_overrides_win() -> None:
     assert settings.log.format == "json"
 
 
+@pytest.mark.parametrize("number", [2**62, 2**63, 10**30, 10**400])
+def test_a_number_without_a_maximum_is_one_that_sqlite_and_metrics_can_take(number: int) -> None:
+    keys = ("agent.keep_tasks", "agent.keep_sec", "agent.keep_history_sec", "agent.keep_bytes", "host.memory_reserve")
+    read = parse_settings("", [f"{key}={number}" for key in keys])
+    taken = {getattr(getattr(read, section), key) for section, key in (name.split(".") for name in keys)}
+    assert taken == {min(number, 2**63 - 1)}
+
+
 def test_a_later_file_wins_and_each_fault_says_where_it_stands() -> None:
     sources = [
         ("kvmagent.conf", "[http]\nport = 8080\n[log]\nlevel = info\n"),
