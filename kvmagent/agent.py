@@ -1,4 +1,4 @@
-"""The agent, assembled: builds every object, owns the order of start and stop, and the signals.
+"""Assembles the agent: builds every object, and owns the order of start and stop, and the signals.
 
 start   lock, port, journal, libvirt connection, lanes with what was left, delivery with what is owed, HTTP
 run     once a second: threads for what waits, old tasks forgotten, the watchdog fed while everything makes progress

@@ -1,4 +1,4 @@
-"""When a certificate that the agent shows ends."""
+"""When a certificate of the agent expires."""
 
 import ssl
 

@@ -1,4 +1,4 @@
-"""INI text as entries that know where they stand: file and line. Reads no file."""
+"""INI text as entries that know their file and line. Reads no file."""
 
 import configparser
 import re

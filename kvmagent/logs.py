@@ -1,4 +1,4 @@
-"""The agent's log lines: key=value text or JSON, with the task, VM, command and caller that a line belongs to on each.
+"""The agent's log lines: key=value text or JSON, each with its task, VM, command and caller.
 
     log = Log(__name__)
     log.info("step", step="SetVcpus", ms=8.0)

@@ -1,4 +1,4 @@
-"""The plugins that are installed: entry points of the group `kvmagent.plugins`, each of which leads to a Plugin."""
+"""Installed plugins: entry points of the group `kvmagent.plugins`, each of which is a Plugin."""
 
 import importlib.metadata
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What the parts of the agent tell of their work so that it can be counted: events, and the time of each phase.
+"""What the parts of the agent report for the metrics: events, and the time of each phase.
 
     with measured("plan") as spent:      what no other phase claims
         with phase("libvirt"):

@@ -1,4 +1,4 @@
-"""Files that decide what the agent does: nobody but root and the agent's user may change them, or read their secrets.
+"""Files that control the agent or hold secrets: only root and the agent's user may write or read them.
 
 check_trusted, check_file   the path, each directory above and each link on the way: who could change them
 read_file, read_private     the text; a pipe in place of a file is refused, not waited for

@@ -1,4 +1,4 @@
-"""The settings: one table, from which come the typed values, conf/kvmagent.conf and the help.
+"""The settings: one table that makes the typed values, conf/kvmagent.conf and the help.
 
 Each section is a Struct, each key a field: its type, range and meaning are its annotation, its default its default.
 """

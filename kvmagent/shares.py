@@ -1,4 +1,4 @@
-"""Places that many share, so that none of them takes all: connections, threads, memory.
+"""Shares a limited number of connections, threads or bytes among clients, so that none takes all.
 
 Whoever takes places may have as many as are free at that moment, and no more. One alone gets half of all, two get a
 third each, and there is always something left for one who has nothing yet.

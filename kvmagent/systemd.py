@@ -1,4 +1,4 @@
-"""Tells systemd how the agent is: ready, alive, stopping. Silent where systemd did not start it.
+"""Notifies systemd: ready, alive, stopping. Does nothing if systemd did not start the agent.
 
 A datagram to a socket is the whole protocol, so that a library for it would be more than it replaces.
 Source: sd_notify(3), systemd.service(5) Type=notify and WatchdogSec=.

@@ -1,4 +1,4 @@
-"""The host plugin: what a ZStack management server requests of a host before it uses it, and the reports on its VMs."""
+"""The host plugin: what a ZStack management server requests of a host, and the reports on its VMs."""
 
 from kvmagent.model.command import Plugin
 

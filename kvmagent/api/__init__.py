@@ -1,4 +1,4 @@
-"""HTTP: what comes in is checked here, what goes out is written here.
+"""HTTP: checks what comes in and writes what goes out.
 
 listener  sockets, TLS, slow clients; the only user of cheroot
 framing   whether a request is whole, how large it may be, and what its head says

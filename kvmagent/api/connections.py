@@ -1,4 +1,4 @@
-"""Which connections no worker has, what each waits for, and since when. Stands in for cheroot's ConnectionManager.
+"""Idle connections: what each waits for, and since when. Stands in for cheroot's ConnectionManager.
 
     accept -> worker -> put: its client says more, or takes more of its answer -> worker
                              nothing for `idle_s`: closed

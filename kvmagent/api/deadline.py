@@ -1,4 +1,4 @@
-"""Calls that may hang, made on other threads with a deadline. `question` here is such a call, not a host query."""
+"""Makes calls that may hang on other threads, with a deadline. `question` here is such a call, not a host query."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Where one request ends and the next begins, in bytes as they come in, and what it says. No sockets, no waiting.
+"""Splits the bytes of a connection into requests, and parses their heads. No sockets, no waiting.
 
     feed(bytes)  ->  take() -> None: more is needed | one whole Request | AgentError: nothing more can come of it
 

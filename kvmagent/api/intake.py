@@ -1,4 +1,4 @@
-"""Takes a command in: checks it, stores it, and only then says that it is accepted; and takes it back, if in time."""
+"""Accepts a command: checks it, stores it, and only then answers; and cancels it, if it is not too late."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Who is at the other end of a UNIX socket, from the kernel: nothing that the other end says counts.
+"""The peer of a UNIX socket, as the kernel reports it; nothing that the peer says about itself counts.
 
 Source: unix(7), SO_PEERCRED; socket(7), SO_PEERGROUPS (Linux 4.13). Both are of the moment of connect(2).
 """

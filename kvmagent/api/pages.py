@@ -1,4 +1,4 @@
-"""Lists that are read a page at a time, of some fields, and again at little cost.
+"""Lists that clients read by pages and fields, and again at little cost.
 
 limit, cursor -> a page: what follows the entry that the cursor stands for; `next` is the cursor of the next page
 fields        -> of each entry its id and these fields alone

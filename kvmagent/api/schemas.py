@@ -1,4 +1,4 @@
-"""What the reads answer, as the wire has it. Times are seconds since the epoch, sizes are bytes."""
+"""The answers of the GET paths, as on the wire. Times are seconds since the epoch, sizes are bytes."""
 
 from typing import Any, NamedTuple
 

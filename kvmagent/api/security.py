@@ -1,4 +1,4 @@
-"""Who a client is, and what it may do: its address, its certificate's names, its token, its user on this host.
+"""Identifies clients by address, certificate, token or user of this host, and says what each may do.
 
 Certificates, tokens and roles are the operator's; `load` reads them all or changes nothing, so that a reload with a
 broken file leaves in force what was there. Each load begins a new `generation`: where what lets a client in has

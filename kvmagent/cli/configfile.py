@@ -1,4 +1,4 @@
-"""The configuration: the file, and what stands in conf.d beside it."""
+"""The configuration: the file and those in conf.d beside it."""
 
 import os
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Keeps the host's memory budget: what all running VMs may have, and what accepted tasks are about to bring them to.
+"""Keeps the host's memory budget: what running VMs may use, and what accepted tasks are about to add.
 
     look(connection, ...)        the pools that a VM's memory comes from: facts, for the planners
     reserve(connection, ...)     before a task's first step; refused where the host cannot keep it

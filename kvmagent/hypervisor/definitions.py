@@ -1,4 +1,4 @@
-"""The facts of each VM's definitions, parsed again only where libvirt's XML has changed since.
+"""The facts of each VM's definitions, parsed again only if libvirt's XML has changed.
 
 A task begins with what the one before it ended with, and whoever lists VMs, or sums up what is promised to them, finds
 most of them as they were. Kept by VM: so it costs as little with 1,000 VMs as with 10.

@@ -1,4 +1,4 @@
-"""What libvirt reports on devices: removed, removal refused, size changed, balloon changed; of vCPUs: removed.
+"""libvirt's events of devices: removed, removal refused, size changed, balloon changed, vCPU removed.
 
     libvirt's event loop -- callback --> queues of those who watch that VM
     performer: watch, then call, then wait        the waiter is in place before the call that fires the event

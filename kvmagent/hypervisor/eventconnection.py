@@ -1,4 +1,4 @@
-"""The connection that libvirt's events come over: opened at the start, and again whenever it is lost.
+"""The connection for libvirt's events: opened at the start, and again whenever it is lost.
 
     thread: open -> keep-alive, close callback -> register -> wait for the loss -> again, with backoff
 

@@ -1,4 +1,4 @@
-"""What the compute node has left, read from the kernel.
+"""The free resources of the compute node, read from the kernel.
 
 Source: proc(5), /proc/meminfo: MemAvailable is what can be had without swapping; Linux
 Documentation/admin-guide/mm/hugetlbpage.rst; Documentation/admin-guide/cgroup-v2.rst, memory.max.

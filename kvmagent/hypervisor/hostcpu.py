@@ -1,4 +1,4 @@
-"""The processors of the compute node as the kernel describes them: how many, how they are built, how fast they are.
+"""The processors of the compute node as the kernel describes them: number, topology, speed.
 
 What cannot be read is None. A clock is the nominal one: that of the moment changes, and is no fact of the hardware.
 Source: sysfs-devices-system-cpu; Linux Documentation/admin-guide/pm/cpufreq.rst.

@@ -1,4 +1,4 @@
-"""What libvirt's XML says of the compute node: the model of its processor, and what its firmware says of it.
+"""The compute node in libvirt's XML: its processor model, and what the firmware reports.
 
 Source: libvirt formatcaps.html and formatdomain.html#smbios-system-information, virConnectGetSysinfo.
 """

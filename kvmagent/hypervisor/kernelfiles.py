@@ -1,4 +1,4 @@
-"""Files in which the kernel describes itself and processes: /proc and /sys. What cannot be read is None.
+"""Files of /proc and /sys, in which the kernel describes itself and processes. None stands for an unreadable one.
 
 `read_certain` and `list_certain` are for what must not be taken for nothing: of what is there and cannot be read now,
 for want of a descriptor for example, they raise an AgentError.

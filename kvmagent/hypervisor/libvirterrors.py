@@ -1,4 +1,4 @@
-"""libvirt's errors as the agent's, by (domain, code); never by message text.
+"""Translates libvirt's errors into the agent's, by (domain, code); never by message text.
 
 Where libvirt gives one code to several causes, planners check the causes first, and what is left is LIBVIRT_REFUSED
 with libvirt's own words.

@@ -1,4 +1,4 @@
-"""The compute node as tasks see it: observe a VM, perform a step on it, list the VMs."""
+"""The compute node for tasks: observe a VM, perform a step on it, list the VMs."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""One function for each step type: the effect that the step names, on one VM.
+"""One function for each step type, which has the effect that the step names on one VM.
 
 A performer ends by returning when the effect is there (with its output, if it has any), or by raising
 AgentError. Waiting performers poll until their deadline, or are woken by an event: libvirt has none for what the guest

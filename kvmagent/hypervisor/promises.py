@@ -1,4 +1,4 @@
-"""Reads what running VMs may have of the host's memory. Waits for no QEMU."""
+"""Reads how much of the host's memory running VMs may use. Waits for no QEMU."""
 
 import libvirt
 import msgspec

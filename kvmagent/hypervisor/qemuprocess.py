@@ -1,4 +1,4 @@
-"""The QEMU process of a VM, as far as the kernel lets the agent see it; what it does not see is None.
+"""The QEMU process of a VM, as far as the kernel shows it to the agent; None stands for what it does not show.
 
 Source: proc(5); libvirt qemuBuildCommandLine gives every QEMU its VM's UUID as -uuid.
 """

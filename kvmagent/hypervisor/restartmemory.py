@@ -1,4 +1,4 @@
-"""Since when each VM waits for a restart, kept over the agent's own in a small file.
+"""Since when each VM has needed a restart, kept in a small file while the agent itself restarts.
 
 It is noted whenever a VM is observed. The time is that of the first observation that showed it: the own preparation,
 or the next one after somebody else's change. What is lost with the file is only since when.

@@ -1,4 +1,4 @@
-"""libvirt's own schema of a domain: what a definition is held against where nothing is defined.
+"""libvirt's own schema of a domain, to check a definition without defining it.
 
 libvirt has no call that validates without defining. What its schema lets pass, defining may still refuse.
 Source: libvirt virDomainDefineXMLFlags, VIR_DOMAIN_DEFINE_VALIDATE uses the same file.

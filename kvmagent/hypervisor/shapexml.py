@@ -1,4 +1,4 @@
-"""Edits a persistent definition to a shape. Conversion only: what the shape is, a planner has decided.
+"""Edits a persistent definition to a shape that a planner has decided. Conversion only.
 
 Everything that the shape does not name stays as it is, in its order: metadata, namespaces, comments, passwords.
 Source: libvirt formatdomain.

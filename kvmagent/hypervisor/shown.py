@@ -1,4 +1,4 @@
-"""What libvirt says of a VM, as others may read it: without what may be a password. Conversion only.
+"""libvirt's XML of a VM without anything that may be a password. Conversion only.
 
 libvirt shows no password to a read-only connection, but in places that it does not know to hold one.
 """

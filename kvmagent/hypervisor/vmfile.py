@@ -1,4 +1,4 @@
-"""A small file with what the agent remembers of each VM over its own restarts, and can do without."""
+"""A small file of what the agent remembers about VMs while it restarts, and could do without."""
 
 from pathlib import Path
 from typing import Generic, TypeVar

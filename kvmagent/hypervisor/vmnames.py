@@ -1,4 +1,4 @@
-"""Which name and which UUID are one VM's, as libvirt reported it last. It sends no request."""
+"""Names and UUIDs of VMs, as libvirt last reported them. It sends no request."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Makes a shape safe to be decoded by many threads."""
+"""Makes a type safe to decode on many threads."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a guest's operating system is known to support of hotplug. About an unknown one nothing is claimed.
+"""What a guest's operating system is known to support of hotplug. Nothing is assumed about an unknown one.
 
     Linux      virtio-mem from 5.8 on, 5.16 advised; on Arm from 5.18 on
     Windows    acknowledges a dimm and does not bring it online by itself; gives up no vCPU and no dimm;

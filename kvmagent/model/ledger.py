@@ -1,4 +1,4 @@
-"""What all running VMs may have, summed up by pool: a change, and a look at a pool, cost the same however many VMs run.
+"""Sums up by pool what running VMs may use: a change and a look at a pool cost the same however many VMs run.
 
 Pure. Not thread-safe.
 """

@@ -1,4 +1,4 @@
-"""What a plan asks and answers: what resizes of one VM would mean, before anybody does them. Sizes are bytes."""
+"""The request and reply of a plan: what resizes of a VM would mean. Sizes are bytes."""
 
 from typing import Annotated, Any, Literal
 

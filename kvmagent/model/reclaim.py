@@ -1,4 +1,4 @@
-"""What of a running VM's memory its guest does not use, and by which means it could leave. Pure; nothing is taken."""
+"""Memory of a running VM that its guest does not use, and how it could be removed. Pure; it removes nothing."""
 
 from typing import Literal
 

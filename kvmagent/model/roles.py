@@ -1,4 +1,4 @@
-"""Who may do what: the roles, what a caller was given of them, and the one check.
+"""Roles: what each allows, which a caller has, and the one check.
 
     settings (security.roles) -> Rule ... -> find_access(caller's names) -> Access.check(role, vm)
 

@@ -1,4 +1,4 @@
-"""How a URL is shown, in logs, errors, the journal and /tasks: by nothing else, so that no password gets out elsewhere.
+"""Shows a URL without its secrets: the only way that URLs reach logs, errors, the journal and /tasks.
 
 Never shown: user names and passwords, queries, fragments. Of what is no URL but might have been meant as one, no more.
 """

@@ -1,4 +1,4 @@
-"""How a VM may be named: by its domain's name, or by its UUID with or without dashes."""
+"""VM names: a domain's name, or its UUID with or without dashes."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Remembers the last answers to questions that cost much, so that VMs that are alike are asked about once.
+"""Remembers the last answers to expensive questions, so that they are asked once for VMs that are alike.
 
 The planners are pure and remember nothing: what they may have answered before is offered to them with an ending.
 Observed: GET /vms of 1,000 VMs that are alike takes 0.5 s of CPU with this, 1.6 s without.

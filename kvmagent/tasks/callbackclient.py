@@ -1,4 +1,4 @@
-"""Connections to callback servers: where they may go, and by which certificates. The only user of urllib3.
+"""Connections to callback servers: where they may go, with which certificates. The only user of urllib3.
 
     check(url, client)   when a command comes in: what can be known then is refused then
     open(url, client)    a channel; each connection of it: resolve -> check every address -> connect to that address

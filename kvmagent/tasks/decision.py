@@ -1,4 +1,4 @@
-"""What a command's plugin decides and plans, checked against the VM owner's policy and the host's memory.
+"""Calls a command's plugin to decide and plan, and checks that against the owner's policy and the host's memory.
 
 Tasks and the planner both use it. A plan that changes what its goal has no total for, or what its caller did not ask
 to be changed, is the plugin's mistake: no step of it is performed. So is one that takes something away though its goal

@@ -1,4 +1,4 @@
-"""Delivery: each outcome to its callback URL, until it is taken, refused for good, or given up.
+"""Delivers each outcome to its callback URL until it is accepted, refused for good, or given up.
 
     put(owed)  ->  its destination (scheme, host, port)  ->  when it is due: one of a few threads, one callback
                      2xx: delivered    404: gone    other answers: this VM's callbacks again, later

@@ -1,4 +1,4 @@
-"""Ends tasks: whatever is raised while one is carried out, it has one reply; log, audit trail and metrics say the same.
+"""Ends tasks: whatever is raised, each has one reply, and log, audit trail and metrics agree with it.
 
     end(task, carry_out)
       journal.start_task

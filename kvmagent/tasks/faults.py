@@ -1,4 +1,4 @@
-"""Named points of a task's way at which a crash is thought through.
+"""Named points of a task at which the tests crash the agent.
 
 The agent calls `fault(name)` at each; as shipped that does nothing. A test hands in a function that ends the process
 there, so that "killed between these two writes" is a test and not a hope.

@@ -1,4 +1,4 @@
-"""The journal: every task from acceptance to delivery. Beside its file the only SQL of the agent.
+"""The journal: every task from acceptance to delivery. Apart from its file, the agent's only SQL.
 
     accepted -> running -> finished -> delivered | gone | given_up
                  finished: the reply is there and its callback is owed

@@ -1,4 +1,4 @@
-"""The journal's file: its schema, and whoever writes it, one at a time. The only user of sqlite3.
+"""The journal's file: its schema, and its one writer at a time. The only user of sqlite3.
 
     write_now    commit it, and all that has gathered, on the caller's own thread
     write_later  hand a change in that nobody waits for: it goes with the next commit, or with its own after LATER_S

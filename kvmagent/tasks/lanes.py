@@ -1,4 +1,4 @@
-"""Lanes: the tasks of one VM run one at a time and in order, those of many VMs side by side.
+"""Lanes: run the tasks of one VM one at a time and in order, and those of several VMs in parallel.
 
 A lane is named by its VM. Threads are made as lanes need them, up to `workers`, and end when nothing is left to do.
 A lane whose task has run for long, because a guest or a hypervisor hangs, counts no longer: another thread takes

@@ -1,4 +1,4 @@
-"""What the management server said of itself, kept over a restart in a small file of its own.
+"""The management server that connected last, kept in a small file.
 
 It is no task: nothing is owed for it, and the last word counts. So it is replaced as a whole, on disk before it is
 believed.

@@ -1,4 +1,4 @@
-"""Reports to the management server without a request: the events of VMs, those of one VM in order.
+"""Reports events of VMs to the management server without a request, in order for each VM.
 
     tell_...(news)  ->  the plugins' reports  ->  a few threads  ->  POST sendCommandUrl, header commandpath
 

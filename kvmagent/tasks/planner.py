@@ -1,4 +1,4 @@
-"""Says what resizes of a VM would mean: one look at it, then the commands' own decisions, for each target.
+"""Says what resizes of a VM would mean: observes it once, then asks the commands' own planners for each target.
 
     plan(request)
       node.open_vm, observe              once, whatever the number of targets

@@ -1,4 +1,4 @@
-"""Calls what a plugin declares: what it raises is a refusal or a fault of the plugin's, and never steers the agent."""
+"""Calls a plugin's functions: whatever they raise is a refusal or the plugin's fault, and never controls the agent."""
 
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar, cast

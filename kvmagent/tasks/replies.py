@@ -1,4 +1,4 @@
-"""Makes the reply of an ending: the judge's fields, and what the command adds to them. Never the other way round.
+"""Makes a task's reply: the judge's fields, then those that the command adds.
 
 Whatever a plugin raises meanwhile, there is a reply.
 """

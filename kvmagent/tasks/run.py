@@ -1,4 +1,4 @@
-"""A task under way: what a reply is made from, and how it is read back from the journal after an interruption.
+"""A running task: what its reply is made from, and how it is read back from the journal after an interruption.
 
 A `Run` is a task's. The run of a VM, from its power-on to its power-off, is `Facts.run` and `Goal.run`.
 """

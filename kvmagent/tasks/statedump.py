@@ -1,4 +1,4 @@
-"""The state of what works on tasks, as log lines, for who wants to know why nothing moves.
+"""Logs the state of everything that works on tasks, for whoever finds out why nothing moves.
 
 dump totals     threads, journal
 dump lane       each VM with a task: the running one and since when, how many wait; the longest first

@@ -1,4 +1,4 @@
-"""How long steps took on this host lately, from the journal: what a plan says of the time that it would take.
+"""How long steps recently took on this host, from the journal: the basis of a plan's estimate.
 
 A plan knows its first steps alone. It is compared with tasks of the same command that began with steps of the same
 kinds and reached their goal, and these are counted whole.

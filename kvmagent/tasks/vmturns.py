@@ -1,4 +1,4 @@
-"""Whose turn it is with each VM: two names of one VM are two lanes, and still one VM.
+"""Runs one task per VM at a time even if two names of the VM make two lanes.
 
     take         the VM for a task, until it leaves; where another has it, NotYet, and the task is woken once it is free
     wait_for     another task's end: then the task is woken

@@ -1,1 +1,1 @@
-"""What a ZStack management server asks of a host: pure functions over what was read of it."""
+"""What a ZStack management server requests of a host: pure functions of the host's facts."""

@@ -1,4 +1,4 @@
-"""What a ZStack management server sends to a host and reads from it. Fields that we do not know are ignored.
+"""The messages between a ZStack management server and a host. Unknown fields are ignored.
 
 Sizes are bytes. Its parser makes a missing number 0 and a missing success true, so both are always there.
 """

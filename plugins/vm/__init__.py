@@ -1,1 +1,1 @@
-"""Planning of live CPU and memory changes: pure functions over facts."""
+"""Plans live changes of CPU and memory: pure functions of facts."""

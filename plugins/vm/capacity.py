@@ -1,4 +1,4 @@
-"""What commands would be accepted now: asked of the planners themselves, which alone decide it.
+"""What commands would be accepted now: the planners themselves decide it.
 
     find_headroom     the largest totals that a planner accepts, and the methods by which it adds memory
     find_growth       whether it accepts any more at all, for a fraction of the price

@@ -1,4 +1,4 @@
-"""HotPlugCpuMemory: memory first, then vCPUs; when either fails on the way, what was done is undone."""
+"""HotPlugCpuMemory: memory first, then vCPUs; if either fails, what was done is undone."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""CPU shares that follow the number of vCPUs, where the caller asks for it.
+"""CPU shares that follow the number of vCPUs, if the caller requests it.
 
 libvirt itself gives a plugged vCPU the pinning, the set of host CPUs, the quota and the scheduler that the VM's
 definition has for it. Shares alone are of the whole VM, so that each vCPU weighs less the more there are.

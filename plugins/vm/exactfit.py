@@ -1,4 +1,4 @@
-"""Which devices to remove for an amount: the ones that come nearest to it and never above."""
+"""Which devices to remove to come as near as possible to an amount, and never above it."""
 
 from kvmagent.model.units import align_up
 

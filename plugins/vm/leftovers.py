@@ -1,4 +1,4 @@
-"""What was asked of a guest before, by whomever, and not reached: a balloon target, a virtio-mem size.
+"""Earlier requests that a guest has not reached, whoever made them: a balloon target, a virtio-mem size.
 
 The guest may follow it at any later time: when its driver is loaded, when it has memory to give, when it goes on. A
 plug takes it back. Where the definition was given the same, it is brought to what the running VM has, too.

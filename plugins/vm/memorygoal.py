@@ -1,4 +1,4 @@
-"""Growing memory towards a goal: balloon, virtio-mem devices and dimms, each with the guest's part."""
+"""Grows memory to a goal: balloon, virtio-mem devices and dimms, each with the guest's part."""
 
 from typing import TypeVar
 

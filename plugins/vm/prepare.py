@@ -1,4 +1,4 @@
-"""What a persistent definition has to be so that its next start can be hot-plugged, and still starts."""
+"""What a persistent definition needs so that its next start can be hot-plugged, and still starts."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""ReadyForHotplug: what the planners would accept now, and everything that stands in the way.
+"""ReadyForHotplug: what the planners would accept now, and everything that prevents more.
 
 With `prepare` the persistent definition is edited so that the next start is ready; the running VM is never touched.
 """

@@ -1,4 +1,4 @@
-"""What the VM commands take and answer, as the wire has it. Sizes are bytes."""
+"""The requests and replies of the VM commands, as on the wire. Sizes are bytes."""
 
 from typing import Annotated, Any, Literal
 

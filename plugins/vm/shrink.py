@@ -1,4 +1,4 @@
-"""Shrinking memory towards a goal: virtio-mem devices, dimms and the balloon, each with the guest's part first."""
+"""Shrinks memory to a goal: virtio-mem devices, dimms and the balloon, each with the guest's part first."""
 
 import msgspec
 

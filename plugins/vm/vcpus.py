@@ -1,4 +1,4 @@
-"""Which vCPUs a VM has by id, which ones libvirt takes when it is given a number, and the way back from a failed plug.
+"""A VM's vCPUs by id: which ones libvirt takes for a number, and the way back from a failed plug.
 
     the running VM, where vCPUs can be removed from it: those that were added, and no other
       AwaitGuestVcpus       until the guest lists them; one that it does not list may leave at any later time: it stays

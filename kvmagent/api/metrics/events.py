@@ -1,4 +1,4 @@
-"""What happens, counted as it happens, and /metrics as text."""
+"""Events, counted as they happen, and /metrics as text."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Asks each running VM's guest now and then what it uses, so that /metrics knows it of VMs that no command touches.
+"""Asks each running VM's guest at intervals what it uses: /metrics then knows it of VMs that no command touches.
 
 One guest at a time, spread over the interval: a thousand guests cost a few questions a second, and none is asked while
 it has not answered the last time.

@@ -1,4 +1,4 @@
-"""What is so at the moment of a scrape: lanes, delivery, journal, libvirt."""
+"""The state at the moment of a scrape: lanes, delivery, journal, libvirt."""
 
 import platform
 import threading

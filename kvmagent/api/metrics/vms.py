@@ -1,4 +1,4 @@
-"""What is known of each running VM: from libvirt of all at once, and from what the agent last learnt of its guest.
+"""Metrics of running VMs: from libvirt for all at once, and from the last observation of each guest.
 
     scrape  -> one libvirt call for all VMs, waited for _WAIT_S at most -> else the last answer, and its age
     observe -> what a command, a read or the sampler saw of VM and guest at the same moment

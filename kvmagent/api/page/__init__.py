@@ -1,4 +1,4 @@
-"""The status page at /: a few files, served as they are. What they show, the browser reads by the other GET paths.
+"""The status page at /: a few static files. The browser reads what they show by the other GET paths.
 
 Nothing here is built, fetched from elsewhere or specific to this host, so that it may be served to whoever may connect:
 a browser can send no token before a page has asked for it.

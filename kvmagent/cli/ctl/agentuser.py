@@ -1,4 +1,4 @@
-"""Looks at the host as the agent does: in a process of its own, as the agent's user, that is ended when it hangs.
+"""Checks the host as the agent's user, in a process of its own that is ended if it hangs.
 
 parent                                    child: python -m kvmagent.cli.ctl.look WHAT CONFIG [OVERRIDE...]
   find_identity   the unit's user and groups

@@ -1,4 +1,4 @@
-"""`support-bundle`: what somebody needs who is to find out what went wrong, as one file, without a secret.
+"""`support-bundle`: what support needs to find a fault, in one file, without secrets.
 
     the agent        health, VMs, tasks, histories, metrics; its state is dumped to the log first, where we may
     the host         the doctor's findings, versions, the log

@@ -1,4 +1,4 @@
-"""Certificates: what an operator has to know of those that are there, and new ones. The only user of cryptography.
+"""Certificates: reads what operators need to know about them, and issues new ones. The only user of cryptography.
 
 New ones are as SECURITY.md makes them with openssl: P-256, a CA that signs certificates and nothing else, names in
 subjectAltName alone.

@@ -1,4 +1,4 @@
-"""One agent, by HTTP: GET, and POST that is sent again with the same task's id until it is answered.
+"""One agent over HTTP: GET, and POST that is repeated with the same task id until it is answered.
 
 Every answer is JSON. What cannot be reached, or not be trusted, ends in a CtlError with the one thing to do about it.
 """

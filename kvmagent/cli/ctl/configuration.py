@@ -1,4 +1,4 @@
-"""The agent's configuration: what is in force by it, and whether an agent would start with it."""
+"""The agent's configuration: what it sets, and whether an agent would start with it."""
 
 import os
 import socket

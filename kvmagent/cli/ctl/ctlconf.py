@@ -1,4 +1,4 @@
-"""kvmagentctl's own file: agents by name, and which is asked where none is named.
+"""kvmagentctl's own file: agents by name, and the default one.
 
 ~/.config/kvmagent/ctl.conf      the user's ($XDG_CONFIG_HOME)     over
 /etc/kvmagent/ctl.conf           the host's, where it can be read

@@ -1,4 +1,4 @@
-"""A subcommand from each declared Command: arguments, options, ranges and help are those of its request's fields.
+"""Makes a subcommand from each declared Command: its arguments, options, ranges and help from the request's fields.
 
 A required field is an argument, an optional one an option. Names are those of the wire as an operator says them:
 `maxCpuNum` is --max-cpus, `memorySize` --memory, `timeoutSec` --timeout. Fields whose name ends in `Size` are sizes.

@@ -1,4 +1,4 @@
-"""Examines this host: what an agent needs here, and what it would meet; each finding with its remedy.
+"""Examines this host for what an agent needs; each finding has its remedy.
 
 as the agent's user   configuration, plugins, log, state directory, journal, hooks, certificates, libvirt and guests
 as who runs it        KVM, clock, agent with page and metrics, front (where the node has ZStack's own agent too), alerts

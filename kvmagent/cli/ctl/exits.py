@@ -1,4 +1,4 @@
-"""How kvmagentctl ends: its exit statuses, and the one error that it tells."""
+"""How kvmagentctl ends: its exit statuses, and its one kind of error."""
 
 from enum import IntEnum
 from typing import Any

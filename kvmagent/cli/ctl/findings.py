@@ -1,4 +1,4 @@
-"""What the doctor found, and how it is told."""
+"""What the doctor found, and how it is printed."""
 
 from collections.abc import Iterable
 from typing import Literal

@@ -1,4 +1,4 @@
-"""What the doctor looks at where haproxy shares a ZStack node between two agents: conf/zstack/haproxy.cfg.
+"""What the doctor checks if haproxy shares a ZStack node between two agents: conf/zstack/haproxy.cfg.
 
 The configuration says where it listens and where it sends hotplug; then each agent is asked through it what changes
 nothing.

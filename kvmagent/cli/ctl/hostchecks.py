@@ -1,4 +1,4 @@
-"""What the doctor looks at on the host itself: KVM, the state directory, the journal, hooks, certificates, the clock.
+"""What the doctor checks on the host itself: KVM, the state directory, the journal, hooks, certificates, the clock.
 
 Each check is told where to look and what time it is, and changes nothing.
 """

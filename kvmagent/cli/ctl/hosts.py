@@ -1,4 +1,4 @@
-"""Reads a file of hosts: which agents are asked, by which names.
+"""Reads a file of hosts: which agents to ask, under which names.
 
 NAME                 an agent of ctl.conf: its URL, its certificates and its token
 URL, or NAME URL     where NAME is in ctl.conf too, its certificates and its token

@@ -1,4 +1,4 @@
-"""The agent's messages and remedies as a user of kvmagentctl needs them: its options in place of the API's JSON.
+"""Translates the agent's messages and remedies from the API's JSON into the options of kvmagentctl.
 
 The agent names a request's field as JSON does, and kvmagentctl by its option:
 

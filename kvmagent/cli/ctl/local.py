@@ -1,4 +1,4 @@
-"""The agent of this host, where none was named: its configuration says how it is reached."""
+"""The agent of this host, if the user names none: its configuration says how to reach it."""
 
 from pathlib import Path
 

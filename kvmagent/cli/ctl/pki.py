@@ -1,4 +1,4 @@
-"""`kvmagentctl pki`: a CA of its own, and certificates of it, as SECURITY.md makes them with openssl.
+"""`kvmagentctl pki`: makes a CA and certificates, as SECURITY.md does with openssl.
 
 Nothing that is there is written over: a CA that is there signs what is asked for now.
 """

@@ -1,4 +1,4 @@
-"""`plan`: what resizes would mean, of one VM as a grid, or of all VMs of one host or several."""
+"""`plan`: what resizes would mean, as a grid for one VM, or for all VMs of one or several hosts."""
 
 import itertools
 from collections.abc import Callable

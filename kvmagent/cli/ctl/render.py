@@ -1,4 +1,4 @@
-"""What people read: from the agent's JSON to lines. Pure: no clock, no terminal; times are those that are handed in.
+"""Turns the agent's JSON into lines for people. Pure: no clock and no terminal; times are arguments.
 
 JSON comes in as the agent wrote it but for `printable`. A field that an older agent does not have is a dash.
 """

@@ -1,4 +1,4 @@
-"""The options that every subcommand takes, before or after its name, and what a subcommand works with."""
+"""The options that every subcommand takes, before or after its name, and the objects that it works with."""
 
 from collections.abc import Callable
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Writes JSON's values as YAML, for `-o yaml`: in blocks, with quotes wherever text could pass for something else."""
+"""Writes JSON values as YAML, for `-o yaml`: in blocks, quoting whatever YAML could read as another type."""
 
 import json
 import re
