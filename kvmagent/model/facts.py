@@ -214,6 +214,11 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
         """The ids of the vCPUs that it has."""
         return frozenset(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
 
+    @property
+    def dimms(self) -> tuple[MemoryDevice, ...]:
+        """The dimms that can leave."""
+        return tuple(device for device in self.devices if device.model == "dimm" and device.known)
+
     @cached_property
     def virtio_mems(self) -> tuple[MemoryDevice, ...]:
         """The virtio-mem devices that can be resized."""

@@ -49,7 +49,7 @@ def find_removable(live: Definition) -> Removable:
     """Return what of a running VM could leave, were it not used."""
     return Removable(
         virtio_mem_bytes=sum(device.plugged_bytes for device in live.virtio_mems),
-        dimms_bytes=tuple(sorted(device.size_bytes for device in live.devices if device.model == "dimm")),
+        dimms_bytes=tuple(sorted(dimm.size_bytes for dimm in live.dimms)),
         balloon_bytes=live.balloon_total_bytes if live.balloon_gives_back else 0,
     )
 

@@ -189,6 +189,7 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
         ]
     known: Affect = "config" if facts.domain.live is None else "live"
     by_virtio_mem = memory.auto_method(facts, known if current is None else request.affect) == "plug virtio-mem"
+    removable_bytes = sum(device.plugged_bytes for device in (*definition.dimms, *definition.virtio_mems))
     emulated = definition.hypervisor == "qemu" and not facts.host.removes_emulated
     fixed = emulated or any(check_cpu_removal(definition)) or any(check_gives_up(facts.guest.os))
     if definition.policy.hotplug and not fixed:
@@ -198,7 +199,7 @@ def find_headroom(request: ReadyForHotplugRequest, facts: Facts) -> Headroom | N
         memory_size=memory_bytes,
         slots=facts.count_free_slots(definition) if definition.max_memory_bytes is not None else 0,
         removable_cpu_num=removable,
-        removable_memory_size=definition.memory_bytes - definition.boot_bytes if definition.policy.hotplug else 0,
+        removable_memory_size=removable_bytes if definition.policy.hotplug else 0,
         memory_granularity=_device_quantum(facts, "virtio-mem" if by_virtio_mem else "dimm"),
         memory_methods=methods,
     )

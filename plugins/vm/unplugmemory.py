@@ -268,8 +268,7 @@ def _reachable(facts: Facts, definition: Definition, usable: int, target: int) -
 
 def _dimms(definition: Definition) -> list[MemoryDevice]:
     """Return the dimms that can leave, those that were plugged last at the end."""
-    dimms = [device for device in definition.devices if device.model == "dimm" and device.known]
-    return sorted(dimms, key=lambda dimm: (dimm.base or 0, dimm.slot or 0))
+    return sorted(definition.dimms, key=lambda dimm: (dimm.base or 0, dimm.slot or 0))
 
 
 def _kept_blocks(dimm: MemoryDevice, facts: Facts) -> frozenset[int]:

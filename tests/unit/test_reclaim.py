@@ -54,6 +54,13 @@ def test_a_vm_without_a_balloon_gives_nothing_by_it() -> None:
     assert ways(live, Guest(mem_total_bytes=4 * GIB, mem_available_bytes=3 * GIB)) == []
 
 
+def test_memory_that_libvirt_does_not_know_is_not_said_to_come_back() -> None:
+    unknown = [msgspec.structs.replace(dimm, known=False) for dimm in DIMMS]
+    unknown.append(MemoryDevice("virtio-mem", GIB, 0, requested_bytes=GIB, current_bytes=GIB, known=False))
+    guest = Guest(mem_total_bytes=4 * GIB, mem_available_bytes=3 * GIB)
+    assert {way.means for way in ways(make_live(*unknown), guest)} == {"balloon"}
+
+
 def test_a_vm_that_is_off_has_nothing() -> None:
     facts = Facts(Domain("vm1", "u1", "shutoff", None, make_live()), Guest(), Host())
     with pytest.raises(AgentError) as refused:

@@ -131,6 +131,14 @@ def test_it_is_not_taken_for_one_that_can_be_removed(agent: FakeAgent, domain: F
     assert "ua-kvmagent-earlier-0" not in asked
 
 
+def test_no_headroom_is_told_of_it(agent: FakeAgent, domain: FakeDomain) -> None:
+    lose(domain, "ua-kvmagent-earlier-0")
+    assert agent.run("HotPlugMemory", "t1", vmUuid="vm1", memorySize=512 * MIB, method="dimm").reply["success"]
+    ready = agent.run("ReadyForHotplug", "t2", vmUuid="vm1").reply
+    removed = agent.run("HotUnplugMemory", "t3", vmUuid="vm1", memorySize=256 * MIB).reply
+    assert ready["headroom"]["removableMemorySize"] == removed["before"]["memorySize"] - removed["memorySize"] > 0
+
+
 def test_a_refusal_for_another_reason_stays_what_it_is(agent: FakeAgent, domain: FakeDomain) -> None:
     domain.fail_next["attachDeviceFlags"] = qemu_refusal()
     reply = agent.run("HotPlugMemory", "t1", vmUuid="vm1", memorySize=384 * MIB).reply
