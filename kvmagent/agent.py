@@ -339,7 +339,7 @@ class Agent:
     def run_until_signal(self, process: Process, signals: "queue.SimpleQueue[int]") -> None:
         """Look after the agent until SIGTERM or SIGINT comes. `signals` takes the numbers of what comes in.
 
-        SIGHUP: the configuration, certificates and tokens are read anew; what needs a restart is told. SIGUSR1,
+        SIGHUP: reads the configuration, certificates and tokens again, and logs which changes need a restart. SIGUSR1,
         SIGUSR2: the state is dumped to the log.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -401,7 +401,7 @@ class Agent:
                 log.info("section read", section=section)
 
     def _take_limits(self, read: Settings) -> None:
-        """Put limits and ratios in force as a changed configuration has them, and tell what needs a restart."""
+        """Apply the limits and ratios of a changed configuration, and log what needs a restart."""
         former = {(section, key): value for section, key, value, _ in list_settings(self._settings)}
         self._settings, waiting = take_reloadable(self._settings, read)
         agent, callback, host = self._settings.agent, self._settings.callback, self._settings.host

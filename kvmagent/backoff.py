@@ -34,7 +34,7 @@ class Backoff:
     draw: Callable[[float], float] = draw
 
     def pause_s(self, failures: int, *, owed: int = 0) -> float:
-        """Return the pause after so many failures in a row, of which there was one at least.
+        """Return the pause after that many failures in a row, at least one.
 
         What is owed makes it no more than twice as long.
         """

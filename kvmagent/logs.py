@@ -51,7 +51,7 @@ _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, loggin
 
 
 class Event(NamedTuple):
-    """What a line of the agent tells: a state change by name, and its fields. A field that is None is left out."""
+    """The content of a log line: a state change by name, and its fields. A field that is None is left out."""
 
     name: str
     fields: Mapping[str, object]
@@ -88,7 +88,7 @@ class Log:
         self.write(logging.ERROR, event, **fields)
 
     def failure(self, event: str, cause: BaseException, /, **fields: object) -> None:
-        """An error that nothing expected, with its traceback: told once, by who lets it go no further."""
+        """Log an unexpected error with its traceback, once: where it is caught for good."""
         self.write(logging.ERROR, event, cause, **fields)
 
     def write(self, level: int, event: str, cause: BaseException | None = None, /, **fields: object) -> None:
@@ -100,12 +100,12 @@ class Log:
 
 
 def error_fields(error: AgentError) -> dict[str, object]:
-    """Return what a line tells of an error: its code, its words, and the one thing to do about it."""
+    """Return an error's fields for a log line: code, message and remedy."""
     return {"error_code": error.code, "error": error.message, "remedy": error.remedy}
 
 
 def struct_fields(struct: msgspec.Struct, *, omit: frozenset[str] = frozenset()) -> dict[str, object]:
-    """Return what a line tells of a request or a step: its fields by their names on the wire, but for defaults.
+    """Return the fields of a request or step for a log line, by their names on the wire, without defaults.
 
     Lists of numbers are told as ranges, what is no single value as JSON. A name that the line has itself is put apart.
     """

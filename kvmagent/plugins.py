@@ -19,7 +19,7 @@ def load_plugins(names: Iterable[str]) -> list[Plugin]:
     """Return the plugins of these entry points, in order.
 
     Raises:
-        AgentError: BAD_CONFIGURATION, with the plugin's name and why it cannot be had.
+        AgentError: BAD_CONFIGURATION, with the plugin's name and why it cannot be loaded.
     """
     found = {point.name: point for point in importlib.metadata.entry_points(group=_GROUP)}
     plugins = []

@@ -25,10 +25,10 @@ class Recorder:
     """Takes what happens, on any thread and without delay; this one lets it go."""
 
     def ended(self, command: str, outcome: str, error_code: str | None) -> None:
-        """A task ended, with its outcome and the error that it tells, if any."""
+        """A task ended, with its outcome and its error, if any."""
 
     def ended_late(self, command: str, error_code: str | None) -> None:
-        """What was pending when its task ended has come to an end since, with the error that is told of it, if any."""
+        """A removal that was pending when its task ended has ended, with its error, if any."""
 
     def settled(self, command: str, state: str, seconds: float) -> None:
         """A callback was delivered, is gone or given up, so long after its task had finished."""
@@ -40,13 +40,13 @@ class Recorder:
         """A request was refused at once."""
 
     def committed(self, seconds: float, writes: int) -> None:
-        """The journal made so many writes in one commit."""
+        """The journal made this many writes in one commit."""
 
     def guest_called(self, result: str) -> None:
         """A guest agent was asked: "answered", or the error code of why there is no answer."""
 
     def observed(self, facts: Facts) -> None:
-        """A VM was looked at."""
+        """A VM was observed."""
 
 
 class _Stopwatch(threading.local):

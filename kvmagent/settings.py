@@ -315,7 +315,7 @@ class SecuritySection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def opens_tcp(self) -> bool:
-        """Whether anybody could be let in by TCP: an address of this host is no credential."""
+        """Whether anybody could connect by TCP: an address of this host is no credential."""
         return self.authenticates or self.allow_unauthenticated
 
 
@@ -577,7 +577,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _other_section(key: str) -> str:
-    """Return the section that has the key, where it stands in the wrong one."""
+    """Return the section that has the key, if it was written in the wrong one."""
     homes = [name for name, section in _SECTIONS.items() if key in section.__struct_fields__]
     return f"; [{homes[0]}] has it" if homes else ""
 

@@ -18,7 +18,7 @@ class Shares:
         self._free = total
 
     def resize(self, total: int) -> None:
-        """Have so many places from now on; who has too many keeps them."""
+        """Set the number of places; whoever has too many keeps them."""
         self._free += total - self.total
         self.total = total
 

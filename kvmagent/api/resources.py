@@ -381,7 +381,7 @@ _TASK_FIELDS, _CHANGE_FIELDS = _names_of(TaskEntry), _names_of(HistoryEntry)
 
 
 def _of_page(page: Page) -> dict[str, Any]:
-    """Return what the journal is asked for: one more than the page has, which says that there are more."""
+    """Return how many entries to read: one more than the page has, to know whether there are more."""
     return {"before": None if page.cursor is None else int(page.cursor), "limit": (page.limit or _NEWEST) + 1}
 
 

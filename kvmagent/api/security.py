@@ -267,10 +267,10 @@ def parse_tokens(text: str) -> tuple[tuple[str, bytes], ...]:
 
 
 def new_token(name: str) -> tuple[str, str]:
-    """Return a fresh token, and the line for security.tokens_file that lets it in.
+    """Return a new token, and its line for security.tokens_file.
 
     Raises:
-        AgentError: BAD_CONFIGURATION: such a name cannot stand in the file.
+        AgentError: BAD_CONFIGURATION: the name is not allowed in the file.
     """
     if not TOKEN_NAME.fullmatch(name):
         raise AgentError(Code.BAD_CONFIGURATION, f"{name!r} is not a token name: use 1 to 64 of A-Z a-z 0-9 . _ -")

@@ -25,7 +25,7 @@ def read_settings(path: Path, overrides: Iterable[str] = ()) -> Settings:
 
 
 def read_sources(path: Path) -> list[tuple[str, str]]:
-    """Return the files of a configuration with what stands in them.
+    """Return the files of a configuration with their contents.
 
     Raises:
         AgentError: BAD_CONFIGURATION: one cannot be read.

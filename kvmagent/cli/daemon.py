@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None, *, fault: Fault = no_fault) -> int:
 
 
 def may_pass(error: AgentError) -> bool:
-    """Return whether what the configuration asks for may be had later: a disk is full, say."""
+    """Return whether a later start may succeed with this configuration: a full disk may have space again."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno in _PASSES
 
 
@@ -152,7 +152,7 @@ def _share_memory() -> None:
 
 
 def _raise_file_limit() -> None:
-    """Take as many descriptors as may be had: each connection needs one, and the usual soft limit is 1024."""
+    """Raise the limit of descriptors as far as allowed: each connection needs one, and the usual soft limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft < wanted:

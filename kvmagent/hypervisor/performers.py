@@ -186,7 +186,7 @@ def _offline_guest_vcpus(vm: VmHandle, step: OfflineGuestVcpus) -> None:
 
 
 def _unplug_vcpus(vm: VmHandle, step: UnplugVcpus) -> None:
-    """Ask the guest, and ask again each time that it gave up all it was asked for, until the time is over."""
+    """Ask the guest, and again each time that it has released all that it was asked for, until the time is over."""
     began, quantum = time.monotonic(), vm.vcpu_quantum()
     asked, refused = math.inf, set[str]()
     with vm.watch() as events:

@@ -1,6 +1,6 @@
 """The checks of the shipped commands: everything that blocks a hotplug.
 
-Planners refuse with the first one; ReadyForHotplug tells them all. So a VM that is called ready is a VM that a
+Planners refuse with the first one; ReadyForHotplug lists all. So a VM that is called ready is a VM that a
 planner will not refuse.
 """
 
@@ -35,7 +35,7 @@ STATE_REFUSALS = (Code.VM_NOT_FOUND, Code.VM_NOT_RUNNING, Code.VM_TRANSIENT, Cod
 def block_bytes(facts: Facts) -> int:
     """Return the size that added memory must be a multiple of for the guest to use it.
 
-    Linux adds memory in blocks: the guest agent tells their size, and without it the kernel's usual one is assumed.
+    Linux adds memory in blocks: the guest agent reports their size; without it the kernel's usual one is assumed.
     Source: Linux Documentation/admin-guide/mm/memory-hotplug.rst.
     """
     if facts.guest.block_bytes is not None:
@@ -193,7 +193,7 @@ def check_cpu_removal(definition: Definition) -> Iterator[Blocker]:
 
 
 def find_vcpu_limit(host: Host, definition: Definition) -> tuple[int | None, str]:
-    """Return the most vCPUs that the VM can be started with and why it is no more; None where nothing tells.
+    """Return the most vCPUs that the VM can be started with, and why no more; None if unknown.
 
     Source: libvirt domain capabilities, vcpu max. On x86 APIC ids above 255 need more than that: `has_low_ids`.
     """

@@ -221,7 +221,7 @@ def no_reply_fields(ending: Ending) -> Mapping[str, Any]:
 
 
 def no_rollback(goal: Any, seen: Facts, facts: Facts, error: AgentError) -> None:
-    """What most commands do after a failure on the way: stop, and tell how far it came."""
+    """What most commands do after a failed step: stop, and report how far the task came."""
 
 
 def need_no_more(request: Any) -> None:

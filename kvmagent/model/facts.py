@@ -354,7 +354,7 @@ class GuestOs(msgspec.Struct, frozen=True):
 class Guest(msgspec.Struct, frozen=True):
     """What the guest says of itself through its agent.
 
-    `silence` is why it says nothing at all: one of the GUEST_AGENT codes. A single part that could not be had
+    `silence` is why it reports nothing at all: one of the GUEST_AGENT codes. A single part that could not be had
     (a blocked command, say) is None, and `refused` names the commands with the agent's words. `disabled` are the
     commands that the agent's configuration blocks, and `os` the operating system, where it was asked for them.
     """
@@ -532,7 +532,7 @@ class Facts(msgspec.Struct, frozen=True):
 
     @property
     def offline_vcpus(self) -> int | None:
-        """How many vCPUs the running VM has that its guest does not use; None where the guest does not tell."""
+        """How many vCPUs of the running VM its guest does not use; None if the guest does not report it."""
         live, online = self.domain.live, self.guest.cpus_online
         return None if live is None or online is None else max(0, live.vcpu_current - online)
 

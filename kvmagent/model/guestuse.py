@@ -35,7 +35,7 @@ AGENT_COMMANDS: Mapping[Resource, frozenset[str]] = {
 
 
 class Use(NamedTuple):
-    """vCPUs or bytes in all; None where nobody told. `blocks` is how many memory blocks the guest uses."""
+    """vCPUs or bytes in all; None if unknown. `blocks` is how many memory blocks the guest uses."""
 
     plugged: int | None = None
     seen: int | None = None
@@ -63,7 +63,7 @@ def amount_of(facts: Facts, resource: Resource, target: Target) -> int | None:
 
 
 def find_mem_total(facts: Facts) -> int | None:
-    """Return the guest's MemTotal; None where it does not tell, or tells what cannot be."""
+    """Return the guest's MemTotal; None if it does not report it, or reports an impossible value."""
     total, live = facts.guest.mem_total_bytes, facts.domain.live
     return total if total is not None and live is not None and 0 < total <= live.total_bytes else None
 

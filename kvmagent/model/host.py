@@ -16,7 +16,7 @@ from kvmagent.model.roles import Role, check_role
 
 
 class VmSummary(msgspec.Struct, frozen=True):
-    """One VM of the host, as far as a list of VMs tells.
+    """One VM of the host, as a list of VMs shows it.
 
     `in_shutdown`: it is on its way down, or reboots that way; until it is off its QEMU has its disks.
     """
@@ -30,7 +30,7 @@ class VmSummary(msgspec.Struct, frozen=True):
 
 
 class VmStats(msgspec.Struct, frozen=True):
-    """One running VM as libvirt tells it of many at once; None where it does not.
+    """One running VM, as libvirt reports many at once; None for what it does not report.
 
     `run` differs after each start. `promised_bytes` is what it may have of the host's memory, `resident_bytes` what its
     QEMU has.
@@ -130,7 +130,7 @@ class HostView(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Query:
-    """One question to the host, declared once. A `sync` one is answered in the HTTP answer itself, without a task.
+    """One query about the host, declared once. A `sync` one is answered in the HTTP answer itself, without a task.
 
     `remember` returns what the agent is to know of its management server from this request on; it comes before the
     look at the host. `needs` names what to look at: "host", "vms", "settled vms" (the VMs, and those that are paused
@@ -157,7 +157,7 @@ class Query:
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Something that the management server is told without having asked: the path that it handles it by, and what.
+    """A report to the management server without a request: the path that handles it, and its body.
 
     `optional`: not every version of the server has a handler for it; its 404 says so and is no failure.
     """
@@ -174,7 +174,7 @@ class VmEvent(msgspec.Struct, frozen=True):
     """Something that happened to a VM.
 
     shutdown: the guest has powered off, its QEMU is still there; stopped: QEMU is gone, whatever the reason;
-    crashed: the guest told that it panicked. `detail` says who wanted a shutdown: guest, host, or empty.
+    crashed: the guest reported a panic. `detail` says who wanted a shutdown: guest, host, or empty.
     """
 
     name: str

@@ -160,7 +160,7 @@ def _is_done(report: StepReport) -> bool:
 
 
 def _find_left_asked(ending: Ending) -> list[Problem]:
-    """Return what the guest is still asked for, or may be where nobody could look."""
+    """Return the requests that are, or may be, still pending in the guest."""
     if ending.goal is None:
         return []
     asked, after = find_asked(ending.reports), ending.after
@@ -292,7 +292,7 @@ def _find_cause(ending: Ending, total: Total) -> AgentError | None:
 
 
 def _find_unfinished(ending: Ending, current: int, cpu_num: int) -> AgentError | None:
-    """Return the error of a removal that is no longer pending: all that the guest was asked for have left."""
+    """Return the error of a removal that is no longer pending: all vCPUs that the guest was asked for have left."""
     told = [report.problem.asked_cpu_num for report in ending.reports if report.problem is not None]
     asked = next((number for number in reversed(told) if number is not None), None)
     if asked is None or current > asked:
@@ -372,7 +372,7 @@ def _find_warnings(ending: Ending, outcome: Outcome) -> list[Problem]:
 
 
 def _find_unknown(facts: Facts | None) -> list[Problem]:
-    """Say what the running VM has that libvirt does not know: told whatever comes of the command."""
+    """Warn of what the running VM has that libvirt does not know, whatever the outcome."""
     live = None if facts is None else facts.domain.live
     unknown = [device for device in live.devices if not device.known] if live is not None else []
     if not unknown:
@@ -432,7 +432,7 @@ def _touches_vm(step: AnyStep) -> bool:
 
 
 def _find_stages(ending: Ending) -> list[Stage]:
-    """Return how far each resource has come, and when its last step ended; an amount that nobody told is left out.
+    """Return how far each resource has come, and when its last step ended; an unknown amount is left out.
 
     A stage without a step of its own was seen together with the one before it.
     """

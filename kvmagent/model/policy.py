@@ -61,7 +61,7 @@ def explain_not_asked(facts: Facts) -> Problem:
 
 
 def find_mistakes(facts: Facts | None) -> list[Problem]:
-    """Return what could not be read of a VM's policies: told whatever comes of the command."""
+    """Return what is unreadable in a VM's policies: a warning whatever the outcome."""
     if facts is None:
         return []
     domain, policies = facts.domain, dict[str, Policy]()

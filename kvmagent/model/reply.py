@@ -85,7 +85,7 @@ class Drift(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of a task, as far as it was proven. `error` is what the caller is told, whoever made it."""
+    """The outcome of a task, as far as it was proven. `error` is what the caller sees, whoever raised it."""
 
     outcome: Outcome
     error: AgentError | None

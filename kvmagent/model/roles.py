@@ -43,7 +43,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Access:
-    """A caller that was let in, and what it may."""
+    """An authenticated caller, and what it may do."""
 
     caller: str
     roles: frozenset[Role] = frozenset()

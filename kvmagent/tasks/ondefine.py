@@ -66,7 +66,7 @@ class Looks(Protocol):
 
 
 class Maxima(NamedTuple):
-    """What a VM is to be able to grow to; a factor is of what one has that has no room to grow."""
+    """How far VMs can grow after a prepare; a factor is for VMs that have no room to grow."""
 
     cpus: Amount
     memory: Amount
@@ -273,7 +273,7 @@ class Preparations:
         return None
 
     def _offer(self, uuid: str, config: Definition, request: VmRequest, told: dict[str, str]) -> bool:
-        """Hand a task in; return False where it is to be tried again: under the same id, for it may be stored."""
+        """Submit a task; return False to try again, under the same id because it may be stored."""
         known = self._offered.get(uuid)
         mine = known if known is not None and known.config == config else _Mine(f"prepare-{uuid4().hex}", config)
         self._offered[uuid] = mine

@@ -366,7 +366,7 @@ class _Ahead(NamedTuple):
 
 
 def _tell(trial: _Trial, facts: Facts) -> _Trial:
-    """Return a trial with what the reply to such a task would tell of it."""
+    """Return a trial with what the reply to such a task would say."""
     if trial.goal is None:
         return trial
     try:

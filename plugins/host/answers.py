@@ -193,7 +193,7 @@ def vm_sync(_request: HostRequest, view: HostView) -> VmStatesReply:
 
 
 def check_states(request: VmListRequest, view: HostView) -> VmStatesReply:
-    """Return the state of each VM asked for, under the id that it was asked by; one that is not here is off here."""
+    """Return the state of each requested VM under its requested id; a VM that is not here counts as off."""
     by_id: dict[str, VmSummary] = {}
     for vm in view.vms or ():
         by_id[_bare(vm.uuid)] = by_id[_bare(vm.name)] = vm

@@ -66,7 +66,7 @@ def ask_once(
 
 
 def _strip_names(facts: Facts) -> Facts:
-    """Return facts without what is there to be told: which VM it is, and which VMs have most of the host's memory."""
+    """Return facts without what only messages need: the VM's name, and which VMs have most of the host's memory."""
     domain, host = facts.domain, facts.host
     live = None if domain.live is None else msgspec.structs.replace(domain.live, domain_id=None)
     domain = msgspec.structs.replace(domain, name="", uuid="", live=live)
@@ -75,7 +75,7 @@ def _strip_names(facts: Facts) -> Facts:
 
 
 class Readiness(msgspec.Struct, frozen=True):
-    """One of three states: ready, at its maximum, or neither, with what stands in the way."""
+    """One of three states: ready, at its maximum, or neither, with the blockers."""
 
     ready: bool
     at_maximum: bool
@@ -326,7 +326,7 @@ def _stand_in(name: Literal["running", "persistent"], found: Iterable[Blocker]) 
 
 
 def _merge(found: Iterable[Blocker]) -> tuple[Blocker, ...]:
-    """Return each blocker once, with the definitions that it stands in."""
+    """Return each blocker once, with the definitions that have it."""
     merged: dict[Code, Blocker] = {}
     for one in found:
         known = merged.get(one.code)

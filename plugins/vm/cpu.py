@@ -122,7 +122,7 @@ def resumed_goal(goal: CpuGoal) -> CpuGoal:
 
 
 def reply_fields(ending: Ending) -> Mapping[str, Any]:
-    """Return what is to be said beside what every reply says: of shares that were to follow."""
+    """Return the warning about CPU shares that could not follow."""
     return {"warnings": explain_shares(ending) if ending.is_done else []}
 
 

@@ -35,10 +35,10 @@ class CpuMemoryGoal(Goal, frozen=True, rename="camel"):
 
 
 def decide(request: HotPlugCpuMemoryRequest, facts: Facts, task_uuid: str) -> CpuMemoryGoal:
-    """Return the goal of a request: what stands in the way of either part refuses both.
+    """Return the goal of a request: a blocker of either part refuses both.
 
     Raises:
-        AgentError: the first thing that stands in the way; see `HOT_PLUG_CPU_MEMORY.refusals`.
+        AgentError: the first blocker; see `HOT_PLUG_CPU_MEMORY.refusals`.
     """
     shared: dict[str, Any] = {
         "vm_uuid": request.vm_uuid,

@@ -21,7 +21,7 @@ def find_balloon_leftover(facts: Facts) -> int | None:
 
 
 def cancel_leftovers(facts: Facts, affect: Affect) -> Facts:
-    """Return the VM as it is once each virtio-mem device is asked for what it has."""
+    """Return the VM as it would be with each virtio-mem device's request set to what it has."""
     live, config = facts.domain.live, facts.domain.config
     if affect == "config" or live is None or all(device.is_settled for device in live.devices):
         return facts

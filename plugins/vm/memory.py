@@ -52,7 +52,7 @@ def decide(request: HotPlugMemoryRequest, facts: Facts, task_uuid: str) -> Memor
     """Return the goal of a request.
 
     Raises:
-        AgentError: the first thing that stands in the way; see `HOT_PLUG_MEMORY.refusals`.
+        AgentError: the first blocker; see `HOT_PLUG_MEMORY.refusals`.
     """
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))
@@ -195,7 +195,7 @@ def _find_gains(
 
 
 def reply_fields(ending: Ending) -> Mapping[str, Any]:
-    """Return what the reply says of rounding, and what is to be said of memory that is no failing."""
+    """Return the reply's fields about rounding, and notes about memory that are no fault."""
     goal = ending.goal
     aligned = None
     if goal is not None:
@@ -210,7 +210,7 @@ def reply_fields(ending: Ending) -> Mapping[str, Any]:
 
 
 def explain(ending: Ending) -> list[Problem]:
-    """Return what is to be said of plugged memory that is no failing: of its system, and why free shows less."""
+    """Return notes about plugged memory: what the guest's system cannot do, and why free shows less."""
     goal, before, after = ending.goal, ending.before, ending.after
     if goal is None or before is None or not goal.changes_live:
         return explain_free(ending)
@@ -374,7 +374,7 @@ def _is_saved(facts: Facts, affect: Affect) -> bool:
 
 
 def _is_balloon_s(goal: MemoryGoal) -> bool:
-    """Whether the balloon alone brings the memory that was asked for."""
+    """Whether the balloon alone provides the requested memory."""
     return goal.balloon_bytes is not None and not goal.holds_balloon and not goal.plugs
 
 

@@ -97,7 +97,7 @@ def next_steps(goal: UnplugCpuGoal, facts: Facts, failed: frozenset[str]) -> tup
 
 
 def reply_fields(ending: Ending) -> Mapping[str, Any]:
-    """Return what is to be said beside what every reply says: of shares that were to follow."""
+    """Return the warning about CPU shares that could not follow."""
     return {"warnings": explain_shares(ending) if ending.is_done else []}
 
 

@@ -48,7 +48,7 @@ def decide(request: HotUnplugMemoryRequest, facts: Facts, task_uuid: str) -> Shr
     """Return the goal of a request.
 
     Raises:
-        AgentError: the first thing that stands in the way; see `HOT_UNPLUG_MEMORY.refusals`.
+        AgentError: the first blocker; see `HOT_UNPLUG_MEMORY.refusals`.
     """
     refuse_first(check_state(facts.domain, request.affect))
     refuse_first(check_expected(facts, request.affect, None, request.expected_memory_size))

@@ -85,7 +85,7 @@ def _write(path: Path, parts: dict[str, str]) -> None:
 
 
 def collect(session: Session, config: Path) -> dict[str, str]:
-    """Return the bundle's files by their names; missing.txt says what could not be had, and why."""
+    """Return the bundle's files by their names; missing.txt lists what could not be collected, and why."""
     parts: dict[str, str] = {}
     missing: list[str] = []
     settings = Settings()

@@ -41,7 +41,7 @@ class Issued(NamedTuple):
 
 
 class Use(Enum):
-    """What a certificate is for: to be an agent, or to be let in by one."""
+    """What a certificate is for: to be an agent, or a client of one."""
 
     AGENT = ExtendedKeyUsageOID.SERVER_AUTH
     CLIENT = ExtendedKeyUsageOID.CLIENT_AUTH

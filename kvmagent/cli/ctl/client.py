@@ -102,7 +102,7 @@ class Agent:
         raise _refusal(reply)
 
     def list_vms(self, *, fields: str = "", timeout_s: float = _READ_S) -> list[Any]:
-        """Return all VMs, page by page, with these fields alone or whole. An agent that knows no pages tells all.
+        """Return all VMs, page by page, with these fields alone or whole. An agent without pages returns all at once.
 
         Raises:
             CtlError: no answer; a refusal.

@@ -59,7 +59,7 @@ class Progress:
         self._under_way: list[str] = []
 
     def expect(self, vms: int) -> None:
-        """Note that so many VMs more are to be asked."""
+        """Note that this many more VMs will be asked."""
         with self._lock:
             self.known += vms
 
@@ -249,7 +249,7 @@ def _answer(
 
 
 def ask_each(vms: list[Json], progress: Progress, ask: Callable[[Json], tuple[Json, Exit]]) -> list[tuple[Json, Exit]]:
-    """Ask an agent about each of its VMs. What fails is told of its VM, and an agent that is gone is asked no more."""
+    """Ask an agent about each of its VMs. A failure is shown with its VM; a silent agent is not asked again."""
     answered: list[tuple[Json, Exit]] = []
     gone: CtlError | None = None
     progress.expect(len(vms))
@@ -348,7 +348,7 @@ def vms(context: click.Context, pending_restart: bool, not_ready: bool, watch: b
 
 
 def _choose(answers: Answers, *, pending_restart: bool, not_ready: bool) -> Answers:
-    """Return the answers with the VMs that pass the filters, and what is true of all where none does."""
+    """Return the answers with the VMs that pass the filters, and what is true of all VMs if none does."""
     chosen = [
         vm
         for vm in answers.vms

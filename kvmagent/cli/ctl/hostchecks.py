@@ -1,6 +1,6 @@
 """What the doctor checks on the host itself: KVM, the state directory, the journal, hooks, certificates, the clock.
 
-Each check is told where to look and what time it is, and changes nothing.
+Paths and the time are arguments of each check; no check changes anything.
 """
 
 import ctypes

@@ -87,7 +87,7 @@ def make_cli() -> click.Group:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says and return the exit status. What goes wrong is told in one line, never a trace."""
+    """Do what the command line says and return the exit status. An error is one line, never a traceback."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     wanted = _STRUCTURED.search(" ".join(arguments))
     _open_closed_streams()

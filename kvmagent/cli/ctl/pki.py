@@ -58,7 +58,7 @@ def pki(
 
 
 def _find_authority(directory: Path, written: list[str]) -> Authority:
-    """Return the directory's CA; a new one is written, and told in `written`."""
+    """Return the directory's CA; a new one is written and added to `written`."""
     certificate, key = directory / "ca.pem", directory / "ca.key"
     if certificate.exists() and key.exists():
         return load_authority(certificate.read_bytes(), key.read_bytes())

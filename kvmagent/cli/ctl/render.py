@@ -138,7 +138,7 @@ def render_plan(reply: Json) -> list[str]:
 
 
 def _prepare_hints(vm: str, prepares: list[Json]) -> list[str]:
-    """Return what is to be run before the restart, so that it does for all targets."""
+    """Return the command to run before the restart, for all targets at once."""
     hints = list[str]()
     requests = [one["request"] for one in prepares if one["request"].get("prepare")]
     if requests:
@@ -224,7 +224,7 @@ def _took_lately(plan: Json) -> str:
 
 
 def render_preparations(vms: Iterable[Json], *, with_diff: bool) -> list[str]:
-    """Return what was, or would be, prepared of many VMs; with the XML where it is asked for."""
+    """Return what was, or would be, prepared for many VMs; with the XML if requested."""
     vms = list(vms)
 
     def row(vm: Json) -> list[str]:
@@ -512,7 +512,7 @@ _HISTORY_COLUMNS: tuple[str | Column, ...] = (
 
 
 def _changed(change: Json) -> str:
-    """Return "vCPUs 2 to 4", or what was asked for where nothing has changed."""
+    """Return "vCPUs 2 to 4", or what was requested if nothing has changed."""
     before, after = change["before"], change["after"]
     moved = [
         f"{_label(name)} {_value(name, before.get(name))} to {_value(name, after.get(name))}"

@@ -37,7 +37,7 @@ _TARGET = (
 
 
 class Session:
-    """One call of kvmagentctl. `agent` is made when first asked for: not every subcommand has one."""
+    """One call of kvmagentctl. `agent` is made at its first use: not every subcommand needs one."""
 
     def __init__(self) -> None:
         self.given: dict[str, str] = {}
@@ -58,7 +58,7 @@ class Session:
 
     @property
     def is_wide(self) -> bool:
-        """Whether nothing is to be left out of a list."""
+        """Whether lists show every column."""
         return self.output == "wide"
 
     @cached_property

@@ -2,7 +2,7 @@
 
     POST, again until it is answered  ->  GET /tasks/ID, at growing intervals, until the task has ended
 
-No callback is asked for: the reply is read from the agent itself, over the same connection and credentials.
+It requests no callback: it reads the reply from the agent itself, over the same connection and credentials.
 """
 
 import time

@@ -80,14 +80,14 @@ class Column(NamedTuple):
 
 
 class Row(str):
-    """A line of a table in full width; `folded` is what stands in its place on a narrow terminal."""
+    """A line of a table in full width; `folded` replaces it on a narrow terminal."""
 
     __slots__ = ("_n", "_table")
     _table: "_Table"
     _n: int
 
     def folded(self, columns: int) -> str:
-        """Return it in lines of at most so many columns; a single word that is wider stays whole."""
+        """Return it in lines of at most that many columns; a single wider word is not cut."""
         return self._table.fold(columns)[self._n]
 
 
@@ -228,7 +228,7 @@ class Terminal:
             self._write(shown(line), color=_has_colour(self._out))
 
     def print_json(self, value: Any, *, indent: int | None = 2) -> None:
-        """Print a result as JSON, or as YAML where that was asked for; several are documents of one stream then."""
+        """Print a result as JSON, or as YAML if requested; several results are documents of one stream."""
         if self.as_yaml:
             self._documents += 1
             self._write(("---\n" if self._documents > 1 or indent is None else "") + write_yaml(value))
