@@ -5,7 +5,7 @@ The task goes on by what it finds then, or leaves it alone; a way back takes all
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -384,6 +384,15 @@ def limit(domain: FakeDomain, size_mib: int) -> None:
     domain.guest.virtio_mem_limit = size_mib * MIB
 
 
+def set_vcpus(domain: FakeDomain, count: int, flags: int) -> None:
+    with suppress(libvirt.libvirtError):  # some were there at the start
+        domain.setVcpusFlags(count, flags | libvirt.VIR_DOMAIN_VCPU_HOTPLUGGABLE)
+
+
+def refuse_removal(domain: FakeDomain) -> None:
+    domain.guest.unplugs = "refuses"
+
+
 def load_driver(domain: FakeDomain) -> None:
     domain.load_balloon_driver()
 
@@ -395,6 +404,7 @@ EVENTS: list[Callable[[FakeDomain], Any]] = [
     leave_definition,
     give,
     load_driver,
+    refuse_removal,
     FakeDomain.power_cycle,
     *(partial(set_requests, size_mib=size_mib, flags=flags) for size_mib in (64, 300, 512) for flags in (LIVE, CONFIG)),
     *(
@@ -402,15 +412,17 @@ EVENTS: list[Callable[[FakeDomain], Any]] = [
         for size_mib in (128, 200, None)
         for flags in (LIVE, CONFIG)
     ),
+    *(partial(set_vcpus, count=count, flags=flags) for count in (1, 2, 4) for flags in (LIVE, CONFIG)),
     *(partial(limit, size_mib=size_mib) for size_mib in (0, 200, 4096)),
 ]
 events = st.lists(st.sampled_from(EVENTS), max_size=3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     arch=st.sampled_from(["x86_64", "x86_64", "aarch64"]),
-    command=st.sampled_from(["HotPlugMemory", "HotPlugCpuMemory", "HotUnplugMemory"]),
+    command=st.sampled_from(["HotPlugMemory", "HotPlugCpuMemory", "HotUnplugMemory", "HotPlugCpu", "HotUnplugCpu"]),
+    cpu_num=st.integers(1, 4),
     affect=st.sampled_from(["both", "both", "live", "config"]),
     method=st.sampled_from(["auto", "auto", "dimm", "virtio-mem", "balloon"]),
     change_mib=st.integers(0, 8).map(lambda n: n * 128),
@@ -427,6 +439,7 @@ def test_nothing_that_befalls_a_vm_makes_a_plan_of_ours_one_that_may_not_be_perf
     tmp_path_factory: pytest.TempPathFactory,
     arch: str,
     command: str,
+    cpu_num: int,
     affect: str,
     method: str,
     change_mib: int,
@@ -457,8 +470,9 @@ def test_nothing_that_befalls_a_vm_makes_a_plan_of_ours_one_that_may_not_be_perf
     if method == "balloon":
         has_mib = int((domain.config if affect == "config" else domain.live).findtext("currentMemory")) // 1024
     size_mib = has_mib - change_mib if command == "HotUnplugMemory" else has_mib + change_mib
-    fields: dict[str, Any] = {"affect": affect, "memorySize": max(1, size_mib) * MIB}
-    fields |= {"cpuNum": 1 if arch == "aarch64" else 2} if command == "HotPlugCpuMemory" else {}
+    fields: dict[str, Any] = {"affect": affect}
+    fields |= {"memorySize": max(1, size_mib) * MIB} if command.endswith("Memory") else {}
+    fields |= {"cpuNum": 1 if arch == "aarch64" else cpu_num} if "Cpu" in command else {}
     fields |= {"method": method} if command == "HotPlugMemory" else {}
     task = agent.accept(command, vmUuid="vm1", **fields, **QUICK)
     agent.point = point
