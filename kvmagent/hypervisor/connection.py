@@ -221,8 +221,10 @@ class Connection:
                     self._changed.wait_for(lambda: self._stopping, BACKOFF.pause_s(failures))
                 elif not self._changed.wait_for(self._is_needed, self._unused_s):
                     unused = self._take_unused()
-                if not unused and (self._failure is not None or self._is_needed()):
-                    self._opening_since = time.monotonic()
+                is_needed = self._failure is not None or self._is_needed()
+                # Who needs one waits for a close that hangs no longer than for an open.
+                self._opening_since = time.monotonic() if unused or is_needed else None
+                if is_needed and not unused:
                     return not self._stopping
             for connection in unused:
                 close_connection(connection)

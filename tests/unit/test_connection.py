@@ -111,6 +111,33 @@ def test_an_open_that_hangs_holds_up_nobody_for_long(connection: Connection, dae
         pass
 
 
+def test_a_close_that_hangs_holds_up_nobody_for_long(daemon: Libvirt) -> None:
+    made = Connection("fake:///", open_libvirt=daemon.open, unused_s=0.01)
+    made.start()
+    goes_on, closing = threading.Event(), threading.Event()
+
+    def hang() -> int:
+        closing.set()
+        goes_on.wait(60)
+        return 0
+
+    with ExitStack() as held:
+        for _ in range(3):
+            held.enter_context(made.lease())
+        for one in daemon.opened:
+            one.close = hang  # type: ignore[method-assign]
+    assert closing.wait(60), "nobody needs all of them"
+    with made.lease():
+        used_s = time.thread_time()
+        time_refusal(made)
+        assert time.thread_time() - used_s < 1.0, "who waits does not spin"
+        goes_on.set()
+        wait_for(lambda: made.wait_connected(0), timeout_s=60, what="the close to go on")
+        with made.lease():
+            pass
+    made.stop()
+
+
 def time_refusal(connection: Connection) -> float:
     began = time.monotonic()
     with pytest.raises(AgentError, match="no answer in 5 s"):
