@@ -19,11 +19,12 @@ import logging
 import logging.handlers
 import os
 import re
+import select
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import Context, ContextVar
 from io import TextIOWrapper
 from types import MappingProxyType, TracebackType
 from typing import NamedTuple
@@ -164,6 +165,7 @@ class LogOutput:
     def __init__(self) -> None:
         self.dump_fd = os.dup(2)
         self._file: _LogFile | None = None
+        self._outlet = Outlet(2)
 
     def open(self, section: LogSection) -> None:
         """Send all lines there, in this form and from this level on; again to change it while others log.
@@ -171,17 +173,18 @@ class LogOutput:
         Raises:
             AgentError: BAD_CONFIGURATION, when the file cannot be opened; what was in force stays.
         """
-        file = None
+        file, standard_error = None, _StandardError(self._outlet)
         if section.file:
             try:
-                file = _LogFile(section.file, self.dump_fd)
+                file = _LogFile(section.file, self.dump_fd, standard_error)
             except OSError as error:
                 raise AgentError(Code.BAD_CONFIGURATION, f"log.file: {error}") from error
         else:
             os.dup2(2, self.dump_fd, inheritable=False)
-        handler = file or logging.StreamHandler()
+        handler = file or standard_error
         to_journal = file is None and _is_journal(2, os.environ.get("JOURNAL_STREAM", ""))
-        handler.setFormatter(_JsonFormatter(to_journal) if section.format == "json" else _TextFormatter(to_journal))
+        for one in (handler, standard_error):
+            one.setFormatter(_JsonFormatter(to_journal) if section.format == "json" else _TextFormatter(to_journal))
         root = logging.getLogger()
         # Both at once: a line that is written meanwhile goes to the one or to the other.
         former, root.handlers = root.handlers, [handler]
@@ -218,14 +221,81 @@ class LogOutput:
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
+class Outlet:
+    """A descriptor for whole lines. Thread-safe. Its reader may be stuck: then lines are left out, and counted.
+
+    systemd's journal may hang, the reader of a pipe may be stopped, a terminal held: no caller waits for its log.
+    The first line that finds it full waits a moment, the following ones do not.
+    """
+
+    def __init__(self, descriptor: int, *, patience_s: float = 1.0) -> None:
+        self._descriptor = descriptor
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        # What is left of a text that has begun.
+        self._rest = b""
+        self._lost = 0
+
+    def write(self, text: str, tell_lost: Callable[[int], str]) -> None:
+        """Write a text of whole lines; before it what `tell_lost` says of how many were left out."""
+        with self._lock:
+            told = tell_lost(self._lost) if self._lost else ""
+            until = time.monotonic() + (0.0 if self._lost else self._patience_s)
+            whole = (told + text).encode("utf-8", "backslashreplace")
+            try:
+                if self._drain(until):
+                    self._rest = whole
+                    self._drain(until)
+                    if len(self._rest) < len(whole):
+                        self._lost = 0
+                        return
+                    self._rest = b""
+            except OSError:  # nobody reads it any more
+                self._rest = b""
+            self._lost += 1
+
+    def _drain(self, until: float) -> bool:
+        """Write what has begun; return whether that is all. What is writable takes PIPE_BUF bytes at once: pipe(7)."""
+        while self._rest:
+            if not self._poll.poll(max(0.0, until - time.monotonic()) * 1000):
+                return False
+            self._rest = self._rest[os.write(self._descriptor, self._rest[: select.PIPE_BUF]) :]
+        return True
+
+
+class _StandardError(logging.Handler):
+    def __init__(self, outlet: Outlet) -> None:
+        super().__init__()
+        self._outlet = outlet
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.write(f"{self.format(record)}\n")
+        except Exception:
+            self.handleError(record)
+
+    def write(self, text: str) -> None:
+        """Write lines that are formatted already."""
+        self._outlet.write(text, self._tell_lost)
+
+    def _tell_lost(self, count: int) -> str:
+        event = Event("log lines were lost", {"count": count})
+        record = logging.LogRecord(__name__, logging.WARNING, "", 0, event, (), None)
+        # They were not all of the task that this thread works on.
+        return Context().run(self.format, record) + "\n"
+
+
 class _LogFile(logging.handlers.WatchedFileHandler):
     """Appends to a file, which is the agent's alone (0600) and no link to another's.
 
     What the file does not take goes to standard error: no caller fails because of its log.
     """
 
-    def __init__(self, path: str, dump_fd: int) -> None:
+    def __init__(self, path: str, dump_fd: int, standard_error: _StandardError) -> None:
         self._dump_fd = dump_fd
+        self._standard_error = standard_error
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
 
     def _open(self) -> TextIOWrapper:
@@ -243,7 +313,7 @@ class _LogFile(logging.handlers.WatchedFileHandler):
         try:
             self.reopenIfNeeded()
         except OSError as error:
-            sys.stderr.write(f"kvmagent: log.file: {error}\n")
+            self._standard_error.write(f"kvmagent: log.file: {error}\n")
         finally:
             self.release()
 
@@ -255,7 +325,7 @@ class _LogFile(logging.handlers.WatchedFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         if isinstance(sys.exc_info()[1], OSError):
-            sys.stderr.write(f"{self.format(record)}\n")
+            self._standard_error.emit(record)
         else:
             super().handleError(record)
 

@@ -1,10 +1,13 @@
 """Log lines: fields that stay fields, lines that nobody can forge, and a file that is turned over under the writer."""
 
 import ast
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
@@ -15,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmagent.logs import RESERVED, Log, LogOutput, format_fields, log_context
+from kvmagent.logs import RESERVED, Log, LogOutput, Outlet, format_fields, log_context
 from kvmagent.model.errors import AgentError
 from kvmagent.settings import LogSection
 from tests.lab.processes import wait_for
@@ -184,7 +187,7 @@ def test_a_file_that_cannot_be_opened_leaves_what_was_in_force(output: LogOutput
 
 
 def test_what_the_file_does_not_take_goes_to_standard_error_and_nobody_fails(
-    output: LogOutput, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    output: LogOutput, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     directory = tmp_path / "gone"
     directory.mkdir()
@@ -193,10 +196,79 @@ def test_what_the_file_does_not_take_goes_to_standard_error_and_nobody_fails(
     log.info("written nevertheless", n=1)
     output.open(section(Path("/dev/full")))
     log.info("written nevertheless", n=2)
-    told = capsys.readouterr().err
+    told = capfd.readouterr().err
     assert "written nevertheless n=1" in told
     assert "written nevertheless n=2" in told
     assert "Traceback" not in told
+
+
+@given(st.lists(st.integers(-12_000, 9_000), max_size=40))
+def test_a_reader_that_is_stuck_holds_nobody_up_and_learns_how_many_lines_it_missed(script: list[int]) -> None:
+    """A number: a line of that size; a negative one: the reader takes so many bytes."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    outlet, got, count = Outlet(writer, patience_s=0.001), b"", 0
+
+    def take(size: int) -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            return os.read(reader, size)
+        return b""
+
+    def write(size: int) -> None:
+        nonlocal count
+        outlet.write(f"{count} {'x' * size}\n", lambda lost: f"{lost} lost\n")
+        count += 1
+
+    for one in script:
+        if one < 0:
+            got += take(-one)
+        else:
+            write(one)
+    # What has begun is written on with the next line.
+    while not got.endswith(b" \n"):
+        while piece := take(2**16):
+            got += piece
+        write(0)
+        got += take(2**16)
+    os.close(reader)
+    outlet.write("nobody reads this\n", str)
+    os.close(writer)
+    expected = 0
+    for line in got.decode().splitlines():
+        number, words = line.split(" ")
+        if words == "lost":
+            expected += int(number)
+        else:
+            assert (int(number), words.strip("x")) == (expected, "")
+            expected += 1
+    assert expected == count
+
+
+def test_an_agent_whose_log_nobody_reads_goes_on(output: LogOutput) -> None:
+    script = (
+        "from kvmagent.logs import *; from kvmagent.settings import LogSection; LogOutput().open(LogSection())\n"
+        "log = Log('x')\nfor n in range(3000): log.info('line', n=n, words='x' * 100)\nprint('done', flush=True)\n"
+        "input()\nwith log_context(task='t'): log.info('and on')"
+    )
+    command = [sys.executable, "-c", script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as child:  # type: ignore[call-overload]
+        assert child.stdout.readline() == "done\n"
+        shown: list[str] = []
+        thread = threading.Thread(target=lambda: shown.extend(child.stderr))
+        thread.start()
+        is_read = select.poll()
+        is_read.register(child.stderr, select.POLLIN)
+        wait_for(lambda: shown and not is_read.poll(0), timeout_s=60, what="the log to be read")
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.wait(60)
+        thread.join()
+    assert "task=t" in shown[-1]
+    lost = re.search(r"WARNING log lines were lost count=(\d+)$", shown[-2])
+    assert lost
+    assert len(shown) - 2 + int(lost[1]) == 3000
 
 
 def test_an_error_that_nobody_caught_is_a_line(output: LogOutput, file: Path) -> None:
