@@ -429,10 +429,16 @@ def check_balloon(facts: Facts, affect: Affect, size_bytes: int) -> Iterator[Blo
         if not definition.balloon:
             yield blocker(Code.NO_BALLOON, f"the {name} definition has no memory balloon device", needs_restart=True)
         if size_bytes > definition.balloon_total_bytes:
-            yield blocker(
-                Code.BALLOON_ABOVE_TOTAL,
-                f"{format_size(size_bytes)} were requested by balloon, but the {name} definition has "
+            live = facts.domain.live if affect == "both" else None
+            is_enough = live is not None and size_bytes <= live.balloon_total_bytes
+            yield Blocker(
+                code=Code.BALLOON_ABOVE_TOTAL,
+                message=f"{format_size(size_bytes)} were requested by balloon, but the {name} definition has "
                 f"{format_size(definition.balloon_total_bytes)}",
+                remedy='Use "affect": "live" to change the running VM alone.'
+                if is_enough
+                else CODES[Code.BALLOON_ABOVE_TOTAL].remedy,
+                needs_restart=False,
             )
 
 

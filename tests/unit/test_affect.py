@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lxml import etree
 
+from tests.fakes.agent import MIB, carry_out, make_domain, make_node
+from tests.lab.domainxml import GuestSpec
 from tests.unit.test_capacity import any_vms
 from tests.unit.test_planners_properties import Vm, commands
 
@@ -62,3 +66,22 @@ def definitions(vm: Vm) -> dict[str, bytes | None]:
         None if root is None else etree.tostring(root, method="c14n") for root in (vm.domain.live, vm.domain.config)
     )
     return {"live": live, "config": config}
+
+
+@pytest.mark.parametrize("method", ["auto", "balloon"])
+@pytest.mark.parametrize("saved_mib", [256, 512, 768])
+def test_a_definition_with_less_than_the_balloon_is_to_leave_is_refused_with_a_remedy_that_works(
+    tmp_path: Path, method: str, saved_mib: int
+) -> None:
+    """The balloon holds the half of the running VM."""
+    domain, saved = (
+        make_domain(GuestSpec(name="vm1", memory_mib=size_mib), virt_type="kvm") for size_mib in (1024, saved_mib)
+    )
+    domain.setMemoryFlags(512 * 1024, 1)
+    domain.config = saved.config
+    node = make_node(tmp_path, domain)
+    request: dict[str, Any] = {"vmUuid": "vm1", "memorySize": 800 * MIB, "method": method, "timeoutSec": 1}
+    reply = carry_out(node, "HotPlugMemory", "t1", **request)
+    assert (reply["outcome"], reply["errorCode"]) == ("refused", "BALLOON_ABOVE_TOTAL"), reply
+    assert '"affect": "live"' in reply["remedy"]
+    assert carry_out(node, "HotPlugMemory", "t2", affect="live", **request)["after"]["balloonSize"] == 800 * MIB
