@@ -128,11 +128,11 @@ TABLES: Mapping[str, tuple[Row, ...]] = {
             "callbacks/s * `idle_s`, at most one for each host",
             lambda given, hosts: min(hosts, _callbacks(given, hosts) * given["idle_s"]),
         ),
-        ("callbacks owed after an outage", "hosts * `owed`", lambda given, hosts: hosts * given["owed"]),
+        ("undelivered callbacks after an outage", "hosts * `owed`", lambda given, hosts: hosts * given["owed"]),
         ("agents that come back in the busiest second", "simulated, see below", _busiest),
         ("half of the agents are back after, s", "simulated", _median),
         ("the last agent is back after, s", "simulated", _last),
-        ("the server is busy with them for, s", "callbacks owed / `server_rate`", _take_all),
+        ("the server is busy with them for, s", "undelivered callbacks / `server_rate`", _take_all),
     ),
     "rollout": (
         ("upgrade, minutes", "hosts / `forks` * `upgrade_s` / 60", _rollout),

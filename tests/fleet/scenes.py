@@ -120,7 +120,7 @@ def lose_the_server(fleet: Fleet, table: Table, seconds: float) -> None:
     _wait_told(fleet)
     figures = fleet.server.figures()
     table.add("away in fact", away, "s")
-    table.add("callbacks owed at the return", sent)
+    table.add("undelivered callbacks at the return", sent)
     table.add("until the first callback", figures["firstAt"] - back, "s")
     table.add("until the last callback", figures["lastAt"] - back, "s")
     table.add("most connections with callbacks at once", figures["mostConnections"])
@@ -248,7 +248,7 @@ def check(fleet: Fleet, table: Table) -> None:
     killed = frozenset(host.agent.url for host in fleet.hosts if host.was_killed)
     faults = [*find_faults(commands, killed)]
     table.add("tasks accepted", len(commands))
-    table.add("tasks told", sum(told is not None for *_, told in commands))
+    table.add("tasks reported", sum(told is not None for *_, told in commands))
     table.faults += faults
     table.add("faults", len(table.faults))
 

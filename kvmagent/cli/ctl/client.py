@@ -166,14 +166,14 @@ class Agent:
             raise self._unreachable(error) from error
         return status, headers.get("Content-Type", "")
 
-    def get_text(self, path: str, timeout_s: float = _READ_S) -> str:
-        """Return what is no JSON: the metrics.
+    def get_text(self, path: str) -> str:
+        """Return an answer that is not JSON: the metrics.
 
         Raises:
             CtlError: no answer; a refusal.
         """
         try:
-            status, _, content = self._exchange("GET", f"/{path}", None, {}, timeout_s)
+            status, _, content = self._exchange("GET", f"/{path}", None, {}, _READ_S)
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         if status != http.HTTPStatus.OK:

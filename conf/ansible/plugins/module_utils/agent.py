@@ -41,15 +41,15 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class AgentError(Exception):
-    """The agent was not reached, or it refused; `told` is what it said, `code` the error's stable name.
+    """The agent was not reached, or it refused; `answer` is its JSON, `code` the error's stable name.
 
     `result` is what the module has done by then.
     """
 
-    def __init__(self, code, message, remedy="", told=None):
+    def __init__(self, code, message, remedy="", answer=None):
         super().__init__(f"{code}: {message.rstrip('.')}. {remedy}".rstrip())
         self.code = code
-        self.told = told or {}
+        self.answer = answer or {}
         self.result = {"changed": False}
 
 
@@ -94,12 +94,12 @@ class Agent:
         """
         path = "/" + "/".join(quote(segment, safe="") for segment in segments)
         try:
-            status, told = self._request("GET", path + ("?" + urlencode(query) if query else ""))
+            status, answer = self._request("GET", path + ("?" + urlencode(query) if query else ""))
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         if status != 200:
-            raise _refusal(status, told)
-        return told
+            raise _refusal(status, answer)
+        return answer
 
     def list_vms(self):
         """Return all VMs, read page by page.
@@ -109,11 +109,11 @@ class Agent:
         """
         found, query = [], {"limit": _PAGE}
         while True:
-            told = self.get("vms", **query)
-            found += told["vms"]
-            if "next" not in told:
+            answer = self.get("vms", **query)
+            found += answer["vms"]
+            if "next" not in answer:
                 return found
-            query["cursor"] = told["next"]
+            query["cursor"] = answer["next"]
 
     def ask(self, path, question):
         """Return the answer to a question that changes nothing.
@@ -122,12 +122,12 @@ class Agent:
             AgentError: no answer; a refusal.
         """
         try:
-            status, told = self._request("POST", path, json.dumps(question), {"Content-Type": "application/json"})
+            status, answer = self._request("POST", path, json.dumps(question), {"Content-Type": "application/json"})
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
         if status != 200:
-            raise _refusal(status, told)
-        return told
+            raise _refusal(status, answer)
+        return answer
 
     def run(self, path, request, wait_s):
         """Carry a command out and return its reply, with the `taskUuid` in it.
@@ -169,10 +169,10 @@ class Agent:
         give_up_at, pause_s = time.monotonic() + _RESEND_S, 0.25
         while True:
             try:
-                status, told = self._request("POST", path, json.dumps(request), headers)
+                status, answer = self._request("POST", path, json.dumps(request), headers)
                 if status == 200:
                     return
-                trouble = _refusal(status, told)
+                trouble = _refusal(status, answer)
                 if status < 500:
                     raise trouble
             except (OSError, http.client.HTTPException) as error:
@@ -185,7 +185,7 @@ class Agent:
     def _request(self, method, path, content=None, headers=None):
         """Return the status and the JSON of an answer. Raises OSError and HTTPException where no whole answer came."""
         try:
-            answer = open_url(
+            response = open_url(
                 self._base + path,
                 data=content,
                 method=method,
@@ -193,25 +193,25 @@ class Agent:
                 **self._options,
             )
         except HTTPError as error:
-            answer = error
-        text = answer.read()
-        status = answer.getcode()
+            response = error
+        text = response.read()
+        status = response.getcode()
         try:
-            told = json.loads(text)
+            answer = json.loads(text)
         except ValueError:
-            told = None
-        if not isinstance(told, dict):
+            answer = None
+        if not isinstance(answer, dict):
             raise AgentError("NOT_AN_AGENT", f"{self.url} answered HTTP {status}, but is not a kvmagent")
-        return status, told
+        return status, answer
 
     def _unreachable(self, error):
         reason = error.reason if isinstance(error, URLError) else error
         return AgentError("AGENT_UNREACHABLE", f"{self.url}: {reason}", "Run kvmagentctl doctor on its host.")
 
 
-def _refusal(status, told):
-    code = told.get("errorCode") or f"HTTP_{status}"
-    return AgentError(code, told.get("error") or "refused", told.get("remedy") or "", told)
+def _refusal(status, answer):
+    code = answer.get("errorCode") or f"HTTP_{status}"
+    return AgentError(code, answer.get("error") or "refused", answer.get("remedy") or "", answer)
 
 
 def tell_warnings(module, reply):
@@ -231,7 +231,7 @@ def run_module(spec, perform, **options):
     except ValueError as error:
         module.fail_json(msg=str(error))
     except AgentError as error:
-        module.fail_json(msg=str(error), error_code=error.code, reply=error.told, **error.result)
+        module.fail_json(msg=str(error), error_code=error.code, reply=error.answer, **error.result)
     module.exit_json(**result)
 
 

@@ -137,7 +137,7 @@ def prepare(module, agent):
     result.update(changed=bool(reply["changes"]), restart_required=reply["restartRequired"], reply=reply)
     if reply["clamped"] and params["fail_on_clamped"]:
         why = "; ".join("{field} {prepared} instead of {asked}: {why}".format(**one) for one in reply["clamped"])
-        error = AgentError("CLAMPED", why, told=reply)
+        error = AgentError("CLAMPED", why, answer=reply)
         error.result = {"changed": result["changed"]}
         raise error
     if module._diff and reply["diff"]:
