@@ -231,30 +231,32 @@ class Outlet:
     def __init__(self, descriptor: int, *, patience_s: float = 1.0) -> None:
         self._descriptor = descriptor
         self._patience_s = patience_s
-        self._lock = threading.Lock()
+        # A finalizer may log while its thread is in here.
+        self._lock = threading.RLock()
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         # What is left of a text that has begun.
         self._rest = b""
-        self._lost = 0
+        #: How many lines were left out since the last one that passed.
+        self.lost = 0
 
     def write(self, text: str, tell_lost: Callable[[int], str]) -> None:
         """Write a text of whole lines; before it what `tell_lost` says of how many were left out."""
         with self._lock:
-            told = tell_lost(self._lost) if self._lost else ""
-            until = time.monotonic() + (0.0 if self._lost else self._patience_s)
+            told = tell_lost(self.lost) if self.lost else ""
+            until = time.monotonic() + (0.0 if self.lost else self._patience_s)
             whole = (told + text).encode("utf-8", "backslashreplace")
             try:
                 if self._drain(until):
                     self._rest = whole
                     self._drain(until)
                     if len(self._rest) < len(whole):
-                        self._lost = 0
+                        self.lost = 0
                         return
                     self._rest = b""
             except OSError:  # nobody reads it any more
                 self._rest = b""
-            self._lost += 1
+            self.lost += 1
 
     def _drain(self, until: float) -> bool:
         """Write what has begun; return whether that is all. What is writable takes PIPE_BUF bytes at once: pipe(7)."""

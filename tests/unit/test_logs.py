@@ -245,6 +245,27 @@ def test_a_reader_that_is_stuck_holds_nobody_up_and_learns_how_many_lines_it_mis
     assert expected == count
 
 
+def test_a_line_that_is_logged_while_another_is_written_waits_for_no_lock() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    outlet = Outlet(writer, patience_s=0.001)
+    while outlet.lost == 0:
+        outlet.write("x" * 4095 + "\n", str)
+    os.read(reader, 2**20)
+
+    def tell_lost(count: int) -> str:
+        outlet.write("from a finalizer\n", lambda lost: "")
+        return f"{count} lost\n"
+
+    thread = threading.Thread(target=outlet.write, args=("line\n", tell_lost), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert os.read(reader, 2**20) == b"from a finalizer\n1 lost\nline\n"
+    os.close(reader)
+    os.close(writer)
+
+
 def test_an_agent_whose_log_nobody_reads_goes_on(output: LogOutput) -> None:
     script = (
         "from kvmagent.logs import *; from kvmagent.settings import LogSection; LogOutput().open(LogSection())\n"
