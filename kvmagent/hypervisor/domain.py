@@ -211,7 +211,7 @@ class VmHandle:
             vcpus, blocks = part("cpus", self.agent.vcpus), part("memory", self.agent.blocks)
             if vcpus is not None and len(vcpus) > domain.live.vcpu_current:
                 # On POWER the guest lists all that it may ever have. Observed: Linux 6.1, ppc64le.
-                there = {vcpu.id for vcpu in domain.live.vcpus if vcpu.enabled}
+                there = domain.live.enabled_vcpus
                 vcpus = tuple(cpu for cpu in vcpus if cpu.online or cpu.id in there)
             # After the blocks: what one of them has just added is in it.
             meminfo = part("memory", self.agent.meminfo) or {}

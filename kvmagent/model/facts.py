@@ -209,7 +209,7 @@ class Definition(msgspec.Struct, frozen=True, dict=True):
         """
         return self.topology[3] if self.topology and self.arch in _WHOLE_CORE_ARCHES else 1
 
-    @property
+    @cached_property
     def enabled_vcpus(self) -> frozenset[int]:
         """The ids of the vCPUs that it has."""
         return frozenset(vcpu.id for vcpu in self.vcpus if vcpu.enabled)

@@ -197,10 +197,7 @@ def _next_start(config: Definition | None) -> tuple[Any, ...] | None:
 
 
 def _parts(definition: Definition | None) -> tuple[Any, ...] | None:
-    if definition is None:
-        return None
-    enabled = tuple(sorted(vcpu.id for vcpu in definition.vcpus if vcpu.enabled))
-    return enabled, definition.cpu_shares
+    return None if definition is None else (definition.enabled_vcpus, definition.cpu_shares)
 
 
 def _is_live_changed(ending: Ending) -> bool:
@@ -308,7 +305,7 @@ def _find_left_offline(ending: Ending) -> list[Problem]:
     if ending.after is None or ending.after.domain.live is None or _is_same_run(ending) is False:
         return []
     guest, live, found = ending.after.guest, ending.after.domain.live, []
-    there = frozenset(vcpu.id for vcpu in live.vcpus if vcpu.enabled)
+    there = live.enabled_vcpus
     taken = [report.step for report in ending.reports if guest.silence is None or report.problem is None]
     cpus = frozenset(n for step in taken if isinstance(step, OfflineGuestVcpus) for n in step.ids if n in there)
     if guest.vcpus is not None:

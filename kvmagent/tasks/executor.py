@@ -427,7 +427,7 @@ class Executor:
             self._reserve(task, run, vm)
             self._record_goal(task, run, steps)
         try:
-            self._reach_goal(task, run, vm)
+            self._reach_goal(task, run, vm, steps)
         except Exception as error:
             failure = make_error(error)
             if failure.code not in _NO_WAY_BACK:
@@ -465,8 +465,8 @@ class Executor:
             return steps
         return run.plan()
 
-    def _reach_goal(self, task: Task, run: Run, vm: OpenVm) -> None:
-        """Plan, perform and observe again until nothing is left to do; what has no effect is not tried again.
+    def _reach_goal(self, task: Task, run: Run, vm: OpenVm, steps: tuple[AnyStep, ...]) -> None:
+        """Perform the steps, observe and plan again until nothing is left to do; what has no effect is not tried again.
 
         Raises:
             AgentError: what a step ended in; NOT_VERIFIED, when a change was confirmed and is not there;
@@ -474,10 +474,8 @@ class Executor:
         """
         failed: set[str] = set()
         confirmed: set[AnyStep] = set()
-        steps: tuple[AnyStep, ...] = ()
+        last: tuple[AnyStep, ...] = ()
         for _ in range(_MAX_ROUNDS):
-            assert run.after is not None
-            last, steps = steps, run.plan(frozenset(failed))
             if steps and steps == last:
                 failed |= {step.key for step in steps}
                 steps = run.plan(frozenset(failed))
@@ -489,6 +487,7 @@ class Executor:
                 raise AgentError(Code.INTERNAL_ERROR, message, expected=False)
             self._perform_round(task, run, vm, steps, failed, confirmed)
             run.after = self._observe(vm, run.command.observe_guest)
+            last, steps = steps, run.plan(frozenset(failed))
         raise AgentError(Code.INTERNAL_ERROR, f"not finished after {_MAX_ROUNDS} rounds", expected=False)
 
     def _perform_round(
@@ -530,7 +529,7 @@ class Executor:
             run.goal, run.interrupted = goal, True
             if steps := run.plan():
                 self._record_goal(task, run, steps)
-            self._reach_goal(task, run, vm)
+            self._reach_goal(task, run, vm, steps)
         except Exception as raised:
             failure = make_error(raised)
             if failure.code in _NO_WAY_BACK:
