@@ -26,6 +26,7 @@ import fcntl
 import itertools
 import os
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -164,6 +165,7 @@ _MOST_FAULTS = 20
 # Errors that lie in one change, and not in the file.
 _OWN_ERRORS = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 _DAMAGED = "Stop the agent, move the file away (sqlite3's .recover may save its tasks), and start the agent again."
+_NO_FILE = "Move it away, then: systemctl start kvmagent."
 _CUT = (
     "Restart the agent: the newest tasks are lost. Send again, with their taskuuids, those whose results do not come."
 )
@@ -255,7 +257,7 @@ class JournalFile:
         try:
             # SQLite's own locks are of another kind. They end when any descriptor of the file is closed: this one
             # is opened before all of SQLite's and closed after them.
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            descriptor = self._open()
         except OSError as error:
             raise self._unavailable(error) from error
         try:
@@ -280,8 +282,7 @@ class JournalFile:
         """
         try:
             # SQLite gives its -wal and -shm files the mode of this one.
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._path.chmod(0o600)
+            os.close(self._open())
             self._tell_of_a_missing_log()
             self._db = self._connect()
             self._check(self._db)
@@ -694,6 +695,22 @@ class JournalFile:
             db.close()
         if self._db is None and self._reader is None and was_there and _is_gone(self._log_path):
             self._drop_log()
+
+    def _open(self) -> int:
+        """Open the file for its owner alone, made if it does not exist; return the descriptor.
+
+        Raises:
+            AgentError: JOURNAL_UNAVAILABLE: something else is in its place, as a link to a device is.
+            OSError: it cannot be opened.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(self._path.stat().st_mode):
+                raise AgentError(
+                    Code.JOURNAL_UNAVAILABLE, f"{self._path} is not a file", remedy=_NO_FILE, expected=False
+                )
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.fchmod(descriptor, 0o600)
+        return descriptor
 
     def _unavailable(self, error: Exception) -> AgentError:
         damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)

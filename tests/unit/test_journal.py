@@ -625,6 +625,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["a directory", "a pipe", "a link to a device", "a link to a directory"])
+def test_what_is_no_file_is_refused_and_left_as_it_is(path: Path, what: str) -> None:
+    match what:
+        case "a directory":
+            path.mkdir(mode=0o755)
+        case "a pipe":
+            os.mkfifo(path, 0o644)
+        case "a link to a device":
+            path.symlink_to("/dev/null")
+        case _:
+            path.symlink_to(path.parent)
+    before = path.stat().st_mode
+    journal = Journal(path, on_accepted=lambda _task: None)
+    for begin in (journal.lock, journal.start):
+        with pytest.raises(AgentError, match="is not a file") as caught:
+            begin()
+        assert caught.value.code is Code.JOURNAL_UNAVAILABLE
+        assert "Move it away" in caught.value.remedy
+    assert path.stat().st_mode == before
+
+
 def test_what_is_read_after_the_stop_leaves_no_file_open(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.sqlite", on_accepted=lambda _task: None)
     journal.start()
