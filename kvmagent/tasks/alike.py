@@ -1,7 +1,7 @@
 """Remembers the last answers to expensive questions, so that they are asked once for VMs that are alike.
 
 The planners are pure and remember nothing: what they may have answered before is offered to them with an ending.
-Observed: GET /vms of 1,000 VMs that are alike takes 0.5 s of CPU with this, 1.6 s without.
+Observed: GET /vms of 1,000 VMs that are alike takes 0.9 s of CPU with this, 2.1 s without.
 """
 
 from collections.abc import Callable
