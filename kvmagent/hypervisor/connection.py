@@ -58,8 +58,10 @@ class Connection:
         *,
         open_libvirt: Callable[[str], libvirt.virConnect] = libvirt.open,
         unused_s: float = _UNUSED_S,
+        open_wait_s: float = _OPEN_WAIT_S,
     ) -> None:
         self._uri = uri
+        self._open_wait_s = open_wait_s
         self._unused_s = unused_s
         self._open_libvirt = open_libvirt
         self._changed = threading.Condition()
@@ -105,7 +107,7 @@ class Connection:
         for connection in connections:
             close_connection(connection)
         if self._opener.ident is not None:
-            self._opener.join(_OPEN_WAIT_S)
+            self._opener.join(self._open_wait_s)
         self._ended.set()
         if self._loop.ident is not None:
             libvirt.virEventUpdateTimeout(self._timer, 0)
@@ -143,7 +145,7 @@ class Connection:
 
     def _await_one(self, dead: list[libvirt.virConnect]) -> libvirt.virConnect:
         """Have the opener open a connection, unless one is given back before."""
-        deadline = time.monotonic() + _OPEN_WAIT_S
+        deadline = time.monotonic() + self._open_wait_s
         self._wanted += 1
         self._changed.notify_all()
         if self._opener.ident is None:
@@ -172,8 +174,8 @@ class Connection:
         """Return why libvirt cannot be reached; None where that is not known."""
         if self._failure is not None:
             return self._failure
-        if self._opening_since is not None and time.monotonic() - self._opening_since >= _OPEN_WAIT_S:
-            return f"connecting to {self._uri}: no answer in {_OPEN_WAIT_S:g} s"
+        if self._opening_since is not None and time.monotonic() - self._opening_since >= self._open_wait_s:
+            return f"connecting to {self._uri}: no answer in {self._open_wait_s:g} s"
         return None
 
     def _give_back(self, connection: libvirt.virConnect) -> None:
@@ -217,13 +219,16 @@ class Connection:
         while True:
             unused: list[libvirt.virConnect] = []
             with self._changed:
+                # What it was busy with has ended. Who needs a connection waits for nothing now.
+                self._opening_since = None
                 if self._failure is not None:
                     self._changed.wait_for(lambda: self._stopping, BACKOFF.pause_s(failures))
                 elif not self._changed.wait_for(self._is_needed, self._unused_s):
                     unused = self._take_unused()
                 is_needed = self._failure is not None or self._is_needed()
                 # Who needs one waits for a close that hangs no longer than for an open.
-                self._opening_since = time.monotonic() if unused or is_needed else None
+                if unused or is_needed:
+                    self._opening_since = time.monotonic()
                 if is_needed and not unused:
                     return not self._stopping
             for connection in unused:

@@ -75,6 +75,22 @@ def test_connections_that_nobody_needs_are_closed_but_for_one(daemon: Libvirt) -
     made.stop()
 
 
+def test_work_is_not_refused_after_connections_that_nobody_needed_were_closed(daemon: Libvirt) -> None:
+    made = Connection("fake:///", open_libvirt=daemon.open, unused_s=1.0, open_wait_s=0.2)
+    made.start()
+    with ExitStack() as held:
+        for _ in range(3):
+            held.enter_context(made.lease())
+    wait_for(lambda: sum(one.alive for one in daemon.opened) == 1, timeout_s=60, what="the others to be closed")
+    # Longer than an open may take, shorter than until the next close.
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        assert made.wait_connected(0.0), "nothing hangs"
+    with made.lease(), made.lease():
+        pass
+    made.stop()
+
+
 def test_a_dead_connection_is_replaced(connection: Connection, daemon: Libvirt) -> None:
     daemon.opened[0].alive = False
     with connection.lease() as one:
