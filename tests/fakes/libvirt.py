@@ -277,21 +277,15 @@ class FakeDomain:
                 graphics.attrib.pop("passwd", None)
         if not inactive:
             root.set("id", str(self.number))
-            # A libvirtd that was killed asks QEMU when it is there again.
-            current = root.find("currentMemory")
-            current.text = str(int(current.text) + self._unknown_kib)
             for target in root.iterfind("./devices/channel/target"):
                 target.set("state", "disconnected" if self.guest.agent == "stopped" else "connected")
         return etree.tostring(root, encoding="unicode")
 
     def memoryStats(self) -> dict[str, int]:
-        actual_kib = int(self._running().findtext("currentMemory")) + self._unknown_kib
-        return {"actual": actual_kib} if self._has_balloon() else {"rss": 1}
-
-    @property
-    def _unknown_kib(self) -> int:
         # Source: QEMU, get_current_ram_size: virtio-mem is not in it.
-        return sum(data["size"] for data in self.unknown if "max-size" not in data) // KIB
+        unknown_kib = sum(data["size"] for data in self.unknown if "max-size" not in data) // KIB
+        actual_kib = int(self._running().findtext("currentMemory")) + unknown_kib
+        return {"actual": actual_kib} if self._has_balloon() else {"rss": 1}
 
     def jobStats(self, flags: int) -> dict[str, int]:
         return self.job

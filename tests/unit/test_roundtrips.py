@@ -75,10 +75,10 @@ class CountedConnection(Counting, FakeConnection):
         (
             "HotPlugMemory",
             {"memorySize": 1 * GIB, "method": "dimm"},
-            FIRST_LOOK + ASKED_TARGET + Counter(attachDeviceFlags=1) + LOOK,
+            FIRST_LOOK + ASKED_BALLOON + ASKED_TARGET + Counter(attachDeviceFlags=1) + LOOK,
         ),
         ("HotPlugCpu", {"cpuNum": 2}, FIRST_LOOK),
-        ("HotPlugMemory", {"memorySize": 512 * MIB}, FIRST_LOOK + ASKED_TARGET),
+        ("HotPlugMemory", {"memorySize": 512 * MIB}, FIRST_LOOK + ASKED_BALLOON + ASKED_TARGET),
         ("HotPlugCpu", {"cpuNum": 3, "dryRun": True}, FIRST_LOOK),
         ("ReadyForHotplug", {}, FIRST_LOOK + ASKED_BALLOON),
     ],
