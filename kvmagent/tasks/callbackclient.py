@@ -20,7 +20,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from contextvars import copy_context
 from http import HTTPStatus
 from http.client import HTTPException, HTTPResponse, IncompleteRead, parse_headers
@@ -457,16 +456,13 @@ def find_receiver(url: str) -> tuple[str, str, int]:
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host, port = (parts.hostname or "").rstrip("."), parts.port
     except ValueError as error:
         raise AgentError(Code.BAD_CALLBACK_URL, f"the URL {shown_url(url)!r} cannot be read") from error
     plain = url.isascii() and url.isprintable() and " " not in url
     if parts.scheme not in _PORTS or not host or port == 0 or not plain or parts.username is not None:
         raise AgentError(Code.BAD_CALLBACK_URL, f"{shown_url(url)!r} is not an absolute http or https URL")
-    host = host.rstrip(".")
-    with suppress(ValueError):
-        host = str(ipaddress.ip_address(host))
-    return parts.scheme, host, port or _PORTS[parts.scheme]
+    return parts.scheme, str(_parse_address(host) or host), port or _PORTS[parts.scheme]
 
 
 def _parse_address(text: str) -> Address | None:

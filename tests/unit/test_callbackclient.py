@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmagent.model.errors import AgentError, Code
 from kvmagent.settings import CallbackSection, parse_callback_rule
 from kvmagent.tasks.callbackclient import CallbackClient, find_receiver
 from tests.lab.pki import Authority
@@ -266,7 +267,20 @@ def test_a_receiver_is_the_same_however_it_is_spelled(spelling: tuple[str, tuple
 @given(address=st.ip_addresses(v=6))
 def test_an_ipv6_receiver_is_the_same_however_it_is_spelled(address: ipaddress.IPv6Address) -> None:
     spelled = {find_receiver(f"http://[{text}]/") for text in (str(address), address.exploded, str(address).upper())}
+    assert spelled == {("http", str(address.ipv4_mapped or address), 80)}
+
+
+@given(address=st.ip_addresses(v=4))
+def test_an_ipv4_receiver_is_the_same_in_a_mapped_address(address: ipaddress.IPv4Address) -> None:
+    spelled = {find_receiver(f"http://{text}/") for text in (str(address), f"{address}.", f"[::ffff:{address}]")}
     assert spelled == {("http", str(address), 80)}
+
+
+@pytest.mark.parametrize("url", ["http://./", "http://.:80/done", "https://..", "http://:80/", "http:///done"])
+def test_a_url_without_a_host_leads_nowhere(url: str) -> None:
+    with pytest.raises(AgentError) as caught:
+        find_receiver(url)
+    assert caught.value.code is Code.BAD_CALLBACK_URL
 
 
 def test_a_connection_that_the_receiver_closes_is_opened_anew(callbacks: CallbackClient) -> None:
