@@ -224,7 +224,8 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 class Outlet:
     """A descriptor for whole lines. Thread-safe. Its reader may be stuck: then lines are left out, and counted.
 
-    systemd's journal may hang, the reader of a pipe may be stopped, a terminal held: no caller waits for its log.
+    systemd's journal may hang, the reader of a pipe may be stopped: no caller waits for its log. A terminal that nobody
+    reads still holds its caller up: it says that it takes what it does not take at once.
     The first line that finds it full waits a moment, the following ones do not.
     """
 
