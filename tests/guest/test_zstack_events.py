@@ -161,6 +161,7 @@ def test_a_live_migration_is_a_start_on_one_side_and_nothing_on_the_other(
     vm = uuid.uuid4().hex
     guest = define(GuestSpec(name=vm), running=False)
     guest.start()
+    guest.wait_booted()  # caught in its firmware, it may reset on the other side
     with PrivateLibvirtd() as target, watch(lab, vm) as source_side, watch(target, vm) as target_side:
         assert (source_side.state(), target_side.state()) == ("Running", "Shutdown")
         flags = (

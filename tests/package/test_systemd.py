@@ -340,7 +340,7 @@ def test_libvirts_access_control_lets_the_agent_do_its_job_and_no_more(machine: 
 
 
 def test_the_doctor_looks_as_the_agent_s_user_where_root_would_be_let_in(machine: Booted) -> None:
-    assert findings(machine)["user"] == ("good", "looked as kvmagent, the agent's user")
+    assert findings(machine)["user"] == ("good", "checked as kvmagent, the agent's user")
     assert "Permission denied" not in findings(machine)["libvirt"][1]
     socket = "/run/libvirt/libvirt-sock"
     mode = machine.run("stat", "--format=%a", socket).strip()
