@@ -190,6 +190,17 @@ class _Write:
     due_at: float
 
 
+def check_is_file(path: Path) -> None:
+    """Refuse what is no file in a journal's place, a link to a device for example, before anything of it is changed.
+
+    Raises:
+        AgentError: JOURNAL_UNAVAILABLE.
+        OSError: there is nothing, or it cannot be looked at.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise AgentError(Code.JOURNAL_UNAVAILABLE, f"{path} is not a file", remedy=_NO_FILE, expected=False)
+
+
 def check_file(path: Path) -> list[str]:
     """Check a journal wholly, also while an agent uses it, and change nothing; return what is wrong with it.
 
@@ -704,10 +715,7 @@ class JournalFile:
             OSError: it cannot be opened.
         """
         with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(self._path.stat().st_mode):
-                raise AgentError(
-                    Code.JOURNAL_UNAVAILABLE, f"{self._path} is not a file", remedy=_NO_FILE, expected=False
-                )
+            check_is_file(self._path)
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         os.fchmod(descriptor, 0o600)
         return descriptor

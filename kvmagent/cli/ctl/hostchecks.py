@@ -24,7 +24,7 @@ from kvmagent.settings import AgentSection, HooksSection, LogSection, Settings, 
 from kvmagent.tasks.callbackclient import CallbackClient
 from kvmagent.tasks.hooks import Hooks
 from kvmagent.tasks.journal import JOURNAL
-from kvmagent.tasks.journalfile import check_file
+from kvmagent.tasks.journalfile import check_file, check_is_file
 
 # Source: Linux Documentation/virt/kvm/api.rst, KVM_GET_API_VERSION and KVM_CREATE_VM.
 _KVM_GET_API_VERSION, _KVM_CREATE_VM, _KVM_API_VERSION = 0xAE00, 0xAE01, 12
@@ -128,9 +128,7 @@ def examine_journal(state_dir: Path) -> Iterator[Finding]:
         found = path.stat() if JOURNAL in names else None
         if found is None:
             return  # of a new agent
-        if not stat.S_ISREG(found.st_mode):
-            yield Finding("journal", "wrong", f"{path} is not a file", "Move it away, then: systemctl start kvmagent.")
-            return
+        check_is_file(path)
         if not os.access(path, os.R_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         faults = check_file(path)
